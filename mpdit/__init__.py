@@ -1,0 +1,56 @@
+"""mpdit: training multi-patch diffusion transformers.
+
+The public names load on first use, so that `import mpdit` and `mpdit --help` don't wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from mpdit.version import __version__
+
+if TYPE_CHECKING:
+    from mpdit.config import ModelConfig, StageSpec
+    from mpdit.model import MPDiT, create_model
+    from mpdit.model.convert import from_official
+    from mpdit.presets import PRESETS
+    from mpdit.sampling import sample
+    from mpdit.weights import load_weights, save_weights
+
+_HOME = {
+    "ModelConfig": "mpdit.config",
+    "StageSpec": "mpdit.config",
+    "PRESETS": "mpdit.presets",
+    "MPDiT": "mpdit.model",
+    "create_model": "mpdit.model",
+    "from_official": "mpdit.model.convert",
+    "sample": "mpdit.sampling",
+    "load_weights": "mpdit.weights",
+    "save_weights": "mpdit.weights",
+}
+
+__all__ = [
+    "PRESETS",
+    "MPDiT",
+    "ModelConfig",
+    "StageSpec",
+    "__version__",
+    "create_model",
+    "from_official",
+    "load_weights",
+    "sample",
+    "save_weights",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mpdit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,158 @@
+"""The model: a list of stages, coarse to fine, and one loop over them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mpdit.config import ModelConfig
+from mpdit.errors import ConfigError
+from mpdit.model.blocks import Block, FinalLayer
+from mpdit.model.embed import ClassTokens, InputStage
+from mpdit.model.time import FNOTimeEmbedding, Modulation, SinusoidalTimeEmbedding, TimeEmbedding, module_list, wide
+from mpdit.model.transition import Transition
+from mpdit.presets import preset
+
+
+class Stage(nn.Module):
+    """One resolution: how tokens enter it (from the input, or from the stage before), then its blocks."""
+
+    def __init__(self, enter: InputStage | Transition, blocks: list[Block]) -> None:
+        super().__init__()
+        self.enter = enter
+        self.blocks = module_list(blocks)
+
+
+class MPDiT(nn.Module):
+    """Multi-patch diffusion transformer (MPDiT, section 3): predicts the flow-matching velocity of noisy latents.
+
+    With one stage, added class conditioning and per-block modulation it is DiT (SiT with convention="sit").
+
+    Attributes:
+        config: the ModelConfig it was built from.
+        checkpointing: recompute each block's activations in backward instead of keeping them.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpointing = False
+        self.shortcuts = True
+        width, own = config.width, config.modulation == "per_block"
+        if config.time_embedding == "fno":
+            self.time: TimeEmbedding = FNOTimeEmbedding(width, config.time_width, config.time_layers)
+        else:
+            self.time = SinusoidalTimeEmbedding(width, config.time_layers)
+        self.classes = ClassTokens(config.num_classes, config.prefix_tokens or 1, width)
+        self.modulation = None if own else Modulation(width, 6)
+        stages = []
+        coarser = None
+        for spec in config.stages:
+            blocks = [Block(width, config.heads, config.mlp_ratio, own) for _ in range(spec.blocks)]
+            enter = (
+                InputStage(spec.patch, config.channels, width, config.input_size)
+                if coarser is None
+                else Transition(config, coarser, spec.patch)
+            )
+            stages.append(Stage(enter, blocks))
+            coarser = spec.patch
+        self.stages = module_list(stages)
+        finest = config.stages[-1].patch
+        self.final = FinalLayer(
+            width, finest, config.channels, config.input_size // finest, config.learn_sigma, own_modulation=own
+        )
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Velocity of noisy latents.
+
+        Args:
+            x: noisy latents [B, C, S, S].
+            t: times [B], 1 is pure noise and 0 is data.
+            y: labels [B], int64, in 0..num_classes, where num_classes means no class.
+
+        Returns:
+            Velocity (noise minus data) [B, C, S, S] in the dtype of x.
+
+        Raises:
+            ConfigError: shapes or dtypes that don't fit the configuration. Label values are not looked at here, as
+                that would wait for the device.
+        """
+        self._check_inputs(x, t, y)
+        return self.velocity(x, self.prepare_time(t), y)
+
+    def prepare_time(self, t: Tensor) -> Tensor:
+        """All of the forward pass that depends on time alone, fp32 [N, F], for `velocity`; one row a time of t [N].
+
+        A sampler prepares all its times in one call. Rows hold the shared modulation (F = 6D) where it depends on
+        time alone, else the time embedding (F = D).
+        """
+        state = self.time(1 - wide(t) if self.config.convention == "sit" else t)
+        return self.modulation(state) if self.modulation and self._time_alone else state
+
+    def velocity(self, x: Tensor, state: Tensor, y: Tensor) -> Tensor:
+        """`forward` with t replaced by its prepared rows: state [B, F], or [1, F] for one time for all."""
+        condition = self._condition(state.expand(len(x), -1), y)
+        tokens: Tensor | Any = self.classes(y) if self.config.prefix_tokens else None
+        latents = x.to(self.final.weight.dtype)
+        for stage in self.stages:
+            tokens = stage.enter(tokens, latents)
+            for block in stage.blocks:
+                # Nobody reads the class tokens after the last block: there they are only keys and values.
+                first_query = self.config.prefix_tokens if self.shortcuts and block is self.last_block else 0
+                tokens = self._run(block, tokens, condition, first_query)
+        velocity = self.final(tokens[:, -(self.final.grid**2) :], condition).to(x.dtype)
+        return -velocity if self.config.convention == "sit" else velocity
+
+    @property
+    def last_block(self) -> Block | None:
+        """The last block of the finest stage, if it has any."""
+        blocks = self.stages[-1].blocks
+        return blocks[-1] if len(blocks) else None
+
+    def use_shortcuts(self, enabled: bool) -> MPDiT:
+        """Switch the exact algebraic shortcuts (on by default) off or on; results agree to rounding. Returns self."""
+        for module in self.modules():
+            if hasattr(module, "shortcuts"):
+                module.shortcuts = enabled  # type: ignore[assignment]
+        return self
+
+    def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> None:
+        config = self.config
+        expected = (config.channels, config.input_size, config.input_size)
+        if x.ndim != 4 or tuple(x.shape[1:]) != expected:
+            raise ConfigError(f"x has shape {tuple(x.shape)}, expected (batch, {', '.join(map(str, expected))})")
+        for name, value in (("t", t), ("y", y)):
+            if value.shape != x.shape[:1]:
+                raise ConfigError(f"{name} has shape {tuple(value.shape)}, expected ({len(x)},) as x has {len(x)} rows")
+        if y.is_floating_point():
+            raise ConfigError(f"y has dtype {y.dtype}, expected int64 labels in 0..{config.num_classes}")
+
+    @property
+    def _time_alone(self) -> bool:
+        return self.config.modulation == "shared" and self.config.class_conditioning == "tokens"
+
+    def _condition(self, state: Tensor, y: Tensor) -> Tensor:
+        if self.config.class_conditioning == "added":
+            state = state + wide(self.classes(y)[:, 0])
+        return self.modulation(state) if self.modulation and not self._time_alone else state
+
+    def _run(self, block: Block, tokens: Tensor, condition: Tensor, first_query: int) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, tokens, condition, first_query, use_reentrant=False)
+        return block(tokens, condition, first_query)
+
+
+def create_model(name: str, **overrides: Any) -> MPDiT:
+    """A freshly initialised preset, for example create_model("MPDiT-B/4-2", num_classes=10).
+
+    Args:
+        name: a key of mpdit.PRESETS.
+        **overrides: fields of ModelConfig.
+
+    Raises:
+        ConfigError: unknown name or field, or a value that doesn't fit.
+    """
+    return MPDiT(preset(name, **overrides))

@@ -1,0 +1,181 @@
+"""Time embeddings, t [B] in [0, 1] -> [B, D], always in fp32: bf16 near t = 1 moves in steps of 0.004.
+
+FNOTimeEmbedding is MPDiT's (section 3.3). Its exact algebra: the first layer is affine in t, so it is one table from
+the weights plus t times one vector; the last layer only meets a mean over the grid, so only its zero frequency acts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, linear, silu
+
+M = TypeVar("M", bound=nn.Module)
+
+GRID = 32
+"""Points of the time grid."""
+MODES = 16
+"""Frequencies kept, of the GRID // 2 + 1 that a real transform has."""
+
+
+def module_list(modules: Iterable[M]) -> Sequence[M]:
+    """A ModuleList that type checkers know the element type of."""
+    return cast(Sequence[M], nn.ModuleList(modules))
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in fp32, or as it is in float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class TimeEmbedding(nn.Module):
+    """Base of both embeddings: computes in fp32 whatever autocast is on and whatever the model was cast to."""
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t [B] -> [B, D], fp32 (float64 in a float64 model)."""
+        parameter = next(self.parameters())
+        with torch.autocast(t.device.type, enabled=False):
+            if parameter.dtype in (torch.float32, torch.float64):
+                return self.embed(t.to(parameter.dtype))
+            widened = {name: value.float() for name, value in self.named_parameters()}
+            return torch.func.functional_call(self, widened, t.float())
+
+    def embed(self, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Constants(nn.Module):
+    """A module whose buffers are exact tables: casting the model to a narrower type leaves them as they are."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Constants:
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            after = self._buffers[name]
+            if after is not None and torch.finfo(after.dtype).bits < torch.finfo(value.dtype).bits:
+                self._buffers[name] = value.to(after.device)
+        return self
+
+
+def fourier_matrices() -> tuple[Tensor, Tensor]:
+    """The truncated real DFT of GRID points as two real matrices.
+
+    Returns `analysis` [GRID, 2, MODES] (real and imaginary parts of rfft) and `synthesis` [2, MODES, GRID] (irfft).
+    """
+    angle = torch.outer(torch.arange(GRID), torch.arange(MODES)).double() * (2 * math.pi / GRID)
+    analysis = torch.stack([angle.cos(), -angle.sin()], dim=1)
+    fold = torch.full((MODES,), 2.0 / GRID, dtype=torch.float64)
+    fold[0] = 1.0 / GRID
+    synthesis = torch.stack([angle.cos() * fold, -angle.sin() * fold]).transpose(1, 2)
+    return analysis.float(), synthesis.float()
+
+
+class SpectralLayer(Constants):
+    """MixedFNO layer on [B, W, GRID]: a complex W x W mixing of each kept frequency, plus a pointwise W x W mixing."""
+
+    analysis: Tensor
+    synthesis: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.real = nn.Parameter(torch.randn(width, width, MODES))
+        self.imag = nn.Parameter(torch.randn(width, width, MODES))
+        self.pointwise = nn.Conv1d(width, width, 1)
+        analysis, synthesis = fourier_matrices()
+        self.register_buffer("analysis", analysis, persistent=False)
+        self.register_buffer("synthesis", synthesis, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        real, imag = torch.einsum("bij,jpm->pbim", x, self.analysis)
+        mixed_real = torch.einsum("bim,iom->bom", real, self.real) - torch.einsum("bim,iom->bom", imag, self.imag)
+        mixed_imag = torch.einsum("bim,iom->bom", real, self.imag) + torch.einsum("bim,iom->bom", imag, self.real)
+        spectral = torch.einsum("pbom,pmj->boj", torch.stack([mixed_real, mixed_imag]), self.synthesis)
+        return spectral + self.pointwise(x)
+
+    def of_constant(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer on a signal x [B, W] that is constant over the grid, or its mean over the grid.
+
+        The other frequencies' weights get a gradient of exactly zero, not None, so weight decay still reaches them.
+        """
+        zero_mode = torch.complex(self.real, self.imag)[..., 0].real
+        return linear(x, zero_mode.T + self.pointwise.weight[..., 0], bias)
+
+
+class FNOTimeEmbedding(TimeEmbedding, Constants):
+    """t [B] -> [B, D]: a Fourier neural operator on the grid linspace(-1, 1, 32) + t, averaged over the grid."""
+
+    grid: Tensor
+
+    def __init__(self, width: int, channels: int = 32, layers: int = 3) -> None:
+        super().__init__()
+        self.lift = nn.Linear(1, channels)
+        self.layers = module_list(SpectralLayer(channels) for _ in range(layers))
+        self.project = nn.Linear(channels, width)
+        self.shortcuts = True
+        self.register_buffer("grid", torch.linspace(-1, 1, GRID), persistent=False)
+        for module in (self.lift, self.project):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def embed(self, t: Tensor) -> Tensor:
+        return self.project(self._collapsed(t) if self.shortcuts else self._literal(t))
+
+    def _literal(self, t: Tensor) -> Tensor:
+        """The definition: every layer on every sample's own grid."""
+        x = self.lift((self.grid + t[:, None])[..., None]).transpose(1, 2)
+        for layer in self.layers[:-1]:
+            x = gelu(layer(x))
+        return self.layers[-1](x).mean(dim=-1)
+
+    def _collapsed(self, t: Tensor) -> Tensor:
+        """The same with the first and the last layer reduced by algebra to what depends on t."""
+        first, *middle, last = self.layers
+        at_zero = first(self.lift(self.grid[:, None]).T[None])
+        slope = first.of_constant(self.lift.weight.T)
+        x = gelu(at_zero + (t[:, None] * slope)[..., None])
+        for layer in middle:
+            x = gelu(layer(x))
+        return last.of_constant(x.mean(dim=-1), bias=last.pointwise.bias)
+
+
+class SinusoidalTimeEmbedding(TimeEmbedding, Constants):
+    """t [B] -> [B, D]: 256 cosines and sines of t itself (not of 1000 t), then `layers` Linears with SiLU between."""
+
+    FEATURES = 256
+    frequency: Tensor
+
+    def __init__(self, width: int, layers: int = 2) -> None:
+        super().__init__()
+        self.linears = module_list(nn.Linear(width if i else self.FEATURES, width) for i in range(layers))
+        half = self.FEATURES // 2
+        frequency = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half)
+        self.register_buffer("frequency", frequency, persistent=False)
+        for module in self.linears:
+            nn.init.normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+
+    def embed(self, t: Tensor) -> Tensor:
+        angle = t[:, None] * self.frequency
+        x = torch.cat([angle.cos(), angle.sin()], dim=1)
+        for index, module in enumerate(self.linears):
+            x = module(silu(x) if index else x)
+        return x
+
+
+class Modulation(nn.Module):
+    """Condition [B, D] -> `chunks` tensors of [B, D]: a Linear of SiLU, zero at initialisation (adaLN-Zero)."""
+
+    def __init__(self, width: int, chunks: int) -> None:
+        super().__init__()
+        self.chunks = chunks
+        self.weight = nn.Parameter(torch.zeros(chunks * width, width))
+        self.bias = nn.Parameter(torch.zeros(chunks * width))
+
+    def forward(self, condition: Tensor) -> Tensor:
+        """[B, D] -> [B, chunks*D], in fp32 as the time embedding."""
+        with torch.autocast(condition.device.type, enabled=False):
+            return linear(silu(wide(condition)), wide(self.weight), wide(self.bias))

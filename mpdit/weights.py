@@ -1,0 +1,109 @@
+"""Weights as people exchange them: a folder with model.safetensors and config.json. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mpdit.config import ModelConfig
+from mpdit.errors import CheckpointError
+from mpdit.model import MPDiT
+
+FORMAT = "mpdit-weights-1"
+
+
+def save_weights(
+    folder: str | Path, state_dict: Mapping[str, Tensor], config: ModelConfig, metadata: Mapping[str, Any]
+) -> None:
+    """Write model.safetensors and config.json into `folder`, each complete or not at all, the weights first.
+
+    Args:
+        folder: made if missing; files of the same names are replaced.
+        state_dict: parameters by name, as MPDiT.state_dict() gives them; any device, kept in their dtype.
+        config: the model's configuration.
+        metadata: JSON values kept beside it: "data" (how samples are decoded), "training" (where they come from).
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
+    description = {"format": FORMAT, "model": config.to_dict(), **metadata}
+    weights_tmp, config_tmp = folder / ".model.safetensors.tmp", folder / ".config.json.tmp"
+    save_file(tensors, weights_tmp, metadata={"format": "pt"})
+    config_tmp.write_text(json.dumps(description, indent=2) + "\n")
+    for tmp, name in ((weights_tmp, "model.safetensors"), (config_tmp, "config.json")):
+        _sync(tmp)
+        os.replace(tmp, folder / name)
+
+
+def load_weights(path: str | Path) -> tuple[MPDiT, dict[str, Any]]:
+    """The model of a weights folder, of a run's folder (its EMA) or of a .safetensors file with its config.json beside.
+
+    Returns:
+        The model in evaluation mode on the CPU, and config.json without the model's part.
+
+    Raises:
+        CheckpointError: nothing there, or a file that is damaged, of another format, or not of this model.
+    """
+    folder = _weights_folder(Path(path))
+    description = _read_description(folder / "config.json")
+    config = ModelConfig.from_dict(description.pop("model"))
+    weights = folder / "model.safetensors"
+    try:
+        tensors = load_file(weights)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{weights} can't be read as safetensors: {error}; export the weights again") from error
+    model = MPDiT(config)
+    expected = {name: value.shape for name, value in model.state_dict().items()}
+    found = {name: value.shape for name, value in tensors.items()}
+    if expected != found:
+        name = min(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+        raise CheckpointError(
+            f"{weights} does not fit {folder / 'config.json'}: {name} has shape "
+            f"{_shape(found.get(name))}, expected {_shape(expected.get(name))}"
+        )
+    model.load_state_dict(tensors)
+    return model.eval(), description
+
+
+def _weights_folder(path: Path) -> Path:
+    if path.suffix == ".safetensors" and path.is_file():
+        if path.name != "model.safetensors":
+            raise CheckpointError(f"{path} must be named model.safetensors, with its config.json beside it")
+        return path.parent
+    for folder in (path, path / "ema"):
+        if (folder / "model.safetensors").is_file():
+            return folder
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} does not exist: give a run's folder, a weights folder or a model.safetensors file"
+        )
+    raise CheckpointError(f"{path} holds no weights: expected {path}/model.safetensors or {path}/ema/model.safetensors")
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} can't be read as JSON: {error}") from error
+    if not isinstance(description, dict) or description.pop("format", None) != FORMAT:
+        raise CheckpointError(f'{path} is not a description of mpdit weights: expected "format": "{FORMAT}"')
+    if not isinstance(description.get("model"), dict):
+        raise CheckpointError(f'{path} lacks the model\'s configuration under "model"')
+    return description
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "none (missing)" if shape is None else str(tuple(shape))
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,56 @@
+"""What an installation brings: exactly two import names, none of which shadows another library's."""
+
+import json
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_python(code: str, cwd: Path) -> str:
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, check=True, capture_output=True, text=True).stdout
+
+
+def test_installed_top_level_names_are_exactly_two():
+    names = (metadata.distribution("mpdit").read_text("top_level.txt") or "").split()
+    assert sorted(names) == ["mpdit", "mpdit_kernels"]
+
+
+def test_kernels_is_left_to_hugging_face(tmp_path):
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    code = (
+        "import importlib.util as u; print([u.find_spec(n) is not None for n in ('kernels', 'launch', 'benchmarks')])"
+    )
+    assert run_python(code, tmp_path).strip() == "[False, False, False]"
+
+
+def test_the_repository_root_is_not_on_the_path(tmp_path):
+    paths = json.loads(run_python("import json, sys; print(json.dumps(sys.path))", tmp_path))
+    assert str(ROOT) not in paths
+
+
+def test_no_script_in_launch_shadows_an_import():
+    scripts = {path.stem for path in (ROOT / "launch").glob("*.py")}
+    assert scripts <= {"train"}
+
+
+def test_pypi_apex_is_no_dependency():
+    """PyPI's apex is another project; NVIDIA's is built from source."""
+    for requirement in metadata.requires("mpdit") or []:
+        assert not requirement.lower().startswith("apex")
+
+
+def test_public_names_load_lazily(tmp_path):
+    code = "import sys, mpdit; assert 'torch' not in sys.modules; print([n for n in mpdit.__all__ if not hasattr(mpdit, n)])"
+    assert run_python(code, tmp_path).strip() == "[]"
+
+
+def test_unknown_public_name():
+    import mpdit
+
+    with pytest.raises(AttributeError, match="nothing_here"):
+        mpdit.nothing_here  # noqa: B018

@@ -1,0 +1,80 @@
+"""Weights folders: round trip, every way to name one, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import mpdit
+from mpdit.errors import CheckpointError
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return mpdit.create_model("MPDiT-Digits/4-2", width=16, heads=2)
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    folder = tmp_path / "run" / "ema"
+    mpdit.save_weights(folder, model.state_dict(), model.config, {"data": {"kind": "digits"}})
+    return folder
+
+
+def test_round_trip(model, saved):
+    loaded, metadata = mpdit.load_weights(saved)
+    assert loaded.config == model.config
+    assert metadata == {"data": {"kind": "digits"}}
+    assert not loaded.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_run_a_folder_and_a_file_are_the_same(saved):
+    for path in (saved, saved.parent, saved / "model.safetensors", str(saved)):
+        assert mpdit.load_weights(path)[1] == {"data": {"kind": "digits"}}
+
+
+def edit_config(saved, **changes):
+    path = saved / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def rename_tensor(saved):
+    tensors = load_file(saved / "model.safetensors")
+    tensors["final.other"] = tensors.pop("final.bias")
+    save_file(tensors, saved / "model.safetensors")
+
+
+def truncate(saved):
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+BAD = {
+    "truncated": (truncate, "can't be read as safetensors"),
+    "no description": (lambda saved: (saved / "config.json").unlink(), "config.json can't be read"),
+    "not JSON": (lambda saved: (saved / "config.json").write_text("{"), "can't be read as JSON"),
+    "other format": (lambda saved: edit_config(saved, format="other"), "mpdit-weights-1"),
+    "no model": (lambda saved: edit_config(saved, model=3), 'under "model"'),
+    "unknown field": (lambda saved: edit_config(saved, model={"depth": 3}), "unknown model field 'depth'"),
+    "missing field": (lambda saved: edit_config(saved, model={"width": 16}), "missing"),
+    "other tensors": (rename_tensor, r"final.bias has shape none \(missing\), expected \(16,\)"),
+    "nothing there": (lambda saved: (saved / "model.safetensors").unlink(), "holds no weights"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), BAD.values(), ids=BAD)
+def test_damage_is_one_clear_error(saved, damage, message):
+    damage(saved)
+    with pytest.raises(ValueError, match=message) as error:
+        mpdit.load_weights(saved)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_path(tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        mpdit.load_weights(tmp_path / "nowhere")
