@@ -67,7 +67,7 @@ class ModelConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: give true or false")
         for name, kind in _CHOICES.items():
-            _one_of(name, getattr(self, name), get_args(kind))
+            one_of(name, getattr(self, name), get_args(kind))
         self._check_stages()
         self._check_widths()
 
@@ -173,6 +173,6 @@ def _positive(name: str, value: Any) -> None:
         raise ConfigError(f"{name} is {value!r}: give a whole number of at least 1")
 
 
-def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{name} is {value!r}: choose one of {', '.join(choices)}")

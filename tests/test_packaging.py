@@ -45,7 +45,9 @@ def test_pypi_apex_is_no_dependency():
 
 
 def test_public_names_load_lazily(tmp_path):
-    code = "import sys, mpdit; assert 'torch' not in sys.modules; print([n for n in mpdit.__all__ if not hasattr(mpdit, n)])"
+    code = (
+        "import sys, mpdit as m; assert 'torch' not in sys.modules; print([n for n in m.__all__ if not hasattr(m, n)])"
+    )
     assert run_python(code, tmp_path).strip() == "[]"
 
 
