@@ -7,6 +7,7 @@ the weights plus t times one vector; the last layer only meets a mean over the g
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar, cast
 
@@ -32,7 +33,7 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-class TimeEmbedding(nn.Module):
+class TimeEmbedding(nn.Module, ABC):
     """Base of both embeddings: computes in fp32 whatever autocast is on and whatever the model was cast to."""
 
     def forward(self, t: Tensor) -> Tensor:
@@ -44,8 +45,8 @@ class TimeEmbedding(nn.Module):
             widened = {name: value.float() for name, value in self.named_parameters()}
             return torch.func.functional_call(self, widened, t.float())
 
-    def embed(self, t: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def embed(self, t: Tensor) -> Tensor: ...
 
 
 class Constants(nn.Module):

@@ -1,0 +1,76 @@
+"""The `mpdit` command: parsing, output and exit codes. The subcommands are in mpdit/commands, one module each."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from mpdit.commands import COMMANDS
+from mpdit.errors import UserError
+from mpdit.version import __version__
+
+_BAD_INPUT, _INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `mpdit` with these arguments (sys.argv's unless given) and return the exit code.
+
+    0: done. 2: bad input, told in one line on stderr. 130: interrupted. With --json stdout holds one JSON object and
+    nothing else; progress and what libraries print go to stderr.
+    """
+    try:
+        args = build_parser().parse_args(argv)
+        with contextlib.redirect_stdout(sys.stderr):
+            outcome = COMMANDS[args.command].run(args)
+        print(json.dumps(outcome.figures) if args.json else outcome.text, flush=True)
+    except SystemExit as leave:  # --help, --version
+        return int(leave.code or 0)
+    except UserError as error:
+        return _fail(str(error))
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line, without importing what the commands need to run."""
+    parser = _Parser(
+        prog="mpdit",
+        description="Multi-patch diffusion transformers: sample from trained models, evaluate them, check data.",
+        epilog="Train with `deepspeed launch/train.py --ds_config launch/zero2.json`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"mpdit {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(name, help=command.SUMMARY, description=command.DESCRIPTION, allow_abbrev=False)
+        command.add_arguments(sub)
+        sub.add_argument("--json", action="store_true", help="print one JSON object to stdout instead of text")
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are UserErrors that point to the help, instead of a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def _fail(message: str) -> int:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return _BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

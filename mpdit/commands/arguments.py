@@ -1,0 +1,122 @@
+"""Arguments that several subcommands share, and the types that check them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpdit.errors import ConfigError
+from mpdit.evaluation.sampler import Sampler
+
+if TYPE_CHECKING:
+    import torch
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """An argument type: a whole number of at least `least`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return value
+
+    return parse
+
+
+def number(text: str) -> float:
+    """An argument type: a finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of at least 0")
+    return value
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """The model to work on, for `load_model`."""
+    parser.add_argument(
+        "weights",
+        metavar="RUN_OR_WEIGHTS",
+        type=Path,
+        help="a training run's folder (its EMA weights), a folder with model.safetensors and config.json, "
+        "or the model.safetensors itself",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is cuda where there is one (default: auto)"
+    )
+
+
+def load_model(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The model of `add_weights`' arguments on its device, and its metadata."""
+    from mpdit.weights import load_weights
+
+    device = _device(args.device)
+    model, metadata = load_weights(args.weights)
+    return model.to(device), metadata
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA answers with an AssertionError
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device {name!r} can't be used here ({reason}): choose cpu, or cuda on a GPU machine"
+        ) from error
+    return torch.device(name)
+
+
+def add_sampler(parser: argparse.ArgumentParser, defaults: Sampler) -> None:
+    """The fields of a Sampler, for `sampler`."""
+    group = parser.add_argument_group("sampler")
+
+    def add(name: str, meaning: str, **options: Any) -> None:
+        default = getattr(defaults, name)
+        shown = " ".join(f"{part:g}" for part in default) if isinstance(default, tuple) else default
+        option = "--" + name.replace("_", "-")
+        group.add_argument(option, default=default, help=f"{meaning} (default: {shown})", **options)
+
+    add(
+        "method",
+        "euler: first order; heun: second order, two evaluations a step; dopri5: adaptive; "
+        "sde: Euler-Maruyama with added noise",
+        choices=("euler", "heun", "dopri5", "sde"),
+    )
+    add("steps", "steps; for dopri5 the most it may try", type=whole(1))
+    add("guidance", "classifier-free guidance w in u + w (c - u); 1 is none, at half the cost", type=number)
+    add(
+        "interval",
+        "times in which guidance acts; 1 is noise, 0 is data",
+        type=number,
+        nargs=2,
+        metavar=("FIRST", "LAST"),
+    )
+    add(
+        "diffusion_form",
+        "how much noise sde adds over time: constant, sbdm, sigma, linear, decreasing or increasing_decreasing; "
+        "the other methods add none",
+        metavar="FORM",
+    )
+    add("tolerance", "absolute and relative error dopri5 keeps to; the other methods go by steps alone", type=number)
+    add("seed", "of the noise; image i is keyed by (seed, i)", type=whole(0))
+    add("batch", "images per call, as memory allows; not part of the result", type=whole(1))
+
+
+def sampler(args: argparse.Namespace) -> Sampler:
+    """The Sampler of `add_sampler`'s arguments."""
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(Sampler)}
+    return Sampler(**values | {"interval": tuple(args.interval)})
