@@ -1,0 +1,27 @@
+"""Data: packed latents on disk, one global order over them, batches ahead of training, and the embedded digits."""
+
+from mpdit.data.latents import PackedLatents
+from mpdit.data.loaders import Batch, Loader, LoaderKind, make_loader
+from mpdit.data.manifest import LatentSpec, Manifest, Normalization
+from mpdit.data.order import BatchPlan, GlobalOrder
+from mpdit.data.posterior import to_latents
+from mpdit.data.verify import VerifyReport, verify
+from mpdit.data.writer import PackedWriter, write_packed
+
+__all__ = [
+    "Batch",
+    "BatchPlan",
+    "GlobalOrder",
+    "LatentSpec",
+    "Loader",
+    "LoaderKind",
+    "Manifest",
+    "Normalization",
+    "PackedLatents",
+    "PackedWriter",
+    "VerifyReport",
+    "make_loader",
+    "to_latents",
+    "verify",
+    "write_packed",
+]

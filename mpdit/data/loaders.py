@@ -1,0 +1,206 @@
+"""Batches of the global order, read and checked ahead of training: through DALI, or plainly through torch."""
+
+from __future__ import annotations
+
+import itertools
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from queue import Empty, SimpleQueue
+from types import TracebackType
+from typing import Any, Literal, Self, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpdit.data.latents import PackedLatents
+from mpdit.data.order import BatchPlan, GlobalOrder
+from mpdit.errors import ConfigError
+
+LoaderKind = Literal["dali", "torch"]
+
+_BATCHES_AHEAD = 4
+_READ_THREADS = 2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one rank trains on in one micro step."""
+
+    moments: Tensor
+    """fp16 [b, V, 2C, H, W], posterior means before stds."""
+    labels: Tensor
+    """int64 [b]."""
+    indices: Tensor
+    """int64 [b], where in the data set."""
+    positions: Tensor
+    """int64 [b], where in the global order; all randomness of training is keyed by these."""
+
+
+class Loader(Iterator[Batch]):
+    """Batches in order, one per micro step. Close it, or use it as a context manager, to stop its threads at once."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop; no batch comes after this. Closing again changes nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def make_loader(
+    dataset: PackedLatents,
+    order: GlobalOrder,
+    plan: BatchPlan,
+    *,
+    kind: str = "dali",
+    start_step: int = 0,
+    stop_step: int,
+    device: torch.device | str = "cpu",
+    gpu_stage: bool = False,
+) -> Loader:
+    """The batches of steps start_step .. stop_step - 1 of this rank, plan.accumulation of them a step.
+
+    Both kinds yield bitwise the same. Records are read and checked in background threads; an error of theirs
+    is raised, as the same DataError, in place of the batch it spoils. Batches lie in host memory (pinned by kind
+    "torch" when `device` is a GPU), or with `gpu_stage`, for kind "dali" on a GPU, on `device`. That stage has not
+    been run on a GPU yet. Raises ConfigError for an unknown kind, or an order of another data set's length.
+    """
+    if kind not in get_args(LoaderKind):
+        raise ConfigError(f"loader is {kind!r}: choose one of {', '.join(get_args(LoaderKind))}")
+    if order.num_samples != len(dataset):
+        raise ConfigError(f"the order is of {order.num_samples} samples, the data set has {len(dataset)}")
+    device = torch.device(device)
+    if gpu_stage and (kind != "dali" or device.type != "cuda"):
+        raise ConfigError(f"gpu_stage needs loader dali and a GPU, not loader {kind} and device {device}: turn it off")
+    reader = TorchLoader(dataset, order, plan, range(start_step, stop_step), kind == "torch" and device.type == "cuda")
+    return DaliLoader(reader, plan.micro_batch, device if gpu_stage else None) if kind == "dali" else reader
+
+
+class TorchLoader(Loader):
+    """Reads a few batches ahead in background threads, each into memory of its own."""
+
+    def __init__(
+        self, dataset: PackedLatents, order: GlobalOrder, plan: BatchPlan, steps: range, pin_memory: bool
+    ) -> None:
+        self._dataset, self._order, self._plan = dataset, order, plan
+        self._pin_memory = pin_memory
+        self._todo: Iterator[tuple[int, int]] = ((step, micro) for step in steps for micro in range(plan.accumulation))
+        self._ahead: deque[Future[Batch]] = deque()
+        self._spare: SimpleQueue[Tensor] = SimpleQueue()
+        self._threads = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="mpdit-read")
+        self._read_ahead(_BATCHES_AHEAD)
+
+    def __next__(self) -> Batch:
+        if not self._ahead:
+            raise StopIteration
+        try:
+            batch = self._ahead.popleft().result()
+        except BaseException:
+            self.close()
+            raise
+        self._read_ahead(1)
+        return batch
+
+    def close(self) -> None:
+        self._todo = iter(())
+        self._ahead.clear()
+        self._threads.shutdown(cancel_futures=True)
+
+    def recycle(self, batch: Batch) -> None:
+        """Take back the moments' memory of a batch that nobody looks at any more: touching new pages takes time."""
+        self._spare.put(batch.moments)
+
+    def _read_ahead(self, batches: int) -> None:
+        for step, micro in itertools.islice(self._todo, batches):
+            self._ahead.append(self._threads.submit(self._read, step, micro))
+
+    def _read(self, step: int, micro: int) -> Batch:
+        positions = self._plan.positions(step, micro)
+        indices = self._order.indices(positions)
+        moments = self._memory(len(indices))
+        _, labels = self._dataset.read(indices, out=moments.numpy())
+        return Batch(moments, *(torch.from_numpy(array) for array in (labels, indices, positions)))
+
+    def _memory(self, batch_size: int) -> Tensor:
+        try:
+            return self._spare.get_nowait()
+        except Empty:
+            shape = (batch_size, *self._dataset.manifest.record_shape)
+            return torch.empty(shape, dtype=torch.float16, pin_memory=self._pin_memory)
+
+
+class DaliLoader(Loader):
+    """Hands the batches of a TorchLoader through a DALI pipeline, onto `device` when that is given."""
+
+    def __init__(self, source: TorchLoader, batch_size: int, device: torch.device | None) -> None:
+        self._source = source
+        self._copied: Batch | None = None
+        self._error: BaseException | None = None
+        self._device = device
+        try:
+            self._pipeline = _pipeline(self._pull, batch_size, device)
+        except BaseException:
+            source.close()
+            raise
+
+    def __next__(self) -> Batch:
+        if self._pipeline is None:
+            raise StopIteration
+        stream = torch.cuda.current_stream(self._device) if self._device else None
+        try:
+            outputs = self._pipeline.run(stream)
+        except BaseException:
+            self.close()
+            if self._error:
+                raise self._error from None
+            raise
+        # DALI gives each output memory of its own and DLPack keeps it alive: no copy here.
+        return Batch(*(torch.from_dlpack(output.as_tensor()) for output in outputs))
+
+    def close(self) -> None:
+        self._pipeline = None
+        self._source.close()
+
+    def _pull(self) -> tuple[np.ndarray, ...]:
+        # DALI copies what it is given before it asks again. It asks ahead of the training loop, so an error waits until
+        # the batches before it have been handed out.
+        if self._copied:
+            self._source.recycle(self._copied)
+            self._copied = None
+        try:
+            batch = self._copied = next(self._source)
+        except StopIteration:
+            raise
+        except BaseException as error:
+            self._error = error
+            raise StopIteration from None
+        return tuple(tensor.numpy() for tensor in (batch.moments, batch.labels, batch.indices, batch.positions))
+
+
+def _pipeline(source: Any, batch_size: int, device: torch.device | None) -> Any:
+    try:
+        from nvidia.dali import fn, pipeline_def
+    except ImportError as error:
+        raise ConfigError(
+            f"loader dali needs NVIDIA DALI ({error}): pip install nvidia-dali-cuda130 "
+            "(nvidia-dali-cuda120 for CUDA 12 drivers), or choose --loader torch"
+        ) from error
+
+    @pipeline_def
+    def batches() -> Any:
+        tensors = fn.external_source(source=source, num_outputs=len(fields(Batch)), batch=True)
+        return tuple(tensor.gpu() for tensor in tensors) if device else tuple(tensors)
+
+    device_id = torch.cuda.current_device() if device and device.index is None else device and device.index
+    pipeline = batches(batch_size=batch_size, num_threads=1, device_id=device_id, prefetch_queue_depth=1)
+    pipeline.build()
+    return pipeline

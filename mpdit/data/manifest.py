@@ -1,0 +1,247 @@
+"""The manifest of a packed data set: what its records are, which files hold them, and that both are plausible.
+
+A packed data set is a folder of
+    manifest.json    everything below; written last, so a folder without it holds no data set
+    index.bin        per record an int32 label and the CRC-32 of its bytes (8 bytes, little endian)
+    shard-00000.bin  records back to back, fp16 little endian [variants, 2 * channels, height, width] each,
+                     posterior means before stds; a few large files, every record at a computable offset
+Nothing in it is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mpdit.config import ModelConfig
+from mpdit.data.records import INDEX_DTYPE, VALUE_DTYPE
+from mpdit.errors import DataError
+
+FORMAT = "mpdit-latents"
+VERSION = 1
+MANIFEST_NAME = "manifest.json"
+INDEX_NAME = "index.bin"
+ORIGINAL = ("original",)
+ORIGINAL_AND_FLIPPED = ("original", "flipped")
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Per-channel constants: a model sees (latent - mean) / std."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+            if not all(math.isfinite(value) for value in getattr(self, name)):
+                raise DataError(f"{name} {getattr(self, name)} of the channels must be finite numbers")
+        if len(self.mean) != len(self.std):
+            raise DataError(f"{len(self.mean)} channel means beside {len(self.std)} stds: give one each per channel")
+        if any(value < 0 for value in self.std):
+            raise DataError(f"std {self.std} of the channels must not be negative")
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One file of a data set: its plain name, how many records it holds, its size and its SHA-256 in hex."""
+
+    file: str
+    records: int
+    bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        # Plain names only: a manifest from elsewhere must not make us read outside its folder.
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", self.file):
+            raise DataError(f"file name {self.file!r:.80} must be a plain name inside the data set's folder")
+        if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
+            raise DataError(f"sha256 {self.sha256!r:.80} of {self.file} must be 64 lower-case hexadecimal digits")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentSpec:
+    """What the records of a data set are. DataError, naming field and remedy, when the parts don't fit."""
+
+    channels: int
+    """C of the latents; a record holds 2C planes, posterior means before stds."""
+    height: int
+    width: int
+    num_classes: int
+    class_names: tuple[str, ...] = ()
+    """One per class; the numbers "0", "1", ... when not given."""
+    variants: tuple[str, ...] = ORIGINAL
+    """Encodings kept of each image: ("original",), or ("original", "flipped") to choose from at random."""
+    kind: str = "latents"
+    """Short name of the data, by which a decoder may know it: "digits", "imagenet256", ..."""
+    source: Mapping[str, Any] = field(default_factory=dict)
+    """Where the latents come from: images, crop, encoder and its hash, ... Any JSON."""
+    decoder: Mapping[str, Any] = field(default_factory=dict)
+    """What turns denormalised latents into images, and their pixel range. Any JSON."""
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "height", "width", "num_classes"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise DataError(f"{name} is {value!r:.80}: give a whole number of at least 1")
+        for name in ("class_names", "variants"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.variants not in (ORIGINAL, ORIGINAL_AND_FLIPPED):
+            raise DataError(f"variants is {self.variants!r:.80}: give {ORIGINAL} or {ORIGINAL_AND_FLIPPED}")
+        if not self.class_names:
+            object.__setattr__(self, "class_names", tuple(str(label) for label in range(self.num_classes)))
+        if len(self.class_names) != self.num_classes:
+            raise DataError(f"class_names holds {len(self.class_names)} names for num_classes {self.num_classes}")
+
+    @property
+    def record_shape(self) -> tuple[int, int, int, int]:
+        """(V, 2C, H, W)."""
+        return len(self.variants), 2 * self.channels, self.height, self.width
+
+    @property
+    def record_bytes(self) -> int:
+        return math.prod(self.record_shape) * VALUE_DTYPE.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(LatentSpec):
+    """A LatentSpec together with what was written: the parsed manifest.json."""
+
+    num_samples: int
+    posterior_noise: bool
+    """False when every posterior std is zero, so that there is no noise to draw."""
+    normalization: Normalization
+    """The constants training uses."""
+    statistics: Normalization
+    """The constants measured on these records."""
+    index: StoredFile
+    shards: tuple[StoredFile, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("normalization", "statistics"):
+            count = len(getattr(self, name).mean)
+            if count != self.channels:
+                raise DataError(f"{name} has {count} channels, the latents have {self.channels}")
+        if not all(self.normalization.std):
+            raise DataError(f"normalization std {self.normalization.std} must be above zero in every channel")
+        for stored, record_bytes in (
+            (self.index, INDEX_DTYPE.itemsize),
+            *((s, self.record_bytes) for s in self.shards),
+        ):
+            if stored.records < 1 or stored.bytes != stored.records * record_bytes:
+                raise DataError(f"{stored.file} can't hold {stored.records} records in {stored.bytes} bytes")
+        held = sum(shard.records for shard in self.shards)
+        if not self.num_samples == self.index.records == held:
+            raise DataError(
+                f"num_samples is {self.num_samples}, the index has {self.index.records} records, the shards {held}"
+            )
+
+    def metadata(self) -> dict[str, Any]:
+        """What a weight file must carry about its data, in JSON types, so that samples can be decoded without it."""
+        return {
+            "kind": self.kind,
+            "class_names": list(self.class_names),
+            "normalization": {name: list(getattr(self.normalization, name)) for name in ("mean", "std")},
+            "decoder": dict(self.decoder),
+        }
+
+    def check_model(self, config: ModelConfig) -> None:
+        """Raise DataError unless a model of this configuration can be trained on these latents."""
+        expected = (config.channels, config.input_size, config.input_size)
+        if (self.channels, self.height, self.width) != expected:
+            raise DataError(
+                f"the data's latents are {self.channels}x{self.height}x{self.width}, the model takes "
+                f"{'x'.join(map(str, expected))}: set the model's channels and input_size to fit, or choose other data"
+            )
+        if self.num_classes > config.num_classes:
+            raise DataError(
+                f"the data has {self.num_classes} classes, the model {config.num_classes}: "
+                f"set the model's num_classes to {self.num_classes}"
+            )
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, "version": VERSION} | dataclasses.asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read and check folder/manifest.json; DataError says what is wrong with it."""
+        path = folder / MANIFEST_NAME
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise DataError(f"{folder} holds no data set: it has no {MANIFEST_NAME}; check the path") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"can't read {path}: {error}") from error
+        try:
+            return _parse(json.loads(text))
+        except DataError as error:
+            raise DataError(f"{path}: {error}; copy or write the data set again") from None
+        except (ValueError, OverflowError, RecursionError) as error:
+            raise DataError(f"{path} can't be parsed ({error}): copy or write the data set again") from None
+
+
+_NORMALIZATION: dict[str, type] = {"mean": list, "std": list}
+_STORED_FILE: dict[str, type] = {"file": str, "records": int, "bytes": int, "sha256": str}
+_MANIFEST: dict[str, type] = {
+    "kind": str,
+    "num_samples": int,
+    "channels": int,
+    "height": int,
+    "width": int,
+    "variants": list,
+    "num_classes": int,
+    "class_names": list,
+    "posterior_noise": bool,
+    "normalization": dict,
+    "statistics": dict,
+    "source": dict,
+    "decoder": dict,
+    "index": dict,
+    "shards": list,
+}
+_TYPE_NAMES = {list: "a list", str: "text", int: "a whole number", bool: "true or false", dict: "an object"}
+
+
+def _parse(document: Any) -> Manifest:
+    header = _fields(document, {"format": str, "version": int}, "the manifest")
+    if header != {"format": FORMAT, "version": VERSION}:
+        raise DataError(
+            f"format {header['format']!r:.40} version {header['version']!r:.20} can't be read: "
+            f"this mpdit reads {FORMAT!r} version {VERSION}; upgrade mpdit"
+        )
+    values = _fields(document, _MANIFEST, "the manifest")
+    for name in ("variants", "class_names"):
+        _items(values[name], str, name)
+    for name in ("normalization", "statistics"):
+        lists = _fields(values[name], _NORMALIZATION, name)
+        values[name] = Normalization(**{key: tuple(_items(item, (int, float), key)) for key, item in lists.items()})
+    values["index"] = StoredFile(**_fields(values["index"], _STORED_FILE, "index"))
+    values["shards"] = tuple(StoredFile(**_fields(shard, _STORED_FILE, "a shard")) for shard in values["shards"])
+    return Manifest(**values)
+
+
+def _fields(value: Any, types: Mapping[str, type], what: str) -> dict[str, Any]:
+    """The named fields of a JSON object, each of its type; fields we don't know are left to newer versions."""
+    if not isinstance(value, dict):
+        raise DataError(f"{what} is {value!r:.80}: expected an object with {', '.join(types)}")
+    for name, kind in types.items():
+        if name not in value:
+            raise DataError(f"{what} lacks the field {name!r}")
+        if type(value[name]) is not kind:
+            raise DataError(f"field {name!r} of {what} is {value[name]!r:.80}: expected {_TYPE_NAMES[kind]}")
+    return {name: value[name] for name in types}
+
+
+def _items(values: list[Any], kinds: type | tuple[type, ...], what: str) -> list[Any]:
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise DataError(f"{what} holds {value!r:.80}, which is of the wrong type")
+    return values

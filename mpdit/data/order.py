@@ -1,0 +1,86 @@
+"""Which sample is trained on when: one global order for the whole run, whatever the ranks and batch splits."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mpdit import rng
+from mpdit.errors import ConfigError
+
+
+def permutation(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order of epoch `epoch`: int64 [num_samples], a shuffle of 0 .. num_samples - 1 keyed by (seed, epoch).
+
+    Sample i is placed by its own random 32-bit key, ties by i. That depends on nothing but the numbers given, unlike
+    the shuffles of numpy and torch, whose streams may change between versions.
+    """
+    keys = rng.bits(seed, rng.Stream.ORDER, torch.tensor([epoch]), num_samples)[0]
+    order: NDArray[np.int64] = torch.argsort(keys, stable=True).numpy()
+    return order
+
+
+class GlobalOrder:
+    """Dataset index of every global position.
+
+    Position p = 0, 1, 2, ... counts samples over the whole run: epoch p // N, place p % N in that epoch's
+    permutation. Epochs run on without dropping a tail, so a batch may straddle two. Any position is reached in
+    constant time; the permutations of the last two epochs asked for are kept (8 bytes a sample each).
+    """
+
+    def __init__(self, num_samples: int, seed: int) -> None:
+        if num_samples < 1:
+            raise ConfigError(f"num_samples is {num_samples}: an order needs at least one sample")
+        self.num_samples = num_samples
+        self.seed = seed
+        self._permutation = functools.lru_cache(maxsize=2)(functools.partial(permutation, num_samples, seed))
+
+    def indices(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Dataset indices int64 [B] of global positions int64 [B]."""
+        epochs, places = np.divmod(positions, self.num_samples)
+        indices = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            indices[here] = self._permutation(epoch)[places[here]]
+        return indices
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a global batch is shared out: over ranks, and over the micro steps of gradient accumulation.
+
+    Step s, micro step a of rank r takes positions s*G + (a*W + r)*b + [0, b), with b = G / (W*A): at every world
+    size and accumulation a step covers the same G samples. ConfigError when the parts don't divide.
+    """
+
+    global_batch: int
+    world_size: int = 1
+    rank: int = 0
+    accumulation: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch", "world_size", "accumulation"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}: give a whole number of at least 1")
+        if not 0 <= self.rank < self.world_size:
+            raise ConfigError(f"rank is {self.rank}: give 0 .. {self.world_size - 1} in a world of {self.world_size}")
+        parts = self.world_size * self.accumulation
+        if self.global_batch % parts:
+            raise ConfigError(
+                f"global_batch {self.global_batch} is not divisible by {self.world_size} ranks x {self.accumulation} "
+                f"accumulation steps: use a multiple of {parts}, for example {-(-self.global_batch // parts) * parts}"
+            )
+
+    @property
+    def micro_batch(self) -> int:
+        """b, the samples one rank takes in one forward pass."""
+        return self.global_batch // (self.world_size * self.accumulation)
+
+    def positions(self, step: int, micro: int = 0) -> NDArray[np.int64]:
+        """Global positions int64 [b] of this rank in micro step `micro` of step `step`, both counted from 0."""
+        start = step * self.global_batch + (micro * self.world_size + self.rank) * self.micro_batch
+        return np.arange(start, start + self.micro_batch, dtype=np.int64)

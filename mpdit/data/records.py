@@ -1,0 +1,73 @@
+"""What a record is: its values, its checksum, its index entry and what is measured of it."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+try:
+    from isal.isal_zlib import crc32  # zlib's CRC-32 with carry-less multiplication, several times faster
+except ImportError:
+    from zlib import crc32
+
+__all__ = ["INDEX_DTYPE", "VALUE_DTYPE", "ChannelStatistics", "crc32", "find_defect"]
+
+VALUE_DTYPE = np.dtype("<f2")
+INDEX_DTYPE = np.dtype([("label", "<i4"), ("crc32", "<u4")])
+
+# Bit patterns of fp16: from here up infinity and NaN, of either sign as the sign bit is read; the sign bit alone is -0.
+_NOT_FINITE, _NEGATIVE_NOT_FINITE, _NEGATIVE_ZERO = 0x7C00, 0xFC00, 0x8000
+
+
+def find_defect(moments: NDArray[np.float16]) -> tuple[int, str] | None:
+    """The first record of fp16 [B, V, 2C, H, W] that can't be moments, and why; None when all can.
+
+    Sound batches are passed by three integer reductions over the bit patterns, cheap enough for every batch read.
+    """
+    std = moments[:, :, moments.shape[2] // 2 :]
+    if (
+        moments.view(np.int16).max(initial=0) < _NOT_FINITE
+        and moments.view(np.uint16).max(initial=0) < _NEGATIVE_NOT_FINITE
+        and std.view(np.uint16).max(initial=0) <= _NEGATIVE_ZERO
+    ):
+        return None
+    everything = tuple(range(1, moments.ndim))
+    finite = np.asarray(np.isfinite(moments).all(axis=everything))
+    positive = np.asarray((std >= 0).all(axis=everything))
+    row = int(np.argmin(finite & positive))
+    return row, "a posterior std is negative" if finite[row] else "a value is NaN or infinite"
+
+
+class ChannelStatistics:
+    """Mean and standard deviation of each latent channel, gathered batch by batch in float64.
+
+    A latent is drawn from its posterior, so the variance is that of the means plus the mean of the variances.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self._count = 0
+        self._mean, self._mean_squared, self._variance = (np.zeros(channels) for _ in range(3))
+
+    def add(self, moments: NDArray[np.float16]) -> None:
+        """Count in fp16 [B, V, 2C, H, W], posterior means before stds."""
+        mean, std = np.split(moments.astype(np.float32), 2, axis=2)
+        others = (0, 1, 3, 4)
+        self._count += mean.size // mean.shape[2]
+        self._mean += mean.sum(axis=others, dtype=np.float64)
+        self._mean_squared += np.square(mean).sum(axis=others, dtype=np.float64)
+        self._variance += np.square(std).sum(axis=others, dtype=np.float64)
+
+    @property
+    def has_noise(self) -> bool:
+        """Whether any posterior std was above zero."""
+        return bool(self._variance.any())
+
+    def result(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(means, stds), one each per channel, to 9 digits: the last bits depend on how the batches were cut."""
+        mean = self._mean / self._count
+        variance = (self._mean_squared + self._variance) / self._count - mean**2
+        return _nine_digits(mean), _nine_digits(np.sqrt(variance.clip(min=0)))
+
+
+def _nine_digits(values: NDArray[np.float64]) -> tuple[float, ...]:
+    return tuple(float(f"{value:.9g}") for value in values)

@@ -1,0 +1,196 @@
+"""Writing packed latents, record by record, so that a data set is there whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from mpdit.data.files import PartialFile, lock_folder, sync_folder
+from mpdit.data.latents import PackedLatents
+from mpdit.data.manifest import INDEX_NAME, MANIFEST_NAME, LatentSpec, Manifest, Normalization
+from mpdit.data.records import INDEX_DTYPE, VALUE_DTYPE, ChannelStatistics, crc32, find_defect
+from mpdit.errors import DataError
+
+_SHARD_BYTES = 1 << 30
+
+
+class PackedWriter:
+    """Writes a packed data set into a folder, in one pass and in little memory.
+
+        with PackedWriter(path, LatentSpec(channels=4, height=32, width=32, num_classes=1000)) as writer:
+            writer.add(moments, labels)
+
+    Files have temporary names until all are on disk; the manifest comes last, by fsync and rename. A writer that was
+    killed leaves no data set, and starting again in the same folder starts over. Refuses a folder that holds a data
+    set, or that another process is writing. Leaving the block on an exception removes what was written.
+    `normalization` defaults to the measured statistics, `shard_records` to shards of 1 GiB.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        spec: LatentSpec,
+        *,
+        normalization: Normalization | None = None,
+        shard_records: int | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.spec = spec
+        self.num_samples = 0
+        self._normalization = normalization
+        self._shard_records = max(1, _SHARD_BYTES // spec.record_bytes) if shard_records is None else shard_records
+        if self._shard_records < 1:
+            raise DataError(f"shard_records is {shard_records}: give a whole number of at least 1")
+        self._statistics = ChannelStatistics(spec.channels)
+        self._lock: int | None = lock_folder(self.path)
+        self._shards: list[PartialFile] = []
+        self._index = PartialFile(self.path / INDEX_NAME)
+
+    def add(self, moments: ArrayLike, labels: ArrayLike) -> None:
+        """Append records: moments [B, V, 2C, H, W], stored as fp16, posterior means before stds; labels int [B].
+
+        Raises DataError, naming the record and writing none of the batch, for another shape, a label outside
+        0 .. num_classes - 1, NaN, infinity, a value beyond fp16, or a negative std.
+        """
+        labels_B = self._check_labels(np.asarray(labels))
+        values = self._check_moments(np.asarray(moments), len(labels_B))
+        self._statistics.add(values)
+        entries = np.empty(len(values), INDEX_DTYPE)
+        entries["label"] = labels_B
+        entries["crc32"] = [crc32(record) for record in values]
+        done = 0
+        while done < len(values):
+            if not self._shards or self._shards[-1].records == self._shard_records:
+                self._shards.append(PartialFile(self.path / f"shard-{len(self._shards):05d}.bin"))
+            shard = self._shards[-1]
+            count = min(len(values) - done, self._shard_records - shard.records)
+            shard.write(values[done : done + count])
+            if shard.records == self._shard_records:
+                shard.finish()
+            done += count
+        self._index.write(entries)
+        self.num_samples += len(values)
+
+    def close(self) -> None:
+        """Finish the data set. DataError when nothing was written or a channel has no spread to normalise by."""
+        if self._lock is None:
+            return
+        try:
+            if not self.num_samples:
+                raise DataError(f"no records were written to {self.path}: a data set needs at least one")
+            self._publish(self._manifest())
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Remove what is not finished and let go of the folder."""
+        for file in (*self._shards, self._index):
+            file.discard()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> PackedWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.discard()
+
+    def _manifest(self) -> Manifest:
+        measured = Normalization(*self._statistics.result())
+        return Manifest(
+            **{field.name: getattr(self.spec, field.name) for field in dataclasses.fields(LatentSpec)},
+            num_samples=self.num_samples,
+            posterior_noise=self._statistics.has_noise,
+            normalization=self._normalization or measured,
+            statistics=measured,
+            index=self._index.finish(),
+            shards=tuple(shard.finish() for shard in self._shards),
+        )
+
+    def _publish(self, manifest: Manifest) -> None:
+        for file in (*self._shards, self._index):
+            file.publish()
+        last = PartialFile(self.path / MANIFEST_NAME)
+        last.write(np.frombuffer(manifest.to_json().encode(), np.uint8))
+        last.finish()
+        sync_folder(self.path)
+        last.publish()
+        sync_folder(self.path)
+
+    def _check_labels(self, labels: NDArray[Any]) -> NDArray[Any]:
+        if labels.ndim != 1 or labels.dtype.kind not in "iu":
+            raise DataError(f"labels are {labels.dtype} of shape {labels.shape}: give whole numbers, one per record")
+        bad = (labels < 0) | (labels >= self.spec.num_classes)
+        if bad.any():
+            row = int(np.argmax(bad))
+            raise DataError(
+                f"record {self.num_samples + row} has label {labels[row]}, outside 0 .. {self.spec.num_classes - 1}: "
+                "mend the label or raise num_classes"
+            )
+        return labels
+
+    def _check_moments(self, moments: NDArray[Any], count: int) -> NDArray[np.float16]:
+        expected = (count, *self.spec.record_shape)
+        if moments.shape != expected:
+            raise DataError(
+                f"moments from record {self.num_samples} on have shape {moments.shape}, expected {expected}: "
+                f"[records = labels, variants, 2 * channels, height, width]"
+            )
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = np.ascontiguousarray(moments, dtype=VALUE_DTYPE)
+        defect = find_defect(values)
+        if defect:
+            row, what = defect
+            raise DataError(f"record {self.num_samples + row} can't be stored as fp16 moments: {what}; leave it out")
+        return values
+
+
+def write_packed(
+    path: str | Path,
+    means: NDArray[Any],
+    labels: NDArray[Any],
+    stds: NDArray[Any] | None = None,
+    *,
+    num_classes: int | None = None,
+    normalization: Normalization | None = None,
+    shard_records: int | None = None,
+    **spec: Any,
+) -> PackedLatents:
+    """Pack latents that are at hand as arrays: `write_packed("my_data", latents, labels)`.
+
+    means [N, C, H, W], or [N, 2, C, H, W] when each comes as original and flipped, and posterior stds of the same
+    shape (zero when not given), in any float dtype, memory-mapped if large; labels int [N]. num_classes defaults to
+    the highest label + 1; `spec` takes the other fields of LatentSpec. DataError as in PackedWriter.
+    """
+    if means.ndim not in (4, 5) or (stds is not None and stds.shape != means.shape) or len(means) != len(labels):
+        raise DataError(
+            f"means have shape {means.shape}, stds {None if stds is None else stds.shape}, labels {labels.shape}: "
+            "give [N, C, H, W] or [N, 2, C, H, W], stds of the same shape, and N labels"
+        )
+    if num_classes is None:
+        num_classes = int(labels.max(initial=0)) + 1
+    variants = means.shape[1] if means.ndim == 5 else 1
+    channels, height, width = means.shape[-3:]
+    if variants == 2:
+        spec["variants"] = ("original", "flipped")
+    description = LatentSpec(channels=channels, height=height, width=width, num_classes=num_classes, **spec)
+    with PackedWriter(path, description, normalization=normalization, shard_records=shard_records) as writer:
+        chunk = max(1, (1 << 26) // description.record_bytes)
+        for start in range(0, len(means), chunk):
+            part = slice(start, start + chunk)
+            halves = [means[part], np.zeros_like(means[part]) if stds is None else stds[part]]
+            pair = [half.reshape(-1, variants, channels, height, width) for half in halves]
+            writer.add(np.concatenate(pair, axis=2), labels[part])
+    return PackedLatents(path)

@@ -1,0 +1,166 @@
+"""Writing: bad records are refused by name, and a data set is there whole or not at all."""
+
+import os
+
+import numpy as np
+import pytest
+
+from mpdit.data import LatentSpec, Normalization, PackedLatents, PackedWriter, verify
+from mpdit.errors import DataError
+
+SPEC = LatentSpec(channels=1, height=2, width=2, num_classes=3)
+LABELS = np.array([0, 1, 2, 0, 1])
+
+
+def make_moments():
+    moments = np.random.default_rng(1).uniform(size=(5, 1, 2, 2, 2))
+    return moments.astype(np.float32)
+
+
+def write(path):
+    with PackedWriter(path, SPEC, shard_records=2) as writer:
+        writer.add(make_moments()[:3], LABELS[:3])
+        writer.add(make_moments()[3:], LABELS[3:])
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ((1, 0, 0, 1, 1), np.nan, "record 6 .*NaN"),
+        ((1, 0, 0, 1, 1), -np.inf, "record 6 .*infinite"),
+        ((2, 0, 0, 0, 0), 70_000.0, "record 7 .*infinite"),
+        ((4, 0, 1, 0, 0), -0.5, "record 9 .*negative"),
+        ((0, 0, 1, 0, 0), np.nan, "record 5 .*NaN"),
+    ],
+)
+def test_bad_values_are_refused_by_record(tmp_path, place, value, message):
+    bad = make_moments()
+    bad[place] = value
+    with PackedWriter(tmp_path / "data", SPEC) as writer:
+        writer.add(make_moments(), LABELS)
+        with pytest.raises(DataError, match=message):
+            writer.add(bad, LABELS)
+        assert writer.num_samples == 5
+    assert verify(tmp_path / "data").num_samples == 5  # of the refused batch nothing was written
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1, 3, 0, 1], "record 2 has label 3, outside 0 .. 2"),
+        ([0, 1, -1, 0, 1], "record 2 has label -1"),
+        ([0.0, 1, 2, 0, 1], "give whole numbers"),
+        ([[0, 1, 2, 0, 1]], "one per record"),
+        ([0, 1, 2, 0], "shape"),
+    ],
+)
+def test_bad_labels_are_refused(tmp_path, labels, message):
+    with pytest.raises(DataError, match=message), PackedWriter(tmp_path / "data", SPEC) as writer:
+        writer.add(make_moments(), labels)
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+@pytest.mark.parametrize("shape", [(5, 2, 2, 2), (5, 1, 1, 2, 2), (5, 2, 2, 2, 2), (5, 1, 2, 2, 3)])
+def test_other_shapes_are_refused(tmp_path, shape):
+    with pytest.raises(DataError, match=r"expected \(5, 1, 2, 2, 2\)"), PackedWriter(tmp_path, SPEC) as writer:
+        writer.add(np.zeros(shape), LABELS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"channels": 0}, "channels is 0"),
+        ({"height": 2.0}, "height is 2.0"),
+        ({"class_names": ("a",)}, "1 names for num_classes 3"),
+        ({"variants": ("flipped", "original")}, "variants"),
+    ],
+)
+def test_bad_specs_are_refused(fields, message):
+    with pytest.raises(DataError, match=message):
+        LatentSpec(**({"channels": 1, "height": 2, "width": 2, "num_classes": 3} | fields))
+
+
+def test_constant_channels_need_a_normalization(tmp_path):
+    with pytest.raises(DataError, match="above zero"), PackedWriter(tmp_path, SPEC) as writer:
+        writer.add(np.zeros((1, 1, 2, 2, 2)), [0])
+    with PackedWriter(tmp_path, SPEC, normalization=Normalization((0,), (1,))) as writer:
+        writer.add(np.zeros((1, 1, 2, 2, 2)), [0])
+    assert len(PackedLatents.open(tmp_path)) == 1
+
+
+def test_nothing_written_is_no_data_set(tmp_path):
+    with pytest.raises(DataError, match="no records"), PackedWriter(tmp_path, SPEC):
+        pass
+    with pytest.raises(DataError, match="shard_records is 0"):
+        PackedWriter(tmp_path, SPEC, shard_records=0)
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="can't write a data set to"):
+        PackedWriter(tmp_path / "file", SPEC)
+
+
+def test_a_data_set_is_never_overwritten(tmp_path):
+    write(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(DataError, match="already holds a data set"):
+        PackedWriter(tmp_path, SPEC)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_two_writers_do_not_meet_in_one_folder(tmp_path):
+    with PackedWriter(tmp_path, SPEC) as writer:
+        with pytest.raises(DataError, match="being written by another process"):
+            PackedWriter(tmp_path, SPEC)
+        writer.add(make_moments(), LABELS)
+    assert verify(tmp_path).num_samples == 5
+
+
+def test_an_exception_removes_what_was_written(tmp_path):
+    def interrupted() -> None:
+        with PackedWriter(tmp_path, SPEC, shard_records=2) as writer:
+            writer.add(make_moments(), LABELS)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+    write(tmp_path)
+
+
+def test_a_writer_killed_anywhere_leaves_no_data_set_and_can_start_again(tmp_path):
+    write(tmp_path / "whole")
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    steps = 0
+    for steps in range(100):
+        folder = tmp_path / str(steps)
+        if _killed_in_a_child(folder, steps) == 0:
+            break
+        if not (folder / "manifest.json").exists():
+            with pytest.raises(DataError, match="holds no data set"):
+                PackedLatents.open(folder)
+            write(folder)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+    assert steps > 10  # a kill before each fsync and rename
+
+
+def _killed_in_a_child(folder, steps: int) -> int:
+    """Exit status of a child that dies, without unwinding, at the fsync or rename number `steps`."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    left = [steps]
+
+    def counted(call):
+        def wrapper(*arguments):
+            if left[0] == 0:
+                os._exit(9)
+            left[0] -= 1
+            return call(*arguments)
+
+        return wrapper
+
+    os.fsync, os.replace = counted(os.fsync), counted(os.replace)
+    try:
+        write(folder)
+        os._exit(0)
+    except BaseException:
+        os._exit(1)
