@@ -1,0 +1,164 @@
+"""Everything a training run can be told, in one place: field, default, meaning. The command line is made from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from mpdit.config import ModelConfig
+from mpdit.errors import ConfigError
+from mpdit.flow import FlowConfig, LossWeight, TimeSampler
+from mpdit.presets import preset
+
+DIGITS = "digits"
+"""The value of `data` that stands for the embedded handwritten digits."""
+
+Loader = Literal["dali", "torch"]
+Precision = Literal["auto", "bf16", "fp32"]
+Schedule = Literal["constant", "cosine", "linear"]
+
+
+def _option(default: Any, help: str, *, otherwise: Any = None, minimum: float | None = None, below: float = math.inf) -> Any:
+    """A field. `otherwise` is the default for data other than the digits; numbers lie in [minimum, below)."""
+    bounds = None if minimum is None else (minimum, below)
+    return dataclasses.field(default=default, metadata={"help": help, "otherwise": otherwise, "bounds": bounds})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. Validated on construction: ConfigError names field, value and remedy.
+
+    The defaults are those of the embedded digits; `TrainConfig.create` takes the paper's for other data.
+    """
+
+    ds_config: str = _option("launch/zero2.json", "DeepSpeed configuration: a JSON file, for example launch/zero2.json")
+    model: str = _option("MPDiT-Digits/4-2", "name of a preset (mpdit.PRESETS)", otherwise="MPDiT-B/4-2")
+    override: tuple[str, ...] = _option(
+        (), "FIELD=VALUE of the model's configuration, VALUE as JSON or text; may be repeated: --override width=64"
+    )
+    data: str = _option(DIGITS, "folder of packed latents, or 'digits' for the embedded handwritten digits")
+    out: str = _option("", "folder of the run; named after data and settings under runs/ when not given")
+    resume: str = _option(
+        "auto",
+        "'auto' continues from the newest checkpoint in --out, if there is one; 'never' wants an empty --out; "
+        "a checkpoint's folder continues from that one",
+    )
+    seed: int = _option(0, "seed of the initial weights, the order and all noise", minimum=0, below=2**63)
+    loader: Loader = _option("dali", "what feeds the data; both give the same batches bit for bit")
+
+    steps: int = _option(800, "optimiser steps of the whole run", otherwise=400_000, minimum=1)
+    global_batch: int = _option(128, "samples a step, over all ranks and micro steps", otherwise=1024, minimum=1)
+    accumulation: int = _option(1, "micro steps a step is split into, to fit memory", minimum=1)
+    lr: float = _option(2e-3, "peak learning rate of AdamW", otherwise=2e-4, minimum=0)
+    lr_schedule: Schedule = _option(
+        "cosine", "what follows the warm-up: constant, or down to 0 at the last step", otherwise="constant"
+    )
+    warmup: int = _option(50, "steps over which the learning rate rises linearly from 0", otherwise=0, minimum=0)
+    betas: tuple[float, float] = _option((0.9, 0.999), "decay of AdamW's two moments", minimum=0, below=1)
+    weight_decay: float = _option(0.01, "decoupled weight decay, scaled by the learning rate", minimum=0)
+    clip: float = _option(1.0, "largest norm of the gradient; 0 does not clip", otherwise=0.0, minimum=0)
+    ema_decay: float = _option(
+        0.99, "decay a step of the average of the weights (EMA)", otherwise=0.9999, minimum=0, below=1
+    )
+
+    time_sampler: TimeSampler = _option("logit_normal", "how times are drawn")
+    logit_mean: float = _option(0.0, "mean of the logit of the times, if logit_normal")
+    logit_std: float = _option(1.0, "standard deviation of the logit of the times, if logit_normal")
+    loss_weight: LossWeight = _option("uniform", "weight of a time in the loss")
+    class_dropout: float = _option(0.1, "share of samples trained without their class, for guidance")
+
+    precision: Precision = _option(
+        "auto",
+        "bf16: autocast with fp32 weights, time embedding, modulation, loss and gradient reduction; "
+        "auto: bf16 on GPUs that have it, fp32 elsewhere",
+    )
+    tf32: bool = _option(False, "let GPUs round the inputs of fp32 products to TF32")
+    checkpointing: bool = _option(False, "recompute activations in the backward pass, to save memory")
+
+    log_every: int = _option(10, "steps between lines of metrics", otherwise=100, minimum=1)
+    sample_every: int = _option(200, "steps between sample grids; 0 draws none", otherwise=10_000, minimum=0)
+    sample_steps: int = _option(50, "Euler steps of a sample grid", minimum=1)
+    sample_guidance: float = _option(1.5, "guidance of a sample grid", minimum=0)
+    checkpoint_every: int = _option(
+        400, "steps between checkpoints; 0 saves at the end only", otherwise=5000, minimum=0
+    )
+    keep: int = _option(2, "newest checkpoints kept", minimum=1)
+    progress: bool = _option(True, "show a progress bar")
+    tensorboard: bool = _option(True, "write TensorBoard events")
+    wandb: bool = _option(False, "log to Weights & Biases (pip install 'mpdit[wandb]')")
+
+    def __post_init__(self) -> None:
+        kinds = get_type_hints(TrainConfig)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if get_origin(kinds[field.name]) is Literal and value not in get_args(kinds[field.name]):
+                raise ConfigError(f"{field.name} is {value!r}: choose one of {', '.join(get_args(kinds[field.name]))}")
+            if bounds := field.metadata["bounds"]:
+                _check_numbers(field.name, value, field.default, *bounds)
+        _ = self.flow, self.model_overrides
+
+    @classmethod
+    def create(cls, **given: Any) -> TrainConfig:
+        """The configuration of these fields, the rest by default: the digits' or, for other data, the paper's."""
+        if given.get("data", DIGITS) != DIGITS:
+            fields = dataclasses.fields(cls)
+            paper = {f.name: f.metadata["otherwise"] for f in fields if f.metadata["otherwise"] is not None}
+            given = paper | given
+        return cls(**given)
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        """A copy with fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return dataclasses.asdict(self)
+
+    @property
+    def flow(self) -> FlowConfig:
+        """How times are drawn, losses weighted and classes dropped."""
+        return FlowConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(FlowConfig)})
+
+    @property
+    def model_overrides(self) -> dict[str, Any]:
+        """`override` parsed: fields of ModelConfig."""
+        return dict(_parse_override(text) for text in self.override)
+
+    def model_config(self, data: Mapping[str, Any]) -> ModelConfig:
+        """The preset with the data's own fields (channels, num_classes) and, before those, what was overridden."""
+        return preset(self.model, **{**data, **self.model_overrides})
+
+    def learning_rate(self, step: int) -> float:
+        """Of step `step`, counted from 0: linear warm-up, then the schedule, which would reach 0 at `steps`."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        if self.lr_schedule == "constant":
+            return self.lr
+        return self.lr * (1 - done if self.lr_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
+
+
+def _check_numbers(name: str, value: Any, default: Any, minimum: float, below: float) -> None:
+    """One number like the default, or as many as the default has, each in [minimum, below)."""
+    several = isinstance(default, tuple)
+    numbers, like = (tuple(value), default[0]) if several and isinstance(value, list | tuple) else ((value,), default)
+    kinds = (int, float) if isinstance(like, float) else int
+    fits = all(isinstance(n, kinds) and not isinstance(n, bool) and minimum <= n < below for n in numbers)
+    if not fits or (several and len(numbers) != len(default)):
+        count = f"{len(default)} numbers" if several else "a number" if isinstance(like, float) else "a whole number"
+        limit = f"at least {minimum:g}" + ("" if below == math.inf else f" and below {below:g}")
+        raise ConfigError(f"{name} is {value!r}: give {count} of {limit}")
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"override {text!r} is not FIELD=VALUE: for example --override width=64")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value

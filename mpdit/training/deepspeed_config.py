@@ -1,0 +1,183 @@
+"""The DeepSpeed configuration: read, held against the arguments, and completed from them."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mpdit.errors import ConfigError
+from mpdit.training.config import TrainConfig
+
+_ARGUMENTS = {
+    "train_batch_size": "global_batch",
+    "gradient_accumulation_steps": "accumulation",
+    "gradient_clipping": "clip",
+}
+"""Keys that say the same as an argument."""
+
+_REFUSED = {
+    "optimizer": "the optimiser is AdamWEMA, set by --lr, --betas and --weight-decay",
+    "scheduler": "the learning rate is set by --lr, --lr-schedule and --warmup",
+}
+
+_KNOWN = {
+    *_ARGUMENTS,
+    *_REFUSED,
+    *("train_micro_batch_size_per_gpu", "zero_optimization", "bf16", "fp16", "torch_autocast", "zero_allow_untested_optimizer"),
+    *("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "disable_allgather", "data_types"),
+    *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "timers", "comms_logger"),
+    *("flops_profiler", "tensorboard", "wandb", "csv_monitor", "comet", "checkpoint", "zero_force_ds_cpu_optimizer"),
+}
+"""DeepSpeed ignores a key it doesn't know; we don't, because a misspelt one would silently train something else."""
+
+
+def read_ds_config(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file, without the entries that are "auto". ConfigError when it is not one we can train with.
+
+    Checked here is what needs no argument: JSON, known keys, a ZeRO stage of 0 to 3, no optimiser or scheduler of its
+    own, no bf16 or fp16 block.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"ds_config {path} can't be read: {error}") from error
+    try:
+        config = json.loads(text, object_pairs_hook=_without_duplicates)
+    except ConfigError as error:
+        raise ConfigError(f"ds_config {path}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"ds_config {path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"ds_config {path} holds {type(config).__name__}: expected a JSON object")
+    config = {key: value for key, value in config.items() if value != "auto"}
+    try:
+        _check_keys(config)
+        zero_stage(config)
+    except ConfigError as error:
+        raise ConfigError(f"ds_config {path}: {error}") from None
+    return config
+
+
+def zero_stage(ds: Mapping[str, Any]) -> int:
+    """The ZeRO stage, 0 when there is none."""
+    zero = ds.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
+    if not isinstance(stage, int) or isinstance(stage, bool) or not 0 <= stage <= 3:
+        raise ConfigError(f"zero_optimization is {zero!r}: give an object with a stage of 0, 1, 2 or 3")
+    return stage
+
+
+def arguments_from(ds: Mapping[str, Any], given: Mapping[str, Any], world_size: int) -> dict[str, Any]:
+    """Fields of TrainConfig that the DeepSpeed configuration sets and the arguments don't.
+
+    ConfigError, naming both values, when the two contradict each other.
+    """
+    taken: dict[str, Any] = {}
+    for key, name in _ARGUMENTS.items():
+        if key in ds:
+            taken[name] = ds[key]
+            if name in given and given[name] != ds[key]:
+                raise _contradiction(key, ds[key], f"--{name.replace('_', '-')} is {given[name]}")
+    if (enabled := _autocast(ds)) is not None:
+        taken["precision"] = enabled
+        if given.get("precision", "auto") not in ("auto", enabled):
+            raise _contradiction("torch_autocast", ds["torch_autocast"], f"--precision is {given['precision']}")
+    micro = ds.get("train_micro_batch_size_per_gpu")
+    if micro is not None:
+        both = {**taken, **given}
+        config = TrainConfig.create(**both)
+        per_step = _positive("train_micro_batch_size_per_gpu", micro) * world_size
+        if "accumulation" not in both:
+            taken["accumulation"] = max(1, config.global_batch // per_step)
+        if per_step * both.get("accumulation", taken.get("accumulation", 1)) != config.global_batch:
+            raise _contradiction(
+                "train_micro_batch_size_per_gpu",
+                micro,
+                f"a global batch of {config.global_batch} over {world_size} ranks"
+                + (f" in {both['accumulation']} micro steps" if "accumulation" in both else ""),
+            )
+    return taken
+
+
+def complete(ds: Mapping[str, Any], config: TrainConfig, world_size: int) -> dict[str, Any]:
+    """The configuration DeepSpeed is given: `ds` with everything that `config` decides. precision must not be "auto".
+
+    bf16 is DeepSpeed's torch_autocast, not its bf16 block: the block rounds every weight, the time embedding's and the
+    modulation's too. With no module named lower-precision safe, gradients are reduced and ZeRO-3's weights gathered
+    in fp32; name some in a torch_autocast block to send theirs in bf16.
+
+    What would wait for the device every step is switched off: the throughput timer (on by default, it synchronises
+    twice), and under ZeRO-1/2 without clipping the gradient norm. With clipping DeepSpeed reads the norm back twice
+    a step, and ZeRO-3 always reads an overflow flag and the norm: there a step ends in a wait.
+    """
+    full: dict[str, Any] = copy.deepcopy(dict(ds))
+    zero = full.setdefault("zero_optimization", {"stage": 0})
+    full["train_batch_size"] = config.global_batch
+    full["gradient_accumulation_steps"] = config.accumulation
+    full["train_micro_batch_size_per_gpu"] = config.global_batch // (world_size * config.accumulation)
+    full["gradient_clipping"] = config.clip
+    full["zero_allow_untested_optimizer"] = True
+    full.setdefault("zero_force_ds_cpu_optimizer", False)  # offloaded states are stepped by AdamWEMA too
+    full.setdefault("timers", {"throughput": {"enabled": False}})
+    full.setdefault("log_level", "error")
+    if zero.get("stage") in (1, 2) and config.clip == 0:
+        zero.setdefault("compute_grad_norm", False)
+    if zero.get("stage") == 3:
+        # Else DeepSpeed replaces torch's linear by one that adds the bias in a pass of its own, rounding once more.
+        zero.setdefault("memory_efficient_linear", False)
+    autocast = full.setdefault("torch_autocast", {})
+    autocast["enabled"] = config.precision == "bf16"
+    autocast["dtype"] = "bfloat16"
+    autocast.setdefault("lower_precision_safe_modules", [])
+    return full
+
+
+def _check_keys(config: Mapping[str, Any]) -> None:
+    for key, value in config.items():
+        if key not in _KNOWN:
+            close = difflib.get_close_matches(key, _KNOWN, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "remove it"
+            raise ConfigError(f"unknown key {key!r}: {hint}")
+        if key in _REFUSED:
+            raise ConfigError(f"has {key!r} {value!r}, but {_REFUSED[key]}: remove the block")
+    for key in ("bf16", "fp16"):
+        block = config.get(key, {})
+        if not isinstance(block, dict) or block.get("enabled"):
+            raise ConfigError(
+                f"{key} is {block!r}, which would round every weight: remove the block and give --precision bf16, "
+                "which keeps them in fp32"
+            )
+
+
+def _autocast(ds: Mapping[str, Any]) -> str | None:
+    """What torch_autocast says about `precision`, if anything."""
+    block = ds.get("torch_autocast")
+    if block is None:
+        return None
+    if not isinstance(block, dict) or block.get("dtype", "bfloat16") not in ("bfloat16", "bf16", "torch.bfloat16"):
+        raise ConfigError(f'torch_autocast is {block!r}: give {{"enabled": true, "dtype": "bfloat16"}} or remove it')
+    if "enabled" not in block:
+        return None
+    return "bf16" if block["enabled"] else "fp32"
+
+
+def _contradiction(key: str, value: Any, argument: str) -> ConfigError:
+    return ConfigError(f"ds_config has {key} {value!r}, but {argument}: change one, or remove {key} from the ds_config")
+
+
+def _positive(key: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"ds_config has {key} {value!r}: give a whole number of at least 1")
+    return value
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ConfigError(f"key {key!r} is given twice: remove one")
+    return dict(pairs)

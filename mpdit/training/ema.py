@@ -1,0 +1,44 @@
+"""What a run shows of its averaged weights: the exported files and grids of samples."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mpdit import rng
+from mpdit.images import save_sample_grid
+from mpdit.model import MPDiT
+from mpdit.sampling import sample
+from mpdit.training.run import Run
+from mpdit.weights import save_weights
+
+_COLUMNS = 10
+_ROWS = 8
+
+
+def export(run: Run, ema: dict[str, Tensor], step: int) -> None:
+    """Write OUT/ema, the weights that `mpdit sample` and `mpdit evaluate` read."""
+    training = {
+        "step": step,
+        "samples": step * run.config.global_batch,
+        "seed": run.config.seed,
+        "ema_decay": run.config.ema_decay,
+        "weights": "ema",
+    }
+    save_weights(run.out / "ema", ema, run.model, {"data": run.manifest.metadata(), "training": training})
+
+
+def draw_grid(run: Run, ema: dict[str, Tensor], step: int, device: torch.device) -> None:
+    """Sample OUT/samples/step-*.png, a class a column, from the same noise at every step."""
+    model = MPDiT(run.model)
+    model.load_state_dict(ema)
+    model.to(device)
+    columns = min(_COLUMNS, run.manifest.num_classes)
+    positions = torch.arange(columns * _ROWS, device=device)
+    classes = (positions % columns) * run.manifest.num_classes // columns
+    shape = (run.model.channels, run.model.input_size, run.model.input_size)
+    noise = rng.normal(run.config.seed, rng.Stream.SAMPLE_NOISE, positions, shape)
+    with torch.autocast(device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
+        latents = sample(model, noise, classes, run.config.sample_steps, guidance=run.config.sample_guidance)
+    path = run.out / "samples" / f"step-{step:08d}.png"
+    save_sample_grid(path, latents.float().cpu(), run.manifest.metadata(), columns=columns, classes=classes.cpu())

@@ -1,0 +1,103 @@
+"""The DeepSpeed engine of a run: model, optimiser, precision."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pydantic
+import torch
+from mpdit_kernels import AdamWEMA
+from torch import Tensor
+
+from mpdit.errors import ConfigError
+from mpdit.model import MPDiT
+from mpdit.training.run import Run
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A DeepSpeed engine with the optimiser it steps, on this rank's device."""
+
+    engine: Any
+    optimizer: AdamWEMA
+    device: torch.device
+
+    def set_learning_rate(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def gradient_norm(self) -> float | None:
+        """Of the last step, before clipping; None where it is not computed. Waits for the device."""
+        norm = self.engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def gather_ema(self, keep: bool) -> dict[str, Tensor]:
+        """The averaged weights, fp32 on the CPU, under the names of MPDiT.state_dict(); empty unless `keep`.
+
+        All ranks must call it, at any ZeRO stage; one parameter at a time is whole on the device.
+        """
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        ema = {}
+        for name, param in self.engine.module.named_parameters():
+            full = safe_get_full_optimizer_state(param, "ema") if self.engine.zero_optimization() else None
+            if full is None:
+                full = self.optimizer.state[param]["ema"]
+            if keep:
+                ema[name] = full.detach().to("cpu", torch.float32, copy=True)
+        return ema
+
+
+def build_trainer(run: Run, device: torch.device) -> Trainer:
+    """Build the model from the run's seed and hand it to DeepSpeed, with AdamWEMA as its optimiser.
+
+    Raises ConfigError when DeepSpeed refuses the configuration.
+    """
+    import deepspeed
+
+    config = run.config
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = MPDiT(run.model)
+    model.checkpointing = config.checkpointing
+    optimizer = AdamWEMA(
+        model.parameters(),
+        lr=config.lr,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        ema_decay=config.ema_decay,
+    )
+    with _deepspeed_errors(config.ds_config):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=copy.deepcopy(run.ds))
+    return Trainer(engine, optimizer, device)
+
+
+def check_deepspeed(run: Run) -> None:
+    """Let DeepSpeed judge the values it alone knows, before anything is written. Raises ConfigError."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    with _deepspeed_errors(run.config.ds_config):
+        DeepSpeedConfig(copy.deepcopy(run.ds))
+
+
+@contextmanager
+def _deepspeed_errors(path: str) -> Iterator[None]:
+    from deepspeed.runtime.config import DeepSpeedConfigError
+
+    try:
+        yield
+    except (DeepSpeedConfigError, AssertionError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"ds_config {path} is refused by DeepSpeed: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, pydantic.ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+    return str(error) or type(error).__name__

@@ -1,0 +1,156 @@
+"""What a run reports while it runs: metrics.jsonl, progress bar, TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from tqdm import tqdm
+
+from mpdit.training.checkpoint import write_atomically
+from mpdit.training.run import Run
+
+
+class LossMean:
+    """Mean loss over steps and ranks, summed on the device in float64 so that no step waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sum = torch.zeros((), dtype=torch.float64, device=device)
+        self._count = 0
+
+    def add(self, loss: torch.Tensor) -> None:
+        self._sum += loss.detach()
+        self._count += 1
+
+    def take(self) -> float:
+        """The mean since the last call. Waits for the device and for all ranks, who must all call it."""
+        total = self._sum.clone()
+        torch.distributed.all_reduce(total)
+        mean = total.item() / (self._count * torch.distributed.get_world_size())
+        self._sum.zero_()
+        self._count = 0
+        return mean
+
+
+class Stopwatch:
+    """Speed of training alone: time in `pause` (samples, checkpoints) doesn't count."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap, pauses left out."""
+        now = time.perf_counter()
+        lap, self._start = now - self._start, now
+        return lap
+
+    def __enter__(self) -> None:
+        self._paused = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._start += time.perf_counter() - self._paused
+
+
+class MetricsLog:
+    """Writes each logged step wherever the run wants it; on ranks other than 0 it does nothing.
+
+    Lines of metrics.jsonl past the step the run continues from are dropped, so that no step is there twice.
+    """
+
+    def __init__(self, run: Run, start_step: int) -> None:
+        self._active = run.world.rank == 0
+        if not self._active:
+            return
+        path = run.out / "metrics.jsonl"
+        kept = _lines_until(path, start_step)
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._elapsed = kept[-1].get("elapsed_seconds", 0.0) if kept else 0.0
+        self._began = time.monotonic()
+        self._file = path.open("a", buffering=1)
+        self._bar = _progress_bar(run, start_step)
+        self._tensorboard = _tensorboard(run.out, start_step) if run.config.tensorboard else None
+        self._wandb = _wandb(run) if run.config.wandb else None
+
+    def advance(self) -> None:
+        """One step further on the progress bar."""
+        if self._active:
+            self._bar.update()
+
+    def write(self, step: int, values: dict[str, float | None]) -> None:
+        """Log values of a step, counted from 1; what is None is left out, what is not finite is null."""
+        if not self._active:
+            return
+        elapsed = self._elapsed + time.monotonic() - self._began
+        record = {"step": step, **values, "elapsed_seconds": round(elapsed, 3)}
+        record = {name: value for name, value in record.items() if value is not None}
+        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['images_per_second']:.0f} images/s")
+        if self._tensorboard is not None:
+            for name, value in record.items():
+                self._tensorboard.add_scalar(f"train/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.log(finite, step=step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._active:
+            self._bar.close()
+            self._file.close()
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+            if self._wandb is not None:
+                self._wandb.finish(exit_code=0 if kind is None else 1)
+
+
+def _lines_until(path: Path, step: int) -> list[dict[str, Any]]:
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+            if line["step"] <= step:
+                lines.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue  # cut short when the run was killed: its step will be logged again
+    return lines
+
+
+def _progress_bar(run: Run, start_step: int) -> tqdm[None]:
+    # A log file gets a line every half minute, a terminal ten updates a second.
+    terminal = {"mininterval": 0.1} if _is_terminal() else {"mininterval": 30, "ascii": True, "ncols": 110}
+    return tqdm(
+        total=run.config.steps,
+        initial=start_step,
+        desc=run.out.name,
+        unit="step",
+        dynamic_ncols=_is_terminal(),
+        disable=not run.config.progress,
+        **terminal,
+    )
+
+
+def _is_terminal() -> bool:
+    import sys
+
+    return sys.stderr.isatty()
+
+
+def _tensorboard(out: Path, start_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(out / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+
+
+def _wandb(run: Run) -> Any:
+    import wandb
+
+    return wandb.init(project="mpdit", name=run.out.name, id=run.out.name, resume="allow", config=run.describe())
