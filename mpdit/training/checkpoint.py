@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,9 @@ class Checkpoint:
         """Read the manifest and check that all files are there in full. CheckpointError names what is wrong."""
         path = folder / "manifest.json"
         if not folder.is_dir():
-            raise CheckpointError(f"checkpoint {folder} does not exist: give a folder like OUT/checkpoints/step-00000400")
+            raise CheckpointError(
+                f"checkpoint {folder} does not exist: give a folder like OUT/checkpoints/step-00000400"
+            )
         try:
             fields = json.loads(path.read_text())
             if fields.pop("format") != FORMAT:
@@ -182,7 +183,7 @@ def _check_fits(checkpoint: Checkpoint, run: Run) -> None:
         )
 
 
-def _hash_together(folder: Path, paths: list[Path], world: World) -> dict[str, Mapping[str, Any]]:
+def _hash_together(folder: Path, paths: list[Path], world: World) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file by its path in the folder, on every rank; each rank reads its share."""
     ours = {str(path.relative_to(folder)): _hash(path) for path in paths[world.rank :: world.size]}
     return dict(sorted((name, entry) for part in gather(ours) for name, entry in part.items()))

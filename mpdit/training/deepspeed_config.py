@@ -27,10 +27,11 @@ _REFUSED = {
 _KNOWN = {
     *_ARGUMENTS,
     *_REFUSED,
-    *("train_micro_batch_size_per_gpu", "zero_optimization", "bf16", "fp16", "torch_autocast", "zero_allow_untested_optimizer"),
-    *("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "disable_allgather", "data_types"),
-    *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "timers", "comms_logger"),
-    *("flops_profiler", "tensorboard", "wandb", "csv_monitor", "comet", "checkpoint", "zero_force_ds_cpu_optimizer"),
+    *("train_micro_batch_size_per_gpu", "zero_optimization", "bf16", "fp16", "torch_autocast", "data_types"),
+    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "checkpoint", "communication_data_type"),
+    *("prescale_gradients", "gradient_predivide_factor", "disable_allgather", "comms_logger", "flops_profiler"),
+    *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "timers"),
+    *("tensorboard", "wandb", "csv_monitor", "comet"),
 }
 """DeepSpeed ignores a key it doesn't know; we don't, because a misspelt one would silently train something else."""
 

@@ -6,8 +6,6 @@ import json
 import math
 import sys
 
-import torch
-
 from mpdit.data.loaders import make_loader
 from mpdit.data.order import GlobalOrder
 from mpdit.data.posterior import to_latents

@@ -37,8 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if world.rank:
             time.sleep(_GRACE_SECONDS)
         message = " ".join(str(error).split())
-        # Rank 0's progress bar may still stand on the current line.
-        print(f"\nerror: rank {world.rank}: {message}" if world.rank else f"error: {message}", file=sys.stderr, flush=True)
+        # Behind rank 0, whose progress bar may stand on the current line.
+        line = f"\nerror: rank {world.rank}: {message}" if world.rank else f"error: {message}"
+        print(line, file=sys.stderr, flush=True)
         return 2
     except RuntimeError:
         # Most likely another rank is gone and this is its broken connection: let the launcher see that one first.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from types import TracebackType
@@ -41,7 +42,7 @@ class Stopwatch:
     """Speed of training alone: time in `pause` (samples, checkpoints) doesn't count."""
 
     def __init__(self) -> None:
-        self._start = time.perf_counter()
+        self._start = self._paused = time.perf_counter()
 
     def lap(self) -> float:
         """Seconds since the last lap, pauses left out."""
@@ -86,8 +87,8 @@ class MetricsLog:
         if not self._active:
             return
         elapsed = self._elapsed + time.monotonic() - self._began
-        record = {"step": step, **values, "elapsed_seconds": round(elapsed, 3)}
-        record = {name: value for name, value in record.items() if value is not None}
+        known = {name: value for name, value in values.items() if value is not None}
+        record = {"step": step, **known, "elapsed_seconds": round(elapsed, 3)}
         finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
         self._file.write(json.dumps(finite) + "\n")
         self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['images_per_second']:.0f} images/s")
@@ -124,24 +125,21 @@ def _lines_until(path: Path, step: int) -> list[dict[str, Any]]:
     return lines
 
 
-def _progress_bar(run: Run, start_step: int) -> tqdm[None]:
+def _progress_bar(run: Run, start_step: int) -> tqdm[Any]:
     # A log file gets a line every half minute, a terminal ten updates a second.
-    terminal = {"mininterval": 0.1} if _is_terminal() else {"mininterval": 30, "ascii": True, "ncols": 110}
-    return tqdm(
+    terminal = sys.stderr.isatty()
+    bar: tqdm[Any] = tqdm(
         total=run.config.steps,
         initial=start_step,
         desc=run.out.name,
         unit="step",
-        dynamic_ncols=_is_terminal(),
+        mininterval=0.1 if terminal else 30,
+        dynamic_ncols=terminal,
+        ncols=None if terminal else 110,
+        ascii=not terminal,
         disable=not run.config.progress,
-        **terminal,
     )
-
-
-def _is_terminal() -> bool:
-    import sys
-
-    return sys.stderr.isatty()
+    return bar
 
 
 def _tensorboard(out: Path, start_step: int) -> Any:

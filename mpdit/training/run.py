@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -28,7 +27,7 @@ from mpdit.training.world import World
 
 FORMAT = "mpdit-run-1"
 
-_CASUAL = {"ds_config", "model", "override", "data", "out", "resume", "accumulation", "tf32", "checkpointing"} | {
+_CASUAL = {"ds_config", "model", "override", "data", "out", "resume", "accumulation", "checkpointing"} | {
     *("log_every", "sample_every", "sample_steps", "sample_guidance", "checkpoint_every", "keep"),
     *("progress", "tensorboard", "wandb"),
 }
@@ -80,7 +79,7 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
     given = parse_arguments(arguments)
     ds = read_ds_config(given["ds_config"])
     config = TrainConfig.create(**(given | arguments_from(ds, given, world.size)))
-    config = config.replace(precision=_precision(config.precision))
+    config = config.replace(precision=_precision(config.precision, world))
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("--wandb needs the wandb package: pip install 'mpdit[wandb]', or leave --wandb out")
     plan = BatchPlan(config.global_batch, world.size, world.rank, config.accumulation)
@@ -153,10 +152,11 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _precision(wanted: str) -> str:
-    supported = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+def _precision(wanted: str, world: World) -> str:
+    gpu = torch.cuda.is_available()
+    supported = gpu and torch.cuda.get_device_capability(world.local_rank)[0] >= 8
     if wanted == "auto":
         return "bf16" if supported else "fp32"
-    if wanted == "bf16" and torch.cuda.is_available() and not supported:
+    if wanted == "bf16" and gpu and not supported:
         raise ConfigError("precision is bf16, which this GPU lacks: give --precision fp32")
     return wanted

@@ -1,0 +1,41 @@
+"""The `deepspeed` command as a user types it, on whatever this machine has."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from training_runs import REPOSITORY, TINY, deepspeed, ds_config, new_folder, trained
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bad_input_is_one_line_and_exit_code_2(ranks: int) -> None:
+    out = new_folder("run")
+    run = deepspeed("--ds_config", ds_config(2), "--model", "MPDiT-Z", ranks=ranks, out=out)
+    assert run.code == 2
+    assert run.errors == [error for error in run.errors if "unknown model 'MPDiT-Z'" in error]
+    assert len(run.errors) == 1
+    assert "Traceback" not in run.stderr + run.stdout
+    assert not out.exists()
+
+
+def test_two_ranks_under_the_launcher_train_as_one() -> None:
+    run = deepspeed("--ds_config", ds_config(2), *TINY, "--precision", "fp32", ranks=2, out=new_folder("run"))
+    assert run.code == 0, run.stderr
+    assert "built successfully" not in run.stdout, "nothing is compiled at start-up"
+    assert run.losses() == pytest.approx(trained("--precision", "fp32").losses(), rel=1e-5)
+
+
+def test_the_script_alone_is_a_run_of_one_rank_and_answers_help() -> None:
+    script = [sys.executable, str(REPOSITORY / "launch" / "train.py")]
+    done = subprocess.run([*script, "--help"], capture_output=True, text=True, timeout=60, check=True, cwd=Path("/"))
+    assert "--ds_config" in done.stdout
+
+
+def test_no_file_beside_the_script_shadows_a_module() -> None:
+    # A script's folder comes first on sys.path.
+    names = {path.stem for path in (REPOSITORY / "launch").glob("*.py")}
+    assert not names & set(sys.stdlib_module_names)
+    assert names == {"train"}

@@ -1,0 +1,195 @@
+"""The configuration of a run, its command line, and the DeepSpeed configuration beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpdit.errors import ConfigError
+from mpdit.training.arguments import parse_arguments
+from mpdit.training.config import TrainConfig
+from mpdit.training.deepspeed_config import arguments_from, complete, read_ds_config, zero_stage
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+
+
+def test_every_field_is_an_argument_with_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        parse_arguments(["--help"])
+    assert exit_info.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(TrainConfig):
+        name = field.name if field.name == "ds_config" else field.name.replace("_", "-")
+        assert f"--{name}" in text
+        assert field.metadata["help"] in text
+
+
+def test_arguments_hold_only_what_was_given() -> None:
+    line = "--ds_config a.json --global_batch=8 --sample-every 0 --betas 0.8 0.9 --override width=64 "
+    line += "--override stages=[[4,1]] --no-tensorboard --local_rank=1"
+    given = parse_arguments(line.split())
+    assert given == {
+        "ds_config": "a.json",
+        "global_batch": 8,
+        "sample_every": 0,
+        "betas": (0.8, 0.9),
+        "override": ("width=64", "stages=[[4,1]]"),
+        "tensorboard": False,
+    }
+    config = TrainConfig.create(**given)
+    assert config.model_overrides == {"width": 64, "stages": [[4, 1]]}
+    assert config.model_config({"num_classes": 7}).num_classes == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--ds_config a --frobnicate 3", "unrecognized arguments: --frobnicate"),
+        ("--ds_config a --step 3", "unrecognized arguments: --step"),
+        ("--ds_config a --steps x", "--steps: invalid int value: 'x'"),
+        ("--ds_config a --loader rust", "invalid choice: 'rust'"),
+        ("--steps 3", "--ds_config is missing"),
+    ],
+)
+def test_bad_arguments_are_one_clear_error(arguments: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_arguments(arguments.split())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": 2.5}, "steps is 2.5"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"lr": float("inf")}, "lr is inf"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"betas": (0.9,)}, "betas"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"precision": "fp16"}, "precision is 'fp16': choose one of auto, bf16, fp32"),
+        ({"class_dropout": 2.0}, "class_dropout is 2.0"),
+        ({"override": ("width",)}, "FIELD=VALUE"),
+    ],
+)
+def test_bad_fields_are_one_clear_error(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**fields)
+
+
+def test_defaults_are_the_digits_or_the_papers() -> None:
+    assert TrainConfig.create() == TrainConfig()
+    paper = TrainConfig.create(data="imagenet", steps=7)
+    assert (paper.lr, paper.global_batch, paper.ema_decay, paper.clip) == (2e-4, 1024, 0.9999, 0.0)
+    assert (paper.lr_schedule, paper.warmup, paper.steps) == ("constant", 0, 7)
+
+
+def test_learning_rate_warms_up_and_follows_its_schedule() -> None:
+    rates = {}
+    for schedule in ("constant", "linear", "cosine"):
+        config = TrainConfig(lr=1.0, warmup=4, steps=14, lr_schedule=schedule)  # type: ignore[arg-type]
+        rates[schedule] = [config.learning_rate(step) for step in range(14)]
+        assert rates[schedule][:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert set(rates["constant"][4:]) == {1.0}
+    assert rates["linear"][9] == rates["cosine"][9] == pytest.approx(0.5)
+    assert 0 < rates["cosine"][13] < rates["linear"][13] == pytest.approx(0.1)
+    assert TrainConfig(warmup=50, steps=2).learning_rate(1) == pytest.approx(TrainConfig().lr * 2 / 50)
+
+
+def _ds(tmp_path: Path, content: Any) -> dict[str, Any]:
+    path = tmp_path / "ds.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return read_ds_config(path)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_shipped_configurations_are_read(stage: int) -> None:
+    assert zero_stage(read_ds_config(LAUNCH / f"zero{stage}.json")) == stage
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "holds list: expected a JSON object"),
+        ('{"bf16": {}, "bf16": {}}', "'bf16' is given twice"),
+        ({"zero_optimisation": {}}, "unknown key 'zero_optimisation': did you mean 'zero_optimization'"),
+        ({"zero_optimization": {"stage": 4}}, "stage of 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": True}}, "stage of 0, 1, 2 or 3"),
+        ({"zero_optimization": 2}, "stage of 0, 1, 2 or 3"),
+        ({"bf16": {"enabled": True}}, "--precision bf16"),
+        ({"fp16": {"enabled": True}}, "fp16"),
+        ({"optimizer": {"type": "Adam"}}, "AdamWEMA"),
+        ({"scheduler": {"type": "WarmupLR"}}, "--lr-schedule"),
+    ],
+)
+def test_a_bad_ds_config_is_one_clear_error(tmp_path: Path, content: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        _ds(tmp_path, content)
+    assert str(tmp_path / "ds.json") in str(error.value)
+
+
+def test_a_missing_ds_config_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="can't be read"):
+        read_ds_config(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("ds", "given", "values"),
+    [
+        ({"train_batch_size": 64}, {"global_batch": 128}, ("64", "128")),
+        ({"gradient_accumulation_steps": 2}, {"accumulation": 4}, ("2", "4")),
+        ({"gradient_clipping": 0.5}, {"clip": 1.0}, ("0.5", "1.0")),
+        ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, {"precision": "fp32"}, ("True", "fp32")),
+        ({"torch_autocast": {"enabled": False}}, {"precision": "bf16"}, ("False", "bf16")),
+        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, {}, ("float16", "bfloat16")),
+        ({"train_micro_batch_size_per_gpu": 7}, {"global_batch": 128}, ("7", "128")),
+        ({"train_micro_batch_size_per_gpu": 16}, {"global_batch": 64, "accumulation": 4}, ("16", "64")),
+        ({"train_micro_batch_size_per_gpu": 16, "gradient_accumulation_steps": 3}, {"global_batch": 64}, ("16", "64")),
+    ],
+)
+def test_contradictions_name_both_values(ds: dict[str, Any], given: dict[str, Any], values: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as error:
+        arguments_from(ds, given, world_size=2)
+    assert "\n" not in str(error.value)
+    assert all(value in str(error.value) for value in (next(iter(ds)), *values))
+
+
+def test_what_only_the_ds_config_gives_is_taken(tmp_path: Path) -> None:
+    ds = _ds(
+        tmp_path,
+        {
+            "train_batch_size": 64,
+            "train_micro_batch_size_per_gpu": 8,
+            "gradient_clipping": 0.5,
+            "gradient_accumulation_steps": "auto",
+            "torch_autocast": {"enabled": True, "dtype": "bfloat16"},
+        },
+    )
+    taken = arguments_from(ds, {}, world_size=2)
+    assert taken == {"global_batch": 64, "accumulation": 4, "clip": 0.5, "precision": "bf16"}
+
+
+def test_what_the_ds_config_lacks_is_filled_in() -> None:
+    config = TrainConfig(global_batch=64, accumulation=4, clip=0.5, precision="bf16")
+    full = complete({"zero_optimization": {"stage": 2}}, config, world_size=2)
+    assert full["train_batch_size"] == 64
+    assert full["gradient_accumulation_steps"] == 4
+    assert full["train_micro_batch_size_per_gpu"] == 8
+    assert full["gradient_clipping"] == 0.5
+    autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    assert full["torch_autocast"] == autocast
+    assert "compute_grad_norm" not in full["zero_optimization"]
+    assert full["timers"] == {"throughput": {"enabled": False}}, "DeepSpeed's timer synchronises every step"
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_nothing_reads_the_gradient_norm_back_without_clipping(stage: int) -> None:
+    ds = {"zero_optimization": {"stage": stage}}
+    full = complete(ds, TrainConfig(clip=0.0, precision="fp32"), world_size=1)
+    assert full["zero_optimization"]["compute_grad_norm"] is False
+    assert ds == {"zero_optimization": {"stage": stage}}, "the given configuration is left alone"

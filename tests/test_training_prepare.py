@@ -1,0 +1,148 @@
+"""What is checked before a run writes anything."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from training_runs import ds_config
+
+from mpdit.data.latents import PackedLatents
+from mpdit.data.writer import write_packed
+from mpdit.errors import ConfigError, UserError
+from mpdit.training.run import prepare
+from mpdit.training.world import World
+
+
+def _prepare(out: Path, *arguments: str, world: World | None = None) -> Any:
+    return prepare(["--ds_config", ds_config(2), "--out", str(out), *arguments], world or World())
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> PackedLatents:
+    generator = np.random.default_rng(0)
+    latents = generator.normal(size=(24, 3, 8, 8)).astype(np.float32)
+    return write_packed(tmp_path / "packed", latents, np.arange(24) % 5, num_classes=5)
+
+
+def test_everything_is_resolved(tmp_path: Path) -> None:
+    run = _prepare(tmp_path / "out", "--accumulation", "4", world=World(rank=1, size=2, local_rank=1, local_size=2))
+    assert run.config.precision == ("bf16" if torch.cuda.is_available() else "fp32")
+    assert (run.plan.micro_batch, run.plan.rank) == (16, 1)
+    assert (run.model.channels, run.model.num_classes) == (4, 10)
+    assert run.ds["train_micro_batch_size_per_gpu"] == 16
+    assert json.loads(json.dumps(run.describe()))["training"]["accumulation"] == 4
+    assert not (tmp_path / "out").exists()
+
+
+def test_channels_and_classes_come_from_the_data_unless_given(tmp_path: Path, packed: PackedLatents) -> None:
+    data = ["--data", str(packed.path), "--model", "MPDiT-Digits/4-2", "--override", "input_size=8"]
+    run = _prepare(tmp_path / "out", *data)
+    assert (run.model.channels, run.model.num_classes, run.model.width) == (3, 5, 128)
+    assert run.config.lr == 2e-4, "other data than the digits takes the paper's defaults"
+    assert _prepare(tmp_path / "out", *data, "--override", "num_classes=9").model.num_classes == 9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "MPDiT-Z"], "unknown model 'MPDiT-Z'"),
+        (["--override", "depth=3"], "unknown model field 'depth'"),
+        (["--override", "stages=[[3,1]]"], "not divisible by the coarsest patch 3"),
+        (["--override", "width=130"], "not divisible by heads"),
+        (["--global-batch", "10", "--accumulation", "4"], "global_batch 10 is not divisible by 1 ranks x 4"),
+        (["--override", "num_classes=5"], "10 classes"),
+        (["--override", "channels=3"], "4x16x16"),
+        (["--model", "MPDiT-B/4-2"], "4x16x16"),
+        (["--data", "/nonexistent"], "/nonexistent"),
+        (["--resume", "never", "--wandb"], "wandb"),
+    ],
+)
+def test_bad_input_is_one_clear_error_and_writes_nothing(
+    tmp_path: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=message) as error:
+        _prepare(tmp_path / "out", *arguments)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_truncated_or_altered_data_set_is_refused(tmp_path: Path, packed: PackedLatents) -> None:
+    arguments = ["--data", str(packed.path), "--model", "MPDiT-Digits/4-2", "--override", "input_size=8"]
+    shard = packed.path / packed.manifest.shards[0].file
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(UserError, match=shard.name):
+        _prepare(tmp_path / "out", *arguments)
+    shard.unlink()
+    with pytest.raises(UserError, match=shard.name):
+        _prepare(tmp_path / "out", *arguments)
+
+
+class TestFolder:
+    @pytest.fixture
+    def out(self, tmp_path: Path) -> Path:
+        """The folder of a run that has begun."""
+        folder = tmp_path / "run"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(_prepare(tmp_path / "elsewhere").describe()))
+        return folder
+
+    def test_the_same_run_may_continue(self, out: Path) -> None:
+        _prepare(out, "--log-every", "3", "--accumulation", "2", "--keep", "5")
+
+    @pytest.mark.parametrize(
+        ("arguments", "difference"),
+        [
+            (["--seed", "1"], "seed 0 there, 1 here"),
+            (["--global-batch", "64"], "global_batch 128 there, 64 here"),
+            (["--override", "width=64"], "model.width 128 there, 64 here"),
+            (["--lr", "1e-4"], "lr 0.002 there, 0.0001 here"),
+            (["--steps", "900"], "steps 800 there, 900 here"),
+        ],
+    )
+    def test_another_run_is_refused_with_the_difference(self, out: Path, arguments: list[str], difference: str) -> None:
+        before = (out / "config.json").read_bytes()
+        with pytest.raises(ConfigError, match=difference):
+            _prepare(out, *arguments)
+        assert (out / "config.json").read_bytes() == before
+
+    def test_other_data_is_refused(self, out: Path, tmp_path: Path) -> None:
+        shutil.copytree(_prepare(tmp_path / "elsewhere").dataset.path, tmp_path / "digits")
+        manifest = tmp_path / "digits" / "manifest.json"
+        document = json.loads(manifest.read_text())
+        document["normalization"]["mean"][0] += 0.5
+        manifest.write_text(json.dumps(document))
+        arguments = ["--data", str(tmp_path / "digits"), "--model", "MPDiT-Digits/4-2"]
+        with pytest.raises(ConfigError, match=r"data digits \w+ there, digits \w+ here"):
+            _prepare(out, *arguments)
+
+    def test_never_wants_an_empty_folder(self, out: Path) -> None:
+        with pytest.raises(ConfigError, match="not empty and resume is 'never'"):
+            _prepare(out, "--resume", "never")
+
+    def test_a_folder_of_something_else_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "thesis.tex").write_text("...")
+        with pytest.raises(ConfigError, match="holds files but no run"):
+            _prepare(tmp_path)
+
+    def test_a_file_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(ConfigError, match="not a folder"):
+            _prepare(tmp_path / "file" / "out")
+
+    def test_runs_that_cannot_share_a_folder_have_folders_of_their_own(self) -> None:
+        def folder(*arguments: str, stage: int = 2, world: World | None = None) -> Path:
+            out: Path = prepare(["--ds_config", ds_config(stage), *arguments], world or World()).out
+            return out
+
+        base = folder()
+        assert base == folder("--log-every", "7"), "the same command finds its run again"
+        others = {folder("--seed", "1"), folder("--steps", "9"), folder(stage=3), folder(world=World(size=2))}
+        assert len(others | {base}) == 5
+        assert base.parent == Path("runs")

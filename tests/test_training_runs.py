@@ -1,0 +1,144 @@
+"""Real runs in fresh processes: what they leave, what they agree with, and that they resume bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from training_runs import Finished, new_folder, start, trained
+
+from mpdit.data.latents import PackedLatents
+from mpdit.data.order import BatchPlan, GlobalOrder
+from mpdit.training.run import prepare
+from mpdit.training.world import World
+from mpdit.weights import load_weights
+
+
+def _relative(ours: Finished, theirs: Finished) -> float:
+    """Largest relative difference of the losses, step by step."""
+    pairs = list(zip(ours.losses(), theirs.losses(), strict=True))
+    return max(abs(a - b) / abs(b) for a, b in pairs)
+
+
+def test_a_run_leaves_what_it_promises() -> None:
+    run = start(new_folder("run"), "--tensorboard", "--sample-every", "10", "--sample-steps", "2", "--log-every", "8")
+    assert run.code == 0, run.stderr
+    lines = run.metrics()
+    # Every 8 steps, the first, the last, and those that are saved.
+    assert [line["step"] for line in lines] == [1, 8, 10, 16, 20]
+    for line in lines:
+        assert line["images_per_second"] > 0
+        assert line["loss"] > 0
+        assert line["grad_norm"] > 0
+        assert line["samples"] == line["step"] * 32
+    assert lines[0]["lr"] == pytest.approx(5e-4 / 4)
+    assert lines[-1]["lr"] < lines[2]["lr"] <= 5e-4
+
+    config = json.loads((run.out / "config.json").read_text())
+    assert config["training"]["precision"] in ("fp32", "bf16")
+    assert config["model"]["width"] == 32
+    assert config["deepspeed"]["train_batch_size"] == 32
+
+    names = {str(path.relative_to(run.out)) for path in run.out.rglob("*")}
+    wanted = {"loss.png", "samples/step-00000010.png", "samples/step-00000020.png", "ema/config.json"}
+    assert wanted <= names
+    assert any(name.startswith("tensorboard/events") for name in names)
+    assert {name for name in names if name.startswith("checkpoints/step-") and name.count("/") == 1} == {
+        "checkpoints/step-00000010",
+        "checkpoints/step-00000020",
+    }
+    for png in ("loss.png", "samples/step-00000020.png"):
+        Image.open(run.out / png).verify()
+    model, metadata = load_weights(run.out)
+    assert metadata["training"]["step"] == 20
+    assert metadata["data"]["kind"] == "digits"
+    assert model(torch.randn(1, 4, 16, 16), torch.tensor([0.5]), torch.tensor([3])).isfinite().all()
+
+
+def test_one_step_leaves_weights_to_sample_and_one_line() -> None:
+    run = start(new_folder("run"), "--steps", "1")
+    assert run.code == 0, run.stderr
+    assert [line["step"] for line in run.metrics()] == [1]
+    assert load_weights(run.out)[1]["training"]["step"] == 1
+
+
+def test_training_lowers_the_loss() -> None:
+    losses = trained("--precision", "fp32", "--lr", "5e-3").losses()
+    assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_every_zero_stage_trains_the_same(stage: int) -> None:
+    assert _relative(trained("--precision", "fp32", stage=stage, ranks=2), trained("--precision", "fp32")) < 1e-5
+
+
+def test_two_ranks_train_as_one() -> None:
+    assert _relative(trained("--precision", "fp32", ranks=2), trained("--precision", "fp32")) < 1e-5
+
+
+def test_two_ranks_train_as_one_in_bf16_to_a_thousandth() -> None:
+    # Weight gradients are bf16 products, rounded on each rank before the sum over ranks: a fp32 bound can't hold.
+    one, two = (trained("--precision", "bf16", ranks=ranks) for ranks in (1, 2))
+    assert _relative(two, one) < 1e-3
+    assert 0 < _relative(one, trained("--precision", "fp32")) < 5e-3
+
+
+def test_accumulation_and_recomputation_change_nothing_but_rounding() -> None:
+    split = trained("--precision", "fp32", "--accumulation", "4", "--checkpointing", "--loader", "torch")
+    assert _relative(split, trained("--precision", "fp32")) < 1e-5
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(stage: int) -> None:
+    whole = trained("--precision", "fp32", stage=stage, ranks=2)
+    # As if it had been killed between the checkpoint of step 10 and the end.
+    out = new_folder("run")
+    shutil.copytree(whole.out, out)
+    for later in ("checkpoints/step-00000020", "ema"):
+        shutil.rmtree(out / later)
+    (out / "loss.png").unlink()
+    with (out / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 21, "lo')
+    resumed = start(out, "--precision", "fp32", stage=stage, ranks=2)
+    assert resumed.code == 0, resumed.stderr
+    assert "from " + str(out / "checkpoints" / "step-00000010") in resumed.stderr
+    assert [line["step"] for line in resumed.metrics()] == list(range(1, 21))
+    assert resumed.losses() == whole.losses()
+    assert resumed.ema() == whole.ema()
+    assert (out / "loss.png").exists()
+
+
+def test_repeating_a_finished_run_changes_no_result() -> None:
+    whole = trained("--precision", "fp32")
+    before = (whole.losses(), whole.ema())
+    again = start(whole.out, "--precision", "fp32")
+    assert again.code == 0, again.stderr
+    assert (again.losses(), again.ema()) == before
+
+
+def test_a_record_damaged_for_one_rank_alone_stops_the_run_by_name(tmp_path: Path) -> None:
+    digits = prepare(["--ds_config", "launch/zero2.json", "--out", str(tmp_path / "none")], World()).dataset
+    shutil.copytree(digits.path, tmp_path / "digits")
+    dataset = PackedLatents.open(tmp_path / "digits")
+    index = int(GlobalOrder(len(dataset), 0).indices(BatchPlan(32, 2, rank=1).positions(3))[5])
+    shard = tmp_path / "digits" / dataset.manifest.shards[0].file
+    content = bytearray(shard.read_bytes())
+    content[index * dataset.manifest.record_bytes + 100] ^= 1
+    shard.write_bytes(content)
+    data = ["--data", str(tmp_path / "digits"), "--model", "MPDiT-Digits/4-2"]
+    run = start(new_folder("run"), *data, "--precision", "fp32", ranks=2)
+    assert run.errors == [line for line in run.errors if "rank 1" in line and f"sample {index}" in line]
+    assert len(run.errors) == 1
+    assert [line["step"] for line in run.metrics()] == [1, 2, 3]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    run = start(new_folder("run"), "--lr", "1e30", "--clip", "0", "--precision", "fp32")
+    assert run.code == 2
+    assert len(run.errors) == 1
+    assert "lower lr" in run.errors[0]
+    assert not (run.out / "checkpoints" / "step-00000020").exists()
