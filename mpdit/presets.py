@@ -27,7 +27,7 @@ PRESETS: dict[str, ModelConfig] = {
     "DiT-B/2":          ModelConfig((S(2, 12),),                               768, 12, **_DIT),        # 130 303 504   23.0     23.02
     "DiT-L/2":          ModelConfig((S(2, 24),),                              1024, 16, **_DIT),        # 457 824 272   80.693
     "DiT-XL/2":         ModelConfig((S(2, 28),),                              1152, 16, **_DIT),        # 674 816 272  118.6     118.66
-    "MPDiT-Digits/4-2": ModelConfig((S(4,  4), S(2, 2)), 128, 4, input_size=16, num_classes=10, class_tokens=4),  # the demo
+    "MPDiT-Digits/4-2": ModelConfig((S(4,  4), S(2, 2)), 96, 2, input_size=16, num_classes=10, class_tokens=4),  # the demo
 }
 # fmt: on
 

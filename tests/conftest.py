@@ -1,9 +1,12 @@
 """Shared test set-up."""
 
+import os
 import sys
 from pathlib import Path
 
-import torch
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as launch/train.py does; the runs in the tests inherit it
+
+import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))  # helper modules beside the tests, such as goldens.py
 

@@ -61,7 +61,7 @@ def _found(run: Run) -> checkpoint.Checkpoint:
 
 def test_the_newest_is_found_and_loaded(run: Run) -> None:
     found, engine = _found(run), Engine()
-    assert (found.step, found.position) == (6, 6 * 128)
+    assert (found.step, found.position) == (6, 6 * run.config.global_batch)
     checkpoint.load(engine, found, run)
     assert engine.loaded == [f"{run.out}/checkpoints/step-00000006/state"]
 

@@ -33,9 +33,9 @@ def packed(tmp_path: Path) -> PackedLatents:
 def test_everything_is_resolved(tmp_path: Path) -> None:
     run = _prepare(tmp_path / "out", "--accumulation", "4", world=World(rank=1, size=2, local_rank=1, local_size=2))
     assert run.config.precision == ("bf16" if torch.cuda.is_available() else "fp32")
-    assert (run.plan.micro_batch, run.plan.rank) == (16, 1)
+    assert (run.plan.micro_batch, run.plan.rank) == (8, 1)
     assert (run.model.channels, run.model.num_classes) == (4, 10)
-    assert run.ds["train_micro_batch_size_per_gpu"] == 16
+    assert run.ds["train_micro_batch_size_per_gpu"] == 8
     assert json.loads(json.dumps(run.describe()))["training"]["accumulation"] == 4
     assert not (tmp_path / "out").exists()
 
@@ -43,7 +43,7 @@ def test_everything_is_resolved(tmp_path: Path) -> None:
 def test_channels_and_classes_come_from_the_data_unless_given(tmp_path: Path, packed: PackedLatents) -> None:
     data = ["--data", str(packed.path), "--model", "MPDiT-Digits/4-2", "--override", "input_size=8"]
     run = _prepare(tmp_path / "out", *data)
-    assert (run.model.channels, run.model.num_classes, run.model.width) == (3, 5, 128)
+    assert (run.model.channels, run.model.num_classes, run.model.width) == (3, 5, 96)
     assert run.config.lr == 2e-4, "other data than the digits takes the paper's defaults"
     assert _prepare(tmp_path / "out", *data, "--override", "num_classes=9").model.num_classes == 9
 
@@ -54,7 +54,7 @@ def test_channels_and_classes_come_from_the_data_unless_given(tmp_path: Path, pa
         (["--model", "MPDiT-Z"], "unknown model 'MPDiT-Z'"),
         (["--override", "depth=3"], "unknown model field 'depth'"),
         (["--override", "stages=[[3,1]]"], "not divisible by the coarsest patch 3"),
-        (["--override", "width=130"], "not divisible by heads"),
+        (["--override", "heads=5"], "not divisible by heads"),
         (["--global-batch", "10", "--accumulation", "4"], "global_batch 10 is not divisible by 1 ranks x 4"),
         (["--override", "num_classes=5"], "10 classes"),
         (["--override", "channels=3"], "4x16x16"),
@@ -100,10 +100,10 @@ class TestFolder:
         ("arguments", "difference"),
         [
             (["--seed", "1"], "seed 0 there, 1 here"),
-            (["--global-batch", "64"], "global_batch 128 there, 64 here"),
-            (["--override", "width=64"], "model.width 128 there, 64 here"),
-            (["--lr", "1e-4"], "lr 0.002 there, 0.0001 here"),
-            (["--steps", "900"], "steps 800 there, 900 here"),
+            (["--global-batch", "32"], "global_batch 64 there, 32 here"),
+            (["--override", "width=64"], "model.width 96 there, 64 here"),
+            (["--lr", "1e-4"], "lr 0.004 there, 0.0001 here"),
+            (["--steps", "900"], "steps 1500 there, 900 here"),
         ],
     )
     def test_another_run_is_refused_with_the_difference(self, out: Path, arguments: list[str], difference: str) -> None:

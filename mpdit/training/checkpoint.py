@@ -1,7 +1,7 @@
 """Checkpoints that are whole or not there: DeepSpeed's files in a folder that gets its name last.
 
-    checkpoints/step-00000400/manifest.json    what the checkpoint is of, and every file's size and SHA-256
-    checkpoints/step-00000400/state/...        as DeepSpeed saves them, one optimiser shard a rank
+    checkpoints/step-00000500/manifest.json    what the checkpoint is of, and every file's size and SHA-256
+    checkpoints/step-00000500/state/...        as DeepSpeed saves them, one optimiser shard a rank
 
 DeepSpeed writes to final names and unpickles what it finds. So it writes into a folder with a temporary name; files
 are brought to the disk and hashed, the ranks sharing the work; the manifest follows; a rename commits. On loading,
@@ -48,7 +48,7 @@ class Checkpoint:
         path = folder / "manifest.json"
         if not folder.is_dir():
             raise CheckpointError(
-                f"checkpoint {folder} does not exist: give a folder like OUT/checkpoints/step-00000400"
+                f"checkpoint {folder} does not exist: give a folder like OUT/checkpoints/step-00000500"
             )
         try:
             fields = json.loads(path.read_text())

@@ -52,19 +52,21 @@ class TrainConfig:
     seed: int = _option(0, "seed of the initial weights, the order and all noise", minimum=0, below=2**63)
     loader: Loader = _option("dali", "what feeds the data; both give the same batches bit for bit")
 
-    steps: int = _option(800, "optimiser steps of the whole run", otherwise=400_000, minimum=1)
-    global_batch: int = _option(128, "samples a step, over all ranks and micro steps", otherwise=1024, minimum=1)
+    steps: int = _option(1500, "optimiser steps of the whole run", otherwise=400_000, minimum=1)
+    global_batch: int = _option(64, "samples a step, over all ranks and micro steps", otherwise=1024, minimum=1)
     accumulation: int = _option(1, "micro steps a step is split into, to fit memory", minimum=1)
-    lr: float = _option(2e-3, "peak learning rate of AdamW", otherwise=2e-4, minimum=0)
+    lr: float = _option(4e-3, "peak learning rate of AdamW", otherwise=2e-4, minimum=0)
     lr_schedule: Schedule = _option(
         "cosine", "what follows the warm-up: constant, or down to 0 at the last step", otherwise="constant"
     )
-    warmup: int = _option(50, "steps over which the learning rate rises linearly from 0", otherwise=0, minimum=0)
-    betas: tuple[float, float] = _option((0.9, 0.999), "decay of AdamW's two moments", minimum=0, below=1)
+    warmup: int = _option(100, "steps over which the learning rate rises linearly from 0", otherwise=0, minimum=0)
+    betas: tuple[float, float] = _option(
+        (0.9, 0.95), "decay of AdamW's two moments", otherwise=(0.9, 0.999), minimum=0, below=1
+    )
     weight_decay: float = _option(0.01, "decoupled weight decay, scaled by the learning rate", minimum=0)
     clip: float = _option(1.0, "largest norm of the gradient; 0 does not clip", otherwise=0.0, minimum=0)
     ema_decay: float = _option(
-        0.99, "decay a step of the average of the weights (EMA)", otherwise=0.9999, minimum=0, below=1
+        0.995, "decay a step of the average of the weights (EMA)", otherwise=0.9999, minimum=0, below=1
     )
 
     time_sampler: TimeSampler = _option("logit_normal", "how times are drawn")
@@ -83,11 +85,11 @@ class TrainConfig:
     checkpointing: bool = _option(False, "recompute activations in the backward pass, to save memory")
 
     log_every: int = _option(10, "steps between lines of metrics", otherwise=100, minimum=1)
-    sample_every: int = _option(200, "steps between sample grids; 0 draws none", otherwise=10_000, minimum=0)
+    sample_every: int = _option(500, "steps between sample grids; 0 draws none", otherwise=10_000, minimum=0)
     sample_steps: int = _option(50, "Euler steps of a sample grid", minimum=1)
     sample_guidance: float = _option(1.5, "guidance of a sample grid", minimum=0)
     checkpoint_every: int = _option(
-        400, "steps between checkpoints; 0 saves at the end only", otherwise=5000, minimum=0
+        500, "steps between checkpoints; 0 saves at the end only", otherwise=5000, minimum=0
     )
     keep: int = _option(2, "newest checkpoints kept", minimum=1)
     progress: bool = _option(True, "show a progress bar")
