@@ -13,7 +13,6 @@ from training_runs import Finished, new_folder, start, trained
 
 from mpdit.data.latents import PackedLatents
 from mpdit.data.order import BatchPlan, GlobalOrder
-from mpdit.training.config import TrainConfig
 from mpdit.training.run import prepare
 from mpdit.training.world import World
 from mpdit.weights import load_weights
