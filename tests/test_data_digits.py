@@ -56,7 +56,7 @@ def test_channels_are_the_pixels_of_two_by_two_squares():
 def test_enlarging_and_reducing_loses_little():
     scanned = torch.from_numpy(load_digits().data / 16).float()
     pixels, _ = real_digits()
-    assert (pixels - scanned).square().mean().sqrt() < 0.013
+    assert (pixels - scanned).square().mean().sqrt() < 0.065
     assert pixels.min() >= 0
     assert pixels.max() <= 1
 

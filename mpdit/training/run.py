@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from mpdit.config import ModelConfig
-from mpdit.data.digits import build_digits
+from mpdit.data.digits import VERSION, build_digits
 from mpdit.data.latents import PackedLatents
 from mpdit.data.manifest import Manifest
 from mpdit.data.order import BatchPlan
@@ -123,7 +123,7 @@ def compare(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
 
 
 def _embedded_digits() -> PackedLatents:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mpdit", "digits")
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mpdit", f"digits-{VERSION}")
     try:
         return build_digits(folder)
     except OSError as error:
