@@ -13,7 +13,7 @@ from mpdit.version import __version__
 if TYPE_CHECKING:
     from mpdit.config import ModelConfig, StageSpec
     from mpdit.model import MPDiT, create_model
-    from mpdit.model.convert import from_official
+    from mpdit.model.convert import from_official, load_official
     from mpdit.presets import PRESETS
     from mpdit.sampling import sample
     from mpdit.weights import load_weights, save_weights
@@ -25,6 +25,7 @@ _HOME = {
     "MPDiT": "mpdit.model",
     "create_model": "mpdit.model",
     "from_official": "mpdit.model.convert",
+    "load_official": "mpdit.model.convert",
     "sample": "mpdit.sampling",
     "load_weights": "mpdit.weights",
     "save_weights": "mpdit.weights",
@@ -38,6 +39,7 @@ __all__ = [
     "__version__",
     "create_model",
     "from_official",
+    "load_official",
     "load_weights",
     "sample",
     "save_weights",

@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 2: bad input, told in one line on stderr. 130: interrupted. With --json stdout holds one JSON object and
     nothing else; progress and what libraries print go to stderr.
     """
-    # Before torch loads OpenMP: threads that spin while they wait make a shared or full CPU ten times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before torch loads OpenMP: threads that wait for long without sleeping make a shared CPU ten times slower.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     try:
         args = build_parser().parse_args(argv)
         with contextlib.redirect_stdout(sys.stderr):

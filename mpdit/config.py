@@ -76,7 +76,7 @@ class ModelConfig:
             raise ConfigError("stages is empty: give at least one (patch, blocks), for example ((4, 6), (2, 6))")
         for index, stage in enumerate(self.stages):
             _positive(f"stages[{index}].patch", stage.patch)
-            if not isinstance(stage.blocks, int) or stage.blocks < 0:
+            if not isinstance(stage.blocks, int) or isinstance(stage.blocks, bool) or stage.blocks < 0:
                 raise ConfigError(f"stages[{index}].blocks is {stage.blocks!r}: give a whole number >= 0")
         coarsest = self.stages[0].patch
         if self.input_size % coarsest:
@@ -104,7 +104,8 @@ class ModelConfig:
         if self.class_conditioning == "tokens":
             _positive("class_tokens", self.class_tokens)
         ratio = self.mlp_ratio
-        if not isinstance(ratio, int | float) or not 0 < ratio < math.inf or not (self.width * ratio).is_integer():
+        number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
+        if not number or not 0 < ratio < math.inf or (self.width * ratio) % 1:
             raise ConfigError(
                 f"mlp_ratio is {ratio!r}: give a number above 0 whose product with width {self.width} is whole"
             )

@@ -97,7 +97,17 @@ def _read_description(path: Path) -> dict[str, Any]:
         raise CheckpointError(f'{path} is not a description of mpdit weights: expected "format": "{FORMAT}"')
     if not isinstance(description.get("model"), dict):
         raise CheckpointError(f'{path} lacks the model\'s configuration under "model"')
+    _check_data(path, description.get("data", {}))
     return description
+
+
+def _check_data(path: Path, data: Any) -> None:
+    """What samples are decoded by must have the form that `save_weights` was given."""
+    normalization = data.get("normalization", {}) if isinstance(data, dict) else None
+    lists = normalization.values() if isinstance(normalization, dict) else (None,)
+    numbers = all(isinstance(x, list) and all(isinstance(value, int | float) for value in x) for x in lists)
+    if not numbers or (normalization and normalization.keys() != {"mean", "std"}):
+        raise CheckpointError(f'{path} has no valid "data": expected an object with "normalization" {{"mean", "std"}}')
 
 
 def _shape(shape: torch.Size | None) -> str:

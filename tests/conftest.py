@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as launch/train.py does; the runs in the tests inherit it
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as launch/train.py does; the runs in the tests inherit it
 
 import torch
 

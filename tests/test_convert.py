@@ -1,5 +1,7 @@
 """Official state dicts of every shape, and what is refused."""
 
+import argparse
+
 import pytest
 import torch
 from goldens import NAMES, Golden, relative_error
@@ -86,6 +88,32 @@ def test_sit_weights_evaluate_the_mirrored_velocity():
     x, t, y = (golden.tensor(f"in/{key}") for key in ("x", "t", "y"))
     model = mpdit.from_official(golden.group("param"), num_heads=2, convention="sit")
     assert relative_error(model(x, 1 - t, y), -golden.tensor("out/velocity")) < 1e-5
+
+
+def test_whole_checkpoints_are_loaded_without_running_their_pickles(tmp_path):
+    golden = Golden("two_stage")
+    state = {f"module.{name}": value for name, value in golden.group("param").items()}
+    whole = {"model": {}, "ema": state, "opt": {}, "epoch": 3, "args": argparse.Namespace(lr=1e-4)}
+    torch.save(whole, tmp_path / "official.pt")
+    torch.save(state, tmp_path / "bare.pt")
+    for name in ("official.pt", "bare.pt"):
+        model = mpdit.load_official(tmp_path / name, num_heads=2)
+        assert torch.equal(model.final.weight, golden.group("param")["final_layer.linear.weight"])
+    torch.save({"ema": state, "args": Hostile()}, tmp_path / "hostile.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "official.pt").read_bytes()[:1000])
+    for name in ("hostile.pt", "cut.pt", "missing.pt"):
+        with pytest.raises(CheckpointError, match=name) as error:
+            mpdit.load_official(tmp_path / name, num_heads=2)
+        assert "\n" not in str(error.value)
+    with pytest.raises(CheckpointError, match="no entry 'best'"):
+        mpdit.load_official(tmp_path / "official.pt", num_heads=2, which="best")
+
+
+class Hostile:
+    """Would print when unpickled."""
+
+    def __reduce__(self):
+        return (print, ("unpickled",))
 
 
 def drop(name):

@@ -65,6 +65,7 @@ ABLATIONS = {
     "four stages": {"stages": ((16, 1), (8, 1), (4, 1), (1, 1))},
     "a stage without blocks": {"stages": ((4, 2), (2, 0))},
     "odd factor": {"stages": ((6, 1), (2, 1)), "input_size": 12},
+    "whole mlp ratio": {"mlp_ratio": 2},
     "learn sigma": {"learn_sigma": True},
 }
 
@@ -236,6 +237,8 @@ BAD_FIELDS = {
     "unknown field": ({"depth": 3}, "unknown model field 'depth'"),
     "fno of one layer": ({"time_layers": 1}, "at least 2"),
     "mlp ratio": ({"mlp_ratio": 0.3}, "product with width 32 is whole"),
+    "mlp ratio of true": ({"mlp_ratio": True}, "mlp_ratio is True"),
+    "blocks of true": ({"stages": ((4, True),)}, r"stages\[0\].blocks is True"),
     "mlp ratio of a word": ({"mlp_ratio": "four"}, "mlp_ratio"),
     "skip of a word": ({"skip": "no"}, "skip"),
 }
@@ -268,6 +271,8 @@ def test_config_round_trips_through_json():
         (lambda x, t, y: (x, t[:2], y), "t"),
         (lambda x, t, y: (x, t, y[:2]), "y"),
         (lambda x, t, y: (x, t, y.float()), "y"),
+        (lambda x, t, y: (x, t, y - 4), "y"),
+        (lambda x, t, y: (x, t, y + 4), "y"),
     ],
 )
 def test_wrong_inputs_name_the_argument(change, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,19 @@ def test_a_broken_one_is_passed_over_aloud(run: Run, damage: str, capsys: pytest
             manifest.write_text(manifest.read_text()[:40])
     assert _found(run).step == 3
     assert "step-00000006" in capsys.readouterr().err
+
+
+def test_a_trained_run_without_a_readable_checkpoint_is_not_started_over(run: Run) -> None:
+    for folder in (run.out / "checkpoints").iterdir():
+        (folder / "state" / "weights.pt").unlink()
+    with pytest.raises(CheckpointError, match="no checkpoint that can be read"):
+        checkpoint.find(run)
+    shutil.rmtree(run.out / "checkpoints")
+    (run.out / "ema").mkdir()
+    with pytest.raises(CheckpointError, match="no checkpoint that can be read"):
+        checkpoint.find(run)
+    (run.out / "checkpoints").mkdir()  # killed after the first export, before the first checkpoint
+    assert checkpoint.find(run) is None
 
 
 def test_an_altered_one_is_refused_before_deepspeed_sees_it(run: Run) -> None:

@@ -103,7 +103,7 @@ class TestFolder:
             (["--global-batch", "32"], "global_batch 64 there, 32 here"),
             (["--override", "width=64"], "model.width 96 there, 64 here"),
             (["--lr", "1e-4"], "lr 0.004 there, 0.0001 here"),
-            (["--steps", "900"], "steps 1500 there, 900 here"),
+            (["--steps", "900"], "steps 1200 there, 900 here"),
         ],
     )
     def test_another_run_is_refused_with_the_difference(self, out: Path, arguments: list[str], difference: str) -> None:

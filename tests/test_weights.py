@@ -60,6 +60,11 @@ BAD = {
     "not JSON": (lambda saved: (saved / "config.json").write_text("{"), "can't be read as JSON"),
     "other format": (lambda saved: edit_config(saved, format="other"), "mpdit-weights-1"),
     "no model": (lambda saved: edit_config(saved, model=3), 'under "model"'),
+    "data of another form": (lambda saved: edit_config(saved, data=5), 'no valid "data"'),
+    "statistics of another form": (
+        lambda saved: edit_config(saved, data={"normalization": {"mean": "x", "std": [1.0]}}),
+        'no valid "data"',
+    ),
     "unknown field": (lambda saved: edit_config(saved, model={"depth": 3}), "unknown model field 'depth'"),
     "missing field": (lambda saved: edit_config(saved, model={"width": 16}), "missing"),
     "other tensors": (rename_tensor, r"final.bias has shape none \(missing\), expected \(16,\)"),

@@ -70,8 +70,8 @@ def make_loader(
     """The batches of steps start_step .. stop_step - 1 of this rank, plan.accumulation of them a step.
 
     Both kinds yield bitwise the same. Records are read and checked in background threads; an error of theirs
-    is raised, as the same DataError, in place of the batch it spoils. Batches lie in host memory (pinned by kind
-    "torch" when `device` is a GPU), or with `gpu_stage`, for kind "dali" on a GPU, on `device`. That stage has not
+    is raised, as the same DataError, in place of the batch it spoils. Batches lie in host memory (pinned when
+    `device` is a GPU), or with `gpu_stage`, for kind "dali" on a GPU, on `device`. That stage has not
     been run on a GPU yet. Raises ConfigError for an unknown kind, or an order of another data set's length.
     """
     if kind not in get_args(LoaderKind):
@@ -82,7 +82,9 @@ def make_loader(
     if gpu_stage and (kind != "dali" or device.type != "cuda"):
         raise ConfigError(f"gpu_stage needs loader dali and a GPU, not loader {kind} and device {device}: turn it off")
     reader = TorchLoader(dataset, order, plan, range(start_step, stop_step), kind == "torch" and device.type == "cuda")
-    return DaliLoader(reader, plan.micro_batch, device if gpu_stage else None) if kind == "dali" else reader
+    if kind == "torch":
+        return reader
+    return DaliLoader(reader, plan.micro_batch, device if gpu_stage else None, pin_memory=device.type == "cuda")
 
 
 class TorchLoader(Loader):
@@ -141,8 +143,9 @@ class TorchLoader(Loader):
 class DaliLoader(Loader):
     """Hands the batches of a TorchLoader through a DALI pipeline, onto `device` when that is given."""
 
-    def __init__(self, source: TorchLoader, batch_size: int, device: torch.device | None) -> None:
+    def __init__(self, source: TorchLoader, batch_size: int, device: torch.device | None, pin_memory: bool) -> None:
         self._source = source
+        self._pin_memory = pin_memory and device is None
         self._copied: Batch | None = None
         self._error: BaseException | None = None
         self._device = device
@@ -163,8 +166,10 @@ class DaliLoader(Loader):
             if self._error:
                 raise self._error from None
             raise
-        # DALI gives each output memory of its own and DLPack keeps it alive: no copy here.
-        return Batch(*(torch.from_dlpack(output.as_tensor()) for output in outputs))
+        # DALI gives each output memory of its own and DLPack keeps it alive: no copy here, except into pinned memory,
+        # from which a copy to the GPU does not wait.
+        tensors = (torch.from_dlpack(output.as_tensor()) for output in outputs)
+        return Batch(*(tensor.pin_memory() if self._pin_memory else tensor for tensor in tensors))
 
     def close(self) -> None:
         self._pipeline = None

@@ -160,7 +160,7 @@ class PackedWriter:
 def write_packed(
     path: str | Path,
     means: NDArray[Any],
-    labels: NDArray[Any],
+    labels: ArrayLike,
     stds: NDArray[Any] | None = None,
     *,
     num_classes: int | None = None,
@@ -174,6 +174,10 @@ def write_packed(
     shape (zero when not given), in any float dtype, memory-mapped if large; labels int [N]. num_classes defaults to
     the highest label + 1; `spec` takes the other fields of LatentSpec. DataError as in PackedWriter.
     """
+    labels = np.asarray(labels)
+    unknown = spec.keys() - {field.name for field in dataclasses.fields(LatentSpec)}
+    if unknown:
+        raise DataError(f"unknown field {min(unknown)!r}: see the fields of LatentSpec")
     if means.ndim not in (4, 5) or (stds is not None and stds.shape != means.shape) or len(means) != len(labels):
         raise DataError(
             f"means have shape {means.shape}, stds {None if stds is None else stds.shape}, labels {labels.shape}: "

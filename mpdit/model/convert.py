@@ -6,9 +6,12 @@ way back and the gradients.
 
 from __future__ import annotations
 
+import argparse
 import math
+import pickle
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,6 +65,25 @@ def from_official(state_dict: Mapping[str, Tensor], num_heads: int, convention: 
                 )
             parameter.copy_(value)
     return model
+
+
+def load_official(path: str | Path, num_heads: int, which: str = "ema", convention: Convention = "mpdit") -> MPDiT:
+    """`from_official` of a checkpoint file: a state dict, or a dict that holds one as "ema" or "model".
+
+    Nothing but tensors, plain containers and argparse.Namespace (the official "args") is unpickled. Raises
+    CheckpointError when the file can't be read so, or lacks the entry `which`.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path} can't be read as a checkpoint of tensors: {reason}") from error
+    if isinstance(checkpoint, dict) and {"model", "ema"} & checkpoint.keys():
+        if which not in checkpoint:
+            raise CheckpointError(f"{path} has no entry {which!r}: it holds {', '.join(map(str, checkpoint))}")
+        checkpoint = checkpoint[which]
+    return from_official(checkpoint, num_heads, convention)
 
 
 def official_names(config: ModelConfig) -> dict[str, str]:

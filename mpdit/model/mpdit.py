@@ -77,8 +77,8 @@ class MPDiT(nn.Module):
             Velocity (noise minus data) [B, C, S, S] in the dtype of x.
 
         Raises:
-            ConfigError: shapes or dtypes that don't fit the configuration. Label values are not looked at here, as
-                that would wait for the device.
+            ConfigError: shapes or dtypes that don't fit the configuration, or labels out of range. On a GPU the values
+                of labels are not looked at, as that would wait for it.
         """
         self._check_inputs(x, t, y)
         return self.velocity(x, self.prepare_time(t), y)
@@ -129,6 +129,10 @@ class MPDiT(nn.Module):
                 raise ConfigError(f"{name} has shape {tuple(value.shape)}, expected ({len(x)},) as x has {len(x)} rows")
         if y.is_floating_point():
             raise ConfigError(f"y has dtype {y.dtype}, expected int64 labels in 0..{config.num_classes}")
+        if y.device.type == "cpu" and len(y) and not torch.compiler.is_compiling():
+            low, high = int(y.min()), int(y.max())
+            if low < 0 or high > config.num_classes:
+                raise ConfigError(f"y holds labels from {low} to {high}, expected 0..{config.num_classes}")
 
     @property
     def _time_alone(self) -> bool:

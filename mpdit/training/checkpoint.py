@@ -77,6 +77,12 @@ def find(run: Run) -> Checkpoint | None:
     committed = _committed(run.out / "checkpoints")
     if resume == "auto":
         checkpoint = next((found for folder in reversed(committed) if (found := _try_open(folder, run.world))), None)
+        removed = (run.out / "ema").exists() and not (run.out / "checkpoints").exists()
+        if checkpoint is None and (committed or removed):
+            raise CheckpointError(
+                f"{run.out} was trained before but holds no checkpoint that can be read: "
+                "restore one, or give another --out to start afresh"
+            )
     else:
         checkpoint = Checkpoint.open(Path(resume))
         newer = [folder for folder in committed if _step(folder) > checkpoint.step]

@@ -52,7 +52,9 @@ class TrainConfig:
     seed: int = _option(0, "seed of the initial weights, the order and all noise", minimum=0, below=2**63)
     loader: Loader = _option("dali", "what feeds the data; both give the same batches bit for bit")
 
-    steps: int = _option(1500, "optimiser steps of the whole run", otherwise=400_000, minimum=1)
+    gpu_stage: bool = _option(False, "let DALI copy batches to the GPU in its pipeline; not yet run on a GPU")
+
+    steps: int = _option(1200, "optimiser steps of the whole run", otherwise=400_000, minimum=1)
     global_batch: int = _option(64, "samples a step, over all ranks and micro steps", otherwise=1024, minimum=1)
     accumulation: int = _option(1, "micro steps a step is split into, to fit memory", minimum=1)
     lr: float = _option(4e-3, "peak learning rate of AdamW", otherwise=2e-4, minimum=0)
@@ -85,11 +87,11 @@ class TrainConfig:
     checkpointing: bool = _option(False, "recompute activations in the backward pass, to save memory")
 
     log_every: int = _option(10, "steps between lines of metrics", otherwise=100, minimum=1)
-    sample_every: int = _option(500, "steps between sample grids; 0 draws none", otherwise=10_000, minimum=0)
+    sample_every: int = _option(400, "steps between sample grids; 0 draws none", otherwise=10_000, minimum=0)
     sample_steps: int = _option(50, "Euler steps of a sample grid", minimum=1)
     sample_guidance: float = _option(1.5, "guidance of a sample grid", minimum=0)
     checkpoint_every: int = _option(
-        500, "steps between checkpoints; 0 saves at the end only", otherwise=5000, minimum=0
+        400, "steps between checkpoints; 0 saves at the end only", otherwise=5000, minimum=0
     )
     keep: int = _option(2, "newest checkpoints kept", minimum=1)
     progress: bool = _option(True, "show a progress bar")

@@ -19,20 +19,37 @@ _ARGUMENTS = {
 }
 """Keys that say the same as an argument."""
 
+_LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+
 _REFUSED = {
     "optimizer": "the optimiser is AdamWEMA, set by --lr, --betas and --weight-decay",
     "scheduler": "the learning rate is set by --lr, --lr-schedule and --warmup",
 }
 
-_KNOWN = {
-    *_ARGUMENTS,
-    *_REFUSED,
-    *("train_micro_batch_size_per_gpu", "zero_optimization", "bf16", "fp16", "torch_autocast", "data_types"),
-    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "checkpoint", "communication_data_type"),
-    *("prescale_gradients", "gradient_predivide_factor", "disable_allgather", "comms_logger", "flops_profiler"),
-    *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "timers"),
-    *("tensorboard", "wandb", "csv_monitor", "comet"),
+_KINDS: dict[type, tuple[str, tuple[str, ...]]] = {
+    int: (
+        "a whole number",
+        (*("train_batch_size", "train_micro_batch_size_per_gpu", "steps_per_print"), "gradient_accumulation_steps"),
+    ),
+    float: ("a number", ("gradient_clipping", "gradient_predivide_factor")),
+    str: ("text", ("communication_data_type", "log_level")),
+    bool: (
+        "true or false",
+        (
+            *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "prescale_gradients"),
+            *("disable_allgather", "wall_clock_breakdown", "memory_breakdown", "dump_state"),
+        ),
+    ),
+    dict: (
+        "an object",
+        (
+            *("zero_optimization", "bf16", "fp16", "torch_autocast", "timers", "comms_logger"),
+            *("flops_profiler", "tensorboard", "wandb", "csv_monitor", "comet", "checkpoint"),
+            *_REFUSED,
+        ),
+    ),
 }
+_KNOWN = {key: (kind, words) for kind, (words, keys) in _KINDS.items() for key in keys}
 """DeepSpeed ignores a key it doesn't know; we don't, because a misspelt one would silently train something else."""
 
 
@@ -54,7 +71,8 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"ds_config {path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ConfigError(f"ds_config {path} holds {type(config).__name__}: expected a JSON object")
-    config = {key: value for key, value in config.items() if value != "auto"}
+    completed = {*_ARGUMENTS, "train_micro_batch_size_per_gpu", "torch_autocast", "bf16", "fp16"}
+    config = {key: value for key, value in config.items() if value != "auto" or key not in completed}
     try:
         _check_keys(config)
         zero_stage(config)
@@ -145,6 +163,11 @@ def _check_keys(config: Mapping[str, Any]) -> None:
             raise ConfigError(f"unknown key {key!r}: {hint}")
         if key in _REFUSED:
             raise ConfigError(f"has {key!r} {value!r}, but {_REFUSED[key]}: remove the block")
+        kind, words = _KNOWN[key]
+        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) > (kind is bool):
+            raise ConfigError(f"{key} is {value!r}: give {words}")
+    if config.get("log_level", "error") not in _LOG_LEVELS:
+        raise ConfigError(f"log_level is {config['log_level']!r}: choose one of {', '.join(_LOG_LEVELS)}")
     for key in ("bf16", "fp16"):
         block = config.get(key, {})
         if not isinstance(block, dict) or block.get("enabled"):
@@ -161,8 +184,12 @@ def _autocast(ds: Mapping[str, Any]) -> str | None:
         return None
     if not isinstance(block, dict) or block.get("dtype", "bfloat16") not in ("bfloat16", "bf16", "torch.bfloat16"):
         raise ConfigError(f'torch_autocast is {block!r}: give {{"enabled": true, "dtype": "bfloat16"}} or remove it')
+    if unknown := block.keys() - {"enabled", "dtype", "lower_precision_safe_modules"}:
+        raise ConfigError(f"torch_autocast has an unknown key {min(unknown)!r}: remove it")
     if "enabled" not in block:
         return None
+    if not isinstance(block["enabled"], bool):
+        raise ConfigError(f"torch_autocast has enabled {block['enabled']!r}: give true or false")
     return "bf16" if block["enabled"] else "fp32"
 
 

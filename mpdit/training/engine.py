@@ -92,7 +92,10 @@ def _deepspeed_errors(path: str) -> Iterator[None]:
 
     try:
         yield
-    except (DeepSpeedConfigError, AssertionError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (
+        *(DeepSpeedConfigError, AssertionError, ValueError, TypeError, KeyError, AttributeError, ImportError),
+        NotImplementedError,
+    ) as error:
         raise ConfigError(f"ds_config {path} is refused by DeepSpeed: {_reason(error)}") from error
 
 

@@ -34,18 +34,25 @@ def train(run: Run) -> None:
     device = connect(run.world)
     check_deepspeed(run)
     resumed = gather(checkpoint.find(run))[0]  # rank 0 decides
-    if run.world.rank == 0:
-        _open_folder(run, resumed)
-    barrier()
     trainer = build_trainer(run, device)
     start = 0
     if resumed is not None:
         checkpoint.load(trainer.engine, resumed, run)
         start = resumed.step
+    if run.world.rank == 0:
+        _open_folder(run, resumed)
+    barrier()
 
     order = GlobalOrder(manifest.num_samples, config.seed)
     loader = make_loader(
-        run.dataset, order, plan, kind=config.loader, start_step=start, stop_step=config.steps, device=device
+        run.dataset,
+        order,
+        plan,
+        kind=config.loader,
+        start_step=start,
+        stop_step=config.steps,
+        device=device,
+        gpu_stage=config.gpu_stage,
     )
     losses, watch, images = LossMean(device), Stopwatch(), 0
     with loader, MetricsLog(run, start) as log:
@@ -89,7 +96,7 @@ def _due(step: int, every: int, last: int) -> bool:
 
 def _open_folder(run: Run, resumed: checkpoint.Checkpoint | None) -> None:
     try:
-        run.out.mkdir(parents=True, exist_ok=True)
+        (run.out / "checkpoints").mkdir(parents=True, exist_ok=True)
         checkpoint.write_atomically(run.out / "config.json", json.dumps(run.describe(), indent=2) + "\n")
     except OSError as error:
         raise ConfigError(f"out {run.out} can't be written ({error}): give another --out") from error

@@ -27,9 +27,9 @@ from mpdit.training.world import World
 
 FORMAT = "mpdit-run-1"
 
-_CASUAL = {"ds_config", "model", "override", "data", "out", "resume", "accumulation", "checkpointing"} | {
+_CASUAL = {"ds_config", "model", "override", "data", "out", "resume"} | {
+    *("loader", "gpu_stage", "accumulation", "checkpointing", "progress", "tensorboard", "wandb"),
     *("log_every", "sample_every", "sample_steps", "sample_guidance", "checkpoint_every", "keep"),
-    *("progress", "tensorboard", "wandb"),
 }
 """Fields a run may be continued with changed: they don't decide what is learnt (model and data are compared whole)."""
 
@@ -78,10 +78,14 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
     """
     given = parse_arguments(arguments)
     ds = read_ds_config(given["ds_config"])
-    config = TrainConfig.create(**(given | arguments_from(ds, given, world.size)))
+    given |= arguments_from(ds, given, world.size)
+    config = TrainConfig.create(**given)
     config = config.replace(precision=_precision(config.precision, world))
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("--wandb needs the wandb package: pip install 'mpdit[wandb]', or leave --wandb out")
+    if not given.keys() & {"global_batch", "accumulation"}:  # a default must not refuse to run on, say, six GPUs
+        parts = world.size
+        config = config.replace(global_batch=-(-config.global_batch // parts) * parts)
     plan = BatchPlan(config.global_batch, world.size, world.rank, config.accumulation)
     config.model_config({})
     dataset = _embedded_digits() if config.data == DIGITS else PackedLatents.open(config.data)
@@ -128,6 +132,10 @@ def _embedded_digits() -> PackedLatents:
         return build_digits(folder)
     except OSError as error:
         raise DataError(f"the digits can't be prepared in {folder} ({error}): set XDG_CACHE_HOME elsewhere") from error
+    except DataError as error:
+        raise DataError(
+            f"the embedded digits in {folder} are damaged: delete it, it will be made again ({error})"
+        ) from error
 
 
 def _identity(config: TrainConfig, model: ModelConfig, manifest: Manifest) -> dict[str, Any]:
