@@ -20,7 +20,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(INSTALLED)  ## train on the embedded digits, then judge the samples (about ten minutes on two CPU cores)
+demo: $(INSTALLED)  ## train on the embedded digits, then judge the samples (about five minutes on two CPU cores)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed launch/train.py --ds_config launch/zero2.json --out $(DEMO)
 	$(BIN)/mpdit evaluate $(DEMO)
 

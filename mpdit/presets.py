@@ -1,4 +1,4 @@
-"""The published models, one row each; the figures beside them are explained in README.md and held by the tests."""
+"""The published models, one row each; README.md explains the figures; the tests hold the parameter counts."""
 
 from __future__ import annotations
 
