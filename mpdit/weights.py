@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mpdit.config import ModelConfig
 from mpdit.errors import CheckpointError
+from mpdit.files import sync_to_disk
 from mpdit.model import MPDiT
 
 FORMAT = "mpdit-weights-1"
@@ -39,7 +40,7 @@ def save_weights(
     save_file(tensors, weights_tmp, metadata={"format": "pt"})
     config_tmp.write_text(json.dumps(description, indent=2) + "\n")
     for tmp, name in ((weights_tmp, "model.safetensors"), (config_tmp, "config.json")):
-        _sync(tmp)
+        sync_to_disk(tmp)
         os.replace(tmp, folder / name)
 
 
@@ -112,8 +113,3 @@ def _check_data(path: Path, data: Any) -> None:
 
 def _shape(shape: torch.Size | None) -> str:
     return "none (missing)" if shape is None else str(tuple(shape))
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -13,6 +13,7 @@ import torch
 from training_runs import ds_config
 
 from mpdit.errors import CheckpointError
+from mpdit.files import write_atomically
 from mpdit.training import checkpoint
 from mpdit.training.run import Run, prepare
 from mpdit.training.world import World
@@ -153,12 +154,12 @@ def test_a_named_checkpoint_must_exist_and_be_of_this_run(
 
 def test_writing_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
-    checkpoint.write_atomically(path, "old")
+    write_atomically(path, "old")
 
     def full(*_: Any) -> None:
         raise OSError("no space left on device")
 
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match="no space"):
-        checkpoint.write_atomically(path, "new")
+        write_atomically(path, "new")
     assert path.read_text() == "old"

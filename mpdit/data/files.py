@@ -70,12 +70,3 @@ def lock_folder(folder: Path) -> int:
         os.close(lock)
         raise DataError(f"{folder} {problem}: give another folder, or delete this one first")
     return lock
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

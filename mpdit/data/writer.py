@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mpdit.data.files import PartialFile, lock_folder, sync_folder
+from mpdit.data.files import PartialFile, lock_folder
 from mpdit.data.latents import PackedLatents
 from mpdit.data.manifest import INDEX_NAME, MANIFEST_NAME, LatentSpec, Manifest, Normalization
 from mpdit.data.records import INDEX_DTYPE, VALUE_DTYPE, ChannelStatistics, crc32, find_defect
 from mpdit.errors import DataError
+from mpdit.files import sync_to_disk
 
 _SHARD_BYTES = 1 << 30
 
@@ -125,9 +126,9 @@ class PackedWriter:
         last = PartialFile(self.path / MANIFEST_NAME)
         last.write(np.frombuffer(manifest.to_json().encode(), np.uint8))
         last.finish()
-        sync_folder(self.path)
+        sync_to_disk(self.path)
         last.publish()
-        sync_folder(self.path)
+        sync_to_disk(self.path)
 
     def _check_labels(self, labels: NDArray[Any]) -> NDArray[Any]:
         if labels.ndim != 1 or labels.dtype.kind not in "iu":

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mpdit.errors import CheckpointError
+from mpdit.files import sync_to_disk, write_atomically
 from mpdit.training.run import Run, compare
 from mpdit.training.world import World, barrier, gather
 
@@ -135,24 +136,6 @@ def load(engine: Any, checkpoint: Checkpoint, run: Run) -> None:
                 f"remove {checkpoint.folder} to use an older one"
             )
     engine.load_checkpoint(str(checkpoint.folder), tag=_TAG)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all, also after a crash."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    sync_to_disk(partial)
-    os.replace(partial, path)
-    sync_to_disk(path.parent)
-
-
-def sync_to_disk(path: Path) -> None:
-    """fsync a file, or the names in a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _committed(folder: Path) -> list[Path]:

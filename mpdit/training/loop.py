@@ -10,6 +10,7 @@ from mpdit.data.loaders import make_loader
 from mpdit.data.order import GlobalOrder
 from mpdit.data.posterior import to_latents
 from mpdit.errors import ConfigError
+from mpdit.files import write_atomically
 from mpdit.flow import flow_loss
 from mpdit.plots import plot_loss
 from mpdit.training import checkpoint, ema
@@ -97,7 +98,7 @@ def _due(step: int, every: int, last: int) -> bool:
 def _open_folder(run: Run, resumed: checkpoint.Checkpoint | None) -> None:
     try:
         (run.out / "checkpoints").mkdir(parents=True, exist_ok=True)
-        checkpoint.write_atomically(run.out / "config.json", json.dumps(run.describe(), indent=2) + "\n")
+        write_atomically(run.out / "config.json", json.dumps(run.describe(), indent=2) + "\n")
     except OSError as error:
         raise ConfigError(f"out {run.out} can't be written ({error}): give another --out") from error
     begin = "from the start" if resumed is None else f"from {resumed.folder}"

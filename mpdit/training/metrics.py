@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from tqdm import tqdm
 
-from mpdit.training.checkpoint import write_atomically
+from mpdit.files import write_atomically
 from mpdit.training.run import Run
 
 
