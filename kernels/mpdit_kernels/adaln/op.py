@@ -1,0 +1,187 @@
+"""The public functions: checks, choice of implementation, and the custom operator with its gradient.
+
+One operator serves the three functions, parts left out being None going in and empty coming out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpdit_kernels.adaln import reference
+from mpdit_kernels.checks import autocast_dtype, check, check_alike, check_dims, check_eps, check_shape
+from mpdit_kernels.dispatch import MAX_WIDTH, takes_triton
+
+
+def adaln_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    """LN(x) * (1 + scale) + shift: DiT's adaptive layer norm (Peebles and Xie, ICCV 2023, section 3.2).
+
+    Args:
+        x: [B, T, D]; any strides.
+        shift, scale: [B, D], of any floating-point dtypes.
+        eps: added to the variance.
+        dtype: of the result; by default what a matrix product on it would take: autocast's dtype, or else x's.
+
+    Returns:
+        [B, T, D]. Statistics and arithmetic are fp32.
+
+    Raises:
+        ValueError: shapes, devices or dtypes that don't fit.
+    """
+    _check(x, shift=shift, scale=scale)
+    check_eps(eps)
+    dtype = dtype or autocast_dtype(x) or x.dtype
+    if takes_triton("adaln_modulate", x, shift, scale, refusal=_refusal(x)):
+        return _adaln(x, None, None, shift, scale, eps, dtype)[1]
+    return reference.adaln_modulate(x, shift, scale, eps, dtype)
+
+
+def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    """x + gate * branch in one pass, and one for the gradients of all three.
+
+    Args:
+        x, branch: [B, T, D]; any strides and dtypes.
+        gate: [B, D].
+
+    Returns:
+        [B, T, D] in the dtype of x.
+
+    Raises:
+        ValueError: shapes, devices or dtypes that don't fit.
+    """
+    _check(x, branch=branch, gate=gate)
+    if takes_triton("gated_residual", x, branch, gate, refusal=_refusal(x)):
+        return _adaln(x, branch, gate, None, None, 0.0, x.dtype)[0]
+    return reference.gated_residual(x, branch, gate)
+
+
+def gated_residual_adaln(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float = 1e-6,
+    *,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The residual x + gate * branch and, of it, LN(residual) * (1 + scale) + shift: reads two, writes two.
+
+    Args:
+        x, branch: [B, T, D]; any strides and dtypes.
+        gate, shift, scale: [B, D].
+        eps: added to the variance.
+        dtype: of the second result; by default what a matrix product would take: autocast's dtype, or else x's.
+
+    Returns:
+        (residual [B, T, D] in the dtype of x, modulated [B, T, D]).
+
+    Raises:
+        ValueError: shapes, devices or dtypes that don't fit.
+    """
+    _check(x, branch=branch, gate=gate, shift=shift, scale=scale)
+    check_eps(eps)
+    dtype = dtype or autocast_dtype(x) or x.dtype
+    if takes_triton("gated_residual_adaln", x, branch, gate, shift, scale, refusal=_refusal(x)):
+        residual, y, _ = _adaln(x, branch, gate, shift, scale, eps, dtype)
+        return residual, y
+    return reference.gated_residual_adaln(x, branch, gate, shift, scale, eps, dtype)
+
+
+def _check(x: Tensor, branch: Tensor | None = None, **modulation: Tensor) -> None:
+    check_dims("x", x, "[B, T, D]")
+    check_alike(x=x, branch=branch, **modulation)
+    check(x.shape[-1] > 0, "x", f"of shape {list(x.shape)}", "at least one column")
+    if branch is not None:
+        check_shape("branch", branch, x.shape, "[B, T, D] as x")
+    for name, vector in modulation.items():
+        check_shape(name, vector, (x.shape[0], x.shape[2]), "[B, D]")
+
+
+def _refusal(x: Tensor) -> str | None:
+    width = x.shape[-1]
+    return f"rows are {width} wide, and the kernel holds {MAX_WIDTH} at most" if width > MAX_WIDTH else None
+
+
+@torch.library.custom_op("mpdit_kernels::adaln", mutates_args=())
+def _adaln(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(residual, modulated, statistics fp32 [2,B,T]); empty where the arguments ask for none."""
+    from mpdit_kernels.adaln import triton_impl
+
+    outputs = triton_impl.forward(x, branch, gate, shift, scale, eps, dtype)
+    return tuple(x.new_empty(0) if out is None else out for out in outputs)  # type: ignore[return-value]
+
+
+@_adaln.register_fake
+def _(x, branch, gate, shift, scale, eps, dtype):  # type: ignore[no-untyped-def]
+    return (
+        x.new_empty(0 if branch is None else x.shape),
+        x.new_empty(0 if shift is None else x.shape, dtype=x.dtype if shift is None else dtype),
+        x.new_empty(0, dtype=x.dtype) if shift is None else x.new_empty((2, *x.shape[:2]), dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("mpdit_kernels::adaln_backward", mutates_args=())
+def _adaln_backward(
+    d_residual: Tensor | None,
+    d_y: Tensor | None,
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    statistics: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dbranch, fp32 [3,B,D]: of gate, shift, scale); dx is empty without d_y, dbranch without branch."""
+    from mpdit_kernels.adaln import triton_impl
+
+    outputs = triton_impl.backward(d_residual, d_y, x, branch, gate, scale, statistics)
+    return tuple(x.new_empty(0) if out is None else out for out in outputs)  # type: ignore[return-value]
+
+
+@_adaln_backward.register_fake
+def _(d_residual, d_y, x, branch, gate, scale, statistics):  # type: ignore[no-untyped-def]
+    return (
+        x.new_empty(0 if d_y is None else x.shape),
+        x.new_empty(0) if branch is None else branch.new_empty(x.shape),
+        x.new_empty((3, x.shape[0], x.shape[2]), dtype=torch.float32),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, branch, gate, shift, scale, *_ = inputs
+    residual, _, statistics = output
+    normalized = x if branch is None else residual
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(normalized, branch, gate, scale, statistics)
+    ctx.dtypes = tuple(None if value is None else value.dtype for value in (gate, shift, scale))
+
+
+def _gradients(ctx: Any, d_residual: Tensor | None, d_y: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    normalized, branch, gate, scale, statistics = ctx.saved_tensors
+    d_residual, d_y = None if branch is None else d_residual, None if scale is None else d_y  # those of empty outputs
+    if d_residual is None and d_y is None:
+        return (None,) * 7
+    dx, dbranch, sums = _adaln_backward(d_residual, d_y, normalized, branch, gate, scale, statistics)
+    if d_y is None:
+        dx = d_residual.to(normalized.dtype)  # type: ignore[union-attr]
+    asked = (gate is not None, d_y is not None, d_y is not None)
+    vectors = [
+        value.to(dtype) if wanted and dtype is not None else None
+        for value, dtype, wanted in zip(sums.unbind(), ctx.dtypes, asked, strict=True)
+    ]
+    return dx, None if branch is None else dbranch, *vectors, None, None
+
+
+_adaln.register_autograd(_gradients, setup_context=_save)

@@ -1,0 +1,285 @@
+"""Kernels of the gated residual and the modulated layer norm: one forward and one backward, parts switched off.
+
+A program takes TOKENS tokens of one sample, ROWS at a time, whole rows in registers, so the sample's modulation is
+read once per program. Statistics and sums are fp32. The backward sums over a program's tokens in registers and writes
+one fp32 partial row per program; the partials are added up in a fixed order, so results repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mpdit_kernels.launch import Config, Tunable, launch
+from mpdit_kernels.rows import (
+    chunks,
+    columns,
+    load_rows,
+    load_vector,
+    row_mean,
+    row_moments,
+    rows_of,
+    store_vector,
+    zero_vector,
+)
+
+
+def _candidates(width: int) -> list[Config]:
+    return [
+        {"ROWS": rows, "TOKENS": tokens, "CAP": cap, "num_warps": warps, "num_stages": 1}
+        for cap in (128, 512, 1024)
+        for warps in (4, 8)
+        for rows in (1, 2, 4)
+        for tokens in (16, 40, 80)
+        if rows * width <= 1024 * warps and cap < 2 * width and tokens % rows == 0
+    ]
+
+
+def _rows(width: int) -> int:
+    return 2 if width <= 1536 else 1
+
+
+def _default(width: int) -> Config:
+    return {"ROWS": _rows(width), "TOKENS": 16, "CAP": 1024, "num_warps": 4, "num_stages": 1}
+
+
+def _default_backward(width: int) -> Config:
+    warps = 8 if width > 1536 else 4
+    return {"ROWS": _rows(width), "TOKENS": 40, "CAP": 1024, "num_warps": warps, "num_stages": 1}
+
+
+FORWARD = Tunable("adaln.forward", _default, _candidates)
+BACKWARD = Tunable("adaln.backward", _default_backward, _candidates)
+
+
+@triton.jit
+def _forward(
+    x,  # [B, T, D]
+    branch,  # [B, T, D]
+    gate,  # [B, D]
+    shift,  # [B, D]
+    scale,  # [B, D]
+    residual,  # out [B, T, D]
+    y,  # out [B, T, D]
+    statistics,  # out fp32 [2, B, T]: mean, reciprocal standard deviation
+    T,
+    eps,
+    x_batch,
+    x_token,
+    branch_batch,
+    branch_token,
+    gate_batch,
+    shift_batch,
+    scale_batch,
+    D: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    GATED: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    b = tl.program_id(1).to(tl.int64)
+    if GATED:
+        g = load_vector(gate + b * gate_batch, CHUNKS)
+    if NORM:
+        shifts = load_vector(shift + b * shift_batch, CHUNKS)
+        scales = load_vector(scale + b * scale_batch, CHUNKS)
+    first = tl.program_id(0) * TOKENS
+    for step in range(0, TOKENS, ROWS):
+        rows = (first + step + tl.arange(0, ROWS)).to(tl.int64)
+        mask = rows < T
+        out = (b * T + rows) * D
+        values = load_rows(x + b * x_batch + rows * x_token, mask, CHUNKS)
+        if GATED:
+            branches = load_rows(branch + b * branch_batch + rows * branch_token, mask, CHUNKS)
+            summed = ()
+            for i in tl.static_range(len(CHUNKS)):
+                # The norm sees the sum as it is stored, as the reference does.
+                rounded = (values[i] + g[i] * branches[i]).to(residual.dtype.element_ty)
+                tl.store(residual + out[:, None] + columns(CHUNKS, i), rounded, mask=mask[:, None])
+                summed = summed + (rounded.to(tl.float32),)
+            values = summed
+        if NORM:
+            mean, rstd = row_moments(values, eps, D)
+            tl.store(statistics + b * T + rows, mean, mask=mask)
+            tl.store(statistics + (tl.num_programs(1) + b) * T + rows, rstd, mask=mask)
+            for i in tl.static_range(len(CHUNKS)):
+                normal = (values[i] - mean[:, None]) * rstd[:, None]
+                modulated = normal * (1 + scales[i]) + shifts[i]
+                target = y + out[:, None] + columns(CHUNKS, i)
+                tl.store(target, modulated.to(y.dtype.element_ty), mask=mask[:, None])
+
+
+@triton.jit
+def _backward(
+    d_residual,  # [B, T, D], where GRAD_RESIDUAL
+    d_y,  # [B, T, D], where NORM
+    x,  # [B, T, D]: what was normalised
+    branch,  # [B, T, D]
+    gate,  # [B, D]
+    scale,  # [B, D]
+    statistics,  # fp32 [2, B, T]
+    d_x,  # out [B, T, D]
+    d_branch,  # out [B, T, D]
+    partials,  # out fp32 [3, B, P, D]: of gate, shift, scale
+    T,
+    d_residual_batch,
+    d_residual_token,
+    d_y_batch,
+    d_y_token,
+    x_batch,
+    x_token,
+    branch_batch,
+    branch_token,
+    gate_batch,
+    scale_batch,
+    D: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    GATED: tl.constexpr,
+    NORM: tl.constexpr,
+    GRAD_RESIDUAL: tl.constexpr,
+):
+    part = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    sum_gate = zero_vector(CHUNKS)
+    sum_shift = zero_vector(CHUNKS)
+    sum_scale = zero_vector(CHUNKS)
+    if GATED:
+        g = load_vector(gate + b * gate_batch, CHUNKS)
+    if NORM:
+        scales = load_vector(scale + b * scale_batch, CHUNKS)
+    first = part * TOKENS
+    for step in range(0, TOKENS, ROWS):
+        rows = (first + step + tl.arange(0, ROWS)).to(tl.int64)
+        mask = rows < T
+        out = (b * T + rows) * D
+        if NORM:
+            mean = tl.load(statistics + b * T + rows, mask=mask, other=0)
+            rstd = tl.load(statistics + (tl.num_programs(1) + b) * T + rows, mask=mask, other=0)
+            values = load_rows(x + b * x_batch + rows * x_token, mask, CHUNKS)
+            gradients = load_rows(d_y + b * d_y_batch + rows * d_y_token, mask, CHUNKS)
+            normal = ()
+            weighted = ()
+            products = ()
+            new_shift = ()
+            new_scale = ()
+            for i in tl.static_range(len(CHUNKS)):
+                normalized = (values[i] - mean[:, None]) * rstd[:, None]
+                new_shift = new_shift + (sum_shift[i] + tl.sum(gradients[i], 0, keep_dims=True),)
+                new_scale = new_scale + (sum_scale[i] + tl.sum(gradients[i] * normalized, 0, keep_dims=True),)
+                weighted = weighted + (gradients[i] * (1 + scales[i]),)
+                products = products + (weighted[i] * normalized,)
+                normal = normal + (normalized,)
+            sum_shift = new_shift
+            sum_scale = new_scale
+            along = row_mean(products, D)[:, None]
+            offset = row_mean(weighted, D)[:, None]
+        new_gate = ()
+        for i in tl.static_range(len(CHUNKS)):
+            at = columns(CHUNKS, i)
+            if NORM:
+                total = (weighted[i] - normal[i] * along - offset) * rstd[:, None]
+            if GRAD_RESIDUAL:
+                pointers = d_residual + b * d_residual_batch + rows[:, None] * d_residual_token + at
+                incoming = tl.load(pointers, mask=mask[:, None], other=0).to(tl.float32)
+                if NORM:
+                    total += incoming
+                else:
+                    total = incoming
+            if NORM:
+                tl.store(d_x + out[:, None] + at, total.to(d_x.dtype.element_ty), mask=mask[:, None])
+            if GATED:
+                pointers = branch + b * branch_batch + rows[:, None] * branch_token + at
+                branches = tl.load(pointers, mask=mask[:, None], other=0).to(tl.float32)
+                new_gate = new_gate + (sum_gate[i] + tl.sum(total * branches, 0, keep_dims=True),)
+                gated = (total * g[i]).to(d_branch.dtype.element_ty)
+                tl.store(d_branch + out[:, None] + at, gated, mask=mask[:, None])
+        if GATED:
+            sum_gate = new_gate
+    B = tl.num_programs(1)
+    row = b * tl.num_programs(0) + part
+    plane = tl.num_programs(0) * B.to(tl.int64) * D
+    if GATED:
+        store_vector(partials + row * D, sum_gate, CHUNKS)
+    if NORM:
+        store_vector(partials + plane + row * D, sum_shift, CHUNKS)
+        store_vector(partials + 2 * plane + row * D, sum_scale, CHUNKS)
+
+
+def forward(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(residual, y, statistics fp32 [2,B,T]); residual is None without a branch, the others without a shift."""
+    batch, tokens, width = x.shape
+    x, branch = rows_of(x), None if branch is None else rows_of(branch)
+    gate, shift, scale = (None if v is None else rows_of(v) for v in (gate, shift, scale))
+    residual = None if branch is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = None if shift is None else torch.empty(x.shape, dtype=dtype, device=x.device)
+    statistics = None if shift is None else torch.empty(2, batch, tokens, dtype=torch.float32, device=x.device)
+    config = dict(FORWARD.pick(width=width))
+    launch(
+        _forward,
+        (triton.cdiv(tokens, config["TOKENS"]), batch),
+        *(x, branch, gate, shift, scale, residual, y, statistics, tokens, eps),
+        *(x.stride(0), x.stride(1), *_strides(branch)),
+        *(0 if v is None else v.stride(0) for v in (gate, shift, scale)),
+        D=width,
+        CHUNKS=chunks(width, config.pop("CAP")),
+        GATED=branch is not None,
+        NORM=shift is not None,
+        **config,
+    )
+    return residual, y, statistics
+
+
+def backward(
+    d_residual: Tensor | None,
+    d_y: Tensor | None,
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    statistics: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """(dx, dbranch, fp32 [3,B,D] of gate, shift and scale) given what the forward normalised as x.
+
+    dx is None without d_y: it is then d_residual itself. Rows of the sums that no part asked for are not written.
+    """
+    batch, tokens, width = x.shape
+    d_residual, d_y, branch = (None if v is None else rows_of(v) for v in (d_residual, d_y, branch))
+    gate, scale = (None if v is None else rows_of(v) for v in (gate, scale))
+    x = rows_of(x)
+    norm = d_y is not None
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if norm else None
+    dbranch = None if branch is None else torch.empty(x.shape, dtype=branch.dtype, device=x.device)
+    config = dict(BACKWARD.pick(width=width))
+    parts = triton.cdiv(tokens, config["TOKENS"])
+    partials = torch.empty(3, batch, parts, width, dtype=torch.float32, device=x.device)
+    launch(
+        _backward,
+        (parts, batch),
+        *(d_residual, d_y, x, branch, gate, scale if norm else None, statistics, dx, dbranch, partials, tokens),
+        *(*_strides(d_residual), *_strides(d_y), x.stride(0), x.stride(1), *_strides(branch)),
+        *(0 if gate is None else gate.stride(0), 0 if scale is None else scale.stride(0)),
+        D=width,
+        CHUNKS=chunks(width, config.pop("CAP")),
+        GATED=branch is not None,
+        NORM=norm,
+        GRAD_RESIDUAL=d_residual is not None,
+        **config,
+    )
+    return dx, dbranch, partials[:, :, 0] if parts == 1 else partials.sum(2)
+
+
+def _strides(x: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if x is None else (x.stride(0), x.stride(1))

@@ -1,0 +1,91 @@
+"""Device functions shared by the kernels that hold whole rows of width D in registers.
+
+A row is a tuple of tiles [ROWS, C], the powers of two that D is the sum of: 1152 = 1024 + 128, where one block would
+be 2048 with 44 % of its lanes idle. CHUNKS, ((first column, columns), ...), is that sum, computed by `chunks`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def chunks(width: int, cap: int) -> tuple[tuple[int, int], ...]:
+    """((first column, columns), ...) with columns powers of two of at most `cap`, adding up to `width`."""
+    parts, first = [], 0
+    while first < width:
+        columns = min(cap, 1 << ((width - first).bit_length() - 1))
+        parts.append((first, columns))
+        first += columns
+    return tuple(parts)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x with neighbouring columns neighbours in memory, as the kernels need: itself or a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+@triton.jit
+def columns(CHUNKS: tl.constexpr, i: tl.constexpr):
+    """Column indices [1, C] of tile i."""
+    return CHUNKS[i][0] + tl.arange(0, CHUNKS[i][1])[None, :]
+
+
+@triton.jit
+def load_rows(pointers, mask, CHUNKS: tl.constexpr):
+    """Rows at pointers [ROWS], those not in mask as 0: a tuple of fp32 tiles [ROWS, C]."""
+    tiles = ()
+    for i in tl.static_range(len(CHUNKS)):
+        tile = tl.load(pointers[:, None] + columns(CHUNKS, i), mask=mask[:, None], other=0)
+        tiles = tiles + (tile.to(tl.float32),)
+    return tiles
+
+
+@triton.jit
+def load_vector(pointer, CHUNKS: tl.constexpr):
+    """One row at a pointer: a tuple of fp32 tiles [1, C]."""
+    tiles = ()
+    for i in tl.static_range(len(CHUNKS)):
+        tiles = tiles + (tl.load(pointer + columns(CHUNKS, i)).to(tl.float32),)
+    return tiles
+
+
+@triton.jit
+def row_mean(tiles, D: tl.constexpr):
+    """Mean [ROWS] over all columns."""
+    total = tl.sum(tiles[0], 1)
+    for i in tl.static_range(1, len(tiles)):
+        total += tl.sum(tiles[i], 1)
+    return total / D
+
+
+@triton.jit
+def row_moments(tiles, eps, D: tl.constexpr):
+    """Mean and reciprocal standard deviation [ROWS], the variance as the mean of squared differences."""
+    mean = row_mean(tiles, D)
+    squares = ()
+    for i in tl.static_range(len(tiles)):
+        difference = tiles[i] - mean[:, None]
+        squares = squares + (difference * difference,)
+    return mean, 1 / tl.sqrt_rn(row_mean(squares, D) + eps)
+
+
+@triton.jit
+def zero_vector(CHUNKS: tl.constexpr):
+    """A tuple of fp32 zeros [1, C], to sum rows into."""
+    tiles = ()
+    for i in tl.static_range(len(CHUNKS)):
+        tiles = tiles + (_zeros(CHUNKS[i][1]),)
+    return tiles
+
+
+@triton.jit
+def _zeros(C: tl.constexpr):
+    return tl.zeros([1, C], tl.float32)
+
+
+@triton.jit
+def store_vector(pointer, tiles, CHUNKS: tl.constexpr):
+    for i in tl.static_range(len(CHUNKS)):
+        tl.store(pointer + columns(CHUNKS, i), tiles[i].to(pointer.dtype.element_ty))

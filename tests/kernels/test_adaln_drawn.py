@@ -1,0 +1,29 @@
+"""The modulated norm and the gated residual at drawn shapes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mpdit_kernels import gated_residual_adaln
+from proof import leaf, prove
+
+DRAWN = (st.integers(1, 3), st.integers(1, 40), st.integers(1, 200), st.booleans())
+
+
+def _prove(batch: int, tokens: int, width: int, tall: bool) -> None:
+    x = leaf(batch, width, tokens).transpose(1, 2) if tall else leaf(batch, tokens, width)
+    prove(gated_residual_adaln, [x, leaf(batch, tokens, width), *(leaf(batch, width) for _ in range(3))])
+
+
+@settings(max_examples=8, deadline=None)
+@given(*DRAWN)
+def test_any_shape(batch: int, tokens: int, width: int, tall: bool) -> None:
+    _prove(batch, tokens, width, tall)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None)
+@given(*DRAWN)
+def test_very_many_shapes(batch: int, tokens: int, width: int, tall: bool) -> None:
+    _prove(batch, tokens, width, tall)
