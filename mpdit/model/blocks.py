@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+from mpdit_kernels import adaln_modulate, gated_residual, gated_residual_adaln
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, linear, scaled_dot_product_attention
 
@@ -18,14 +21,35 @@ def normalize(x: Tensor) -> Tensor:
     return layer_norm(x, x.shape[-1:], eps=EPS)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LN(x [B,T,D]) * (1 + scale [B,D]) + shift [B,D], in the dtype of x."""
-    return torch.addcmul(shift[:, None], normalize(x), 1 + scale[:, None]).to(x.dtype)
+class Stream(NamedTuple):
+    """The residual stream x + gate * branch, whose last branch is still to be added: x alone when there is none.
 
+    The sum is left to whoever reads the stream, who has a pass over it to make anyway: mostly the next layer norm.
 
-def gated_residual(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-    """x [B,T,D] + gate [B,D] * branch [B,T,D], in the dtype of x."""
-    return torch.addcmul(x, gate[:, None], branch).to(x.dtype)
+    Attributes:
+        x, branch: [B, T, D].
+        gate: [B, D].
+    """
+
+    x: Tensor
+    branch: Tensor | None = None
+    gate: Tensor | None = None
+
+    def settle(self) -> Tensor:
+        """The sum [B, T, D], in the dtype of x."""
+        if self.branch is None or self.gate is None:
+            return self.x
+        return gated_residual(self.x, self.branch, self.gate)
+
+    def modulate(self, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum, and LN(sum) * (1 + scale [B,D]) + shift [B,D] as the next matrix product takes it."""
+        if self.branch is None or self.gate is None:
+            return self.x, adaln_modulate(self.x, shift, scale, EPS)
+        return gated_residual_adaln(self.x, self.branch, self.gate, shift, scale, EPS)
+
+    def last(self, tokens: int) -> Stream:
+        """The last so many tokens."""
+        return self._replace(x=self.x[:, -tokens:], branch=None if self.branch is None else self.branch[:, -tokens:])
 
 
 class Attention(nn.Module):
@@ -58,7 +82,8 @@ class PackedLinear(nn.Module):
         if not first_query:
             return linear(x, self.weight, self.bias).chunk(3, dim=-1)
         width = x.shape[-1]
-        query = linear(x[:, first_query:], self.weight[:width], self.bias[:width])
+        queries = x[:, first_query:].contiguous()  # else the product is a batch of small ones
+        query = linear(queries, self.weight[:width], self.bias[:width])
         return query, *linear(x, self.weight[width:], self.bias[width:]).chunk(2, dim=-1)
 
 
@@ -85,20 +110,21 @@ class Block(nn.Module):
         self.attention = Attention(width, heads)
         self.mlp = MLP(width, int(width * mlp_ratio))
 
-    def forward(self, x: Tensor, condition: Tensor, first_query: int = 0) -> Tensor:
-        """x [B,T,D] -> [B, T - first_query, D].
+    def forward(self, stream: Stream, condition: Tensor, first_query: int = 0) -> Stream:
+        """A stream of [B,T,D] -> one of [B, T - first_query, D], the MLP's branch to be added.
 
         `condition` is the shared modulation [B, 6D], or the condition vector [B, D] when the block owns its modulation.
         """
         modulation = condition if self.modulation is None else self.modulation(condition)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        branch = self.attention(modulate(x, shift1, scale1), first_query)
-        x = gated_residual(x[:, first_query:], gate1, branch)
-        return gated_residual(x, gate2, self.mlp(modulate(x, shift2, scale2)))
+        x, modulated = stream.modulate(shift1, scale1)
+        stream = Stream(x[:, first_query:], self.attention(modulated, first_query), gate1)
+        x, modulated = stream.modulate(shift2, scale2)
+        return Stream(x, self.mlp(modulated), gate2)
 
 
 class FinalLayer(nn.Module):
-    """Tokens [B, n, D] -> velocity [B, C, S, S]: adaLN, a zero-initialised Linear, patches put back in place."""
+    """A stream of [B,T,D] -> velocity [B,C,S,S]: adaLN and a zero-initialised Linear of the image tokens, unpatched."""
 
     def __init__(
         self, width: int, patch: int, channels: int, grid: int, learn_sigma: bool, own_modulation: bool
@@ -110,7 +136,7 @@ class FinalLayer(nn.Module):
         self.weight = nn.Parameter(torch.zeros(rows, width))
         self.bias = nn.Parameter(torch.zeros(rows))
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, stream: Stream, condition: Tensor) -> Tensor:
         if self.modulation is None:
             shift, scale = condition.chunk(6, dim=-1)[3:5]  # the blocks' mlp shift and scale
         else:
@@ -118,7 +144,8 @@ class FinalLayer(nn.Module):
         # Rows are (i, j, channel); with learn_sigma the channels after the first C predict a variance nobody reads.
         weight = self.weight.unflatten(0, (self.patch**2, -1))[:, : self.channels].flatten(0, 1)
         bias = self.bias.unflatten(0, (self.patch**2, -1))[:, : self.channels].flatten()
-        return unpatchify(linear(modulate(x, shift, scale), weight, bias), self.patch, self.grid)
+        _, modulated = stream.last(self.grid**2).modulate(shift, scale)
+        return unpatchify(linear(modulated, weight, bias), self.patch, self.grid)
 
 
 def init_linear(module: nn.Module) -> None:

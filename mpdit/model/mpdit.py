@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mpdit.config import ModelConfig
 from mpdit.errors import ConfigError
-from mpdit.model.blocks import Block, FinalLayer
+from mpdit.model.blocks import Block, FinalLayer, Stream
 from mpdit.model.embed import ClassTokens, InputStage
 from mpdit.model.time import FNOTimeEmbedding, Modulation, SinusoidalTimeEmbedding, TimeEmbedding, module_list, wide
 from mpdit.model.transition import Transition
@@ -97,13 +97,14 @@ class MPDiT(nn.Module):
         condition = self._condition(state.expand(len(x), -1), y)
         tokens: Tensor | Any = self.classes(y) if self.config.prefix_tokens else None
         latents = x.to(self.final.weight.dtype)
+        stream = Stream(tokens)
         for stage in self.stages:
-            tokens = stage.enter(tokens, latents)
+            stream = Stream(stage.enter(stream.settle(), latents))
             for block in stage.blocks:
                 # Nobody reads the class tokens after the last block: there they are only keys and values.
                 first_query = self.config.prefix_tokens if self.shortcuts and block is self.last_block else 0
-                tokens = self._run(block, tokens, condition, first_query)
-        velocity = self.final(tokens[:, -(self.final.grid**2) :], condition).to(x.dtype)
+                stream = self._run(block, stream, condition, first_query)
+        velocity = self.final(stream, condition).to(x.dtype)
         return -velocity if self.config.convention == "sit" else velocity
 
     @property
@@ -143,10 +144,15 @@ class MPDiT(nn.Module):
             state = state + wide(self.classes(y)[:, 0])
         return self.modulation(state) if self.modulation and not self._time_alone else state
 
-    def _run(self, block: Block, tokens: Tensor, condition: Tensor, first_query: int) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, tokens, condition, first_query, use_reentrant=False)
-        return block(tokens, condition, first_query)
+    def _run(self, block: Block, stream: Stream, condition: Tensor, first_query: int) -> Stream:
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return block(stream, condition, first_query)
+        # Settled on both sides, so that one tensor is kept for each block, not x and branch.
+        return Stream(checkpoint(_settled, block, stream.settle(), condition, first_query, use_reentrant=False))
+
+
+def _settled(block: Block, x: Tensor, condition: Tensor, first_query: int) -> Tensor:
+    return block(Stream(x), condition, first_query).settle()
 
 
 def create_model(name: str, **overrides: Any) -> MPDiT:
