@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO ?= runs/demo
 
-.PHONY: help install demo test test-slow lint format clean
+.PHONY: help install demo test test-slow gpu lint format clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,6 +29,21 @@ test: $(INSTALLED)  ## run the tests (minutes)
 
 test-slow: $(INSTALLED)  ## run the tests that train for real
 	$(BIN)/python -m pytest -m slow
+
+# Needs no .venv: PYTHON must have torch, triton and pytest. Test files run side by side, as most of their time is
+# compiling; drawn tests need hypothesis and are left out without it. Tuning keeps to its minutes even when a test failed:
+# it proves each kernel again before it publishes a figure.
+gpu: export PYTHONPATH := $(CURDIR)/kernels
+gpu:  ## on a machine with a GPU: prove the kernels there, then tune and time them (under eight minutes)
+	@$(PYTHON) -c 'import pytest, torch, triton' 2>/dev/null || \
+		{ echo "error: $(PYTHON) lacks torch, triton or pytest: name one that has them, make gpu PYTHON=..." >&2; exit 2; }
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+		{ echo "error: no CUDA GPU here, and make gpu proves and times the kernels on one" >&2; exit 2; }
+	@failed=0; drawn='*_drawn.py'; $(PYTHON) -c 'import hypothesis' 2>/dev/null && drawn=; \
+	find tests/kernels -name 'test_*.py' ! -name "$$drawn" | sort | \
+		xargs -P 8 -n 1 timeout 150 $(PYTHON) -m pytest -q -m "not slow" -p no:cacheprovider || failed=1; \
+	$(PYTHON) -m mpdit_kernels.tune --minutes 5 || failed=1; \
+	exit $$failed
 
 lint: $(INSTALLED)  ## check style and types
 	$(BIN)/ruff check .

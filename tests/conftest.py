@@ -14,3 +14,8 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 sys.path.insert(0, str(Path(__file__).parent))  # helper modules beside the tests, such as goldens.py
 
 torch.set_num_threads(1)
+
+if os.environ["TRITON_INTERPRET"] == "1":
+    import interpreter
+
+    interpreter.speed_up()

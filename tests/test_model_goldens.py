@@ -1,8 +1,10 @@
 """The model against tensors produced by the official implementations: the definition of correct."""
 
+import mpdit_kernels
 import pytest
 import torch
 from goldens import MULTI_STAGE, NAMES, Golden, relative_error
+from interpreter import few_programs
 
 import mpdit
 from mpdit.model.convert import official_names
@@ -10,9 +12,20 @@ from mpdit.model.convert import official_names
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(params=[True, False], ids=["shortcuts", "literal"])
+@pytest.fixture(
+    params=[(True, "reference"), (False, "reference"), (True, "triton")], ids=["fast", "literal", "kernels"]
+)
 def shortcuts(request):
-    return request.param
+    """Whether the algebraic shortcuts are on; the third time, the fused kernels are too."""
+    enabled, kernels = request.param
+    with mpdit_kernels.use(kernels), few_programs():
+        yield enabled
+
+
+@pytest.fixture(params=["reference", "triton"])
+def kernels(request):
+    with mpdit_kernels.use(request.param), few_programs():
+        yield
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -42,7 +55,7 @@ def test_time_embedding(name, shortcuts):
 
 
 @pytest.mark.parametrize("name", MULTI_STAGE)
-def test_guided_evaluation(name):
+def test_guided_evaluation(name, kernels):
     golden = Golden(name)
     x, t, y, scale = (golden.tensor(f"cfg/{key}") for key in ("x", "t", "y", "scale"))
     model = golden.model().eval()
@@ -53,7 +66,7 @@ def test_guided_evaluation(name):
 
 
 @pytest.mark.parametrize("name", MULTI_STAGE)
-def test_euler_trajectory(name):
+def test_euler_trajectory(name, kernels):
     golden = Golden(name)
     result = mpdit.sample(
         golden.model(),

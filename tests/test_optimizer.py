@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
 from typing import Any
@@ -58,6 +59,23 @@ def test_is_its_definition() -> None:
             torch.testing.assert_close(optimizer.state[param]["ema"], ema, rtol=1e-12, atol=1e-12)
 
 
+def test_is_its_definition_with_clipping_and_a_copy() -> None:
+    param = torch.nn.Parameter(torch.randn(50, dtype=torch.float64))
+    value, copies = param.detach().clone(), [torch.empty(50), torch.empty(50)]
+    mean, square, ema = torch.zeros_like(value), torch.zeros_like(value), value.clone()
+    optimizer = AdamWEMA([param], **SETTINGS, ema_decay=0.9, max_norm=0.5)
+    optimizer.attach_copies({param: copies[0]})
+    for step in range(1, 6):
+        _train([param], optimizer, range(step, step + 1))
+        assert param.grad is not None
+        factor = 0.5 / (float(param.grad.norm()) + 1e-6)
+        options: dict[str, Any] = {**SETTINGS, "ema_decay": 0.9, "factor": factor, "copy": copies[1]}
+        adamw_ema_(value, param.grad, mean, square, ema, step, **options)
+        torch.testing.assert_close(param.detach(), value, rtol=1e-6, atol=1e-7)  # the norm is fp32
+        torch.testing.assert_close(optimizer.state[param]["ema"], ema, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(*copies, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.75, 1.0])
 def test_average_is_the_weighted_sum_of_all_weights_so_far(decay: float) -> None:
     params = _parameters()
@@ -99,7 +117,15 @@ def test_resumes_bitwise_from_its_state_dict() -> None:
 
 @pytest.mark.parametrize(
     ("bad", "message"),
-    [({"lr": -1.0}, "lr"), ({"betas": (1.0, 0.9)}, "betas"), ({"ema_decay": 1.5}, "ema_decay"), ({"eps": -1}, "eps")],
+    [
+        ({"lr": -1.0}, "lr"),
+        ({"lr": torch.ones(2)}, r"lr has shape \[2\]"),
+        ({"betas": (1.0, 0.9)}, "betas"),
+        ({"ema_decay": 1.5}, "ema_decay"),
+        ({"eps": -1}, "eps"),
+        ({"max_norm": -1.0}, "max_norm"),
+        ({"max_norm": float("nan")}, "max_norm"),
+    ],
 )
 def test_refuses_settings_out_of_range(bad: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -111,6 +137,94 @@ def test_refuses_low_precision_weights() -> None:
     param.grad = torch.ones_like(param)
     with pytest.raises(ValueError, match="fp32 master weights"):
         AdamWEMA([param]).step()
+
+
+def test_refuses_sparse_gradients_before_changing_anything() -> None:
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    params[0].grad, params[1].grad = torch.ones(3), torch.ones(3).to_sparse()
+    with pytest.raises(ValueError, match="a gradient is sparse"):
+        AdamWEMA([{"params": params[:1]}, {"params": params[1:]}]).step()
+    assert torch.equal(params[0].detach(), torch.ones(3))
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e3])
+def test_clips_as_torch_does_and_leaves_the_gradients_alone(max_norm: float) -> None:
+    ours, theirs = _parameters(torch.float64), _parameters(torch.float64)
+    first = AdamWEMA([{"params": ours[:2]}, {"params": ours[2:]}], **SETTINGS, max_norm=max_norm)
+    second = AdamWEMA(theirs, **SETTINGS)
+    for step in range(5):
+        generator = torch.Generator().manual_seed(step)
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(mine.shape, generator=generator).double()
+            other.grad = mine.grad.clone()
+        before = [param.grad.clone() for param in theirs]  # type: ignore[union-attr]
+        torch.nn.utils.clip_grad_norm_(theirs, max_norm)
+        first.step()
+        second.step()
+        assert all(torch.equal(param.grad, grad) for param, grad in zip(ours, before, strict=True))  # type: ignore[arg-type]
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)  # the norm is fp32
+
+
+def test_skips_a_step_that_is_not_finite_and_remembers_it() -> None:
+    params, steady = _parameters(), _parameters()
+    optimizer, other = AdamWEMA(params, **SETTINGS, skip_nonfinite=True), AdamWEMA(steady, **SETTINGS)
+    _train(params, optimizer, range(3))
+    _train(steady, other, range(3))
+    for param in params:
+        param.grad = torch.full_like(param, float("inf"))
+    optimizer.step()
+    for mine, theirs in zip(params, steady, strict=True):
+        assert torch.equal(mine, theirs)
+        for name, value in other.state[theirs].items():
+            assert torch.equal(optimizer.state[mine][name], value), name
+    restored = AdamWEMA(_parameters(), skip_nonfinite=True)
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert (int(optimizer.skipped), int(restored.skipped)) == (1, 1)
+    assert "skipped" not in other.state_dict()
+
+
+def test_writes_copies() -> None:
+    params = _parameters()
+    copies = {param: torch.empty_like(param, dtype=torch.bfloat16, requires_grad=False) for param in params[:2]}
+    optimizer = AdamWEMA(params, **SETTINGS)
+    optimizer.attach_copies(copies)
+    for steps in (range(0), range(1)):
+        _train(params, optimizer, steps)
+        assert all(torch.equal(written, param.detach().bfloat16()) for param, written in copies.items())
+    assert not torch.equal(params[0], _parameters()[0])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.empty(4), r"a copy has shape \[4\]: expected \[7, 5\]"),
+        (torch.empty(7, 5, dtype=torch.int32), "a copy is torch.int32"),
+        (torch.empty(7, 5, device="meta"), "on meta"),
+        (torch.empty(7, 5, requires_grad=True), "with gradient"),
+    ],
+)
+def test_refuses_copies_that_do_not_fit(wrong: Tensor, message: str) -> None:
+    params = _parameters()
+    with pytest.raises(ValueError, match=message):
+        AdamWEMA(params).attach_copies({params[0]: wrong})
+
+
+def test_refuses_copies_of_strangers() -> None:
+    with pytest.raises(ValueError, match="not among the optimiser's"):
+        AdamWEMA(_parameters()).attach_copies({torch.ones(3): torch.ones(3)})
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+def test_can_be_copied_and_pickled(clone: Any) -> None:
+    params = _parameters()
+    optimizer = AdamWEMA(params, **SETTINGS, max_norm=0.1, skip_nonfinite=True)
+    _train(params, optimizer, range(2))
+    other = clone(optimizer)
+    others = other.param_groups[0]["params"]
+    _train(params, optimizer, range(2, 4))
+    _train(others, other, range(2, 4))
+    assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
 
 
 def test_needs_torch_alone() -> None:

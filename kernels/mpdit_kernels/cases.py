@@ -80,10 +80,15 @@ class Case:
     forward: Cost
     backward: Cost | None = None
 
+    @property
+    def name(self) -> str:
+        """What tables and budgets call it."""
+        return f"{self.operation}, {self.label}"
 
-def all_cases(shapes: Sequence[Shape] = SHAPES) -> list[Case]:
-    """Every case of every operation."""
-    modules = [importlib.import_module(f"mpdit_kernels.{folder}.cases") for folder in OPERATIONS]
+
+def all_cases(shapes: Sequence[Shape] = SHAPES, folders: Sequence[str] = OPERATIONS) -> list[Case]:
+    """Every case of every operation, or of those in these folders."""
+    modules = [importlib.import_module(f"mpdit_kernels.{folder}.cases") for folder in folders]
     return [case for module in modules for shape in shapes for case in module.cases(shape)]
 
 

@@ -10,11 +10,14 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 MODES = ("auto", "triton", "reference")
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -27,17 +30,16 @@ _log = logging.getLogger("mpdit_kernels")
 _told: set[tuple[str, str]] = set()
 
 
-def _checked(mode: str, source: str) -> str:
-    if mode not in MODES:
-        raise ValueError(f"{source} is {mode!r}: choose one of {', '.join(MODES)}")
-    return mode
+_mode = os.environ.get("MPDIT_KERNELS") or "auto"
 
 
-_mode = _checked(os.environ.get("MPDIT_KERNELS") or "auto", "MPDIT_KERNELS")
+def mode() -> str:
+    """The mode in force. Raises ValueError when MPDIT_KERNELS names no mode."""
+    return _checked(_mode, "MPDIT_KERNELS")
 
 
 @contextmanager
-def use(mode: str) -> Iterator[None]:
+def use(kernels: str) -> Iterator[None]:
     """Within the block, operations take "auto", "triton" or "reference"; holds for all threads of the process.
 
     On CPU tensors "triton" needs Triton's interpreter: TRITON_INTERPRET=1 set before triton is imported.
@@ -46,11 +48,17 @@ def use(mode: str) -> Iterator[None]:
         ValueError: another mode.
     """
     global _mode
-    before, _mode = _mode, _checked(mode, "mode")
+    before, _mode = _mode, _checked(kernels, "kernels")
     try:
         yield
     finally:
         _mode = before
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in MODES:
+        raise ValueError(f"{source} is {name!r}: choose one of {', '.join(MODES)}")
+    return name
 
 
 def interpreting() -> bool:
@@ -70,36 +78,47 @@ def takes_triton(operation: str, *tensors: Tensor | None, refusal: str | None = 
         *tensors: those whose device and dtype matter; the first one's device is the call's.
         refusal: why the operation itself can't serve these shapes, if so.
     """
-    if _mode == "reference":
+    if mode() == "reference":
         return False
-    reason = _refusal(operation, [x for x in tensors if x is not None]) or refusal
+    device, dtypes = tensors[0].device, tuple(x.dtype for x in tensors if x is not None)  # type: ignore[union-attr]
+    reason = _refusal(operation, _mode, device, dtypes) or refusal
     if reason and not torch.compiler.is_compiling() and (operation, reason) not in _told:
         _told.add((operation, reason))
         # On the CPU the reference is what "auto" means: worth a line for those who ask, no more.
-        expected = _mode == "auto" and tensors[0] is not None and tensors[0].device.type == "cpu"
+        expected = _mode == "auto" and device.type == "cpu"
         _log.log(logging.INFO if expected else logging.WARNING, "%s takes its reference: %s", operation, reason)
     return not reason
 
 
-def _refusal(operation: str, tensors: list[Tensor]) -> str | None:
-    device = tensors[0].device
+def constant_to_compiler(function: F) -> F:
+    """Have torch.compile take the function's result as a constant, as it reads what can't be traced.
+
+    This is torch.compiler.assume_constant_result, whose call would import the whole compiler, and triton, at once.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_to_compiler  # files and the driver
+def _refusal(operation: str, mode: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
     if not TRITON_INSTALLED:
         return "triton is not installed"
-    if device.type == "cpu" and _mode == "auto":
+    if device.type == "cpu" and mode == "auto":
         return "the tensors are on the CPU"
     if device.type == "cpu" and not interpreting():
         return "the tensors are on the CPU and TRITON_INTERPRET=1 was not set before triton was imported"
     if device.type not in ("cpu", "cuda"):
         return f"the tensors are on {device.type}, and the kernels are for CUDA"
-    for x in tensors:
-        if x.dtype not in FLOATS:
-            return f"a tensor is {x.dtype}, and the kernels take {', '.join(map(str, FLOATS))}"
+    for dtype in dtypes:
+        if dtype not in FLOATS:
+            return f"a tensor is {dtype}, and the kernels take {', '.join(map(str, FLOATS))}"
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
             return f"the GPU is of compute capability {capability[0]}.{capability[1]}, and the kernels need 8.0"
         from mpdit_kernels import launch
 
-        if _mode == "auto" and not launch.wins(operation, capability):
-            return f"measured slower on sm_{capability[0]}{capability[1]}, where use('triton') takes it all the same"
+        loss = launch.loss(operation, f"sm_{capability[0]}{capability[1]}") if mode == "auto" else None
+        if loss:
+            return f"{loss}; use('triton') takes its kernels all the same"
     return None

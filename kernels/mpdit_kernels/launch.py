@@ -39,8 +39,10 @@ class Launch:
 
 
 _records: list[Launch] | None = None
+_picked: list[tuple[Tunable, dict[str, Any]]] | None = None
 _overrides: dict[str, Config] = {}
 _target: str | None = None
+_tables: dict[str, dict[str, Any]] = {}
 
 
 class Tunable:
@@ -58,19 +60,27 @@ class Tunable:
 
     def pick(self, **key: Any) -> Config:
         """The configuration for this key on the current device: overridden, tuned, or by default."""
+        if _picked is not None:
+            _picked.append((self, key))
         if self.name in _overrides:
             return _overrides[self.name]
         tuned = tuned_table(_target or architecture()).get("configs", {}).get(self.name, {})
         return tuned.get(key_text(key)) or self.default(**key)
 
+    @property
+    def overridden(self) -> bool:
+        """Whether an `override` is in force."""
+        return self.name in _overrides
+
     @contextmanager
     def override(self, config: Config) -> Iterator[None]:
         """Within the block every pick is this one; for the tuner and for tests."""
-        _overrides[self.name] = config
+        global _overrides
+        before, _overrides = _overrides, {**_overrides, self.name: config}
         try:
             yield
         finally:
-            del _overrides[self.name]
+            _overrides = before
 
 
 def key_text(key: dict[str, Any]) -> str:
@@ -81,10 +91,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     """Run kernel[grid](*args, **constants); while recording, note it instead. An empty grid runs nothing."""
     if _records is not None:
         _records.append(Launch(kernel, grid, args, constants))
-    elif all(grid):
-        if not INTERPRETING and any(isinstance(x, torch.Tensor) and not x.is_cuda for x in args):
-            raise RuntimeError("a kernel was given CPU tensors: set TRITON_INTERPRET=1 before triton is imported")
+    elif all(grid) and INTERPRETING:
         kernel[grid](*args, **constants)
+    elif all(grid):
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        if any(not x.is_cuda for x in tensors):
+            raise RuntimeError("a kernel was given CPU tensors: set TRITON_INTERPRET=1 before triton is imported")
+        # Triton launches on the current GPU, wherever the tensors are.
+        with torch.cuda.device(tensors[0].device if tensors else None):
+            kernel[grid](*args, **constants)
 
 
 @contextmanager
@@ -98,6 +113,17 @@ def record(target: str | None = None) -> Iterator[list[Launch]]:
         _records = _target = None
 
 
+@contextmanager
+def picks() -> Iterator[list[tuple[Tunable, dict[str, Any]]]]:
+    """Note which tunables are asked for a configuration, and for which keys."""
+    global _picked
+    _picked = []
+    try:
+        yield _picked
+    finally:
+        _picked = None
+
+
 @functools.cache
 def architecture() -> str:
     """ "sm_90" for an H100 or H200; "cpu" where there is no GPU."""
@@ -107,19 +133,36 @@ def architecture() -> str:
     return f"sm_{major}{minor}"
 
 
-@functools.cache
 def tuned_table(target: str) -> dict[str, Any]:
-    """The measured table of an architecture, {} when nobody measured there."""
-    path = TUNED / f"{target}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    """The measured table of an architecture, {} when nobody measured there; read once."""
+    if target not in _tables:
+        path = TUNED / f"{target}.json"
+        _tables[target] = json.loads(path.read_text()) if path.exists() else {}
+    return _tables[target]
 
 
-def wins(operation: str, capability: tuple[int, int]) -> bool:
-    """Whether `operation` is worth its kernels there: False only when it was measured to lose."""
-    return bool(tuned_table(f"sm_{capability[0]}{capability[1]}").get("wins", {}).get(operation, True))
+def set_tuned_table(target: str, table: dict[str, Any] | None) -> None:
+    """From now on take this table; None reads the file again. For the tuner and for tests."""
+    _tables.pop(target, None)
+    if table is not None:
+        _tables[target] = table
+
+
+def loss(operation: str, target: str) -> str | None:
+    """Why `operation` takes its reference there unless told otherwise: None unless it was measured not to win."""
+    table = tuned_table(target)
+    if table.get("wins", {}).get(operation, True):
+        return None
+    return f"on {target}, {table.get('losses', {}).get(operation, 'it was measured slower')}"
+
+
+def multiprocessors() -> int:
+    """Of the current GPU; while recording for a target, or without a GPU, those of an A100 or an H200."""
+    return _multiprocessors(_target)
 
 
 @functools.cache
-def multiprocessors() -> int:
-    """Of the current GPU; an H200's where there is none."""
-    return torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 132
+def _multiprocessors(target: str | None) -> int:
+    if target is None and torch.cuda.is_available():
+        return torch.cuda.get_device_properties().multi_processor_count
+    return 108 if target == "sm_80" else 132

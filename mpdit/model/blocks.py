@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from mpdit_kernels import adaln_modulate, gated_residual, gated_residual_adaln
+from mpdit_kernels import adaln_modulate, gated_residual, gated_residual_adaln, gelu_linear
 from torch import Tensor, nn
-from torch.nn.functional import gelu, layer_norm, linear, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
 
 from mpdit.model.embed import unpatchify
 from mpdit.model.time import Modulation
@@ -98,7 +98,7 @@ class MLP(nn.Module):
         init_linear(self.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(gelu(self.fc1(x), approximate="tanh"))
+        return gelu_linear(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
 
 class Block(nn.Module):

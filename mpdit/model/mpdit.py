@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from mpdit_kernels import dispatch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -34,10 +35,17 @@ class MPDiT(nn.Module):
     Attributes:
         config: the ModelConfig it was built from.
         checkpointing: recompute each block's activations in backward instead of keeping them.
+
+    Raises:
+        ConfigError: the environment's MPDIT_KERNELS is none of auto, triton, reference.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        try:
+            dispatch.mode()
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         self.config = config
         self.checkpointing = False
         self.shortcuts = True

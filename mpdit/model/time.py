@@ -1,7 +1,7 @@
 """Time embeddings, t [B] in [0, 1] -> [B, D], always in fp32: bf16 near t = 1 moves in steps of 0.004.
 
-FNOTimeEmbedding is MPDiT's (section 3.3). Its exact algebra: the first layer is affine in t, so it is one table from
-the weights plus t times one vector; the last layer only meets a mean over the grid, so only its zero frequency acts.
+FNOTimeEmbedding is MPDiT's (section 3.3). Its exact algebra is in mpdit_kernels.fno: the first layer is affine in t,
+and the last only meets a mean over the grid.
 """
 
 from __future__ import annotations
@@ -12,15 +12,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar, cast
 
 import torch
+from mpdit_kernels import fno_time_embedding
+from mpdit_kernels.fno.reference import GRID, MODES
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, silu
 
 M = TypeVar("M", bound=nn.Module)
-
-GRID = 32
-"""Points of the time grid."""
-MODES = 16
-"""Frequencies kept, of the GRID // 2 + 1 that a real transform has."""
 
 
 def module_list(modules: Iterable[M]) -> Sequence[M]:
@@ -62,54 +59,23 @@ class Constants(nn.Module):
         return self
 
 
-def fourier_matrices() -> tuple[Tensor, Tensor]:
-    """The truncated real DFT of GRID points as two real matrices.
-
-    Returns `analysis` [GRID, 2, MODES] (real and imaginary parts of rfft) and `synthesis` [2, MODES, GRID] (irfft).
-    """
-    angle = torch.outer(torch.arange(GRID), torch.arange(MODES)).double() * (2 * math.pi / GRID)
-    analysis = torch.stack([angle.cos(), -angle.sin()], dim=1)
-    fold = torch.full((MODES,), 2.0 / GRID, dtype=torch.float64)
-    fold[0] = 1.0 / GRID
-    synthesis = torch.stack([angle.cos() * fold, -angle.sin() * fold]).transpose(1, 2)
-    return analysis.float(), synthesis.float()
-
-
-class SpectralLayer(Constants):
+class SpectralLayer(nn.Module):
     """MixedFNO layer on [B, W, GRID]: a complex W x W mixing of each kept frequency, plus a pointwise W x W mixing."""
-
-    analysis: Tensor
-    synthesis: Tensor
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.real = nn.Parameter(torch.randn(width, width, MODES))
         self.imag = nn.Parameter(torch.randn(width, width, MODES))
         self.pointwise = nn.Conv1d(width, width, 1)
-        analysis, synthesis = fourier_matrices()
-        self.register_buffer("analysis", analysis, persistent=False)
-        self.register_buffer("synthesis", synthesis, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        real, imag = torch.einsum("bij,jpm->pbim", x, self.analysis)
-        mixed_real = torch.einsum("bim,iom->bom", real, self.real) - torch.einsum("bim,iom->bom", imag, self.imag)
-        mixed_imag = torch.einsum("bim,iom->bom", real, self.imag) + torch.einsum("bim,iom->bom", imag, self.real)
-        spectral = torch.einsum("pbom,pmj->boj", torch.stack([mixed_real, mixed_imag]), self.synthesis)
-        return spectral + self.pointwise(x)
-
-    def of_constant(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The layer on a signal x [B, W] that is constant over the grid, or its mean over the grid.
-
-        The other frequencies' weights get a gradient of exactly zero, not None, so weight decay still reaches them.
-        """
-        zero_mode = torch.complex(self.real, self.imag)[..., 0].real
-        return linear(x, zero_mode.T + self.pointwise.weight[..., 0], bias)
+        spectrum = torch.fft.rfft(x)[..., :MODES]
+        mixed = torch.einsum("bim,iom->bom", spectrum, torch.complex(self.real, self.imag))
+        return torch.fft.irfft(mixed, n=GRID) + self.pointwise(x)
 
 
-class FNOTimeEmbedding(TimeEmbedding, Constants):
+class FNOTimeEmbedding(TimeEmbedding):
     """t [B] -> [B, D]: a Fourier neural operator on the grid linspace(-1, 1, 32) + t, averaged over the grid."""
-
-    grid: Tensor
 
     def __init__(self, width: int, channels: int = 32, layers: int = 3) -> None:
         super().__init__()
@@ -117,30 +83,29 @@ class FNOTimeEmbedding(TimeEmbedding, Constants):
         self.layers = module_list(SpectralLayer(channels) for _ in range(layers))
         self.project = nn.Linear(channels, width)
         self.shortcuts = True
-        self.register_buffer("grid", torch.linspace(-1, 1, GRID), persistent=False)
         for module in (self.lift, self.project):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
 
     def embed(self, t: Tensor) -> Tensor:
-        return self.project(self._collapsed(t) if self.shortcuts else self._literal(t))
-
-    def _literal(self, t: Tensor) -> Tensor:
-        """The definition: every layer on every sample's own grid."""
-        x = self.lift((self.grid + t[:, None])[..., None]).transpose(1, 2)
+        if self.shortcuts:
+            return fno_time_embedding(t, self.official_weights())
+        x = self.lift((torch.linspace(-1, 1, GRID, device=t.device) + t[:, None])[..., None]).transpose(1, 2)
         for layer in self.layers[:-1]:
             x = gelu(layer(x))
-        return self.layers[-1](x).mean(dim=-1)
+        return self.project(self.layers[-1](x).mean(dim=-1))
 
-    def _collapsed(self, t: Tensor) -> Tensor:
-        """The same with the first and the last layer reduced by algebra to what depends on t."""
-        first, *middle, last = self.layers
-        at_zero = first(self.lift(self.grid[:, None]).T[None])
-        slope = first.of_constant(self.lift.weight.T)
-        x = gelu(at_zero + (t[:, None] * slope)[..., None])
-        for layer in middle:
-            x = gelu(layer(x))
-        return last.of_constant(x.mean(dim=-1), bias=last.pointwise.bias)
+    def official_weights(self) -> dict[str, Tensor]:
+        """The parameters under the names of the official checkpoints, as `fno_time_embedding` takes them."""
+        weights: dict[str, Tensor] = {}
+        for ours, theirs in (("lift", "fc0"), ("project", "fc1")):
+            module = getattr(self, ours)
+            weights |= {f"{theirs}.weight": module.weight, f"{theirs}.bias": module.bias}
+        for i, layer in enumerate(self.layers):
+            weights |= {f"conv{i}.weights_real": layer.real, f"conv{i}.weights_imag": layer.imag}
+            weights[f"w{i}.weight"] = layer.pointwise.weight
+            weights[f"w{i}.bias"] = cast(Tensor, layer.pointwise.bias)
+        return weights
 
 
 class SinusoidalTimeEmbedding(TimeEmbedding, Constants):

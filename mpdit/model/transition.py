@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 from einops import rearrange
+from mpdit_kernels import upsample_tokens
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
 from mpdit.config import ModelConfig
-from mpdit.model.blocks import MLP, init_linear, normalize
+from mpdit.model.blocks import EPS, MLP, init_linear, normalize
 from mpdit.model.embed import patchify, sincos_position
 
 
@@ -89,17 +90,22 @@ class Skip(nn.Module):
             nn.init.xavier_uniform_(self.embed_weight.data.view(width, -1))
             nn.init.xavier_uniform_(self.linear_weight)
 
+    def composed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Patches [B, n, C*p*p] of x, and the one weight [D, C*p*p] and bias [D] they meet; None without a skip."""
+        if not self.enabled:
+            return None
+        weight = self.linear_weight @ self.embed_weight.flatten(1)
+        return patchify(x, self.patch), weight, linear(self.embed_bias, self.linear_weight, self.linear_bias)
+
     def forward(self, x: Tensor) -> Tensor:
         pad = (0, 0, self.prefix, 0)  # zero rows for the class tokens
         if not self.enabled:
             return nn.functional.pad(self.position, pad)
-        patches = patchify(x, self.patch)
-        embed = self.embed_weight.flatten(1)
         if not self.shortcuts:
-            embedded = linear(patches, embed, self.embed_bias)
+            embedded = linear(patchify(x, self.patch), self.embed_weight.flatten(1), self.embed_bias)
             return nn.functional.pad(linear(embedded, self.linear_weight, self.linear_bias) + self.position, pad)
-        table = self.position + linear(self.embed_bias, self.linear_weight, self.linear_bias)
-        return linear(nn.functional.pad(patches, pad), self.linear_weight @ embed) + nn.functional.pad(table, pad)
+        patches, weight, bias = self.composed(x)  # type: ignore[misc]
+        return linear(nn.functional.pad(patches, pad), weight) + nn.functional.pad(self.position + bias, pad)
 
 
 class Transition(nn.Module):
@@ -127,6 +133,19 @@ class Transition(nn.Module):
         self.skip = Skip(config, patch)
 
     def forward(self, tokens: Tensor, x: Tensor) -> Tensor:
+        if self.skip.shortcuts and isinstance(self.expand, Expand) and isinstance(self.refine, nn.Linear):
+            return upsample_tokens(
+                tokens,
+                self.expand.weight,
+                self.expand.bias,
+                self.refine.weight,
+                self.refine.bias,
+                num_class_tokens=self.prefix,
+                factor=self.expand.factor,
+                skip=self.skip.composed(x),
+                position=self.skip.position,
+                eps=EPS,
+            )
         image = self.expand(tokens[:, self.prefix :])
         if self.refine is not None:
             image = gelu(image, approximate="tanh")

@@ -18,6 +18,7 @@ DIGITS = "digits"
 """The value of `data` that stands for the embedded handwritten digits."""
 
 Loader = Literal["dali", "torch"]
+OptimizerName = Literal["adamw_ema", "apex", "deepspeed"]
 Precision = Literal["auto", "bf16", "fp32"]
 Schedule = Literal["constant", "cosine", "linear"]
 
@@ -69,6 +70,12 @@ class TrainConfig:
     clip: float = _option(1.0, "largest norm of the gradient; 0 does not clip", otherwise=0.0, minimum=0)
     ema_decay: float = _option(
         0.995, "decay a step of the average of the weights (EMA)", otherwise=0.9999, minimum=0, below=1
+    )
+
+    optimizer: OptimizerName = _option(
+        "adamw_ema",
+        "what steps the weights: our AdamW with its average, or apex's or DeepSpeed's FusedAdam with the same average, "
+        "on GPUs and once it has been tried there",
     )
 
     time_sampler: TimeSampler = _option("logit_normal", "how times are drawn")

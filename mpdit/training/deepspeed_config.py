@@ -22,7 +22,7 @@ _ARGUMENTS = {
 _LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 _REFUSED = {
-    "optimizer": "the optimiser is AdamWEMA, set by --lr, --betas and --weight-decay",
+    "optimizer": "the optimiser is AdamWEMA, or what --optimizer names, set by --lr, --betas and --weight-decay",
     "scheduler": "the learning rate is set by --lr, --lr-schedule and --warmup",
 }
 
@@ -140,7 +140,7 @@ def complete(ds: Mapping[str, Any], config: TrainConfig, world_size: int) -> dic
     full["train_micro_batch_size_per_gpu"] = config.global_batch // (world_size * config.accumulation)
     full["gradient_clipping"] = config.clip
     full["zero_allow_untested_optimizer"] = True
-    full.setdefault("zero_force_ds_cpu_optimizer", False)  # offloaded states are stepped by AdamWEMA too
+    full.setdefault("zero_force_ds_cpu_optimizer", False)  # offloaded states are stepped by our optimiser too
     full.setdefault("timers", {"throughput": {"enabled": False}})
     full.setdefault("log_level", "error")
     if zero.get("stage") in (1, 2) and config.clip == 0:

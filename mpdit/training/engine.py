@@ -10,11 +10,11 @@ from typing import Any
 
 import pydantic
 import torch
-from mpdit_kernels import AdamWEMA
 from torch import Tensor
 
 from mpdit.errors import ConfigError
 from mpdit.model import MPDiT
+from mpdit.training.optimizers import build_optimizer
 from mpdit.training.run import Run
 
 
@@ -23,7 +23,7 @@ class Trainer:
     """A DeepSpeed engine with the optimiser it steps, on this rank's device."""
 
     engine: Any
-    optimizer: AdamWEMA
+    optimizer: torch.optim.Optimizer
     device: torch.device
 
     def set_learning_rate(self, lr: float) -> None:
@@ -53,9 +53,9 @@ class Trainer:
 
 
 def build_trainer(run: Run, device: torch.device) -> Trainer:
-    """Build the model from the run's seed and hand it to DeepSpeed, with AdamWEMA as its optimiser.
+    """Build the model from the run's seed and hand it to DeepSpeed, with the run's optimiser.
 
-    Raises ConfigError when DeepSpeed refuses the configuration.
+    Raises ConfigError when DeepSpeed refuses the configuration, or this machine the optimiser.
     """
     import deepspeed
 
@@ -66,13 +66,7 @@ def build_trainer(run: Run, device: torch.device) -> Trainer:
         torch.manual_seed(config.seed)
         model = MPDiT(run.model)
     model.checkpointing = config.checkpointing
-    optimizer = AdamWEMA(
-        model.parameters(),
-        lr=config.lr,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        ema_decay=config.ema_decay,
-    )
+    optimizer = build_optimizer(config, model.parameters(), device, run.ds)
     with _deepspeed_errors(config.ds_config):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=copy.deepcopy(run.ds))
     return Trainer(engine, optimizer, device)

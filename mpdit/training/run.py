@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mpdit_kernels import dispatch
 
 from mpdit.config import ModelConfig
 from mpdit.data.digits import VERSION, build_digits
@@ -66,6 +67,7 @@ class Run:
             "data": self.manifest.metadata() | {"num_samples": self.manifest.num_samples},
             "deepspeed": self.ds,
             "world_size": self.world.size,
+            "kernels": dispatch.mode(),
         }
 
 
@@ -122,6 +124,7 @@ def check_folder(out: Path, identity: Mapping[str, Any], resume: str) -> None:
 def compare(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     """How two identities differ, in words; empty when they don't."""
     ours = json.loads(json.dumps(ours))
+    theirs = {"optimizer": "adamw_ema", **theirs}  # the only one there was when it was not written down
     names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     return ", ".join(f"{name} {theirs.get(name)} there, {ours.get(name)} here" for name in names)
 

@@ -26,7 +26,7 @@ from mpdit_kernels.rows import (
 )
 
 
-def _candidates(width: int) -> list[Config]:
+def _candidates(width: int, parts: str) -> list[Config]:
     return [
         {"ROWS": rows, "TOKENS": tokens, "CAP": cap, "num_warps": warps, "num_stages": 1}
         for cap in (128, 512, 1024)
@@ -41,11 +41,11 @@ def _rows(width: int) -> int:
     return 2 if width <= 1536 else 1
 
 
-def _default(width: int) -> Config:
+def _default(width: int, parts: str) -> Config:
     return {"ROWS": _rows(width), "TOKENS": 16, "CAP": 1024, "num_warps": 4, "num_stages": 1}
 
 
-def _default_backward(width: int) -> Config:
+def _default_backward(width: int, parts: str) -> Config:
     warps = 8 if width > 1536 else 4
     return {"ROWS": _rows(width), "TOKENS": 40, "CAP": 1024, "num_warps": warps, "num_stages": 1}
 
@@ -80,13 +80,14 @@ def _forward(
     GATED: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    b = tl.program_id(1).to(tl.int64)
+    tl.static_assert(TOKENS % ROWS == 0)
+    b = tl.program_id(0).to(tl.int64)
     if GATED:
         g = load_vector(gate + b * gate_batch, CHUNKS)
     if NORM:
         shifts = load_vector(shift + b * shift_batch, CHUNKS)
         scales = load_vector(scale + b * scale_batch, CHUNKS)
-    first = tl.program_id(0) * TOKENS
+    first = tl.program_id(1) * TOKENS
     for step in range(0, TOKENS, ROWS):
         rows = (first + step + tl.arange(0, ROWS)).to(tl.int64)
         mask = rows < T
@@ -104,7 +105,7 @@ def _forward(
         if NORM:
             mean, rstd = row_moments(values, eps, D)
             tl.store(statistics + b * T + rows, mean, mask=mask)
-            tl.store(statistics + (tl.num_programs(1) + b) * T + rows, rstd, mask=mask)
+            tl.store(statistics + (tl.num_programs(0) + b) * T + rows, rstd, mask=mask)
             for i in tl.static_range(len(CHUNKS)):
                 normal = (values[i] - mean[:, None]) * rstd[:, None]
                 modulated = normal * (1 + scales[i]) + shifts[i]
@@ -143,8 +144,9 @@ def _backward(
     NORM: tl.constexpr,
     GRAD_RESIDUAL: tl.constexpr,
 ):
-    part = tl.program_id(0)
-    b = tl.program_id(1).to(tl.int64)
+    tl.static_assert(TOKENS % ROWS == 0)
+    part = tl.program_id(1)
+    b = tl.program_id(0).to(tl.int64)
     sum_gate = zero_vector(CHUNKS)
     sum_shift = zero_vector(CHUNKS)
     sum_scale = zero_vector(CHUNKS)
@@ -159,7 +161,7 @@ def _backward(
         out = (b * T + rows) * D
         if NORM:
             mean = tl.load(statistics + b * T + rows, mask=mask, other=0)
-            rstd = tl.load(statistics + (tl.num_programs(1) + b) * T + rows, mask=mask, other=0)
+            rstd = tl.load(statistics + (tl.num_programs(0) + b) * T + rows, mask=mask, other=0)
             values = load_rows(x + b * x_batch + rows * x_token, mask, CHUNKS)
             gradients = load_rows(d_y + b * d_y_batch + rows * d_y_token, mask, CHUNKS)
             normal = ()
@@ -200,9 +202,8 @@ def _backward(
                 tl.store(d_branch + out[:, None] + at, gated, mask=mask[:, None])
         if GATED:
             sum_gate = new_gate
-    B = tl.num_programs(1)
-    row = b * tl.num_programs(0) + part
-    plane = tl.num_programs(0) * B.to(tl.int64) * D
+    row = b * tl.num_programs(1) + part
+    plane = tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * D
     if GATED:
         store_vector(partials + row * D, sum_gate, CHUNKS)
     if NORM:
@@ -226,10 +227,10 @@ def forward(
     residual = None if branch is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     y = None if shift is None else torch.empty(x.shape, dtype=dtype, device=x.device)
     statistics = None if shift is None else torch.empty(2, batch, tokens, dtype=torch.float32, device=x.device)
-    config = dict(FORWARD.pick(width=width))
+    config = _config(FORWARD, x, gated=branch is not None, norm=shift is not None)
     launch(
         _forward,
-        (triton.cdiv(tokens, config["TOKENS"]), batch),
+        (batch, triton.cdiv(tokens, config["TOKENS"])),
         *(x, branch, gate, shift, scale, residual, y, statistics, tokens, eps),
         *(x.stride(0), x.stride(1), *_strides(branch)),
         *(0 if v is None else v.stride(0) for v in (gate, shift, scale)),
@@ -262,12 +263,12 @@ def backward(
     norm = d_y is not None
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if norm else None
     dbranch = None if branch is None else torch.empty(x.shape, dtype=branch.dtype, device=x.device)
-    config = dict(BACKWARD.pick(width=width))
+    config = _config(BACKWARD, x, gated=branch is not None, norm=norm)
     parts = triton.cdiv(tokens, config["TOKENS"])
     partials = torch.empty(3, batch, parts, width, dtype=torch.float32, device=x.device)
     launch(
         _backward,
-        (parts, batch),
+        (batch, parts),
         *(d_residual, d_y, x, branch, gate, scale if norm else None, statistics, dx, dbranch, partials, tokens),
         *(*_strides(d_residual), *_strides(d_y), x.stride(0), x.stride(1), *_strides(branch)),
         *(0 if gate is None else gate.stride(0), 0 if scale is None else scale.stride(0)),
@@ -279,6 +280,12 @@ def backward(
         **config,
     )
     return dx, dbranch, partials[:, :, 0] if parts == 1 else partials.sum(2)
+
+
+def _config(tunable: Tunable, x: Tensor, gated: bool, norm: bool) -> Config:
+    """As tuned, with no more tokens to a program than there are."""
+    config = tunable.pick(width=x.shape[2], parts="gate+norm" if gated and norm else "gate" if gated else "norm")
+    return config | {"TOKENS": min(config["TOKENS"], triton.cdiv(x.shape[1], config["ROWS"]) * config["ROWS"])}
 
 
 def _strides(x: Tensor | None) -> tuple[int, int]:

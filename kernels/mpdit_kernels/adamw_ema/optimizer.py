@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
+
+from mpdit_kernels.adamw_ema.op import step_
+from mpdit_kernels.adamw_ema.reference import Batch, Settings
+from mpdit_kernels.adamw_ema.uploads import Uploads
 
 
 class AdamWEMA(torch.optim.Optimizer):
@@ -22,13 +25,31 @@ class AdamWEMA(torch.optim.Optimizer):
     Weights and average are fp32 (fp64 works too) and never less: with a decay of 0.9999 the average moves by 1e-4 of
     the difference, which a bf16 sum rounds away. The learning rate is read from `param_groups` at every step.
 
+    On a GPU a step of fp32 weights is one pass over memory in one Triton kernel per group and dtype of gradients and
+    copies, for all tensors at once; on a CPU, and for fp64, torch's fused AdamW and multi-tensor functions.
+
+    Clipping and the finite check share one more pass over the gradients, and never wait for the device. They are for
+    use without DeepSpeed, whose ZeRO steps one group at a time, on this rank's partition, and clips by itself.
+
+    CUDA graphs: a step can be captured once one was taken outside of the capture. Replays count the steps, correct
+    the bias, clip and skip anew. Baked in are the tensors' addresses and every setting that is a Python number, so
+    make the learning rate a tensor on the device (fp32 or fp64, one element) and change it in place.
+
     Args:
         params: parameters or parameter groups.
-        lr: learning rate.
+        lr: learning rate, a number or a tensor of one element on the parameters' device.
         betas: decay of the two moments, each in [0, 1).
         eps: added to the root of the second moment.
         weight_decay: decoupled decay, scaled by lr.
         ema_decay: share of the old average in the new one, in [0, 1].
+        max_norm: the gradients, over all groups together, are scaled down to this norm as
+            `torch.nn.utils.clip_grad_norm_` does, without being changed in memory; 0 does not clip.
+        skip_nonfinite: a step changes nothing when the norm of the gradients is not finite, be it by an infinity or
+            NaN among them or by an overflow of its fp32 square.
+
+    Attributes:
+        skipped: how many steps were skipped, an int64 scalar, on the device from the first step on; part of the state
+            dict of an optimiser that may skip.
 
     Raises:
         ValueError: a setting out of its range, or at a step a parameter of less than fp32 or a sparse gradient.
@@ -37,13 +58,18 @@ class AdamWEMA(torch.optim.Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         ema_decay: float = 0.9999,
+        *,
+        max_norm: float = 0.0,
+        skip_nonfinite: bool = False,
     ) -> None:
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay), ("max_norm", max_norm)):
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise ValueError(f"{name} has shape {list(value.shape)}: give a number, or a tensor of one element")
             if not value >= 0:
                 raise ValueError(f"{name} is {value}: give a number of at least 0")
         for name, value in (("betas[0]", betas[0]), ("betas[1]", betas[1])):
@@ -54,6 +80,37 @@ class AdamWEMA(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "ema_decay": ema_decay}
         # torch reads "fused" when it loads a state: `step` then returns to its parameter's device.
         super().__init__(params, {**defaults, "fused": True})
+        self.max_norm, self.skip_nonfinite = max_norm, skip_nonfinite
+        self.skipped = torch.zeros((), dtype=torch.int64)  # moved to the device by the first step
+        self._copies: dict[Tensor, Tensor] = {}
+        self._uploads = Uploads()
+
+    def attach_copies(self, copies: Mapping[Tensor, Tensor]) -> None:
+        """Keep low-precision copies of parameters up to date: written now, and by every step in its one pass.
+
+        Copies are no state: attach them again after loading weights, and to an optimiser that was copied or unpickled.
+
+        Args:
+            copies: from a parameter to the tensor that receives its values, of the same shape and device and of any
+                floating-point dtype; the kernel writes fp32, bf16 and fp16.
+
+        Raises:
+            ValueError: a parameter that isn't this optimiser's, or a copy that doesn't fit its parameter.
+        """
+        known = {param for group in self.param_groups for param in group["params"]}
+        for param, copy in copies.items():
+            if param not in known:
+                raise ValueError(f"a parameter of shape {list(param.shape)} to copy is not among the optimiser's")
+            if copy.shape != param.shape:
+                raise ValueError(f"a copy has shape {list(copy.shape)}: expected {list(param.shape)}, its parameter's")
+            if copy.device != param.device or not copy.is_floating_point() or copy.requires_grad:
+                raise ValueError(
+                    f"a copy is {copy.dtype} on {copy.device}{' with' if copy.requires_grad else ' without'} gradient: "
+                    f"expected a floating-point type on {param.device} without gradient"
+                )
+        for param, copy in copies.items():
+            copy.copy_(param.detach())
+        self._copies.update(copies)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -65,31 +122,50 @@ class AdamWEMA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        for group in self.param_groups:
-            params = [param for param in group["params"] if param.grad is not None]
-            if not params:
-                continue
-            states = [self._state(param) for param in params]
-            emas = [state["ema"] for state in states]
-            beta1, beta2 = group["betas"]
-            adamw(
-                params,
-                [param.grad for param in params],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [],
-                [state["step"] for state in states],
-                fused=True,
-                amsgrad=False,
-                maximize=False,
-                beta1=beta1,
-                beta2=beta2,
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-            )
-            torch._foreach_lerp_(emas, params, 1 - group["ema_decay"])
+        # All is checked before anything is changed.
+        work = [
+            (Settings(**{name: group[name] for name in Settings.__annotations__}), batch)
+            for group in self.param_groups
+            for batch in self._batches([param for param in group["params"] if param.grad is not None])
+        ]
+        factor, taken = self._judge([batch for _, batch in work])
+        for settings, batch in work:
+            step_(batch, settings, _beside(batch, factor), _beside(batch, taken), self._uploads)
         return result
+
+    def _judge(self, batches: list[Batch]) -> tuple[Tensor | None, Tensor | None]:
+        """(factor for the gradients, whether the step is taken), fp32 scalars on the device; None for not asked."""
+        if not batches or not (self.max_norm or self.skip_nonfinite):
+            return None, None
+        device = batches[0].params[0].device
+        norms = [norm.to(device, torch.float32) for batch in batches for norm in _norms(batch.grads)]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0) if self.max_norm else None
+        if not self.skip_nonfinite:
+            return factor, None
+        finite = norm.isfinite()
+        self.skipped = self.skipped.to(device)  # DeepSpeed moves the weights after the optimiser is made
+        self.skipped += ~finite
+        return factor, finite.to(torch.float32)
+
+    def _batches(self, params: list[Tensor]) -> list[Batch]:
+        """The parameters by device and by dtypes of parameter, gradient and copy."""
+        kinds: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
+        for param in params:
+            state, copy = self._state(param), self._copies.get(param)
+            assert param.grad is not None
+            if param.grad.is_sparse:
+                raise ValueError("a gradient is sparse: AdamWEMA needs dense ones")
+            kind = (param.device, param.dtype, param.grad.dtype, None if copy is None else copy.dtype)
+            states = (state[name] for name in ("exp_avg", "exp_avg_sq", "ema", "step"))
+            kinds.setdefault(kind, []).append((param, param.grad, *states, copy))
+        batches = []
+        for kind, rows in kinds.items():
+            params, grads, exp_avgs, exp_avg_sqs, emas, steps, copies = map(list, zip(*rows, strict=True))
+            batches.append(
+                Batch(params, grads, exp_avgs, exp_avg_sqs, emas, steps, None if kind[-1] is None else copies)
+            )
+        return batches
 
     def _state(self, param: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]
@@ -101,3 +177,32 @@ class AdamWEMA(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
             state["ema"] = param.detach().clone(memory_format=torch.preserve_format)
         return state
+
+    def state_dict(self) -> dict[str, Any]:
+        """As every optimiser's, with "skipped" where steps may be skipped."""
+        extra = {"skipped": self.skipped} if self.skip_nonfinite else {}
+        return {**super().state_dict(), **extra}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if "skipped" in state_dict:
+            self.skipped = state_dict["skipped"].to(self.skipped.device, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in ("max_norm", "skip_nonfinite", "skipped")}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        absent = {"max_norm": 0.0, "skip_nonfinite": False, "skipped": torch.zeros((), dtype=torch.int64)}
+        for name, value in {**absent, "_copies": {}, "_uploads": Uploads()}.items():
+            self.__dict__.setdefault(name, value)
+
+
+def _norms(grads: list[Tensor]) -> tuple[Tensor, ...]:
+    dtype = torch.promote_types(grads[0].dtype, torch.float32)
+    return tuple(torch._foreach_norm(grads, 2.0, dtype=dtype))
+
+
+def _beside(batch: Batch, scalar: Tensor | None) -> Tensor | None:
+    return None if scalar is None else scalar.to(batch.params[0].device)

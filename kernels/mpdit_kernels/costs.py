@@ -1,0 +1,148 @@
+"""python -m mpdit_kernels.costs: bytes, FLOP and time floor of every case, beside what was measured.
+
+Prints a table in Markdown; --update puts it between its markers in kernels/README.md. Exit codes: 0, 2 bad usage.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpdit_kernels.cases import Case, Cost, all_cases
+from mpdit_kernels.command import Parser, write_atomically
+
+README = Path(__file__).parents[1] / "README.md"
+TUNED = Path(__file__).parent / "tuned"
+BEGIN, END = "<!-- costs: written by python -m mpdit_kernels.costs --update -->", "<!-- end of costs -->"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a GPU does at best: bytes a second, and bf16 FLOP a second."""
+
+    name: str
+    bandwidth: float
+    flops: float
+
+    def floor(self, cost: Cost) -> float:
+        """Seconds that moving the bytes or the arithmetic takes at least, whichever is longer."""
+        return max(cost.bytes / self.bandwidth, cost.flops / self.flops)
+
+
+GPUS = (Gpu("A100 40 GB", 1.555e12, 312e12), Gpu("H200", 4.8e12, 989e12))
+"""From NVIDIA's datasheets."""
+
+
+def block(cases: Sequence[Case], measured: dict[str, dict[str, Any]]) -> str:
+    """The Markdown between the markers: floors of all cases and, for each table in `measured`, what it holds."""
+    text = [
+        "Each cell is forward / backward. MB (1e6 bytes) and GFLOP are the least a call must do with bf16 activations; "
+        "the floors are the longer of bytes at datasheet bandwidth and FLOP at datasheet dense bf16 rate "
+        f"({'; '.join(f'{g.name}: {g.bandwidth / 1e9:.0f} GB/s, {g.flops / 1e12:.0f} TFLOP/s' for g in GPUS)}).",
+        "",
+        *([] if measured else ["No GPU figures have been measured yet, so the measured columns are empty.", ""]),
+    ]
+    head = ["operation", "case", "MB", "GFLOP", *(f"{gpu.name} floor, µs" for gpu in GPUS)]
+    columns = ["time, µs", "of ceiling", "against the best of eager and torch.compile"]
+    tables = list(measured.values()) or [{}]
+    head += [
+        f"{table['machine']['gpu']}: {column}" if table else f"measured {column}"
+        for table in tables
+        for column in columns
+    ]
+    text += [_line(head), _line(["---", "---", *["---:"] * (len(head) - 2)])]
+    for case in cases:
+        costs = [case.forward, case.backward]
+        row = [f"`{case.operation}`", case.label]
+        row += [_pair(costs, lambda c: c.bytes / 1e6), _pair(costs, lambda c: c.flops / 1e9)]
+        row += [_pair(costs, lambda c, gpu=gpu: 1e6 * gpu.floor(c)) for gpu in GPUS]
+        for table in tables:
+            row += _measured(table.get("cases", {}).get(case.name, {}))
+        text.append(_line(row))
+    text += [line for table in measured.values() for line in _provenance(table)]
+    return "\n".join(text)
+
+
+def _measured(figures: dict[str, Any]) -> list[str]:
+    if "red" in figures:
+        return [f"gate failed: {figures['red']}".replace("|", "/"), "", ""]
+    passes = [figures.get(name) for name in ("forward", "backward")]
+    if not passes[0]:
+        return ["", "", ""]
+    return [
+        _pair(passes, lambda p: 1e6 * p["seconds"]["triton"][0]),
+        _pair(passes, lambda p: 100 * p["share"], " %"),
+        _pair(passes, lambda p: p["ratio"], "x", 2),
+    ]
+
+
+def _provenance(table: dict[str, Any]) -> list[str]:
+    """What a measured table was measured on, and which operations are off by default because of it."""
+    machine = ", ".join(f"{name} {value}" for name, value in table["machine"].items())
+    lines = ["", f"Measured: {machine}."]
+    if table.get("ceilings"):
+        copy, matmul = table["ceilings"]["copy"], table["ceilings"]["matmul"]
+        lines[-1] += (
+            f" Ceilings of the same run: copying {copy / 1e12:.2f} TB/s (read and written), 8192³ bf16 products "
+            f"{matmul / 1e12:.0f} TFLOP/s."
+        )
+    lines += [f"`{operation}` is off by default there: {why}." for operation, why in table.get("losses", {}).items()]
+    return lines
+
+
+def _pair(values: Sequence[Any], number: Any, unit: str = "", decimals: int | None = None) -> str:
+    """ "47.3 / 70.9": a number of each, leaving out what is None."""
+    return " / ".join(_number(number(value), decimals) + unit for value in values if value is not None)
+
+
+def _number(x: float, decimals: int | None) -> str:
+    """Three significant digits, unless a number of decimals is given."""
+    if decimals is None:
+        decimals = 0 if x >= 99.95 or x == 0 else 1 if x >= 9.995 else 2
+    return f"{x:.{decimals}f}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def measured_tables(folder: Path = TUNED) -> dict[str, dict[str, Any]]:
+    """What the tuner left, by architecture."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("sm_*.json"))}
+
+
+def replaced(text: str, new: str) -> str:
+    """The text with `new` between its markers.
+
+    Raises:
+        ValueError: it hasn't exactly one pair of them.
+    """
+    before, *rest = text.split(BEGIN)
+    if len(rest) != 1 or rest[0].count(END) != 1:
+        raise ValueError(f"expected exactly one block from {BEGIN} to {END}")
+    return f"{before}{BEGIN}\n{new}\n{END}{rest[0].split(END)[1]}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser("python -m mpdit_kernels.costs", description="Bytes, FLOP and time floor of every case")
+    parser.add_argument("--update", action="store_true", help="write the table into kernels/README.md")
+    parser.add_argument("--readme", type=Path, default=README, help="another file than kernels/README.md")
+    parser.add_only()
+    options = parser.parse_args(arguments)
+    new = block(all_cases(folders=options.only), measured_tables())
+    if not options.update:
+        print(new)
+        return 0
+    try:
+        write_atomically(options.readme, replaced(options.readme.read_text(), new))
+    except (OSError, ValueError) as error:
+        parser.error(f"{options.readme}: {error}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

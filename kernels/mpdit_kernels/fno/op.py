@@ -1,0 +1,143 @@
+"""The public function: checks, choice of implementation, and the custom operator with its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpdit_kernels.checks import check, check_alike, check_dims, check_shape
+from mpdit_kernels.dispatch import takes_triton
+from mpdit_kernels.fno import reference
+
+LAYERS = 3
+"""What the kernels are written for."""
+WIDTHS = (16, 32, 64)
+"""Channels that the kernels take."""
+
+
+def fno_time_embedding(t: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    """MPDiT's time embedding: a Fourier neural operator on the grid linspace(-1, 1, 32) + t (section 3.3).
+
+    Args:
+        t: [B].
+        weights: named and laid out as in the official checkpoints, for two layers or more, i = 0, 1, ...:
+            "fc0.weight" [W, 1], "fc0.bias" [W]; "conv{i}.weights_real" and "conv{i}.weights_imag" [W in, W out, 16],
+            "w{i}.weight" [W out, W in, 1], "w{i}.bias" [W]; "fc1.weight" [D, W], "fc1.bias" [D].
+
+    Returns:
+        [B, D] in fp32, or in float64 if any input is: autocast and narrow weights change nothing of the arithmetic.
+        Weights of the last layer's frequencies other than zero don't act; their gradients are zero, not None.
+
+    Raises:
+        ValueError: entries missing or unknown, or shapes, devices or dtypes that don't fit.
+    """
+    layers, ordered = _check(t, weights)
+    double = torch.float64 in (t.dtype, *(value.dtype for value in ordered))
+    dtype = torch.float64 if double else torch.float32
+    width = ordered[0].shape[0]
+    takes = takes_triton("fno_time_embedding", t, *ordered, refusal=_refusal(layers, width))
+    with torch.autocast(t.device.type, enabled=False):
+        t, ordered = t.to(dtype), [value.to(dtype) for value in ordered]
+        if takes:
+            return _fno(t, ordered)[0]
+        return reference.fno_time_embedding(t, dict(zip(reference.names(layers), ordered, strict=True)))
+
+
+def _check(t: Tensor, weights: Mapping[str, Tensor]) -> tuple[int, list[Tensor]]:
+    """The number of layers, and the weights in order."""
+    check_dims("t", t, "[B]")
+    layers = max(sum(name.endswith(part) for name in weights) for part in (".weights_real", ".weights_imag"))
+    check(layers >= 2, "weights", f"of {layers} layers, by its conv{{i}}.weights_real", "at least 2 layers")
+    names = reference.names(layers)
+    missing = [name for name in names if name not in weights]
+    unknown = [name for name in weights if name not in names]
+    check(not missing, "weights", f"without {', '.join(missing)}", f"{', '.join(names)}")
+    check(not unknown, "weights", f"with {', '.join(map(str, unknown))}", f"only {', '.join(names)}")
+    check_alike(t=t, **{name: weights[name] for name in names})
+    check_dims("fc0.weight", weights["fc0.weight"], "[W, 1]")
+    check_dims("fc1.weight", weights["fc1.weight"], "[D, W]")
+    channels, width = weights["fc0.weight"].shape[0], weights["fc1.weight"].shape[0]
+    check(min(channels, width) > 0, "weights", f"of {channels} channels and width {width}", "at least one of each")
+    check_shape("fc0.weight", weights["fc0.weight"], (channels, 1), "[W, 1]")
+    check_shape("fc0.bias", weights["fc0.bias"], (channels,), "[W]")
+    for i in range(layers):
+        for part in ("real", "imag"):
+            name, shape = f"conv{i}.weights_{part}", (channels, channels, reference.MODES)
+            check_shape(name, weights[name], shape, "[W in, W out, modes]")
+        check_shape(f"w{i}.weight", weights[f"w{i}.weight"], (channels, channels, 1), "[W out, W in, 1]")
+        check_shape(f"w{i}.bias", weights[f"w{i}.bias"], (channels,), "[W]")
+    check_shape("fc1.weight", weights["fc1.weight"], (width, channels), "[D, W]")
+    check_shape("fc1.bias", weights["fc1.bias"], (width,), "[D]")
+    return layers, [weights[name] for name in names]
+
+
+def _refusal(layers: int, width: int) -> str | None:
+    if layers != LAYERS:
+        return f"there are {layers} layers, and the kernels are for {LAYERS}"
+    if width not in WIDTHS:
+        return f"there are {width} channels, and the kernels take {', '.join(map(str, WIDTHS))}"
+    return None
+
+
+@torch.library.custom_op("mpdit_kernels::fno", mutates_args=())
+def _fno(t: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out [B,D], and what the backward needs: see triton_impl.forward); all fp32."""
+    from mpdit_kernels.fno import triton_impl
+
+    return triton_impl.forward(t, weights)
+
+
+@_fno.register_fake
+def _(t, weights):  # type: ignore[no-untyped-def]
+    batch, channels, width = t.shape[0], weights[0].shape[0], weights[-1].shape[0]
+    per_sample = (batch, channels, reference.GRID)
+    shapes = ((batch, width), per_sample, per_sample, (2, batch, channels), (channels, reference.GRID), (channels,))
+    return tuple(t.new_empty(shape) for shape in shapes)
+
+
+@torch.library.custom_op("mpdit_kernels::fno_backward", mutates_args=())
+def _fno_backward(
+    d_out: Tensor,
+    t: Tensor,
+    weights: Sequence[Tensor],
+    spectrum: Tensor,
+    derivative: Tensor,
+    means: Tensor,
+    start: Tensor,
+    slope: Tensor,
+    of_t: bool,
+    of_weights: bool,
+) -> list[Tensor]:
+    """Gradients of t and, in order, of the weights; empty where not asked for."""
+    from mpdit_kernels.fno import triton_impl
+
+    saved = (spectrum, derivative, means, start, slope)
+    return triton_impl.backward(d_out, t, weights, *saved, of_t, of_weights)
+
+
+@_fno_backward.register_fake
+def _(d_out, t, weights, spectrum, derivative, means, start, slope, of_t, of_weights):  # type: ignore[no-untyped-def]
+    d_t = t.new_empty(t.shape if of_t else 0)
+    return [d_t, *(value.new_empty(value.shape if of_weights else 0) for value in weights)]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    t, weights = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(t, *weights, *output[1:])
+
+
+def _gradients(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    t, *others = ctx.saved_tensors
+    weights, saved = others[:-5], others[-5:]
+    of_t, of_each = ctx.needs_input_grad
+    if d_out is None:
+        return None, [None] * len(weights)
+    d_t, *found = _fno_backward(d_out, t, weights, *saved, of_t, any(of_each))
+    return d_t if of_t else None, [x if asked else None for x, asked in zip(found, of_each, strict=True)]
+
+
+_fno.register_autograd(_gradients, setup_context=_save)

@@ -1,0 +1,104 @@
+"""The definition, in plain PyTorch. Letters: B batch, W channels, D width.
+
+MPDiT's time embedding (section 3.3): the signal grid + t on GRID points is lifted to W channels and goes through FNO
+layers, with a GELU after all but the last; its mean over the grid is projected to D. A layer is a complex W x W mixing
+of each of the MODES lowest frequencies, plus a pointwise W x W mixing.
+
+Two parts collapse exactly: the first layer is affine in t, so it is one table from the weights plus t times one vector;
+the last layer only meets a mean over the grid, so only its zero frequency acts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv1d, gelu, linear
+
+from mpdit_kernels.dispatch import constant_to_compiler
+
+GRID = 32
+"""Points of the time grid."""
+MODES = 16
+"""Frequencies kept, of the GRID // 2 + 1 that a real transform has."""
+
+
+def names(layers: int) -> list[str]:
+    """The weights in order: fc0, of each layer its complex mixing conv{i} and its pointwise mixing w{i}, fc1."""
+    parts = ("conv{}.weights_real", "conv{}.weights_imag", "w{}.weight", "w{}.bias")
+    between = [part.format(layer) for layer in range(layers) for part in parts]
+    return ["fc0.weight", "fc0.bias", *between, "fc1.weight", "fc1.bias"]
+
+
+def per_device(
+    build: Callable[[], tuple[Tensor, ...]],
+) -> Callable[[torch.device, torch.dtype], tuple[Tensor, ...]]:
+    """`build`'s tensors on a device in a dtype, made once for each; constants of the graph under torch.compile."""
+    made: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}
+
+    def get(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        found = made.get((device, dtype))
+        if found is None:
+            with torch.inference_mode(False):  # training after a sampling run needs normal tensors
+                found = tuple(x.to(device, dtype) for x in build())
+            if all(type(x) is Tensor for x in found):  # not those of a fake mode
+                made[device, dtype] = found
+        return found
+
+    return constant_to_compiler(get)
+
+
+def fourier_matrices() -> tuple[Tensor, Tensor]:
+    """The truncated real DFT of GRID points as two real fp32 matrices.
+
+    Returns `analysis` [GRID, 2, MODES] (real and imaginary parts of rfft) and `synthesis` [2, MODES, GRID] (irfft).
+    """
+    points, modes = torch.arange(GRID, device="cpu"), torch.arange(MODES, device="cpu")
+    angle = torch.outer(points, modes).double() * (2 * math.pi / GRID)
+    analysis = torch.stack([angle.cos(), -angle.sin()], dim=1)
+    fold = torch.full((MODES,), 2.0 / GRID, dtype=torch.float64, device="cpu")
+    fold[0] = 1.0 / GRID
+    synthesis = torch.stack([angle.cos() * fold, -angle.sin() * fold]).transpose(1, 2)
+    return analysis.float(), synthesis.float()
+
+
+@per_device
+def constants() -> tuple[Tensor, ...]:
+    """The grid [GRID], and `analysis` and `synthesis`; rounded to fp32 in every dtype."""
+    grid = torch.linspace(-1, 1, GRID, dtype=torch.float32, device="cpu")
+    return grid, *fourier_matrices()
+
+
+def fno_time_embedding(t: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    """t [B] -> [B, D]; t and all weights in fp32, or all in float64."""
+    layers = (len(weights) - 4) // 4
+    grid, analysis, synthesis = constants(t.device, t.dtype)
+
+    def mixed(x: Tensor, layer: int) -> Tensor:
+        """One layer on x [B, W, GRID]."""
+        w_real, w_imag = weights[f"conv{layer}.weights_real"], weights[f"conv{layer}.weights_imag"]
+        real, imag = torch.einsum("bij,jpm->pbim", x, analysis)
+        mixed_real = torch.einsum("bim,iom->bom", real, w_real) - torch.einsum("bim,iom->bom", imag, w_imag)
+        mixed_imag = torch.einsum("bim,iom->bom", real, w_imag) + torch.einsum("bim,iom->bom", imag, w_real)
+        spectral = torch.einsum("pbom,pmj->boj", torch.stack([mixed_real, mixed_imag]), synthesis)
+        return spectral + conv1d(x, weights[f"w{layer}.weight"], weights[f"w{layer}.bias"])
+
+    def of_constant(x: Tensor, layer: int, bias: Tensor | None = None) -> Tensor:
+        """The layer on a signal x [B, W] that is constant over the grid, or its mean over the grid.
+
+        The other frequencies' weights get a gradient of exactly zero, not None, so weight decay still reaches them.
+        """
+        zero_mode = torch.complex(weights[f"conv{layer}.weights_real"], weights[f"conv{layer}.weights_imag"])[
+            ..., 0
+        ].real
+        return linear(x, zero_mode.T + weights[f"w{layer}.weight"][..., 0], bias)
+
+    at_zero = mixed(linear(grid[:, None], weights["fc0.weight"], weights["fc0.bias"]).T[None], 0)
+    slope = of_constant(weights["fc0.weight"].T, 0)
+    x = gelu(at_zero + (t[:, None] * slope)[..., None])
+    for layer in range(1, layers - 1):
+        x = gelu(mixed(x, layer))
+    z = of_constant(x.mean(dim=-1), layers - 1, bias=weights[f"w{layers - 1}.bias"])
+    return linear(z, weights["fc1.weight"], weights["fc1.bias"])

@@ -1,0 +1,118 @@
+"""The public function: checks, choice of implementation, and the custom operator with its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpdit_kernels.checks import autocast_dtype, check, check_alike, check_dims, check_shape
+from mpdit_kernels.dispatch import takes_triton
+from mpdit_kernels.gelu_mlp import reference
+
+
+def gelu_linear(
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor | None = None, bias2: Tensor | None = None
+) -> Tensor:
+    """gelu(x weight1^T + bias1) weight2^T + bias2: a DiT block's MLP, with the tanh form of GELU.
+
+    GELU's tanh form is that of Hendrycks and Gimpel (arXiv 1606.08415, section 2). For backward it keeps x and the
+    pre-activation, and the activation is computed again; where no gradient is asked for it keeps neither.
+
+    Args:
+        x: [..., D]; any strides.
+        weight1, bias1: [H, D] and [H].
+        weight2, bias2: [D2, H] and [D2], or neither: the result is then the activation.
+
+    Returns:
+        [..., D2], or [..., H] without weight2, in the dtype of x: all tensors have the same. Under autocast they may
+        differ, and are taken, and returned, in autocast's.
+
+    Raises:
+        ValueError: shapes, devices or dtypes that don't fit.
+    """
+    _check(x, weight1, bias1, weight2, bias2)
+    tensors: Sequence[Tensor | None] = (x, weight1, bias1, weight2, bias2)
+    if takes_triton("gelu_linear", *tensors):
+        if (dtype := autocast_dtype(x)) is not None:
+            tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+        keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+        return _gelu_linear(*tensors, keep)[0]
+    return reference.gelu_linear(x, weight1, bias1, weight2, bias2)
+
+
+def _check(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor | None, bias2: Tensor | None) -> None:
+    check_alike(x=x, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
+    check(x.ndim > 0 and x.shape[-1] > 0, "x", f"of shape {list(x.shape)}", "[..., D] with at least one column")
+    check_dims("weight1", weight1, "[H, D]")
+    check_shape("weight1", weight1, (weight1.shape[0], x.shape[-1]), "[H, D]")
+    check(weight1.shape[0] > 0, "weight1", f"of shape {list(weight1.shape)}", "at least one row")
+    check_shape("bias1", bias1, weight1.shape[:1], "[H]")
+    if (weight2 is None) != (bias2 is None):
+        got = ("None", "a tensor, as weight2 is") if bias2 is None else ("given", "None, as weight2 is")
+        check(False, "bias2", *got)
+    if weight2 is not None and bias2 is not None:
+        check_dims("weight2", weight2, "[D2, H]")
+        check_shape("weight2", weight2, (weight2.shape[0], weight1.shape[0]), "[D2, H]")
+        check_shape("bias2", bias2, weight2.shape[:1], "[D2]")
+    if autocast_dtype(x) is None:
+        for name, tensor in (("weight1", weight1), ("bias1", bias1), ("weight2", weight2), ("bias2", bias2)):
+            if tensor is not None:
+                check(tensor.dtype == x.dtype, name, f"of dtype {tensor.dtype}", f"{x.dtype}, as x")
+
+
+@torch.library.custom_op("mpdit_kernels::gelu_linear", mutates_args=())
+def _gelu_linear(
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor | None, bias2: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """(result, pre-activation [..., H]); the second is empty unless kept."""
+    from mpdit_kernels.gelu_mlp import triton_impl
+
+    with torch.autocast(x.device.type, enabled=False):
+        y, hidden = triton_impl.forward(x, weight1, bias1, weight2, bias2, keep)
+    return y, x.new_empty(0) if hidden is None else hidden
+
+
+@_gelu_linear.register_fake
+def _(x, weight1, bias1, weight2, bias2, keep):  # type: ignore[no-untyped-def]
+    hidden = (*x.shape[:-1], weight1.shape[0])
+    result = hidden if weight2 is None else (*x.shape[:-1], weight2.shape[0])
+    return x.new_empty(result), x.new_empty(hidden if keep else 0)
+
+
+@torch.library.custom_op("mpdit_kernels::gelu_linear_backward", mutates_args=())
+def _gelu_linear_backward(
+    dy: Tensor, x: Tensor, weight1: Tensor, weight2: Tensor | None, hidden: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight1, bias1, weight2 and bias2; empty where not needed."""
+    from mpdit_kernels.gelu_mlp import triton_impl
+
+    with torch.autocast(x.device.type, enabled=False):
+        gradients = triton_impl.backward(dy, x, weight1, weight2, hidden, needs)
+    return tuple(x.new_empty(0) if g is None else g for g in gradients)  # type: ignore[return-value]
+
+
+@_gelu_linear_backward.register_fake
+def _(dy, x, weight1, weight2, hidden, needs):  # type: ignore[no-untyped-def]
+    second = (0, 0) if weight2 is None else (weight2.shape, weight2.shape[:1])
+    shapes = (x.shape, weight1.shape, weight1.shape[:1], *second)
+    return tuple(x.new_empty(shape if needed else 0) for shape, needed in zip(shapes, needs, strict=True))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight1, _, weight2, *_ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight1, weight2, output[1])
+
+
+def _gradients(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    needs = ctx.needs_input_grad[:5]
+    if dy is None:
+        return (None,) * 6
+    gradients = _gelu_linear_backward(dy, *ctx.saved_tensors, needs)
+    return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None
+
+
+_gelu_linear.register_autograd(_gradients, setup_context=_save)

@@ -1,0 +1,192 @@
+"""The MLP forward and backward: products by cuBLAS, and one pass over [tokens, H] each way as Triton kernels.
+
+Where a table of measurements names the method "epilogue", the product and the pass are one kernel, of epilogue.py.
+Either way backward reads the pre-activation, writes its gradient and the activation, and adds up the bias gradient:
+fp32 sums of a program's rows, then of the programs in a fixed order, so results repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import linear
+
+from mpdit_kernels.gelu_mlp import epilogue
+from mpdit_kernels.gelu_mlp.gelu import gate, slope
+from mpdit_kernels.launch import Config, Tunable, launch
+from mpdit_kernels.rows import rows_of
+
+METHODS = ("elementwise", "epilogue")
+
+
+def _methods(width: int, hidden: int) -> list[Config]:
+    return [{"METHOD": method} for method in METHODS]
+
+
+def _method(width: int, hidden: int) -> Config:
+    return {"METHOD": "elementwise"}
+
+
+def _pass(hidden: int) -> Config:
+    return {"BLOCK": 2048, "num_warps": 4, "num_stages": 1}
+
+
+def _passes(hidden: int) -> list[Config]:
+    return [
+        {"BLOCK": block, "num_warps": warps, "num_stages": 1}
+        for warps in (4, 8)
+        for block in (1024, 2048, 4096, 8192)
+        if 8 <= block // (32 * warps) <= 32
+    ]
+
+
+def _pass_backward(hidden: int) -> Config:
+    return {"ROWS": 4, "COLUMNS": 256, "TOKENS": 64, "num_warps": 4, "num_stages": 1}
+
+
+def _passes_backward(hidden: int) -> list[Config]:
+    return [
+        {"ROWS": rows, "COLUMNS": columns, "TOKENS": tokens, "num_warps": 4, "num_stages": 1}
+        for rows, columns in ((4, 256), (8, 256), (4, 512), (2, 1024))
+        for tokens in (32, 64)
+    ]
+
+
+FORWARD_METHOD = Tunable("gelu_mlp.forward_method", _method, _methods)
+BACKWARD_METHOD = Tunable("gelu_mlp.backward_method", _method, _methods)
+PASS = Tunable("gelu_mlp.pass", _pass, _passes)
+PASS_BACKWARD = Tunable("gelu_mlp.pass_backward", _pass_backward, _passes_backward)
+
+
+@triton.jit
+def _forward_pass(h, a, N, BLOCK: tl.constexpr):
+    """a = gelu(h), N values; a may be h."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(h + at, mask=at < N, other=0).to(tl.float32)
+    tl.store(a + at, (values * gate(values)[0]).to(a.dtype.element_ty), mask=at < N)
+
+
+@triton.jit
+def _backward_pass(
+    da,  # [M, H]
+    h,  # [M, H]
+    dh,  # out [M, H]; may be da
+    a,  # out [M, H], where ACTIVATION
+    partials,  # out fp32 [P, H], where SUMS: column sums of dh over TOKENS rows
+    M,
+    da_row,
+    H: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SUMS: tl.constexpr,
+):
+    across: tl.constexpr = (H + COLUMNS - 1) // COLUMNS
+    part = (tl.program_id(0) // across).to(tl.int64)
+    columns = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    first = part * TOKENS
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for step in range(0, TOKENS, ROWS):
+        rows = first + step + tl.arange(0, ROWS)[:, None]
+        mask = (rows < M) & (columns < H)
+        at = rows * H + columns
+        values = tl.load(h + at, mask=mask, other=0).to(tl.float32)
+        gradient = tl.load(da + rows * da_row + columns, mask=mask, other=0).to(tl.float32)
+        s, ds = gate(values)
+        gradient *= slope(values, s, ds)
+        tl.store(dh + at, gradient.to(dh.dtype.element_ty), mask=mask)
+        if ACTIVATION:
+            tl.store(a + at, (values * s).to(a.dtype.element_ty), mask=mask)
+        if SUMS:
+            total += gradient
+    if SUMS:
+        tl.store(partials + part * H + columns, tl.sum(total, 0, keep_dims=True), mask=columns < H)
+
+
+def forward(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor | None,
+    bias2: Tensor | None,
+    keep: bool,
+    method: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(result [..., D2], pre-activation [..., H]); the second is None unless kept. No method means the tuned one."""
+    leading, width, hidden = x.shape[:-1], x.shape[-1], weight1.shape[0]
+    x = x.reshape(-1, width)
+    h = None
+    if not keep and x.is_cuda:
+        # cuBLASLt's epilogue; its GELU is the tanh form on CUDA, and the erf form on a CPU.
+        a = torch._addmm_activation(bias1, x, weight1.t(), use_gelu=True)
+    elif keep and (method or FORWARD_METHOD.pick(width=width, hidden=hidden)["METHOD"]) == "epilogue":
+        h, a = epilogue.forward(x, weight1, bias1)
+    else:
+        h = linear(x, weight1, bias1)
+        a = _activation(h, torch.empty_like(h) if keep else h)
+    y = a if weight2 is None else linear(a, weight2, bias2)
+    return y.view(*leading, y.shape[-1]), h.view(*leading, hidden) if keep and h is not None else None
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    weight2: Tensor | None,
+    hidden: Tensor,
+    needs: Sequence[bool],
+    method: str | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight1, bias1, weight2 and bias2, None where not needed, given forward's pre-activation."""
+    need_x, need_weight1, need_bias1, need_weight2, need_bias2 = needs
+    dy, h = dy.reshape(-1, dy.shape[-1]), hidden.view(-1, hidden.shape[-1])
+    dh = a = partials = None
+    if need_x or need_weight1 or need_bias1:
+        dh, a, partials = _gradient(dy, weight2, h, need_weight2, need_bias1, method)
+    elif need_weight2:
+        a = _activation(h, torch.empty_like(h))
+    d_weight2 = None if a is None else dy.t() @ a
+    del a  # before dx needs memory
+    d_weight1 = dh.t() @ x.reshape(-1, x.shape[-1]) if dh is not None and need_weight1 else None
+    dx = (dh @ weight1).view(x.shape) if dh is not None and need_x else None
+    d_bias1 = None if partials is None else partials.sum(0).to(weight1.dtype)
+    return dx, d_weight1, d_bias1, d_weight2, dy.sum(0) if need_bias2 else None
+
+
+def _activation(h: Tensor, a: Tensor) -> Tensor:
+    """gelu(h) in a, which may be h."""
+    config = PASS.pick(hidden=h.shape[-1])
+    launch(_forward_pass, (triton.cdiv(h.numel(), config["BLOCK"]),), h, a, h.numel(), **config)
+    return a
+
+
+def _gradient(
+    dy: Tensor, weight2: Tensor | None, h: Tensor, activation: bool, sums: bool, method: str | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(dh, gelu(h), fp32 [P, H] that add up to dh's columns); the last two are None unless asked for."""
+    m, hidden = h.shape
+    if weight2 is None:
+        da, dh = rows_of(dy), torch.empty_like(h)
+    elif (method or BACKWARD_METHOD.pick(width=dy.shape[-1], hidden=hidden)["METHOD"]) == "epilogue":
+        return epilogue.backward(dy, weight2, h, activation, sums)
+    else:
+        da = dh = dy @ weight2
+    a = torch.empty_like(h) if activation else None
+    config = PASS_BACKWARD.pick(hidden=hidden)
+    parts = triton.cdiv(m, config["TOKENS"])
+    partials = torch.empty(parts, hidden, dtype=torch.float32, device=h.device) if sums else None
+    launch(
+        _backward_pass,
+        (parts * triton.cdiv(hidden, config["COLUMNS"]),),
+        *(da, h, dh, a, partials, m, da.stride(0)),
+        H=hidden,
+        ACTIVATION=activation,
+        SUMS=sums,
+        **config,
+    )
+    return dh, a, partials

@@ -1,0 +1,244 @@
+"""The public function: checks, choice of implementation, and the custom operator with its gradient.
+
+The operator sees matrices laid out for its two products: the expanding weight with rows (i, j, channel), and the
+refining weight with the skip's beside it. Laying them out is left to autograd.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from mpdit_kernels.checks import autocast_dtype, check, check_alike, check_dims, check_eps, check_shape
+from mpdit_kernels.dispatch import MAX_WIDTH, takes_triton
+from mpdit_kernels.upsample import reference
+
+
+def upsample_tokens(
+    x: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor,
+    refine_weight: Tensor,
+    refine_bias: Tensor,
+    num_class_tokens: int,
+    factor: int,
+    skip: tuple[Tensor, Tensor, Tensor] | None = None,
+    position: Tensor | None = None,
+    grid: tuple[int, int] | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Coarse tokens to fine ones: MPDiT's Upsample block (section 3.1 of its paper).
+
+    Image tokens pass a Linear D -> r*r*D, a pixel-shuffle onto the r times finer grid and tanh-GELU; class tokens join
+    them unchanged; all pass a layer norm without affine part and a Linear; the skip from the input's patches and the
+    finer positions are added to the image tokens.
+
+    Args:
+        x: [B, m + n0, D], class tokens first, then h * w coarse image tokens by rows; any strides.
+        expand_weight, expand_bias: [D*r*r, D], [D*r*r], row d*r*r + i*r + j for channel d and offset (i, j).
+        refine_weight, refine_bias: [D, D], [D].
+        num_class_tokens: m, may be 0.
+        factor: r.
+        skip: (patches [B, n1, K], weight [D, K], bias [D]), n1 = r*r*n0.
+        position: [n1, D].
+        grid: (h, w); square by default.
+        eps: added to the variance.
+
+    Returns:
+        [B, m + n1, D]. Products take autocast's dtype, or else x's, and accumulate in fp32; the result's dtype is the
+        widest of that one, x's, the position's and the skip bias's, so an fp32 residual stream stays fp32.
+
+    Raises:
+        ValueError: shapes, devices or dtypes that don't fit.
+    """
+    grid = _check(
+        x, expand_weight, expand_bias, refine_weight, refine_bias, num_class_tokens, factor, skip, position, grid
+    )
+    check_eps(eps)
+    patches, skip_weight, skip_bias = skip or (None, None, None)
+    compute = autocast_dtype(x) or x.dtype
+    dtype = torch.promote_types(compute, x.dtype)
+    for addend in (skip_bias, position):
+        dtype = dtype if addend is None else torch.promote_types(dtype, addend.dtype)
+    tensors = (x, expand_weight, expand_bias, refine_weight, refine_bias, patches, skip_weight, skip_bias, position)
+    if takes_triton("upsample_tokens", *tensors, refusal=_refusal(x)):
+        expand = _offset_major(expand_weight, factor, compute)
+        refine = refine_weight
+        if skip_weight is not None:
+            # Rows of a multiple of 16 bytes; the added columns meet zeros.
+            refine = pad(torch.cat([refine_weight, skip_weight], dim=1), (0, -skip_weight.shape[1] % 8))
+        bias, refine = _offset_major(expand_bias, factor, compute), refine.to(compute)
+        sizes = [num_class_tokens, factor, *grid]
+        return _upsample(x, expand, bias, refine, refine_bias, patches, skip_bias, position, sizes, eps, dtype)[0]
+    if not torch.is_autocast_enabled(x.device.type):  # autocast would cast by itself
+        expand_weight, expand_bias = expand_weight.to(compute), expand_bias.to(compute)
+        refine_weight, refine_bias = refine_weight.to(compute), refine_bias.to(compute)
+        if skip is not None:
+            skip = (skip[0].to(compute), skip[1].to(compute), skip[2])
+    return reference.upsample_tokens(
+        *(x, expand_weight, expand_bias, refine_weight, refine_bias, num_class_tokens, factor),
+        *(skip, position, grid, eps, dtype),
+    )
+
+
+def _check(
+    x: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor,
+    refine_weight: Tensor,
+    refine_bias: Tensor,
+    m: int,
+    r: int,
+    skip: tuple[Tensor, Tensor, Tensor] | None,
+    position: Tensor | None,
+    grid: tuple[int, int] | None,
+) -> tuple[int, int]:
+    """The coarse grid, all arguments being as they should."""
+    check_dims("x", x, "[B, m+n0, D]")
+    batch, tokens, width = x.shape
+    check(width > 0, "x", f"of shape {list(x.shape)}", "at least one column")
+    check(r >= 1, "factor", r, "at least 1")
+    check(0 <= m < tokens, "num_class_tokens", m, f"at least 0, and fewer than x's {tokens} tokens")
+    coarse = tokens - m
+    if grid is None:
+        grid = (math.isqrt(coarse), math.isqrt(coarse))
+        check(grid[0] * grid[1] == coarse, "grid", None, f"(h, w), as x's {coarse} image tokens are no square")
+    check(grid[0] * grid[1] == coarse and grid[0] > 0, "grid", grid, f"(h, w) of h * w = {coarse} image tokens")
+    patches, skip_weight, skip_bias = skip or (None, None, None)
+    check_alike(
+        x=x,
+        expand_weight=expand_weight,
+        expand_bias=expand_bias,
+        refine_weight=refine_weight,
+        refine_bias=refine_bias,
+        patches=patches,
+        skip_weight=skip_weight,
+        skip_bias=skip_bias,
+        position=position,
+    )
+    check_shape("expand_weight", expand_weight, (width * r * r, width), "[D*r*r, D]")
+    check_shape("expand_bias", expand_bias, (width * r * r,), "[D*r*r]")
+    check_shape("refine_weight", refine_weight, (width, width), "[D, D]")
+    check_shape("refine_bias", refine_bias, (width,), "[D]")
+    if patches is not None and skip_weight is not None and skip_bias is not None:
+        check_dims("patches", patches, "[B, n1, K]")
+        values = patches.shape[2]
+        check(values > 0, "patches", f"of shape {list(patches.shape)}", "at least one column")
+        check_shape("patches", patches, (batch, coarse * r * r, values), "[B, n1, K]")
+        check_shape("skip_weight", skip_weight, (width, values), "[D, K]")
+        check_shape("skip_bias", skip_bias, (width,), "[D]")
+    if position is not None:
+        check_shape("position", position, (coarse * r * r, width), "[n1, D]")
+    return grid
+
+
+def _refusal(x: Tensor) -> str | None:
+    width = x.shape[-1]
+    return f"rows are {width} wide, and the kernel holds {MAX_WIDTH} at most" if width > MAX_WIDTH else None
+
+
+def _offset_major(x: Tensor, r: int, dtype: torch.dtype) -> Tensor:
+    """As the reference reorders, in one copy that also casts."""
+    rows = x.unflatten(0, (-1, r, r)).movedim(0, 2)
+    return rows.to(dtype, memory_format=torch.contiguous_format).flatten(0, 2)
+
+
+@torch.library.custom_op("mpdit_kernels::upsample", mutates_args=())
+def _upsample(
+    x: Tensor,
+    expand: Tensor,
+    expand_bias: Tensor,
+    refine: Tensor,
+    refine_bias: Tensor,
+    patches: Tensor | None,
+    skip_bias: Tensor | None,
+    position: Tensor | None,
+    sizes: Sequence[int],
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(result, and for backward: rows [B*(m+n1), D] before GELU, class tokens' first, and image tokens [B*n0, D])."""
+    from mpdit_kernels.upsample import triton_impl
+
+    return triton_impl.forward(
+        x, expand, expand_bias, refine, refine_bias, patches, skip_bias, position, sizes, eps, dtype
+    )
+
+
+@_upsample.register_fake
+def _(x, expand, expand_bias, refine, refine_bias, patches, skip_bias, position, sizes, eps, dtype):  # type: ignore[no-untyped-def]
+    (batch, _, width), (m, r, h, w) = x.shape, sizes
+    return (
+        x.new_empty((batch, m + h * w * r * r, width), dtype=dtype),
+        expand.new_empty((batch * (m + h * w * r * r), width)),
+        expand.new_empty((batch * h * w, width)),
+    )
+
+
+@torch.library.custom_op("mpdit_kernels::upsample_backward", mutates_args=())
+def _upsample_backward(
+    d_out: Tensor,
+    rows: Tensor,
+    image: Tensor,
+    expand: Tensor,
+    refine: Tensor,
+    patches: Tensor | None,
+    sizes: Sequence[int],
+    eps: float,
+    dtype: torch.dtype,
+    asked: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of the first eight arguments of the forward, those not asked for being empty.
+
+    x's comes as `dtype`, those of matrices and patches in the products' dtype, the others in fp32.
+    """
+    from mpdit_kernels.upsample import triton_impl
+
+    found = triton_impl.backward(d_out, rows, image, expand, refine, patches, sizes, eps, dtype, asked)
+    return [d_out.new_empty(0) if gradient is None else gradient for gradient in found]
+
+
+@_upsample_backward.register_fake
+def _(d_out, rows, image, expand, refine, patches, sizes, eps, dtype, asked):  # type: ignore[no-untyped-def]
+    (batch, _, width), (m, r, h, w) = d_out.shape, sizes
+    shapes = [
+        ((batch, m + h * w, width), dtype),
+        (expand.shape, expand.dtype),
+        (expand.shape[:1], torch.float32),
+        (refine.shape, refine.dtype),
+        ((width,), torch.float32),
+        (None if patches is None else patches.shape, expand.dtype),
+        ((width,), torch.float32),
+        ((h * w * r * r, width), torch.float32),
+    ]
+    return [
+        d_out.new_empty(shape, dtype=kind) if wanted else d_out.new_empty(0)
+        for (shape, kind), wanted in zip(shapes, asked, strict=True)
+    ]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, expand, _, refine, _, patches, _, _, ctx.sizes, ctx.eps, _ = inputs
+    _, rows, image = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(rows, image, expand, refine, patches)
+    ctx.dtypes = [None if value is None else value.dtype for value in inputs[:8]]
+
+
+def _gradients(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    if d_out is None:
+        return (None,) * 11
+    asked = list(ctx.needs_input_grad[:8])
+    found = _upsample_backward(d_out, *ctx.saved_tensors, ctx.sizes, ctx.eps, ctx.dtypes[0], asked)
+    gradients = [
+        gradient.to(dtype) if wanted else None for gradient, dtype, wanted in zip(found, ctx.dtypes, asked, strict=True)
+    ]
+    return *gradients, None, None, None
+
+
+_upsample.register_autograd(_gradients, setup_context=_save)

@@ -1,0 +1,348 @@
+"""Kernels between the two matrix products, which are left to cuBLAS.
+
+The first product leaves the r*r fine tokens of a coarse one side by side, so tokens before GELU are the rows of one
+matrix: class tokens of all samples, then for each coarse token its offsets (i, j). The forward kernel takes each to its
+place in the result: GELU, norm, the patch's values appended as columns so that the skip rides in the second product,
+and into the result what that product is added to. The backward kernel does the same way back, computing the normalised
+rows again. A program takes one offset of several coarse tokens, or several class tokens, ROWS at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mpdit_kernels.gelu_mlp.gelu import gate, slope
+from mpdit_kernels.launch import Config, Tunable, launch
+from mpdit_kernels.rows import (
+    chunks,
+    columns,
+    load_rows,
+    load_vector,
+    row_mean,
+    row_moments,
+    rows_of,
+)
+from mpdit_kernels.upsample.incoming import sum_and_cast
+from mpdit_kernels.upsample.places import places, program, store_normal
+
+
+def _candidates(width: int) -> list[Config]:
+    return [
+        {"ROWS": rows, "TOKENS": tokens, "CAP": cap, "num_warps": warps, "num_stages": 1}
+        for cap in (128, 512, 1024)
+        for warps in (4, 8)
+        for rows in (1, 2, 4)
+        for tokens in (8, 16, 32)
+        if rows * width <= 1024 * warps and cap < 2 * width
+    ]
+
+
+def _default(width: int) -> Config:
+    rows, warps = (2 if width <= 1024 else 1), (4 if width <= 2048 else 8)
+    return {"ROWS": rows, "TOKENS": 16, "CAP": 1024, "num_warps": warps, "num_stages": 1}
+
+
+def _default_backward(width: int) -> Config:
+    return {**_default(width), "TOKENS": 32}
+
+
+FORWARD = Tunable("upsample.forward", _default, _candidates)
+BACKWARD = Tunable("upsample.backward", _default_backward, _candidates)
+
+
+@triton.jit
+def _normalized(values, image, eps, D: tl.constexpr, CHUNKS: tl.constexpr):
+    """Rows after GELU, where `image`, and layer norm, with their reciprocal standard deviations."""
+    activated = ()
+    for i in tl.static_range(len(CHUNKS)):
+        s, _ = gate(values[i])
+        activated = activated + (tl.where(image, values[i] * s, values[i]),)
+    mean, rstd = row_moments(activated, eps, D)
+    normalized = ()
+    for i in tl.static_range(len(CHUNKS)):
+        normalized = normalized + ((activated[i] - mean[:, None]) * rstd[:, None],)
+    return normalized, rstd
+
+
+@triton.jit
+def _forward(
+    before,  # [B*(M + H*W*R*R), D]: tokens before GELU
+    patches,  # [B, n1, K]
+    refine_bias,  # [D]
+    skip_bias,  # [D], where SKIP
+    position,  # [n1, D], where POSITION
+    normal,  # out [B*T, D + EXTRA]
+    out,  # out [B, T, D]: what the product is added to
+    B,
+    M,
+    H,
+    W,
+    PROGRAMS,
+    eps,
+    patches_batch,
+    patches_token,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    K: tl.constexpr,
+    EXTRA: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SKIP: tl.constexpr,
+    POSITION: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    tl.static_assert(TOKENS % ROWS == 0)
+    image, part, offset = program(PROGRAMS, R * R)
+    bias = load_vector(refine_bias, CHUNKS)
+    if SKIP:
+        skipped = load_vector(skip_bias, CHUNKS)
+        both = ()
+        for i in tl.static_range(len(CHUNKS)):
+            both = both + (bias[i] + tl.where(image, skipped[i], 0.0),)
+        bias = both
+    for step in range(0, TOKENS, ROWS):
+        index = part * TOKENS + step + tl.arange(0, ROWS)
+        mask, sample, token, row = places(index, image, offset, B, M, H, W, R)
+        target = sample * (M + H * W * R * R) + token
+        values = load_rows(before + row * D, mask, CHUNKS)
+        normalized, _ = _normalized(values, image, eps, D, CHUNKS)
+        store_normal(
+            normal, target, normalized, patches, patches_batch, patches_token, sample, token - M, mask, image,
+            D, CHUNKS, K, EXTRA, BLOCK,
+        )  # fmt: skip
+        for i in tl.static_range(len(CHUNKS)):
+            added = bias[i]
+            if POSITION:
+                place = position + (token - M)[:, None] * D + columns(CHUNKS, i)
+                added = added + tl.load(place, mask=mask[:, None] & image, other=0).to(tl.float32)
+            place = out + target[:, None] * D + columns(CHUNKS, i)
+            tl.store(place, added.to(out.dtype.element_ty), mask=mask[:, None])
+
+
+@triton.jit
+def _backward(
+    before,  # [B*(M + H*W*R*R), D]: tokens before GELU
+    patches,  # [B, n1, K], where NORMAL
+    d_normal,  # [B*T, D_STRIDE], where GRADIENT
+    normal,  # out [B*T, D + EXTRA], where NORMAL
+    d_before,  # out as before, where GRADIENT
+    partials,  # out fp32 [parts, R*R, D]: of the expanding bias, where GRADIENT
+    B,
+    M,
+    H,
+    W,
+    PROGRAMS,
+    eps,
+    patches_batch,
+    patches_token,
+    D_STRIDE: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    K: tl.constexpr,
+    EXTRA: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NORMAL: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    tl.static_assert(TOKENS % ROWS == 0)
+    image, part, offset = program(PROGRAMS, R * R)
+    sums = ()
+    for i in tl.static_range(len(CHUNKS)):
+        sums = sums + (_zeros(ROWS, CHUNKS[i][1]),)
+    for step in range(0, TOKENS, ROWS):
+        index = part * TOKENS + step + tl.arange(0, ROWS)
+        mask, sample, token, row = places(index, image, offset, B, M, H, W, R)
+        target = sample * (M + H * W * R * R) + token
+        values = load_rows(before + row * D, mask, CHUNKS)
+        normalized, rstd = _normalized(values, image, eps, D, CHUNKS)
+        if NORMAL:
+            store_normal(
+                normal, target, normalized, patches, patches_batch, patches_token, sample, token - M, mask, image,
+                D, CHUNKS, K, EXTRA, BLOCK,
+            )  # fmt: skip
+        if GRADIENT:
+            gradients = load_rows(d_normal + target * D_STRIDE, mask, CHUNKS)
+            products = ()
+            for i in tl.static_range(len(CHUNKS)):
+                products = products + (gradients[i] * normalized[i],)
+            along = row_mean(products, D)[:, None]
+            common = row_mean(gradients, D)[:, None]
+            new_sums = ()
+            for i in tl.static_range(len(CHUNKS)):
+                total = (gradients[i] - normalized[i] * along - common) * rstd[:, None]
+                s, ds = gate(values[i])
+                total = tl.where(image, total * slope(values[i], s, ds), total)
+                place = d_before + row[:, None] * D + columns(CHUNKS, i)
+                tl.store(place, total.to(d_before.dtype.element_ty), mask=mask[:, None])
+                # A row that doesn't exist may hold NaN where eps is 0.
+                new_sums = new_sums + (sums[i] + tl.where(mask[:, None], total, 0.0),)
+            sums = new_sums
+    if GRADIENT:
+        place = partials + (part.to(tl.int64) * (R * R) + offset) * D
+        for i in tl.static_range(len(CHUNKS)):
+            tl.store(place + columns(CHUNKS, i), tl.sum(sums[i], 0, keep_dims=True), mask=image)
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, C: tl.constexpr):
+    return tl.zeros([ROWS, C], tl.float32)
+
+
+def forward(
+    x: Tensor,
+    expand: Tensor,
+    expand_bias: Tensor,
+    refine: Tensor,
+    refine_bias: Tensor,
+    patches: Tensor | None,
+    skip_bias: Tensor | None,
+    position: Tensor | None,
+    sizes: Sequence[int],
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(result [B, T, D], rows before GELU [B*T, D], image tokens [B*n0, D]); sizes are (m, r, h, w).
+
+    expand [r*r*D, D] has rows (i, j, channel); refine [D, D + K padded to a multiple of 8] has the skip's columns.
+    """
+    m, r, h, w = sizes
+    batch, width, tokens = x.shape[0], x.shape[2], m + h * w * r * r
+    image = expand.new_empty(batch * h * w, width)
+    image.view(batch, h * w, width).copy_(x[:, m:])
+    before = expand.new_empty(batch * tokens, width)
+    before[: batch * m].view(batch, m, width).copy_(x[:, :m])
+    # A bias vector is added in cuBLASLt's epilogue, without a pass of its own.
+    torch.addmm(expand_bias, image, expand.t(), out=before[batch * m :].view(-1, expand.shape[0]))
+    normal = expand.new_empty(batch * tokens, refine.shape[1])
+    out = x.new_empty(batch, tokens, width, dtype=dtype)
+    patches = None if patches is None else rows_of(patches)
+    config, programs, grid = _programs(FORWARD, batch, width, sizes)
+    launch(
+        _forward,
+        grid,
+        *(before, patches, refine_bias.contiguous(), None if skip_bias is None else skip_bias.contiguous()),
+        *(None if position is None else position.contiguous(), normal, out),
+        *(batch, m, h, w, programs, eps, *_strides(patches)),
+        R=r,
+        SKIP=skip_bias is not None,
+        POSITION=position is not None,
+        **_columns(refine, patches, config),
+        **config,
+    )
+    _accumulate(out.view(-1, width), normal, refine.t())
+    return out, before, image
+
+
+def backward(
+    d_out: Tensor,
+    before: Tensor,
+    image: Tensor,
+    expand: Tensor,
+    refine: Tensor,
+    patches: Tensor | None,
+    sizes: Sequence[int],
+    eps: float,
+    dtype: torch.dtype,
+    asked: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of the forward's first eight arguments, None where not asked for; x's as `dtype`."""
+    m, r, h, w = sizes
+    batch, tokens, width = d_out.shape
+    for_x, for_expand, for_bias, for_refine, for_refine_bias, for_patches, for_skip_bias, for_position = asked
+    gradient = for_x or for_expand or for_bias
+    d_out = d_out.contiguous()
+    sums = None
+    if for_refine_bias or for_skip_bias or for_position:
+        d_out, sums = sum_and_cast(d_out, before.dtype)
+    d_rows = d_out.to(before.dtype).view(-1, width)
+    d_normal = None
+    if gradient or for_patches:
+        d_normal = _product(d_rows, refine if for_patches else refine[:, :width])
+    normal = before.new_empty(batch * tokens, refine.shape[1]) if for_refine else None
+    d_before = torch.empty_like(before) if gradient else None
+    config, programs, grid = _programs(BACKWARD, batch, width, sizes)
+    partials = before.new_empty(programs // (r * r), r * r * width, dtype=torch.float32)
+    taken = None if patches is None else rows_of(patches)
+    if gradient or for_refine:
+        launch(
+            _backward,
+            grid,
+            *(before, taken, d_normal, normal, d_before, partials, batch, m, h, w, programs, eps, *_strides(taken)),
+            D_STRIDE=0 if d_normal is None else d_normal.shape[1],
+            R=r,
+            NORMAL=for_refine,
+            GRADIENT=gradient,
+            **_columns(refine, patches, config),
+            **config,
+        )
+    dx = d_expand = d_patches = None
+    if d_before is not None:
+        d_image = d_before[batch * m :].view(-1, expand.shape[0])
+        if for_x:
+            dx = d_out.new_empty(batch, m + h * w, width, dtype=dtype)
+            dx[:, :m].copy_(d_before[: batch * m].view(batch, m, width))
+            dx[:, m:].copy_(_product(d_image, expand).view(batch, h * w, width))
+        d_expand = _product(d_image.t(), image) if for_expand else None
+    if for_patches and d_normal is not None and patches is not None:
+        d_patches = d_normal.unflatten(0, (batch, tokens))[:, m:, width : width + patches.shape[2]].contiguous()
+    return [
+        dx,
+        d_expand,
+        partials.sum(0) if for_bias else None,
+        None if normal is None else _product(d_rows.t(), normal),
+        sums.sum(0) if sums is not None and for_refine_bias else None,
+        d_patches,
+        sums[m:].sum(0) if sums is not None and for_skip_bias else None,
+        sums[m:].contiguous() if sums is not None and for_position else None,
+    ]
+
+
+def _programs(tunable: Tunable, batch: int, width: int, sizes: Sequence[int]) -> tuple[Config, int, tuple[int]]:
+    """The configuration, how many programs take image tokens, and the grid with those that take class tokens."""
+    m, r, h, w = sizes
+    config = dict(tunable.pick(width=width))
+    most = max(1, batch * max(m, h * w))  # no more tokens to a program than there are
+    tokens = min(config["TOKENS"], triton.cdiv(most, config["ROWS"]) * config["ROWS"])
+    programs = triton.cdiv(batch * h * w, tokens) * r * r
+    return config | {"TOKENS": tokens}, programs, (programs + triton.cdiv(batch * m, tokens),)
+
+
+def _columns(refine: Tensor, patches: Tensor | None, config: Config) -> Config:
+    """Constants that say how the second product's rows are made up."""
+    width = refine.shape[0]
+    extra = refine.shape[1] - width
+    return {
+        "D": width,
+        "CHUNKS": chunks(width, config.pop("CAP")),
+        "K": 0 if patches is None else patches.shape[2],
+        "EXTRA": extra,
+        "BLOCK": triton.next_power_of_2(extra),
+    }
+
+
+def _strides(x: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if x is None else (x.stride(0), x.stride(1))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in their own dtype; with `out`, which autocast leaves alone."""
+    return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
+
+
+def _accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b, summed in fp32 and rounded once; out has the operands' dtype or is fp32."""
+    if out.dtype == a.dtype:
+        torch.addmm(out, a, b, out=out)
+    elif out.is_cuda:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:  # the interpreter's tensors: no such product on the CPU
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), out=out)

@@ -1,0 +1,153 @@
+"""The optimisers a run may choose: AdamWEMA, or a FusedAdam of apex or DeepSpeed that keeps the same average."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mpdit_kernels import AdamWEMA
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mpdit.errors import ConfigError
+from mpdit.training.config import TrainConfig
+
+EPS = 1e-8
+"""Added to the root of the second moment, by all of them."""
+
+_MODULES = {"apex": "apex.optimizers", "deepspeed": "deepspeed.ops.adam"}
+"""Where the FusedAdam of each choice is."""
+
+_INSTALL = {
+    "apex": "build NVIDIA's, with its CUDA extensions, from https://github.com/NVIDIA/apex",
+    "deepspeed": "DeepSpeed compiles it on first use, which needs ninja and a CUDA toolkit of torch's version",
+}
+
+
+def build_optimizer(
+    config: TrainConfig, params: Iterable[Tensor], device: torch.device, ds: Mapping[str, Any]
+) -> Optimizer:
+    """The optimiser that the configuration names, with weight decay and average, for a run on `device`.
+
+    `ds` is the run's DeepSpeed configuration. Raises ConfigError when the optimiser is another package's and fails
+    its probe, or would have to step weights that are offloaded to the CPU.
+    """
+    settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": EPS, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw_ema":
+        return AdamWEMA(params, **settings, ema_decay=config.ema_decay)
+    offload = ds.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if offload.get("device", "none") != "none":
+        problem = f"can't step what offload_optimizer puts on {offload['device']}"
+        raise _refusal(config.optimizer, problem, "leave --optimizer out, or remove offload_optimizer")
+    kind = with_ema(probed(config.optimizer, device))
+    return kind(params, **settings, adam_w_mode=True, ema_decay=config.ema_decay)
+
+
+def with_ema(base: type[Optimizer]) -> Callable[..., Optimizer]:
+    """A subclass of a FusedAdam that takes `ema_decay` and keeps the average of the weights, as AdamWEMA does.
+
+    The average is the state "ema", in the parameter's dtype. The step count is the state "step", a number: apex keeps
+    one for a whole group, which would count every piece that ZeRO-3 steps, and DeepSpeed counts the last parameter's
+    alone. Parameters of one group that are stepped together must have been stepped equally often, as always under
+    ZeRO, which makes one tensor of a group.
+    """
+
+    class FusedAdamEMA(base):  # type: ignore[misc, valid-type]
+        def __init__(self, params: Any, *, ema_decay: float, **settings: Any) -> None:
+            super().__init__(params, **settings)
+            # In the groups, so that a state dict restores it, and DeepSpeed carries it along.
+            self.defaults["ema_decay"] = ema_decay
+            for group in self.param_groups:
+                group["ema_decay"] = ema_decay
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            result = None
+            if closure is not None:
+                with torch.enable_grad():
+                    result = closure()
+            stepped = [[param for param in group["params"] if param.grad is not None] for group in self.param_groups]
+            done = []
+            for group, params in zip(self.param_groups, stepped, strict=True):
+                counts = {self.state[param]["step"] if self.state[param] else 0 for param in params}
+                if len(counts) > 1:
+                    raise ValueError(f"parameters of one group were stepped {sorted(counts)} times: give each its own")
+                group["step"] = counts.pop() if counts else 0
+                done.append(group["step"])
+            # Copied before the step, but kept out of the state, which FusedAdam sets up only where it is empty.
+            first = {param: param.clone() for param in itertools.chain(*stepped) if not self.state[param]}
+            super().step()
+            for group, params, count in zip(self.param_groups, stepped, done, strict=True):
+                for param in params:
+                    state = self.state[param]
+                    state["step"] = count + 1
+                    if param in first:
+                        state["ema"] = first[param]
+                if params:
+                    emas = [self.state[param]["ema"] for param in params]
+                    torch._foreach_lerp_(emas, params, 1 - group["ema_decay"])
+            return result
+
+    return FusedAdamEMA
+
+
+def probed(name: str, device: torch.device) -> type[Optimizer]:
+    """The FusedAdam of "apex" or "deepspeed", once it has been built and has stepped right on this device.
+
+    Raises ConfigError, saying what failed and what to do.
+    """
+    if device.type != "cuda":
+        raise _refusal(name, f"needs a CUDA GPU, and this run is on {device.type}", "leave --optimizer out")
+    try:
+        module = importlib.import_module(_MODULES[name])
+        kind: type[Optimizer] = module.FusedAdam
+    except (ImportError, AttributeError, RuntimeError, OSError) as error:
+        if name == "apex" and _is_another_apex():
+            other = "is not there: PyPI's package apex, which is installed, is another project"
+            raise _refusal(name, other, f"pip uninstall apex, then {_INSTALL[name]}") from error
+        raise _refusal(name, f"can't be imported ({_line(error)})", _INSTALL[name]) from error
+    check(kind, name, device)
+    return kind
+
+
+def _is_another_apex() -> bool:
+    """Judged by its folder: PyPI's fails in many ways when it is imported."""
+    spec = importlib.util.find_spec("apex")
+    folders = spec.submodule_search_locations if spec else None
+    return bool(spec) and not any((Path(folder) / "optimizers").is_dir() for folder in folders or ())
+
+
+def check(kind: type[Optimizer], name: str, device: torch.device) -> None:
+    """Two steps on a small tensor against torch's AdamW in fp64. ConfigError unless they agree."""
+    settings: dict[str, Any] = {"lr": 0.1, "betas": (0.8, 0.9), "eps": EPS, "weight_decay": 0.5}
+    start, grad = torch.linspace(-2, 2, 37), torch.linspace(3, -1, 37)
+    exact = torch.nn.Parameter(start.double())
+    ours = torch.nn.Parameter(start.to(device))
+    reference = torch.optim.AdamW([exact], **settings)
+    try:
+        optimizer = with_ema(kind)([ours], **settings, adam_w_mode=True, ema_decay=0.5)
+        for factor in (1.0, -0.5):
+            exact.grad, ours.grad = (factor * grad).double(), (factor * grad).to(device)
+            reference.step()
+            optimizer.step()
+        found = ours.detach().cpu().double()
+    except Exception as error:  # compilers, linkers and drivers fail in many ways, and none of them is our bug
+        raise _refusal(name, f"can't be built and run ({_line(error)})", _INSTALL[name]) from error
+    off = float((found - exact.detach()).abs().max())
+    if not off < 1e-5:
+        wrong = f"is wrong: a step on a small tensor is off by {off:.3g}"
+        raise _refusal(name, wrong, "update it, or leave --optimizer out")
+
+
+def _refusal(name: str, problem: str, remedy: str) -> ConfigError:
+    return ConfigError(f"optimizer is {name}, but {name}'s FusedAdam {problem}: {remedy}")
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -1,0 +1,363 @@
+"""The tuner, on toy operations whose time is what they say it is, and dry on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from mpdit_kernels import command, dispatch, launch, search, timing, tune, use
+from mpdit_kernels.cases import Case, Cost
+from mpdit_kernels.costs import Gpu
+from mpdit_kernels.dispatch import takes_triton
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+DEFAULT = {"SIZE": 1}
+
+
+class FakeClock:
+    """Its time passes by what the toys spend."""
+
+    now = 0.0
+
+    def seconds(self, name: str, prepare: timing.Prepare) -> float:
+        calls = prepare()
+        before = self.now
+        for call in calls:
+            call()
+        return (self.now - before) / len(calls)
+
+
+class Toy:
+    """2x, whose forward takes by its configuration the seconds in `takes` and by its reference `reference`.
+
+    The backward takes a hundredth of it. A None in `takes` is a configuration that does not run.
+    """
+
+    def __init__(self, clock: FakeClock, takes: dict[int, float | None], reference: float, factor: float = 2.0) -> None:
+        self.clock, self.takes, self.reference, self.factor = clock, takes, reference, factor
+        self.tunable = launch.Tunable("toy.pick", lambda width: DEFAULT, lambda width: [{"SIZE": s} for s in takes])
+
+    def case(self, name: str = "toy", label: str = "XL, toy") -> Case:
+        def inputs(device: str | torch.device, dtype: torch.dtype) -> list[Tensor]:
+            return [torch.randn(8, device=device, dtype=dtype).requires_grad_()]
+
+        return Case(name, label, inputs, self.call, self.run, Cost(1000), Cost(1000))
+
+    def spend(self) -> float:
+        spent = self.takes[self.tunable.pick(width=8)["SIZE"]]
+        if spent is None:
+            raise RuntimeError("out of registers")
+        return spent
+
+    def run(self, x: Tensor) -> None:
+        spent = self.spend()
+        if x.device.type != "meta":
+            self.clock.now += spent
+
+    def call(self, x: Tensor) -> Tensor:
+        triton = takes_triton("toy", x)
+        spent = self.spend() if triton else self.reference
+        self.clock.now += spent
+        return _Double.apply(x, self.factor if triton else 2.0, lambda: self._back(spent))
+
+    def _back(self, spent: float) -> None:
+        self.clock.now += spent / 100
+
+
+class _Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float, back: Callable[[], None]) -> Tensor:
+        ctx.back = back
+        return x * factor
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        ctx.back()
+        return 2 * gradients[0], None, None
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    yield
+    launch.TUNABLES.pop("toy.pick", None)
+    for target in ("cpu", "sm_90", launch.architecture()):
+        launch.set_tuned_table(target, None)
+
+
+def _bench(clock: timing.Clock) -> search.Bench:
+    return search.Bench(clock, "cpu", torch.float32, lambda call: call, rounds=5)
+
+
+def _tune(cases: Sequence[Case], clock: FakeClock, out: Path) -> tune.Tuner:
+    table = tune.earlier(None, {})
+    table["ceilings"] = {"copy": 1e3, "matmul": 1e3}
+    tuner = tune.Tuner(cases, _bench(clock), launch.architecture(), out, table)
+    for case in tune.in_order_of_value(cases):
+        tuner.take(case)
+    return tuner
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the toys are on the CPU, where auto takes the reference")
+class TestToys:
+    def test_the_fastest_candidate_is_saved_and_then_picked(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        clock = FakeClock()
+        toy = Toy(clock, {1: 3.0, 2: 1.0, 3: None, 4: 2.0}, reference=2.0)
+        assert toy.tunable.pick(width=8) == DEFAULT
+        _tune([toy.case()], clock, tmp_path / "cpu.json")
+
+        monkeypatch.setattr(launch, "TUNED", tmp_path)
+        launch.set_tuned_table("cpu", None)
+        assert toy.tunable.pick(width=8) == {"SIZE": 2}
+        assert toy.tunable.pick(width=9) == DEFAULT, "only what was tuned"
+        saved = json.loads((tmp_path / "cpu.json").read_text())
+        assert saved["wins"] == {"toy": True} and saved["losses"] == {}
+        figures = saved["cases"]["toy, XL, toy"]
+        assert figures["forward"]["seconds"] == {
+            "triton": pytest.approx([1.0] * 3),
+            "eager": pytest.approx([2.0] * 3),
+            "compile": pytest.approx([2.0] * 3),
+        }
+        assert figures["backward"]["seconds"]["triton"] == pytest.approx([0.01] * 3), "without the forward"
+        assert figures["forward"]["ratio"] == pytest.approx(2) and figures["forward"]["share"] == pytest.approx(1)
+
+    def test_a_candidate_must_be_worth_it(self, tmp_path: Path) -> None:
+        clock = FakeClock()
+        toy = Toy(clock, {1: 1.0, 2: 0.99}, reference=2.0)
+        assert _tune([toy.case()], clock, tmp_path / "t").table["configs"]["toy.pick"] == {"width=8": DEFAULT}
+
+    def test_a_key_is_tuned_for_all_cases_that_pick_it(self, tmp_path: Path) -> None:
+        clock = FakeClock()
+        toy = Toy(clock, {1: 3.0, 2: 2.0, 4: 4.0}, reference=9.0)
+        other = Toy(clock, {1: 3.0, 2: 9.0, 4: 1.0}, reference=9.0)
+        other.tunable = toy.tunable
+        chosen = _tune([toy.case(), other.case("other")], clock, tmp_path / "t").table["configs"]["toy.pick"]
+        assert chosen == {"width=8": {"SIZE": 4}}, "3 + 3, 2 + 9, 4 + 1"
+
+    def test_a_loser_is_off_and_says_why(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = FakeClock()
+        tuner = _tune([Toy(clock, {1: 4.0}, reference=1.0).case()], clock, tmp_path / "t")
+        assert tuner.table["wins"] == {"toy": False}
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+        launch.set_tuned_table("sm_90", tuner.table)
+        cuda, floats = torch.device("cuda"), (torch.float32,)
+        reason = "on sm_90, it was measured 0.25 times as fast as the best of eager and torch.compile"
+        assert (
+            dispatch._refusal("toy", "auto", cuda, floats) == f"{reason}; use('triton') takes its kernels all the same"
+        )
+        assert dispatch._refusal("toy", "triton", cuda, floats) is None
+        assert dispatch._refusal("another", "auto", cuda, floats) is None
+
+    def test_a_red_gate_means_no_times_and_no_win(self, tmp_path: Path) -> None:
+        clock = FakeClock()
+        wrong, right = Toy(clock, {1: 1.0}, 2.0, factor=2.1), Toy(clock, {1: 1.0}, 2.0)
+        tuner = _tune([wrong.case("wrong"), right.case("right")], clock, tmp_path / "t")
+        assert tuner.red == ["wrong, XL, toy"]
+        assert list(tuner.table["cases"]["wrong, XL, toy"]) == ["red"]
+        assert tuner.table["wins"] == {"wrong": False, "right": True}
+        assert "failed the gate at wrong, XL, toy: tensor 0 errs by" in tuner.table["losses"]["wrong"]
+
+    def test_a_kernel_that_does_not_run_is_red(self, tmp_path: Path) -> None:
+        clock = FakeClock()
+        tuner = _tune([Toy(clock, {1: None}, 2.0).case()], clock, tmp_path / "t")
+        assert tuner.table["cases"]["toy, XL, toy"] == {"red": "RuntimeError: out of registers"}
+
+    def test_an_operation_that_refuses_its_kernels_is_red(self) -> None:
+        clock = FakeClock()
+        toy = Toy(clock, {1: 1.0}, 2.0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(globals(), "takes_triton", lambda *_: False)
+            assert search.gate(toy.case(), _bench(clock)) == "the call took its reference, not its kernels"
+
+    def test_a_case_that_does_not_fit_is_skipped_without_a_verdict(self, tmp_path: Path) -> None:
+        def full(*_: object) -> list[Tensor]:
+            raise torch.OutOfMemoryError("no room")
+
+        case = dataclasses.replace(Toy(FakeClock(), {1: 1.0}, 2.0).case(), inputs=full)
+        tuner = _tune([case], FakeClock(), tmp_path / "t")
+        assert tuner.red == [] and tuner.table["wins"] == {}
+        assert tuner.table["cases"][case.name] == {"skipped": "out of memory"}
+
+    def test_nan_is_red(self) -> None:
+        clock = FakeClock()
+        assert "errs by nan" in str(search.gate(Toy(clock, {1: 1.0}, 2.0, float("nan")).case(), _bench(clock)))
+
+    def test_an_opponent_that_does_not_compile_is_left_out(self) -> None:
+        def broken(call: Callable[..., Any]) -> Callable[..., Any]:
+            raise RuntimeError("no compiler")
+
+        clock = FakeClock()
+        bench = search.Bench(clock, "cpu", torch.float32, broken, rounds=5)
+        figures = search.time_case(Toy(clock, {1: 1.0}, 2.0).case(), bench, {"copy": 1.0, "matmul": 1.0})
+        assert figures["compile failed"] == "RuntimeError: no compiler"
+        assert set(figures["forward"]["seconds"]) == {"triton", "eager"}
+
+    def test_figures_of_another_machine_are_not_kept(self, tmp_path: Path) -> None:
+        machine = {"gpu": "a", "torch": "1", "triton": "2", "date": "today"}
+        path = tmp_path / "sm_90.json"
+        path.write_text(json.dumps({"machine": machine, "configs": {"k": {}}, "wins": {}, "losses": {}, "cases": {}}))
+        assert tune.earlier(path, machine | {"date": "tomorrow"})["configs"] == {"k": {}}
+        assert tune.earlier(path, machine | {"gpu": "b"})["configs"] == {}
+
+    def test_a_dry_run_keeps_to_its_time_and_its_file_is_whole(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = tmp_path / "out.json"
+        assert tune.main(["--dry-run", "--only", "adaln", "--minutes", "0.1", "--out", str(out)]) == 0
+        table, printed = json.loads(out.read_text()), capsys.readouterr().out
+        assert table["machine"]["gpu"] == "none" and set(table["ceilings"]) == {"copy", "matmul"}
+        assert table["configs"], "one kernel at least was tuned in these seconds"
+        assert "stopped after 0.1 minutes" not in printed or "not reached:" in printed
+
+    def test_without_a_gpu_it_says_so(self, capsys: pytest.CaptureFixture[str]) -> None:
+        for arguments, message in ([], "no CUDA GPU here"), (["--minutes", "0"], "expected more than 0"):
+            with pytest.raises(SystemExit) as stopped:
+                tune.main(arguments)
+            error = capsys.readouterr().err
+            assert stopped.value.code == 2 and message in error and error.count("\n") == 1
+
+    @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+    def test_make_gpu_without_a_gpu_says_so(self) -> None:
+        done = subprocess.run(
+            ["make", "gpu", f"PYTHON={sys.executable}"], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: no CUDA GPU here") and done.stdout == ""
+
+
+def test_xl_comes_first_and_every_operation_before_a_second_case() -> None:
+    def case(operation: str, label: str, size: int) -> Case:
+        return Case(operation, label, lambda *_: [], lambda: (), lambda: None, Cost(size))
+
+    cases = [case("a", "B, 1", 9), case("a", "XL, 1", 5), case("a", "XL, 2", 8), case("b", "XL, 1", 2)]
+    order = [(case.operation, case.label) for case in tune.in_order_of_value(cases)]
+    assert order == [("a", "XL, 2"), ("b", "XL, 1"), ("a", "XL, 1"), ("a", "B, 1")]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "t.json"
+    command.write_atomically(path, "old")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        command.write_atomically(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_times_are_medians_of_contenders_in_turns() -> None:
+    taken: list[str] = []
+
+    class Clock:
+        values = itertools.count()
+
+        def seconds(self, name: str, prepare: timing.Prepare) -> float:
+            taken.append(name)
+            return float(next(self.values))
+
+    times = timing.compare(Clock(), {"a": list, "b": list}, rounds=3)
+    assert taken == ["a", "b", "a", "b", "b", "a", "a", "b"]
+    assert times["a"] == timing.Times(pytest.approx(5.0), pytest.approx(3.2), pytest.approx(5.6))
+
+
+def test_shares_are_of_the_longer_floor() -> None:
+    assert Gpu("measured", 10.0, 1000.0).floor(Cost(20, 500)) == 2.0
+
+
+class FakeEvent:
+    """The GPU has reached it when no sleep covers the calls."""
+
+    def __init__(self, gpu: FakeGpu, **_: bool) -> None:
+        self.gpu = gpu
+
+    def record(self) -> None:
+        self.at = self.gpu.issued
+
+    def query(self) -> bool:
+        return self.gpu.slept < self.gpu.needed
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return 1e3 * (end.at - self.at)
+
+
+class FakeGpu:
+    slept, needed, issued = 0.0, 5e-3, 0.0
+
+    def sleep(self, cycles: int) -> None:
+        self.slept = cycles / 2e9
+
+
+def test_a_bracket_that_waited_for_the_cpu_is_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, prepared = FakeGpu(), []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(L2_cache_size=1 << 10))
+    monkeypatch.setattr(torch.cuda, "Event", lambda **k: FakeEvent(gpu, **k))
+    monkeypatch.setattr(torch.cuda, "_sleep", gpu.sleep)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *shape, **_: ones(64))
+
+    def call() -> None:
+        gpu.issued += 0.5
+
+    def prepare() -> list[Callable[[], None]]:
+        prepared.append(gpu.slept)
+        gpu.issued += 100  # not timed
+        return [call, call]
+
+    clock = timing.GpuClock()
+    assert clock.seconds("x", prepare) == pytest.approx(0.5)
+    assert len(prepared) > 1 and gpu.slept >= gpu.needed
+    taken = len(prepared)
+    assert clock.seconds("y", prepare) == pytest.approx(0.5), "each contender has its own sleep"
+    assert len(prepared) == 2 * taken
+
+
+def test_overrides_nest() -> None:
+    tunable = launch.Tunable("toy.pick", lambda: DEFAULT, list)
+    with tunable.override({"SIZE": 2}):
+        with tunable.override({"SIZE": 3}):
+            assert tunable.pick() == {"SIZE": 3}
+        assert tunable.pick() == {"SIZE": 2}
+    assert tunable.pick() == DEFAULT
+
+
+FULLGRAPH_ON_CUDA = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+torch.cuda.get_device_capability = lambda *_: (9, 0)
+from mpdit_kernels import adaln_modulate
+with FakeTensorMode(allow_non_fake_inputs=True):
+    x, vector = torch.empty(2, 5, 32, device="cuda"), torch.empty(2, 32, device="cuda")
+    assert torch.compile(adaln_modulate, fullgraph=True, backend="eager")(x, vector, vector).shape == (2, 5, 32)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py tries it with a GPU")
+def test_choosing_for_a_gpu_breaks_no_graph() -> None:
+    """It asks the driver and reads tables, which torch.compile must not follow; on tensors that are not there."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT / "kernels")
+    done = subprocess.run(
+        [sys.executable, "-c", FULLGRAPH_ON_CUDA], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_use_is_what_the_gate_sets() -> None:
+    with use("reference"):
+        assert not takes_triton("toy", torch.zeros(1))

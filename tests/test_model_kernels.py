@@ -1,0 +1,89 @@
+"""The model through the fused kernels, in Triton's interpreter: it learns what it learns through the references."""
+
+import sys
+
+import mpdit_kernels
+import pytest
+import torch
+from interpreter import few_programs
+from mpdit_kernels import AdamWEMA, dispatch, launch
+
+import mpdit
+from mpdit.config import ModelConfig, StageSpec
+from mpdit.errors import ConfigError
+from mpdit.flow import FlowConfig, flow_loss
+
+SMALL = {"width": 32, "heads": 2, "input_size": 8, "channels": 2, "num_classes": 3, "class_tokens": 2}
+
+MODELS = {
+    "two stages": ModelConfig(stages=(StageSpec(4, 2), StageSpec(2, 2)), **SMALL),
+    "three stages, no skip": ModelConfig(
+        stages=(StageSpec(4, 1), StageSpec(2, 1), StageSpec(1, 1)), skip=False, **SMALL
+    ),
+    "no class tokens": ModelConfig(
+        stages=(StageSpec(4, 1), StageSpec(2, 1)), **SMALL | {"class_tokens": 1, "class_conditioning": "added"}
+    ),
+    "own modulations": ModelConfig(stages=(StageSpec(4, 1), StageSpec(2, 2)), modulation="per_block", **SMALL),
+}
+
+STEPS = 3
+
+
+def losses(config: ModelConfig, kernels: str, checkpointing: bool = False) -> list[float]:
+    """Of a few steps of training from the same weights, with the same noise."""
+    torch.manual_seed(0)
+    model = mpdit.MPDiT(config)
+    model.checkpointing = checkpointing
+    with torch.no_grad():
+        for parameter in model.parameters():  # no gate stays zero
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    optimizer = AdamWEMA(model.parameters(), lr=1e-3, eps=1e-4)
+    latents, labels, found = torch.randn(4, 2, 8, 8), torch.tensor([0, 1, 2, 3]), []
+    with mpdit_kernels.use(kernels), few_programs():
+        for step in range(STEPS):
+            positions = torch.arange(4 * step, 4 * step + 4)
+            loss = flow_loss(model, latents, labels, positions, seed=0, config=FlowConfig(), null_class=3).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_gives_the_same_losses(name: str) -> None:
+    """In fp32 both paths differ by rounding alone, 1e-7 a step. AdamW divides a gradient by its own size, so parameters
+    whose gradient is nothing but rounding (keys' biases) would move apart: an eps of 1e-5 keeps them still. What is
+    left grows to some 1e-6 of the loss in four steps; a wrong term would show as 1e-2."""
+    expected = losses(MODELS[name], "reference")
+    assert losses(MODELS[name], "triton") == pytest.approx(expected, rel=1e-5)
+    assert expected[-1] != pytest.approx(expected[0], rel=1e-2)
+
+
+def test_training_with_checkpointing_gives_the_same_losses() -> None:
+    expected = losses(MODELS["two stages"], "reference")
+    assert losses(MODELS["two stages"], "triton", checkpointing=True) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_kernels_really_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = set()
+    run = launch.launch
+
+    def note(kernel, *args, **constants):
+        kernels.add(f"{kernel.fn.__module__.split('.')[1]}.{kernel.__name__}")
+        run(kernel, *args, **constants)
+
+    for module in list(sys.modules.values()):
+        if getattr(module, "launch", None) is run:
+            monkeypatch.setattr(module, "launch", note)
+    losses(MODELS["two stages"], "reference")
+    assert kernels == set()
+    losses(MODELS["two stages"], "triton")
+    assert {kernel.split(".")[0] for kernel in kernels} == {"adaln", "adamw_ema", "fno", "gelu_mlp", "upsample"}
+    assert {"adaln._forward", "adaln._backward", "upsample._forward", "upsample._backward"} <= kernels
+
+
+def test_an_unknown_mode_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_mode", "fast")
+    with pytest.raises(ConfigError, match="MPDIT_KERNELS is 'fast': choose one of auto, triton, reference"):
+        mpdit.MPDiT(MODELS["two stages"])
