@@ -162,7 +162,7 @@ def _(d_residual, d_y, x, branch, gate, scale, statistics):  # type: ignore[no-u
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, branch, gate, shift, scale, *_ = inputs
     residual, _, statistics = output
-    normalized = x if branch is None else residual
+    normalized = x if branch is None else branch if shift is None else residual  # only its shape counts without a norm
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(normalized, branch, gate, scale, statistics)
     ctx.dtypes = tuple(None if value is None else value.dtype for value in (gate, shift, scale))
@@ -175,7 +175,7 @@ def _gradients(ctx: Any, d_residual: Tensor | None, d_y: Tensor | None, _: Tenso
         return (None,) * 7
     dx, dbranch, sums = _adaln_backward(d_residual, d_y, normalized, branch, gate, scale, statistics)
     if d_y is None:
-        dx = d_residual.to(normalized.dtype)  # type: ignore[union-attr]
+        dx = d_residual
     asked = (gate is not None, d_y is not None, d_y is not None)
     vectors = [
         value.to(dtype) if wanted and dtype is not None else None
