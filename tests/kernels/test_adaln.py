@@ -9,7 +9,7 @@ from mpdit_kernels.adaln import op, reference
 from proof import DEVICE, DTYPES, leaf, prove, strided
 from torch import Tensor
 
-SHAPES = [(1, 1, 32), (3, 17, 72), (1, 80, 768), (2, 81, 96), (1, 17, 1152), (1, 3, 97)]
+SHAPES = [(1, 1, 32), (1, 272, 32), (3, 17, 72), (1, 80, 768), (2, 81, 96), (1, 17, 1152), (1, 3, 97)]
 
 
 def _vectors(batch: int, width: int, count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:

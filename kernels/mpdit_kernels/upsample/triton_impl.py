@@ -29,6 +29,7 @@ from mpdit_kernels.rows import (
 )
 from mpdit_kernels.upsample.incoming import sum_and_cast
 from mpdit_kernels.upsample.places import places, program, store_normal
+from mpdit_kernels.upsample.products import accumulate, product
 
 
 def _candidates(width: int) -> list[Config]:
@@ -238,7 +239,7 @@ def forward(
         **_columns(refine, patches, config),
         **config,
     )
-    _accumulate(out.view(-1, width), normal, refine.t())
+    accumulate(out.view(-1, width), normal, refine.t())
     return out, before, image
 
 
@@ -266,7 +267,7 @@ def backward(
     d_rows = d_out.to(before.dtype).view(-1, width)
     d_normal = None
     if gradient or for_patches:
-        d_normal = _product(d_rows, refine if for_patches else refine[:, :width])
+        d_normal = product(d_rows, refine if for_patches else refine[:, :width])
     normal = before.new_empty(batch * tokens, refine.shape[1]) if for_refine else None
     d_before = torch.empty_like(before) if gradient else None
     config, programs, grid = _programs(BACKWARD, batch, width, sizes)
@@ -290,15 +291,15 @@ def backward(
         if for_x:
             dx = d_out.new_empty(batch, m + h * w, width, dtype=dtype)
             dx[:, :m].copy_(d_before[: batch * m].view(batch, m, width))
-            dx[:, m:].copy_(_product(d_image, expand).view(batch, h * w, width))
-        d_expand = _product(d_image.t(), image) if for_expand else None
+            dx[:, m:].copy_(product(d_image, expand).view(batch, h * w, width))
+        d_expand = product(d_image.t(), image) if for_expand else None
     if for_patches and d_normal is not None and patches is not None:
         d_patches = d_normal.unflatten(0, (batch, tokens))[:, m:, width : width + patches.shape[2]].contiguous()
     return [
         dx,
         d_expand,
         partials.sum(0) if for_bias else None,
-        None if normal is None else _product(d_rows.t(), normal),
+        None if normal is None else product(d_rows.t(), normal),
         sums.sum(0) if sums is not None and for_refine_bias else None,
         d_patches,
         sums[m:].sum(0) if sums is not None and for_skip_bias else None,
@@ -331,18 +332,3 @@ def _columns(refine: Tensor, patches: Tensor | None, config: Config) -> Config:
 
 def _strides(x: Tensor | None) -> tuple[int, int]:
     return (0, 0) if x is None else (x.stride(0), x.stride(1))
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in their own dtype; with `out`, which autocast leaves alone."""
-    return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
-
-
-def _accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b, summed in fp32 and rounded once; out has the operands' dtype or is fp32."""
-    if out.dtype == a.dtype:
-        torch.addmm(out, a, b, out=out)
-    elif out.is_cuda:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    else:  # the interpreter's tensors: no such product on the CPU
-        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), out=out)
