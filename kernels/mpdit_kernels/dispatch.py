@@ -90,6 +90,12 @@ def takes_triton(operation: str, *tensors: Tensor | None, refusal: str | None = 
     return not reason
 
 
+def too_wide(x: Tensor) -> str | None:
+    """A refusal when x's rows don't fit into registers."""
+    width = x.shape[-1]
+    return f"rows are {width} wide, and the kernels hold {MAX_WIDTH} at most" if width > MAX_WIDTH else None
+
+
 def constant_to_compiler(function: F) -> F:
     """Have torch.compile take the function's result as a constant, as it reads what can't be traced.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mpdit_kernels.adaln import reference
 from mpdit_kernels.checks import autocast_dtype, check, check_alike, check_dims, check_eps, check_shape
-from mpdit_kernels.dispatch import MAX_WIDTH, takes_triton
+from mpdit_kernels.dispatch import takes_triton, too_wide
 
 
 def adaln_modulate(
@@ -35,7 +35,7 @@ def adaln_modulate(
     _check(x, shift=shift, scale=scale)
     check_eps(eps)
     dtype = dtype or autocast_dtype(x) or x.dtype
-    if takes_triton("adaln_modulate", x, shift, scale, refusal=_refusal(x)):
+    if takes_triton("adaln_modulate", x, shift, scale, refusal=too_wide(x)):
         return _adaln(x, None, None, shift, scale, eps, dtype)[1]
     return reference.adaln_modulate(x, shift, scale, eps, dtype)
 
@@ -54,7 +54,7 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
         ValueError: shapes, devices or dtypes that don't fit.
     """
     _check(x, branch=branch, gate=gate)
-    if takes_triton("gated_residual", x, branch, gate, refusal=_refusal(x)):
+    if takes_triton("gated_residual", x, branch, gate, refusal=too_wide(x)):
         return _adaln(x, branch, gate, None, None, 0.0, x.dtype)[0]
     return reference.gated_residual(x, branch, gate)
 
@@ -86,7 +86,7 @@ def gated_residual_adaln(
     _check(x, branch=branch, gate=gate, shift=shift, scale=scale)
     check_eps(eps)
     dtype = dtype or autocast_dtype(x) or x.dtype
-    if takes_triton("gated_residual_adaln", x, branch, gate, shift, scale, refusal=_refusal(x)):
+    if takes_triton("gated_residual_adaln", x, branch, gate, shift, scale, refusal=too_wide(x)):
         residual, y, _ = _adaln(x, branch, gate, shift, scale, eps, dtype)
         return residual, y
     return reference.gated_residual_adaln(x, branch, gate, shift, scale, eps, dtype)
@@ -100,11 +100,6 @@ def _check(x: Tensor, branch: Tensor | None = None, **modulation: Tensor) -> Non
         check_shape("branch", branch, x.shape, "[B, T, D] as x")
     for name, vector in modulation.items():
         check_shape(name, vector, (x.shape[0], x.shape[2]), "[B, D]")
-
-
-def _refusal(x: Tensor) -> str | None:
-    width = x.shape[-1]
-    return f"rows are {width} wide, and the kernel holds {MAX_WIDTH} at most" if width > MAX_WIDTH else None
 
 
 @torch.library.custom_op("mpdit_kernels::adaln", mutates_args=())

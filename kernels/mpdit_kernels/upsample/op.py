@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mpdit_kernels.checks import autocast_dtype, check, check_alike, check_dims, check_eps, check_shape
-from mpdit_kernels.dispatch import MAX_WIDTH, takes_triton
+from mpdit_kernels.dispatch import takes_triton, too_wide
 from mpdit_kernels.upsample import reference
 
 
@@ -66,7 +66,7 @@ def upsample_tokens(
     for addend in (skip_bias, position):
         dtype = dtype if addend is None else torch.promote_types(dtype, addend.dtype)
     tensors = (x, expand_weight, expand_bias, refine_weight, refine_bias, patches, skip_weight, skip_bias, position)
-    if takes_triton("upsample_tokens", *tensors, refusal=_refusal(x)):
+    if takes_triton("upsample_tokens", *tensors, refusal=too_wide(x)):
         expand = _offset_major(expand_weight, factor, compute)
         refine = refine_weight
         if skip_weight is not None:
@@ -135,11 +135,6 @@ def _check(
     if position is not None:
         check_shape("position", position, (coarse * r * r, width), "[n1, D]")
     return grid
-
-
-def _refusal(x: Tensor) -> str | None:
-    width = x.shape[-1]
-    return f"rows are {width} wide, and the kernel holds {MAX_WIDTH} at most" if width > MAX_WIDTH else None
 
 
 def _offset_major(x: Tensor, r: int, dtype: torch.dtype) -> Tensor:
