@@ -1,11 +1,14 @@
 """Shared test set-up."""
 
+import importlib.util
 import os
 import sys
+import zlib
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as launch/train.py does; the runs in the tests inherit it
 
+import pytest
 import torch
 
 # Triton decides when it is imported: without a GPU its kernels run in its interpreter, on CPU tensors.
@@ -19,3 +22,28 @@ if os.environ["TRITON_INTERPRET"] == "1":
     import interpreter
 
     interpreter.speed_up()
+
+
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    """Random tensors are those of the test's name, so that a failure is found again."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+class _TorchRandom:
+    """What hypothesis seeds before each example."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+if importlib.util.find_spec("hypothesis"):
+    import hypothesis
+
+    TORCH_RANDOM = _TorchRandom()
+    hypothesis.register_random(TORCH_RANDOM)
+    # The same examples at every run; HYPOTHESIS_PROFILE=random draws new ones.
+    hypothesis.settings.register_profile("fixed", derandomize=True)
+    hypothesis.settings.register_profile("random", derandomize=False)
+    hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))

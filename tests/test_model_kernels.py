@@ -52,17 +52,19 @@ def losses(config: ModelConfig, kernels: str, checkpointing: bool = False) -> li
 
 @pytest.mark.parametrize("name", MODELS)
 def test_training_gives_the_same_losses(name: str) -> None:
-    """In fp32 both paths differ by rounding alone, 1e-7 a step. AdamW divides a gradient by its own size, so parameters
-    whose gradient is nothing but rounding (keys' biases) would move apart: an eps of 1e-5 keeps them still. What is
-    left grows to some 1e-6 of the loss in four steps; a wrong term would show as 1e-2."""
+    """In fp32 both paths differ by rounding alone, 1e-7 of the loss, and three steps leave it there: 1.2e-7 at most.
+
+    AdamW divides a gradient by its own size, so parameters whose gradient is nothing but rounding (keys' biases) would
+    move apart: an eps of 1e-4 keeps them still. Leaving out the gates' gradients moves the loss by 5e-4.
+    """
     expected = losses(MODELS[name], "reference")
-    assert losses(MODELS[name], "triton") == pytest.approx(expected, rel=1e-5)
+    assert losses(MODELS[name], "triton") == pytest.approx(expected, rel=2e-6)
     assert expected[-1] != pytest.approx(expected[0], rel=1e-2)
 
 
 def test_training_with_checkpointing_gives_the_same_losses() -> None:
     expected = losses(MODELS["two stages"], "reference")
-    assert losses(MODELS["two stages"], "triton", checkpointing=True) == pytest.approx(expected, rel=1e-5)
+    assert losses(MODELS["two stages"], "triton", checkpointing=True) == pytest.approx(expected, rel=2e-6)
 
 
 def test_the_kernels_really_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,21 +115,96 @@ def test_resumes_bitwise_from_its_state_dict() -> None:
             assert torch.equal(a, b)
 
 
+BAD = [
+    ({"lr": -1.0}, "lr is -1.0: give a number of at least 0"),
+    ({"lr": "x"}, "lr is 'x': give a number"),
+    ({"lr": torch.ones(2)}, r"lr has shape \[2\]"),
+    ({"lr": torch.tensor(-1.0)}, "lr is -1.0: give a number"),
+    ({"betas": (1.0, 0.9)}, r"betas\[0\] is 1.0: give a number in \[0, 1\)"),
+    ({"betas": (2.0, 3.0)}, r"betas\[0\] is 2.0"),
+    ({"betas": (0.9, "x")}, r"betas\[1\] is 'x'"),
+    ({"betas": (0.9,)}, r"betas is \(0.9,\): give two numbers in \[0, 1\)"),
+    ({"betas": 0.9}, "betas is 0.9: give two numbers"),
+    ({"ema_decay": 1.5}, r"ema_decay is 1.5: give a number in \[0, 1\]"),
+    ({"ema_decay": None}, "ema_decay is None"),
+    ({"eps": -1}, "eps is -1: give a number of at least 0"),
+    ({"weight_decay": "x"}, "weight_decay is 'x': give a number of at least 0"),
+]
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
-    [
-        ({"lr": -1.0}, "lr"),
-        ({"lr": torch.ones(2)}, r"lr has shape \[2\]"),
-        ({"betas": (1.0, 0.9)}, "betas"),
-        ({"ema_decay": 1.5}, "ema_decay"),
-        ({"eps": -1}, "eps"),
-        ({"max_norm": -1.0}, "max_norm"),
-        ({"max_norm": float("nan")}, "max_norm"),
-    ],
+    [*BAD, ({"max_norm": -1.0}, "max_norm"), ({"max_norm": float("nan")}, "max_norm"), ({"max_norm": "x"}, "max_norm")],
 )
 def test_refuses_settings_out_of_range(bad: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AdamWEMA(_parameters(), **bad)
+
+
+@pytest.mark.parametrize(("bad", "message"), BAD)
+def test_refuses_settings_of_a_group_out_of_range(bad: dict[str, Any], message: str) -> None:
+    params = _parameters()
+    with pytest.raises(ValueError, match=message):
+        AdamWEMA([{"params": params[:1]}, {"params": params[1:], **bad}])
+    optimizer = AdamWEMA(params[:1])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": params[1:], **bad})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": params[1:], "lr": torch.tensor(0.1), "betas": [0, 0.5], "ema_decay": 1})
+
+
+@pytest.mark.parametrize("fused", [True, None])
+def test_warm_starts_from_torch_adamw(fused: bool | None) -> None:
+    """Moments and settings continue as there; the average starts at the parameters as they are at the next step."""
+    params, others = _parameters(), _parameters()
+    theirs = torch.optim.AdamW(others, **SETTINGS, fused=fused)
+    _train(others, theirs, range(3))
+    optimizer = AdamWEMA(params, lr=1.0, ema_decay=0.75)
+    optimizer.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    assert optimizer.param_groups[0]["ema_decay"] == 0.75 and optimizer.param_groups[0]["lr"] == SETTINGS["lr"]
+    for param, other in zip(params, others, strict=True):  # as usual, the weights may be loaded after
+        param.data.copy_(other.data)
+    start = [param.detach().clone() for param in params]
+    ours_history, theirs_history = _train(params, optimizer, range(3, 5)), _train(others, theirs, range(3, 5))
+    for index, param in enumerate(params):
+        torch.testing.assert_close(ours_history[-1][index], theirs_history[-1][index], rtol=1e-6, atol=1e-7)
+        expected = 0.5625 * start[index] + 0.1875 * ours_history[0][index] + 0.25 * ours_history[1][index]
+        torch.testing.assert_close(optimizer.state[param]["ema"], expected, rtol=1e-6, atol=1e-7)
+    # What it saves now is complete, and later loads keep the step beside its parameter.
+    restored = AdamWEMA(_parameters())
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert restored.param_groups[0]["ema_decay"] == 0.75 and restored.param_groups[0]["fused"] is True
+    assert torch.equal(restored.state[restored.param_groups[0]["params"][0]]["ema"], optimizer.state[params[0]]["ema"])
+
+
+def test_loads_counts_that_are_numbers() -> None:
+    params = _parameters()
+    optimizer = AdamWEMA(params, **SETTINGS)
+    _train(params, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state["step"] = int(state["step"])
+    optimizer.load_state_dict(saved)
+    _train(params, optimizer, range(2, 3))
+    assert float(optimizer.state[params[0]]["step"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda params: torch.optim.SGD(params, momentum=0.9), r"has \['momentum_buffer'\]: expected AdamW's"),
+        (lambda params: torch.optim.AdamW(params, amsgrad=True), "amsgrad is True in a loaded group: expected False"),
+        (lambda params: torch.optim.AdamW(params, maximize=True), "maximize is True"),
+    ],
+)
+def test_refuses_states_that_it_cannot_continue_before_changing_anything(other: Any, message: str) -> None:
+    params, others = _parameters(), _parameters()
+    theirs = other(others)
+    _train(others, theirs, range(1))
+    optimizer = AdamWEMA(params, **SETTINGS)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(theirs.state_dict())
+    assert not optimizer.state and optimizer.param_groups[0]["lr"] == SETTINGS["lr"]
 
 
 def test_refuses_low_precision_weights() -> None:
@@ -137,6 +212,13 @@ def test_refuses_low_precision_weights() -> None:
     param.grad = torch.ones_like(param)
     with pytest.raises(ValueError, match="fp32 master weights"):
         AdamWEMA([param]).step()
+    # A loaded state makes no difference: the kernel would take 16 bits for 32.
+    other = torch.optim.AdamW([param])
+    other.step()
+    optimizer = AdamWEMA([param])
+    optimizer.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="fp32 master weights"):
+        optimizer.step()
 
 
 def test_refuses_sparse_gradients_before_changing_anything() -> None:

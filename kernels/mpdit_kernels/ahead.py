@@ -117,7 +117,12 @@ def _in_processes(tasks: list[Callable[[], Any]]) -> list[Any]:
     _tasks = tasks
     try:
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
-            return list(pool.map(_run_task, range(len(tasks))))
+            try:
+                return list(pool.map(_run_task, range(len(tasks))))
+            except BaseException:  # who interrupts does not wait for what is being compiled
+                for process in multiprocessing.active_children():
+                    process.kill()
+                raise
     finally:
         _tasks = []
 

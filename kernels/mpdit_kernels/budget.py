@@ -25,6 +25,8 @@ SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 """Bytes that one program can have."""
 MATRIX = ("", "mma", "wgmma")
 """From worst to best."""
+FIELDS = {"registers": int, "spills": int, "shared": int, "load": int, "wide": int, "matrix": dict, "triton": str}
+"""Of an entry, with their types."""
 UPDATE = "python -m mpdit_kernels.budget --update"
 
 Budget = dict[str, dict[str, Any]]
@@ -134,6 +136,26 @@ def _problems(row: Row, allowed: dict[str, Any] | None, version: str) -> list[st
     return found
 
 
+def read(path: Path) -> Budget:
+    """The budget in a file; an empty one when there is no file.
+
+    Raises:
+        ValueError: it is none that --update has written.
+    """
+    budget = json.loads(path.read_text()) if path.exists() else {}
+    if not isinstance(budget, dict):
+        raise ValueError("expected a JSON object from kernels to what they may take")
+    for key, entry in budget.items():
+        if key.count(" | ") != 2:
+            raise ValueError(f"{key!r} does not name a case, a kernel and an architecture, separated by ' | '")
+        for name, kind in FIELDS.items():
+            if not isinstance(entry, dict) or type(entry.get(name)) is not kind:
+                raise ValueError(f"{key}: expected {name!r} of type {kind.__name__}")
+        if not set(entry["matrix"]) <= set(MATRIX):
+            raise ValueError(f"{key}: 'matrix' is {entry['matrix']}, expected counts of {' and '.join(MATRIX[1:])}")
+    return budget
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser("python -m mpdit_kernels.budget", description="Hold compiled kernels to budget.json")
     parser.add_argument("--arch", nargs="+", default=[*SHARED_LIMITS], choices=[*SHARED_LIMITS], metavar="ARCH",
@@ -149,6 +171,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET=1 is set, and a process that interprets kernels can't compile them: unset it")
     import triton
 
+    try:
+        budget = read(options.budget)
+    except (OSError, ValueError) as error:
+        parser.error(f"{options.budget}: {error}")
     cases = all_cases(folders=options.only)
     rows = measure(cases, options.arch)
     operations = {case.operation for case in cases}
@@ -157,7 +183,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         case, _, arch = key.split(" | ")
         return arch in options.arch and (set(options.only) == set(OPERATIONS) or case.split(",", 1)[0] in operations)
 
-    budget: Budget = json.loads(options.budget.read_text()) if options.budget.exists() else {}
     if options.update:
         kept = {key: entry for key, entry in budget.items() if not in_scope(key)}
         budget = kept | {row.key: row.entry(triton.__version__) for row in rows if not isinstance(row.usage, str)}

@@ -6,7 +6,7 @@ Each operation's folder has a `cases.py` whose `cases(shape)` lists its own; `al
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,10 +52,19 @@ SHAPES = (Shape("B", 768, 104_607_152), Shape("XL", 1152, 480_839_216))
 
 @dataclass(frozen=True)
 class Cost:
-    """The least one pass must do: bytes read and written once (bf16 activations, fp32 modulation), and FLOP."""
+    """The least one pass must do: bytes read and written once (bf16 activations, fp32 modulation), and FLOP.
+
+    FLOP are those of products and transforms, `flops` on tensor cores and `flops32` in fp32 outside of them;
+    elementwise arithmetic is not counted, as it takes less time than its bytes.
+    """
 
     bytes: int
     flops: int = 0
+    flops32: int = 0
+
+
+Opponent = Callable[[Sequence[Any]], Callable[[], Any]]
+"""From a case's inputs to a call to time."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,9 @@ class Case:
         call: the public function of these arguments; `use` chooses the implementation.
         launch: the Triton launchers, forward and backward, of these arguments; works on meta tensors while recording.
         forward, backward: costs; backward is None where there is none.
+        composed: made of other cases' kernels: proved and timed, but neither budgeted nor tuned nor judged by itself.
+        opponents: () -> further ones beside eager PyTorch and torch.compile, by name, of those that run here. Only for
+            cases without backward.
     """
 
     operation: str
@@ -79,6 +91,12 @@ class Case:
     launch: Callable[..., None]
     forward: Cost
     backward: Cost | None = None
+    composed: bool = False
+    opponents: Callable[[], Mapping[str, Opponent]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.opponents and self.backward:
+            raise ValueError(f"{self.name}: further opponents have no backward to time")
 
     @property
     def name(self) -> str:
@@ -86,9 +104,13 @@ class Case:
         return f"{self.operation}, {self.label}"
 
 
-def all_cases(shapes: Sequence[Shape] = SHAPES, folders: Sequence[str] = OPERATIONS) -> list[Case]:
-    """Every case of every operation, or of those in these folders."""
+def all_cases(
+    shapes: Sequence[Shape] = SHAPES, folders: Sequence[str] = OPERATIONS, composed: bool = False
+) -> list[Case]:
+    """Every case of every operation, or of those in these folders; with `composed`, those too that are made of them."""
     modules = [importlib.import_module(f"mpdit_kernels.{folder}.cases") for folder in folders]
+    if composed and {"adaln", "gelu_mlp"} <= set(folders):
+        modules.append(importlib.import_module("mpdit_kernels.block"))
     return [case for module in modules for shape in shapes for case in module.cases(shape)]
 
 

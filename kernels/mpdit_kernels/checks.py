@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What operations take; the kernels all but the first."""
+
 
 def check(condition: bool, name: str, got: object, expected: str) -> None:
     """Raise "name is got: expected expected" unless the condition holds."""
@@ -26,15 +29,22 @@ def check_dims(name: str, x: Tensor, letters: str) -> None:
         raise ValueError(f"{name} has shape {list(x.shape)}: expected {letters}")
 
 
+def check_tensors(**tensors: object) -> None:
+    """All are tensors."""
+    for name, x in tensors.items():
+        check(isinstance(x, Tensor), name, "None" if x is None else type(x).__name__, "a tensor")
+
+
 def check_alike(**tensors: Tensor | None) -> None:
-    """All tensors are floating-point, and on the first one's device."""
+    """All tensors are fp64, fp32, bf16 or fp16, and on the first one's device."""
     (first, reference), *_ = tensors.items()
     assert reference is not None
     for name, x in tensors.items():
         if x is None:
             continue
-        if not x.is_floating_point():
-            raise ValueError(f"{name} has dtype {x.dtype}: expected a floating-point type")
+        check_tensors(**{name: x})
+        if x.dtype not in TYPES:
+            raise ValueError(f"{name} has dtype {x.dtype}: expected a floating-point type of at least 16 bits")
         if x.device != reference.device:
             raise ValueError(f"{name} is on {x.device}: expected {reference.device}, where {first} is")
 

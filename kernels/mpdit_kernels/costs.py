@@ -22,32 +22,41 @@ BEGIN, END = "<!-- costs: written by python -m mpdit_kernels.costs --update -->"
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a GPU does at best: bytes a second, and bf16 FLOP a second."""
+    """What a GPU does at best: bytes a second, bf16 FLOP on tensor cores, and fp32 FLOP outside of them."""
 
     name: str
     bandwidth: float
     flops: float
+    flops32: float
 
     def floor(self, cost: Cost) -> float:
-        """Seconds that moving the bytes or the arithmetic takes at least, whichever is longer."""
-        return max(cost.bytes / self.bandwidth, cost.flops / self.flops)
+        """Seconds that moving the bytes or either kind of arithmetic takes at least, whichever is longest."""
+        return max(cost.bytes / self.bandwidth, cost.flops / self.flops, cost.flops32 / self.flops32)
 
 
-GPUS = (Gpu("A100 40 GB", 1.555e12, 312e12), Gpu("H200", 4.8e12, 989e12))
+GPUS = (Gpu("A100 40 GB", 1.555e12, 312e12, 19.5e12), Gpu("H200", 4.8e12, 989e12, 67e12))
 """From NVIDIA's datasheets."""
+
+
+_COMPOSED = (
+    "`block` is a whole block's elementwise work: both residuals with their modulated norms, and GELU, without the "
+    "products between them. It has no kernels of its own."
+)
 
 
 def block(cases: Sequence[Case], measured: dict[str, dict[str, Any]]) -> str:
     """The Markdown between the markers: floors of all cases and, for each table in `measured`, what it holds."""
     text = [
-        "Each cell is forward / backward. MB (1e6 bytes) and GFLOP are the least a call must do with bf16 activations; "
-        "the floors are the longer of bytes at datasheet bandwidth and FLOP at datasheet dense bf16 rate "
-        f"({'; '.join(f'{g.name}: {g.bandwidth / 1e9:.0f} GB/s, {g.flops / 1e12:.0f} TFLOP/s' for g in GPUS)}).",
+        "Each cell is forward / backward. MB (1e6 bytes) and GFLOP are the least a call must do with bf16 activations. "
+        "GFLOP are those of products and transforms; elementwise arithmetic is not counted, as it takes less time than "
+        "its bytes. The floors are the longest of bytes at datasheet bandwidth, FLOP at datasheet dense bf16 rate and, "
+        f"for products in fp32 outside of tensor cores, at datasheet fp32 rate ({'; '.join(map(_rates, GPUS))}).",
         "",
+        *([_COMPOSED, ""] if any(case.composed for case in cases) else []),
         *([] if measured else ["No GPU figures have been measured yet, so the measured columns are empty.", ""]),
     ]
     head = ["operation", "case", "MB", "GFLOP", *(f"{gpu.name} floor, µs" for gpu in GPUS)]
-    columns = ["time, µs", "of ceiling", "against the best of eager and torch.compile"]
+    columns = ["time, µs", "of ceiling", "against the best of eager, torch.compile and others named"]
     tables = list(measured.values()) or [{}]
     head += [
         f"{table['machine']['gpu']}: {column}" if table else f"measured {column}"
@@ -58,13 +67,18 @@ def block(cases: Sequence[Case], measured: dict[str, dict[str, Any]]) -> str:
     for case in cases:
         costs = [case.forward, case.backward]
         row = [f"`{case.operation}`", case.label]
-        row += [_pair(costs, lambda c: c.bytes / 1e6), _pair(costs, lambda c: c.flops / 1e9)]
+        row += [_pair(costs, lambda c: c.bytes / 1e6), _pair(costs, lambda c: (c.flops + c.flops32) / 1e9)]
         row += [_pair(costs, lambda c, gpu=gpu: 1e6 * gpu.floor(c)) for gpu in GPUS]
         for table in tables:
             row += _measured(table.get("cases", {}).get(case.name, {}))
         text.append(_line(row))
     text += [line for table in measured.values() for line in _provenance(table)]
     return "\n".join(text)
+
+
+def _rates(gpu: Gpu) -> str:
+    rates = f"{gpu.flops / 1e12:.0f} and {gpu.flops32 / 1e12:.3g} TFLOP/s"
+    return f"{gpu.name}: {gpu.bandwidth / 1e9:.0f} GB/s, {rates}"
 
 
 def _measured(figures: dict[str, Any]) -> list[str]:
@@ -76,8 +90,16 @@ def _measured(figures: dict[str, Any]) -> list[str]:
     return [
         _pair(passes, lambda p: 1e6 * p["seconds"]["triton"][0]),
         _pair(passes, lambda p: 100 * p["share"], " %"),
-        _pair(passes, lambda p: p["ratio"], "x", 2),
+        _pair(passes, lambda p: p["ratio"], "x", 2) + "".join(_named(figures)).replace("|", "/"),
     ]
+
+
+def _named(figures: dict[str, Any]) -> list[str]:
+    """Of each opponent beside eager and torch.compile how many times as fast we were, and which ones failed."""
+    seconds = figures["forward"]["seconds"]
+    others = [name for name in seconds if name not in ("triton", "eager", "compile")]
+    ratios = [f"; {name} {_number(seconds[name][0] / seconds['triton'][0], 2)}x" for name in others]
+    return ratios + [f"; {name}" for name in figures if name.endswith(" failed")]
 
 
 def _provenance(table: dict[str, Any]) -> list[str]:
@@ -85,10 +107,10 @@ def _provenance(table: dict[str, Any]) -> list[str]:
     machine = ", ".join(f"{name} {value}" for name, value in table["machine"].items())
     lines = ["", f"Measured: {machine}."]
     if table.get("ceilings"):
-        copy, matmul = table["ceilings"]["copy"], table["ceilings"]["matmul"]
+        copy, matmul, matmul32 = (table["ceilings"][name] for name in ("copy", "matmul", "matmul32"))
         lines[-1] += (
             f" Ceilings of the same run: copying {copy / 1e12:.2f} TB/s (read and written), 8192³ bf16 products "
-            f"{matmul / 1e12:.0f} TFLOP/s."
+            f"{matmul / 1e12:.0f} TFLOP/s, 4096³ fp32 products without TF32 {matmul32 / 1e12:.1f} TFLOP/s."
         )
     lines += [f"`{operation}` is off by default there: {why}." for operation, why in table.get("losses", {}).items()]
     return lines
@@ -133,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=README, help="another file than kernels/README.md")
     parser.add_only()
     options = parser.parse_args(arguments)
-    new = block(all_cases(folders=options.only), measured_tables())
+    new = block(all_cases(folders=options.only, composed=True), measured_tables())
     if not options.update:
         print(new)
         return 0

@@ -21,7 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 MODES = ("auto", "triton", "reference")
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-MAX_WIDTH = 8192
+MAX_WIDTH = 4096
 """Widest row that kernels hold in registers."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """What every kernel takes."""
@@ -81,13 +81,7 @@ def takes_triton(operation: str, *tensors: Tensor | None, refusal: str | None = 
     if mode() == "reference":
         return False
     device, dtypes = tensors[0].device, tuple(x.dtype for x in tensors if x is not None)  # type: ignore[union-attr]
-    reason = _refusal(operation, _mode, device, dtypes) or refusal
-    if reason and not torch.compiler.is_compiling() and (operation, reason) not in _told:
-        _told.add((operation, reason))
-        # On the CPU the reference is what "auto" means: worth a line for those who ask, no more.
-        expected = _mode == "auto" and device.type == "cpu"
-        _log.log(logging.INFO if expected else logging.WARNING, "%s takes its reference: %s", operation, reason)
-    return not reason
+    return _decide(operation, _mode, device, dtypes, refusal)
 
 
 def too_wide(x: Tensor) -> str | None:
@@ -105,7 +99,19 @@ def constant_to_compiler(function: F) -> F:
     return function
 
 
-@constant_to_compiler  # files and the driver
+@constant_to_compiler  # files, the driver and the log; run where it is traced
+def _decide(
+    operation: str, mode: str, device: torch.device, dtypes: tuple[torch.dtype, ...], refusal: str | None
+) -> bool:
+    reason = _refusal(operation, mode, device, dtypes) or refusal
+    if reason and (operation, reason) not in _told:
+        _told.add((operation, reason))
+        # On the CPU the reference is what "auto" means: worth a line for those who ask, no more.
+        expected = mode == "auto" and device.type == "cpu"
+        _log.log(logging.INFO if expected else logging.WARNING, "%s takes its reference: %s", operation, reason)
+    return not reason
+
+
 def _refusal(operation: str, mode: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
     if not TRITON_INSTALLED:
         return "triton is not installed"

@@ -159,7 +159,7 @@ def _scores(
 
 
 def time_case(case: Case, bench: Bench, ceilings: dict[str, float]) -> dict[str, Any]:
-    """Forward and backward of our kernels, of eager PyTorch and of torch.compile: seconds, share of ceiling, ratio."""
+    """Our kernels, eager PyTorch, torch.compile and the case's further opponents: seconds, share of ceiling, ratio."""
     sets = bench.input_sets(case)
     ways: dict[str, tuple[str, Callable[..., Any]]] = {
         "triton": ("triton", case.call),
@@ -174,13 +174,38 @@ def time_case(case: Case, bench: Bench, ceilings: dict[str, float]) -> dict[str,
                 call()
     except Exception as error:  # an opponent that fails does not stop the rest
         ways.pop("compile", None)
-        result["compile failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
+        result["compile failed"] = _first_line(error)
+    others = _others(case, sets, result)
     for name, cost, prepare in (("forward", case.forward, _forwards), ("backward", case.backward, _backwards)):
         if cost is None:
             continue
-        times = compare(bench.clock, {way: partial(prepare, *ways[way], sets) for way in ways}, bench.rounds)
+        contenders: dict[str, Prepare] = {way: partial(prepare, *ways[way], sets) for way in ways}
+        times = compare(bench.clock, contenders | others, bench.rounds)
         result[name] = _figures(times, cost, ceilings)
     return result
+
+
+def _others(case: Case, sets: list[Sequence[Any]], failed: dict[str, Any]) -> dict[str, Prepare]:
+    """The case's further opponents, each having run once; what the others ended with is noted in `failed`."""
+    found: dict[str, Prepare] = {}
+    for name, opponent in case.opponents().items() if case.opponents else ():
+        try:
+            calls = [opponent(inputs) for inputs in sets]
+            calls[0]()
+            found[name] = partial(list, calls)
+        except Exception as error:
+            failed[f"{name} failed"] = _first_line(error)
+    return found
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether the GPU's memory was too small, which says nothing of a kernel; libraries have their own words for it."""
+    words = ("out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _figures(times: dict[str, Times], cost: Cost, ceilings: dict[str, float]) -> dict[str, Any]:
@@ -188,7 +213,7 @@ def _figures(times: dict[str, Times], cost: Cost, ceilings: dict[str, float]) ->
     ours = times["triton"].median
     return {
         "seconds": seconds,
-        "share": Gpu("measured", ceilings["copy"], ceilings["matmul"]).floor(cost) / ours,
+        "share": Gpu("measured", ceilings["copy"], ceilings["matmul"], ceilings["matmul32"]).floor(cost) / ours,
         "ratio": min(taken.median for way, taken in times.items() if way != "triton") / ours,
     }
 

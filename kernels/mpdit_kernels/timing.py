@@ -102,16 +102,25 @@ def _times(samples: list[float]) -> Times:
 
 
 def ceilings(clock: Clock, device: str, small: bool = False) -> dict[str, float]:
-    """What this device does at best, measured: copying (bytes read and written a second) and bf16 products (FLOP/s)."""
-    count, side = (1 << 16, 64) if small else (1 << 29, 8192)
+    """What this device does at best, measured: copying (bytes read and written a second), bf16 and fp32 products."""
+    count, side, side32 = (1 << 16, 64, 64) if small else (1 << 29, 8192, 4096)
     source, target = torch.ones(2, count, dtype=torch.bfloat16, device=device)
     a, b = torch.randn(2, side, side, device=device).bfloat16()
-    out = torch.empty_like(a)
+    a32, b32 = torch.randn(2, side32, side32, device=device)  # multiplied without TF32, by torch's default
+    out, out32 = torch.empty_like(a), torch.empty_like(a32)
     times = compare(
         clock,
-        {"copy": lambda: [lambda: target.copy_(source)], "matmul": lambda: [lambda: torch.mm(a, b, out=out)]},
+        {
+            "copy": lambda: [lambda: target.copy_(source)],
+            "matmul": lambda: [lambda: torch.mm(a, b, out=out)],
+            "matmul32": lambda: [lambda: torch.mm(a32, b32, out=out32)],
+        },
     )
-    return {"copy": 2 * source.nbytes / times["copy"].median, "matmul": 2 * side**3 / times["matmul"].median}
+    return {
+        "copy": 2 * source.nbytes / times["copy"].median,
+        "matmul": 2 * side**3 / times["matmul"].median,
+        "matmul32": 2 * side32**3 / times["matmul32"].median,
+    }
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -2,15 +2,18 @@
 
 For each case, the most valuable first: a gate (error against float64 at most twice PyTorch's), the fastest launch
 configurations, then times against the best of eager PyTorch and torch.compile. Results go to tuned/sm_XX.json after
-every step, so that a run which is cut short leaves what it had. Exit codes: 0 done or out of time, 1 a red gate,
-2 bad usage or no GPU.
+every step, so that a run which is cut short leaves what it had. A run that does not stop in time, being within a
+compiler or a kernel that runs on, is ended. Exit codes: 0 done or out of time, 1 a red gate, 2 bad usage or no GPU.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from copy import deepcopy
@@ -33,11 +36,14 @@ TINY = (Shape("XL", width=64, parameters=5000, batch=2, prefix=2, grids=(2, 4)),
 SAME_MACHINE = ("gpu", "torch", "triton")
 """Figures of another one are not kept beside new ones."""
 
+GRACE = 10.0
+"""Seconds after which a run that the alarm could not stop is ended."""
+
 Table = dict[str, Any]
 
 
 class _TimeUp(BaseException):
-    """Raised by the alarm wherever the run is; no handler of ordinary errors may take it."""
+    """Raised by the alarm wherever Python is running; no handler of ordinary errors may take it."""
 
 
 class Tuner:
@@ -54,6 +60,7 @@ class Tuner:
     def __init__(self, cases: Sequence[Case], bench: Bench, target: str, out: Path | None, table: Table) -> None:
         self.cases, self.bench, self.target, self.out, self.table = cases, bench, target, out, table
         self.red: list[str] = []
+        self.late = False
         self._tuned: set[tuple[str, str]] = set()
 
     def run(self, small: bool = False) -> None:
@@ -78,11 +85,15 @@ class Tuner:
                 for tunable, key in reversed(search.picks_of(case, self.bench.dtype)):
                     self._tune(tunable, key)
                 self.table["cases"][case.name] = search.time_case(case, self.bench, self.table["ceilings"])
-        except torch.OutOfMemoryError:  # says nothing of the kernel: the gate's float64 takes much
-            problem = None
-            self.table["cases"][case.name] = {"skipped": "out of memory"}
-        except Exception as error:  # a kernel that doesn't run is as bad as a wrong one, and the others get their turn
-            problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        except Exception as error:
+            if self.late:  # what a library made of the alarm
+                raise _TimeUp from error
+            # A kernel that doesn't run is as bad as a wrong one, and the others get their turn; too little memory says
+            # nothing of the kernel, as the gate's float64 takes much.
+            skipped = search.out_of_memory(error)
+            problem = None if skipped else f"{type(error).__name__}: {error}".splitlines()[0]
+            if skipped:
+                self.table["cases"][case.name] = {"skipped": "out of memory"}
         if problem is not None:
             self.red.append(case.name)
             self.table["cases"][case.name] = {"red": problem}
@@ -99,7 +110,8 @@ class Tuner:
         sharing = [
             case
             for case in self.cases
-            if (tunable.name, text)
+            if not case.composed
+            and (tunable.name, text)
             in {(other.name, launch.key_text(k)) for other, k in search.picks_of(case, self.bench.dtype)}
         ]
         self.table["configs"].setdefault(tunable.name, {})[text] = search.fastest(tunable, key, sharing, self.bench)
@@ -133,7 +145,7 @@ def in_order_of_value(cases: Sequence[Case]) -> list[Case]:
 def verdicts(table: Table, cases: Sequence[Case]) -> tuple[dict[str, bool], dict[str, str]]:
     """(operation: does it win, operation: why not), kept from earlier where no XL case of it has been measured."""
     wins, losses = dict(table.get("wins", {})), dict(table.get("losses", {}))
-    for operation in dict.fromkeys(case.operation for case in cases):
+    for operation in dict.fromkeys(case.operation for case in cases if not case.composed):
         mine = [case for case in cases if case.operation == operation]
         measured = {case.name: table["cases"][case.name] for case in mine if case.name in table["cases"]}
         red = [f"{name}: {figures['red']}" for name, figures in measured.items() if "red" in figures]
@@ -145,7 +157,7 @@ def verdicts(table: Table, cases: Sequence[Case]) -> tuple[dict[str, bool], dict
             wins[operation] = ratio >= 1
             losses.pop(operation, None)
             if ratio < 1:
-                losses[operation] = f"it was measured {ratio:.2f} times as fast as the best of eager and torch.compile"
+                losses[operation] = f"it was measured {ratio:.2f} times as fast as the best of {_opponents(timed)}"
     return wins, losses
 
 
@@ -174,6 +186,12 @@ def _best_opponent(figures: dict[str, Any]) -> float:
     return min(_seconds(figures, way) for way in figures["forward"]["seconds"] if way != "triton")
 
 
+def _opponents(timed: Sequence[dict[str, Any]]) -> str:
+    names = dict.fromkeys(way for figures in timed for way in figures["forward"]["seconds"] if way != "triton")
+    *first, last = ("torch.compile" if name == "compile" else name for name in names)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def earlier(path: Path | None, machine: dict[str, Any]) -> Table:
     """The table in a file if it was measured on this machine, otherwise an empty one."""
     empty: Table = {"configs": {}, "wins": {}, "losses": {}, "machine": machine, "ceilings": {}, "cases": {}}
@@ -183,6 +201,7 @@ def earlier(path: Path | None, machine: dict[str, Any]) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    start = time.monotonic()
     parser = Parser("python -m mpdit_kernels.tune", description="Prove, tune and time the kernels on this GPU")
     parser.add_argument("--minutes", type=float, default=6.0, help="when to stop (default 6)")
     parser.add_argument("--dry-run", action="store_true", help="the same on tiny shapes, on the CPU, saving nothing")
@@ -203,24 +222,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     target = "cpu" if options.dry_run else launch.architecture()
     out = options.out or (None if options.dry_run else launch.TUNED / f"{target}.json")
     device = "cpu" if options.dry_run else "cuda"
-    table = earlier(out, timing.machine(device))
-    cases = all_cases(TINY if options.dry_run else SHAPES, options.only)
-    tuner = Tuner(cases, _bench(options.dry_run), target, out, table)
+    cases = all_cases(TINY if options.dry_run else SHAPES, options.only, composed=True)
+    tuner = Tuner(cases, _bench(options.dry_run), target, out, earlier(out, timing.machine(device)))
+    _run_in_time(tuner, options.minutes, start, small=options.dry_run)
+    print(_report(tuner.table, cases, out))
+    return 1 if tuner.red else 0
+
+
+def _run_in_time(tuner: Tuner, minutes: float, start: float, small: bool) -> None:
+    """Run the tuner until so many minutes after `start`, and end the process if it is still at it GRACE later."""
 
     def up(*_: object) -> None:
+        tuner.late = True
         raise _TimeUp
 
+    def end() -> None:
+        print(f"ended {GRACE:g} seconds after its {minutes:g} minutes, as a step did not stop", flush=True)
+        for process in multiprocessing.active_children():
+            process.kill()
+        os._exit(1 if tuner.red else 0)
+
+    left = max(0.001, start + 60 * minutes - time.monotonic())
+    watchdog = threading.Timer(left + GRACE, end)
+    watchdog.daemon = True
     before = signal.signal(signal.SIGALRM, up)
-    signal.setitimer(signal.ITIMER_REAL, 60 * options.minutes)
+    watchdog.start()
+    signal.setitimer(signal.ITIMER_REAL, left)
     try:
-        tuner.run(small=options.dry_run)
+        tuner.run(small)
     except _TimeUp:
-        print(f"stopped after {options.minutes:g} minutes", flush=True)
+        print(f"stopped after {minutes:g} minutes", flush=True)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    print(_report(table, cases, out))
-    return 1 if tuner.red else 0
+        watchdog.cancel()
 
 
 def _bench(dry: bool) -> Bench:
@@ -235,7 +270,7 @@ def _bench(dry: bool) -> Bench:
 
 def _report(table: Table, cases: Sequence[Case], out: Path | None) -> str:
     rows = [("operation", "wins", "why not")]
-    for operation in dict.fromkeys(case.operation for case in cases):
+    for operation in dict.fromkeys(case.operation for case in cases if not case.composed):
         wins = table["wins"].get(operation)
         rows.append((operation, "?" if wins is None else "yes" if wins else "no", table["losses"].get(operation, "")))
     missing = [case.name for case in cases if case.name not in table["cases"]]

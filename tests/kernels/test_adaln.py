@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
-from mpdit_kernels import adaln_modulate, gated_residual, gated_residual_adaln, use
+from mpdit_kernels import adaln_modulate, dispatch, gated_residual, gated_residual_adaln, use
 from mpdit_kernels.adaln import op, reference
 from proof import DEVICE, DTYPES, leaf, prove, strided
 from torch import Tensor
@@ -41,10 +43,14 @@ def test_an_output_that_nobody_differentiates() -> None:
     prove(lambda *a: gated_residual_adaln(*a)[1], inputs)
 
 
-def test_an_empty_batch() -> None:
+@pytest.mark.parametrize("shape", [(0, 5, 24), (2, 0, 24)], ids=str)
+def test_nothing_to_do(shape: tuple[int, int, int]) -> None:
+    inputs = [leaf(*shape), leaf(*shape), *_vectors(shape[0], 24, 3)]
     with use("triton"):
-        y = adaln_modulate(leaf(0, 5, 24), leaf(0, 24), leaf(0, 24))
-    assert y.shape == (0, 5, 24)
+        residual, y = gated_residual_adaln(*inputs)
+        gradients = torch.autograd.grad(residual.sum() + y.sum() + gated_residual(*inputs[:3]).sum(), inputs)
+    assert residual.shape == y.shape == shape
+    assert not any(gradient.any() for gradient in gradients)
 
 
 def test_backward_repeats_bit_for_bit() -> None:
@@ -84,6 +90,10 @@ def test_operator_is_sound(parts: str) -> None:
     residual = (branch, gate) if parts != "norm" else (None, None)
     norm = (shift, scale) if parts != "residual" else (None, None)
     torch.library.opcheck(op._adaln, (x, *residual, *norm, 1e-6, torch.float32))
+    residual_gradient, norm_gradient = (x if parts != "norm" else None), (x if parts != "residual" else None)
+    statistics = torch.rand(2, 2, 5, device=DEVICE) if norm_gradient is not None else None
+    backward = (residual_gradient, norm_gradient, x, *residual, norm[1], statistics)
+    torch.library.opcheck(op._adaln_backward, tuple(None if v is None else v.detach() for v in backward))
 
 
 def test_compiles_without_a_break() -> None:
@@ -105,6 +115,10 @@ def test_compiles_without_a_break() -> None:
         ({"gate": torch.zeros(2, 9)}, r"gate has shape \[2, 9\]: expected \[2, 8\] \[B, D\]"),
         ({"scale": torch.zeros(2, 8, device="meta")}, "scale is on meta: expected cpu, where x is"),
         ({"eps": -1.0}, "eps is -1.0: expected a number of at least 0"),
+        ({"shift": None}, "shift is None: expected a tensor"),
+        ({"x": [[[1.0]]]}, "x is list: expected a tensor"),
+        ({"x": torch.zeros(2, 4, 8).to(torch.float8_e4m3fn)}, "x has dtype torch.float8_e4m3fn: expected a floating"),
+        ({"dtype": torch.int32}, "dtype is torch.int32: expected a floating-point type"),
     ],
 )
 def test_bad_arguments_are_one_error(change: dict[str, object], message: str) -> None:
@@ -112,3 +126,18 @@ def test_bad_arguments_are_one_error(change: dict[str, object], message: str) ->
     good |= {name: torch.zeros(2, 8) for name in ("gate", "shift", "scale")}
     with pytest.raises(ValueError, match=message):
         gated_residual_adaln(**{**good, **change})  # type: ignore[arg-type]
+
+
+def test_a_refusal_is_told_once_and_under_compilation_too(caplog: pytest.LogCaptureFixture) -> None:
+    dispatch._told.clear()
+    wide = [torch.zeros(1, 1, 5000), torch.zeros(1, 5000), torch.zeros(1, 5000)]
+    double = [value.double() for value in wide]
+    with use("triton"), caplog.at_level(logging.INFO, logger="mpdit_kernels"):
+        for _ in range(2):
+            adaln_modulate(*wide)
+            torch.compile(adaln_modulate, fullgraph=True, backend="aot_eager")(*double)
+    assert [record.getMessage() for record in caplog.records] == [
+        "adaln_modulate takes its reference: rows are 5000 wide, and the kernels hold 4096 at most",
+        "adaln_modulate takes its reference: a tensor is torch.float64, and the kernels take torch.float32, "
+        "torch.bfloat16, torch.float16",
+    ]

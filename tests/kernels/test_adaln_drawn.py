@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mpdit_kernels import gated_residual_adaln
 from proof import leaf, prove
 
-DRAWN = (st.integers(1, 3), st.integers(1, 40), st.integers(4, 200), st.booleans())
+DRAWN = (st.integers(1, 3), st.integers(1, 40), st.integers(16, 200), st.booleans())
 
 
 def _prove(batch: int, tokens: int, width: int, tall: bool) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from mpdit_kernels import AdamWEMA, use
+from mpdit_kernels.adamw_ema import uploads
 from mpdit_kernels.adamw_ema.reference import adamw_ema_
 from mpdit_kernels.adamw_ema.triton_impl import UPDATE
+from mpdit_kernels.adamw_ema.uploads import Uploads
 from mpdit_kernels.launch import record
 from proof import DEVICE, FLOOR, distance, prove
 from torch import Tensor
@@ -69,6 +71,7 @@ def test_a_step_is_as_exact_as_pytorchs(done: float) -> None:
     prove(lambda *tensors: _step(*tensors, done=done, weight_decay=0.0), [zero, grad, zero, zero, zero])
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # the interpreter's, of the logarithm of 0
 @pytest.mark.parametrize("betas", [(0.0, 0.0), (0.1, 0.4), (0.9, 0.99999)])
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9999, 1.0])
 def test_extreme_decays(betas: tuple[float, float], ema_decay: float) -> None:
@@ -288,3 +291,39 @@ def test_a_captured_step_replays_as_a_new_one() -> None:
         runs.append([param.detach() for param in params] + [optimizer.skipped, optimizer.state[params[0]]["step"]])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     assert int(runs[0][2]) == 1
+
+
+def test_each_stream_has_tables_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, kept, built = torch.device("cpu"), Uploads(), []
+
+    def table(stream: int, capturing: bool = False, key: str = "key") -> Tensor:
+        monkeypatch.setattr(uploads, "_stream", lambda device: (stream, capturing))
+        return kept.get(key, cpu, lambda: built.append(stream) or torch.ones(1))  # type: ignore[func-returns-value]
+
+    first, second = table(1), table(2)
+    assert built == [1, 2] and first is not second
+    assert table(1) is first and table(2) is second
+    # A capture has a stream of its own, and takes what the step before it used.
+    assert table(3, capturing=True) is second and built == [1, 2]
+    table(3, capturing=True, key="other")
+    table(3, key="other")
+    assert built == [1, 2, 3, 3], "only replays fill a table made in a capture"
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_steps_on_two_streams() -> None:
+    """The second step doesn't wait for the first, whose tables are uploaded late, and shares their content."""
+    params = [_parameter(torch.ones(1000, device=DEVICE), torch.ones(1000, device=DEVICE)) for _ in range(2)]
+    optimizer = AdamWEMA([{"params": params[:1]}, {"params": params[1:]}])
+    grads = [param.grad for param in params]
+    streams = [torch.cuda.Stream() for _ in params]
+    torch.cuda.synchronize()
+    for index, stream in enumerate(streams):
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad if param is params[index] else None
+        with torch.cuda.stream(stream), use("triton"):
+            if index == 0:
+                torch.cuda._sleep(200_000_000)
+            optimizer.step()
+    torch.cuda.synchronize()
+    assert torch.equal(*params) and bool((params[0] < 1).all())

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +131,54 @@ def test_bad_usage_is_one_line(arguments: list[str], interpret: bool, message: s
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "expected a JSON object"),
+        ('{"kernel": {}}', "'kernel' does not name a case"),
+        (json.dumps({ROW.key: []}), f"{ROW.key}: expected 'registers' of type int"),
+        (json.dumps({ROW.key: {**ENTRY, "wide": None}}), f"{ROW.key}: expected 'wide' of type int"),
+        (json.dumps({ROW.key: {n: value for n, value in ENTRY.items() if n != "triton"}}), "expected 'triton' of type"),
+        (json.dumps({ROW.key: {**ENTRY, "matrix": {"imma": 1}}}), "expected counts of mma and wgmma"),
+    ],
+)
+def test_a_malformed_budget_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "budget.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        budget.read(path)
+
+
+def test_a_malformed_budget_is_bad_usage(tmp_path: Path) -> None:
+    path = tmp_path / "budget.json"
+    path.write_text("{")
+    done = _run("-m", "mpdit_kernels.budget", "--budget", str(path))
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"error: {path}: ") and done.stderr.count("\n") == 1
+
+
+def test_what_the_budget_writes_it_reads(tmp_path: Path) -> None:
+    path = tmp_path / "budget.json"
+    assert budget.read(path) == {}
+    path.write_text(json.dumps({ROW.key: ENTRY}))
+    assert budget.read(path) == {ROW.key: ENTRY}
+
+
+def test_compiling_that_is_interrupted_is_not_waited_for() -> None:
+    class Up(BaseException):
+        pass
+
+    def up(*_: object) -> None:
+        raise Up
+
+    before, start = signal.signal(signal.SIGALRM, up), time.monotonic()
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(Up):
+            ahead._in_processes([partial(time.sleep, 30)] * 3)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - start < 15

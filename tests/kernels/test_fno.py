@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from mpdit_kernels import use
+from mpdit_kernels.cases import SHAPES, Shape
 from mpdit_kernels.fno import fno_time_embedding, op, reference, triton_impl
-from mpdit_kernels.fno.cases import shapes
-from proof import DEVICE, prove
+from mpdit_kernels.fno.cases import CHANNELS, cases, shapes
+from mpdit_kernels.launch import record
+from proof import DEVICE, _poisoned_memory, prove
 from torch import Tensor
 
 NAMES = reference.names(3)
@@ -22,6 +24,10 @@ def draw(channels: int, width: int, layers: int = 3, scale: float = 0.3) -> dict
     return {name: value.requires_grad_() for name, value in zip(reference.names(layers), values, strict=True)}
 
 
+FEW = 8
+"""Below as many samples t's gradient is no fair comparison: a few sums may nearly cancel, to anyone's guess."""
+
+
 def times(batch: int) -> Tensor:
     return torch.rand(batch, device=DEVICE).requires_grad_()
 
@@ -30,13 +36,13 @@ def call(t: Tensor, *weights: Tensor) -> Tensor:
     return fno_time_embedding(t, dict(zip(reference.names((len(weights) - 4) // 4), weights, strict=True)))
 
 
-@pytest.mark.parametrize(("batch", "channels", "width"), [(1, 32, 72), (3, 32, 768), (1, 16, 1152), (5, 16, 33)])
+@pytest.mark.parametrize(("batch", "channels", "width"), [(1, 32, 72), (3, 32, 768), (1, 16, 1152), (8, 16, 33)])
 def test_kernels_are_as_exact_as_pytorch(batch: int, channels: int, width: int) -> None:
-    prove(call, [times(batch), *draw(channels, width).values()])
+    prove(call, [times(batch).requires_grad_(batch >= FEW), *draw(channels, width).values()])
 
 
 def test_the_widest_in_another_configuration() -> None:
-    inputs = [times(2), *draw(64, 72).values()]
+    inputs = [times(FEW), *draw(64, 72).values()]
     samples = {"BLOCK": 8, "ROWS": 64, "STAGES": 1, "num_warps": 8, "num_stages": 1}
     weights = {"BATCH": 2, "OUT": 64, "ROWS": 64, "STAGES": 1, "num_warps": 8, "num_stages": 1}
     with ExitStack() as stack:
@@ -52,11 +58,11 @@ def test_a_batch_beyond_one_block_of_samples() -> None:
 
 def test_strides_of_inputs_and_gradients() -> None:
     weights = {name: torch.stack([x, x], -1)[..., 0].detach().requires_grad_() for name, x in draw(16, 72).items()}
-    t = torch.rand(7, device=DEVICE)[::3].requires_grad_()
+    t = torch.rand(3 * FEW, device=DEVICE)[::3].requires_grad_()
     assert not t.is_contiguous() and not weights["conv0.weights_real"].is_contiguous()
     prove(call, [t, *weights.values()], noncontiguous_gradients=True)
-    shared = torch.rand(1, device=DEVICE).expand(3).detach().requires_grad_()
-    prove(lambda *inputs: call(*inputs).sum(dim=(0, 1)), [shared, *weights.values()])
+    shared = torch.rand(1, device=DEVICE).expand(3)
+    prove(lambda *inputs: call(*inputs).sum(dim=0), [shared, *weights.values()])  # whose gradient is expanded, too
 
 
 @pytest.mark.parametrize("mode", ["reference", "triton"])
@@ -166,6 +172,54 @@ def test_operator_is_sound() -> None:
     torch.library.opcheck(op._fno, (times(2), list(draw(16, 24).values())))
 
 
+@pytest.mark.parametrize("batch", [0, 3])
+@pytest.mark.parametrize("of_weights", [False, True])
+@pytest.mark.parametrize("of_t", [False, True])
+def test_backward_operator_is_sound(batch: int, of_t: bool, of_weights: bool) -> None:
+    t, weights = times(batch).detach(), [value.detach() for value in draw(16, 24).values()]
+    with _poisoned_memory():
+        out, *saved = op._fno(t, weights)
+        arguments = (torch.randn_like(out), t, weights, *saved, of_t, of_weights)
+        found = op._fno_backward(*arguments)
+    assert all(x.isfinite().all() for x in (out, *saved, *found))
+    assert [x.numel() > 0 for x in found] == [of_t and batch > 0, *[of_weights] * len(weights)]
+    torch.library.opcheck(op._fno_backward, arguments)
+
+
+def test_operator_is_sound_without_samples() -> None:
+    torch.library.opcheck(op._fno, (times(0), list(draw(16, 24).values())))
+
+
+def test_the_kernels_gradients_are_taken_once() -> None:
+    inputs = [times(2), *draw(16, 24).values()]
+    first = []
+    for mode in ("triton", "reference"):
+        with use(mode):
+            first += torch.autograd.grad(call(*inputs).sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        first[0].sum().backward()
+    first[1].sum().backward()
+    assert inputs[0].grad is not None
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+def test_costs_count_what_the_launches_are_given(shape: Shape) -> None:
+    """Each pass's distinct tensors, and twice what one backward launch hands the other, but not the table."""
+    (case,) = cases(shape)
+    with record("sm_90") as launches:
+        case.launch(*case.inputs("meta", torch.bfloat16))
+    passes = [
+        {id(x): x for launch in some for x in launch.args if isinstance(x, Tensor)}
+        for some in (launches[:1], launches[1:])
+    ]
+    tables, unread = 4 * 34 * 32, 4 * 15 * CHANNELS**2  # of conv2.weights_real only one frequency acts
+    forward, backward = (sum(x.numel() * x.element_size() for x in used.values()) - tables - unread for used in passes)
+    passed = 4 * shape.batch * CHANNELS * (32 + 32 + 1)
+    assert case.backward is not None
+    assert (case.forward.bytes, case.backward.bytes) == (forward, backward + passed)
+    assert case.forward.flops == case.backward.flops == 0 < case.forward.flops32 < case.backward.flops32
+
+
 @pytest.mark.parametrize("mode", ["reference", "triton"])
 def test_compiles_without_a_break(mode: str) -> None:
     torch.compiler.reset()
@@ -199,6 +253,11 @@ WEIGHTS = {name: torch.zeros(size) for name, size in zip(NAMES, shapes(16, 24), 
     [
         (torch.zeros(2, 1), {}, r"t has shape \[2, 1\]: expected \[B\]"),
         (torch.zeros(2, dtype=torch.int64), {}, "t has dtype torch.int64: expected a floating-point type"),
+        (torch.zeros(2).to(torch.float8_e5m2), {}, "t has dtype torch.float8_e5m2: expected a floating-point type"),
+        ([0.0], {}, "t is list: expected a tensor"),
+        (None, {}, "t is None: expected a tensor"),
+        (torch.zeros(2), {"w1.bias": [0.0]}, "w1.bias is list: expected a tensor"),
+        (torch.zeros(2), {3: torch.zeros(16)}, "weights is with 3: expected only fc0.weight"),
         (torch.zeros(2), {"w1.bias": None}, "weights is without w1.bias: expected fc0.weight, fc0.bias, conv0"),
         (torch.zeros(2), {"conv1.weights_real": None}, "weights is without conv1.weights_real: expected fc0"),
         (torch.zeros(2), {"w9.bias": torch.zeros(16)}, "weights is with w9.bias: expected only fc0.weight"),
@@ -212,10 +271,23 @@ WEIGHTS = {name: torch.zeros(size) for name, size in zip(NAMES, shapes(16, 24), 
         (torch.zeros(2), {"fc1.weight": torch.zeros(0, 16), "fc1.bias": torch.zeros(0)}, "16 channels and width 0"),
     ],
 )
-def test_bad_arguments_are_one_error(t: Tensor, change: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_one_error(t: Any, change: dict[Any, Any], message: str) -> None:
     weights = {name: value for name, value in {**WEIGHTS, **change}.items() if value is not None}
     with pytest.raises(ValueError, match=message):
         fno_time_embedding(t, weights)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (list(WEIGHTS.values()), "weights is list: expected a mapping from names to tensors"),
+        (None, "weights is NoneType: expected a mapping"),
+        ({**WEIGHTS, "conv0.weights_real": None}, "conv0.weights_real is None: expected a tensor"),
+    ],
+)
+def test_weights_that_are_none(weights: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fno_time_embedding(torch.zeros(2), weights)
 
 
 def test_one_layer_is_too_few() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from mpdit_kernels import use
 from mpdit_kernels.gelu_mlp import epilogue, gelu_linear, op, reference, triton_impl
-from proof import DEVICE, DTYPES, distance, leaf, prove, strided
+from proof import DEVICE, DTYPES, _poisoned_memory, distance, leaf, prove, strided
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
@@ -197,6 +198,42 @@ def test_operator_is_sound(method: str) -> None:
         torch.library.opcheck(op._gelu_linear, (*(value.detach() for value in (x, *weights)), False))
 
 
+ALL = (True,) * 5
+SINGLE = [tuple(index == asked for index in range(5)) for asked in range(5)]
+
+
+@METHODS
+@pytest.mark.parametrize("rows", [0, 10])
+def test_backward_operator_is_sound(method: str, rows: int) -> None:
+    x, weight1, bias1, weight2, bias2 = (value.detach() for value in _inputs(rows, 24, hidden=40))
+    calls = [(weight2, needs) for needs in (ALL, *SINGLE, (False,) * 5)]
+    calls += [(None, (*needs[:3], False, False)) for needs in (ALL, *SINGLE[:3])]
+    with by(method):
+        _, hidden = op._gelu_linear(x, weight1, bias1, weight2, bias2, True)
+        for second, needs in calls:
+            dy = torch.randn(rows, 40 if second is None else 24, device=DEVICE)
+            arguments = (dy, x, weight1, second, hidden, needs)
+            torch.library.opcheck(op._gelu_linear_backward, arguments)
+            with _poisoned_memory():
+                gradients = op._gelu_linear_backward(*arguments)
+            assert [g.numel() > 0 for g in gradients] == [
+                need and (rows > 0 or index > 0) for index, need in enumerate(needs)
+            ]
+            assert all(g.isfinite().all() for g in gradients)
+
+
+def test_the_kernels_gradients_are_taken_once() -> None:
+    x, *weights = _inputs(2, 16, hidden=40)
+    first = []
+    for mode in ("triton", "reference"):
+        with use(mode):
+            first += torch.autograd.grad(gelu_linear(x, *weights).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        first[0].sum().backward()
+    first[1].sum().backward()
+    assert x.grad is not None
+
+
 @METHODS
 def test_compiles_without_a_break(method: str) -> None:
     compiled = torch.compile(gelu_linear, fullgraph=True, backend="aot_eager")
@@ -209,6 +246,18 @@ def test_compiles_without_a_break(method: str) -> None:
     ("change", "message"),
     [
         ({"x": torch.zeros(2, 4, dtype=torch.int32)}, "x has dtype torch.int32: expected a floating-point type"),
+        (
+            {"x": torch.zeros(2, 4, 8).to(torch.float8_e4m3fn)},
+            "x has dtype torch.float8_e4m3fn: expected a floating-point type",
+        ),
+        ({"x": [[0.0] * 8]}, "x is list: expected a tensor"),
+        ({"weight1": None}, "weight1 is None: expected a tensor"),
+        ({"bias1": None}, "bias1 is None: expected a tensor"),
+        ({"weight2": [0.0]}, "weight2 is list: expected a tensor"),
+        (
+            {"weight2": torch.zeros(0, 6), "bias2": torch.zeros(0)},
+            r"weight2 is of shape \[0, 6\]: expected at least one",
+        ),
         ({"x": torch.zeros(())}, r"x is of shape \[\]: expected \[\.\.\., D\] with at least one column"),
         ({"weight1": torch.zeros(6)}, r"weight1 has shape \[6\]: expected \[H, D\]"),
         ({"weight1": torch.zeros(6, 9)}, r"weight1 has shape \[6, 9\]: expected \[6, 8\] \[H, D\]"),
@@ -222,8 +271,8 @@ def test_compiles_without_a_break(method: str) -> None:
         ({"weight2": torch.zeros(5, 6, device="meta")}, "weight2 is on meta: expected cpu, where x is"),
     ],
 )
-def test_bad_arguments_are_one_error(change: dict[str, Tensor | None], message: str) -> None:
-    good = {"x": torch.zeros(2, 4, 8), "weight1": torch.zeros(6, 8), "bias1": torch.zeros(6)}
+def test_bad_arguments_are_one_error(change: dict[str, Any], message: str) -> None:
+    good: dict[str, Any] = {"x": torch.zeros(2, 4, 8), "weight1": torch.zeros(6, 8), "bias1": torch.zeros(6)}
     good |= {"weight2": torch.zeros(5, 6), "bias2": torch.zeros(5)}
     with pytest.raises(ValueError, match=message):
         gelu_linear(**{**good, **change})

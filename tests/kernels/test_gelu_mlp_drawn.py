@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from mpdit_kernels.gelu_mlp import gelu_linear, triton_impl
 from proof import leaf, prove
 
-# No gradient is one number alone: that of many rows nearly cancels at times, and is then anyone's guess.
-OUT = st.just(0) | st.integers(4, 80)
-DRAWN = (st.integers(1, 150), st.integers(4, 80), st.integers(8, 200), OUT, st.booleans(), st.booleans())
+# No gradient is a few numbers alone: sums over many rows nearly cancel at times, and are then anyone's guess.
+OUT = st.just(0) | st.integers(16, 80)
+DRAWN = (st.integers(1, 150), st.integers(16, 80), st.integers(16, 200), OUT, st.booleans(), st.booleans())
 
 
 def _prove(rows: int, width: int, hidden: int, out: int, tall: bool, epilogue: bool) -> None:

@@ -17,13 +17,14 @@ from typing import Any
 import pytest
 import torch
 from mpdit_kernels import command, dispatch, launch, search, timing, tune, use
-from mpdit_kernels.cases import Case, Cost
+from mpdit_kernels.cases import Case, Cost, all_cases
 from mpdit_kernels.costs import Gpu
 from mpdit_kernels.dispatch import takes_triton
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 DEFAULT = {"SIZE": 1}
+CEILINGS = {"copy": 1e3, "matmul": 1e3, "matmul32": 1e3}
 
 
 class FakeClock:
@@ -88,6 +89,10 @@ class _Double(torch.autograd.Function):
         return 2 * gradients[0], None, None
 
 
+def _without_gradient(device: str | torch.device, dtype: torch.dtype) -> list[Tensor]:
+    return [torch.randn(8, device=device, dtype=dtype)]
+
+
 @pytest.fixture(autouse=True)
 def _clean() -> Iterator[None]:
     yield
@@ -102,7 +107,7 @@ def _bench(clock: timing.Clock) -> search.Bench:
 
 def _tune(cases: Sequence[Case], clock: FakeClock, out: Path) -> tune.Tuner:
     table = tune.earlier(None, {})
-    table["ceilings"] = {"copy": 1e3, "matmul": 1e3}
+    table["ceilings"] = CEILINGS
     tuner = tune.Tuner(cases, _bench(clock), launch.architecture(), out, table)
     for case in tune.in_order_of_value(cases):
         tuner.take(case)
@@ -182,14 +187,79 @@ class TestToys:
             patch.setitem(globals(), "takes_triton", lambda *_: False)
             assert search.gate(toy.case(), _bench(clock)) == "the call took its reference, not its kernels"
 
-    def test_a_case_that_does_not_fit_is_skipped_without_a_verdict(self, tmp_path: Path) -> None:
-        def full(*_: object) -> list[Tensor]:
-            raise torch.OutOfMemoryError("no room")
+    @pytest.mark.parametrize(
+        "error",
+        [
+            torch.OutOfMemoryError("no room"),
+            RuntimeError("CUDA error: out of memory"),
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        ],
+    )
+    def test_a_case_that_does_not_fit_is_skipped_without_a_verdict(self, tmp_path: Path, error: Exception) -> None:
+        class Full(Toy):
+            def call(self, x: Tensor) -> Tensor:
+                if x.dtype == torch.float64:  # the gate's own need
+                    raise error
+                return super().call(x)
 
-        case = dataclasses.replace(Toy(FakeClock(), {1: 1.0}, 2.0).case(), inputs=full)
-        tuner = _tune([case], FakeClock(), tmp_path / "t")
+        tuner = _tune([Full(FakeClock(), {1: 1.0}, 2.0).case()], FakeClock(), tmp_path / "t")
         assert tuner.red == [] and tuner.table["wins"] == {}
-        assert tuner.table["cases"][case.name] == {"skipped": "out of memory"}
+        assert tuner.table["cases"]["toy, XL, toy"] == {"skipped": "out of memory"}
+
+    def test_further_opponents_are_timed_by_name_and_count(self, tmp_path: Path) -> None:
+        clock = FakeClock()
+
+        def spend(seconds: float) -> Callable[[Sequence[Any]], Callable[[], None]]:
+            def step() -> None:
+                clock.now += seconds
+
+            return lambda inputs: step
+
+        def missing(inputs: Sequence[Any]) -> Callable[[], None]:
+            raise RuntimeError("no room")
+
+        made = {"apex": spend(0.5), "other": spend(3.0), "broken": missing}
+        case = dataclasses.replace(
+            Toy(clock, {1: 1.0}, 2.0).case("quick"), inputs=_without_gradient, backward=None, opponents=lambda: made
+        )
+        tuner = _tune([case], clock, tmp_path / "t")
+        figures = tuner.table["cases"][case.name]
+        assert {name: seconds[0] for name, seconds in figures["forward"]["seconds"].items()} == pytest.approx(
+            {"triton": 1.0, "eager": 2.0, "compile": 2.0, "apex": 0.5, "other": 3.0}
+        )
+        assert figures["forward"]["ratio"] == pytest.approx(0.5)
+        assert figures["broken failed"] == "RuntimeError: no room"
+        assert tuner.table["losses"]["quick"] == (
+            "it was measured 0.50 times as fast as the best of eager, torch.compile, apex and other"
+        )
+
+    def test_a_composed_case_is_timed_but_counts_nowhere_twice(self, tmp_path: Path) -> None:
+        clock = FakeClock()
+        toy, whole = Toy(clock, {1: 3.0, 2: 2.0}, reference=9.0), Toy(clock, {1: 3.0, 2: 99.0}, reference=1.0)
+        whole.tunable = toy.tunable
+        tuner = _tune([dataclasses.replace(whole.case("whole"), composed=True), toy.case()], clock, tmp_path / "t")
+        assert tuner.table["configs"]["toy.pick"] == {"width=8": {"SIZE": 2}}, "as if the whole were not there"
+        assert tuner.table["wins"] == {"toy": True} and tuner.table["losses"] == {}
+        assert tuner.table["cases"]["whole, XL, toy"]["forward"]["ratio"] == pytest.approx(1 / 99)
+
+    def test_an_alarm_that_a_library_turned_into_an_error_is_not_red(self, tmp_path: Path) -> None:
+        def stopped(*_: object) -> list[Tensor]:
+            tuner.late = True
+            raise RuntimeError("made of the alarm")
+
+        case = dataclasses.replace(Toy(FakeClock(), {1: 1.0}, 2.0).case(), inputs=stopped)
+        tuner = tune.Tuner([case], _bench(FakeClock()), launch.architecture(), None, tune.earlier(None, {}))
+        with pytest.raises(tune._TimeUp):
+            tuner.take(case)
+        assert tuner.red == [] and tuner.table["cases"] == {}
+
+    def test_a_whole_block_passes_its_gate(self) -> None:
+        bench = search.Bench(timing.CpuClock(), "cpu", torch.float32, lambda call: call, rounds=5)
+        (case, _) = all_cases(tune.TINY, ("adaln", "gelu_mlp"), composed=True)[-2:]
+        assert case.name == "block, XL, 6 tokens" and case.composed
+        assert search.gate(case, bench) is None
+        own = {tunable.name for tunable, _ in search.picks_of(case, torch.float32)}
+        assert own == {"adaln.forward", "adaln.backward", "gelu_mlp.pass", "gelu_mlp.pass_backward"}
 
     def test_nan_is_red(self) -> None:
         clock = FakeClock()
@@ -201,7 +271,7 @@ class TestToys:
 
         clock = FakeClock()
         bench = search.Bench(clock, "cpu", torch.float32, broken, rounds=5)
-        figures = search.time_case(Toy(clock, {1: 1.0}, 2.0).case(), bench, {"copy": 1.0, "matmul": 1.0})
+        figures = search.time_case(Toy(clock, {1: 1.0}, 2.0).case(), bench, CEILINGS)
         assert figures["compile failed"] == "RuntimeError: no compiler"
         assert set(figures["forward"]["seconds"]) == {"triton", "eager"}
 
@@ -218,7 +288,7 @@ class TestToys:
         out = tmp_path / "out.json"
         assert tune.main(["--dry-run", "--only", "adaln", "--minutes", "0.1", "--out", str(out)]) == 0
         table, printed = json.loads(out.read_text()), capsys.readouterr().out
-        assert table["machine"]["gpu"] == "none" and set(table["ceilings"]) == {"copy", "matmul"}
+        assert table["machine"]["gpu"] == "none" and set(table["ceilings"]) == set(CEILINGS)
         assert table["configs"], "one kernel at least was tuned in these seconds"
         assert "stopped after 0.1 minutes" not in printed or "not reached:" in printed
 
@@ -276,7 +346,8 @@ def test_times_are_medians_of_contenders_in_turns() -> None:
 
 
 def test_shares_are_of_the_longer_floor() -> None:
-    assert Gpu("measured", 10.0, 1000.0).floor(Cost(20, 500)) == 2.0
+    gpu = Gpu("measured", 10.0, 1000.0, 100.0)
+    assert gpu.floor(Cost(20, 500, 50)) == 2.0 and gpu.floor(Cost(20, 500, 300)) == 3.0
 
 
 class FakeEvent:

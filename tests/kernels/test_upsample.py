@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -203,10 +203,61 @@ def test_operator_is_sound(skip: bool) -> None:
     torch.library.opcheck(op._upsample, (*arguments, [1, 2, 1, 2], 1e-6, torch.float32))
 
 
+ALL = range(8)
+
+
+@pytest.mark.parametrize("asked", [ALL, [0], [1, 4], [3, 6], [5], [7]], ids=lambda asked: str([*asked]))
+@pytest.mark.parametrize("case", [(2, (2, 1), 2, 3, 24, 12), (1, (1, 1), 1, 0, 24, 12)], ids=str)
+def test_operator_of_gradients_is_sound(case: Case, asked: Sequence[int]) -> None:
+    """With class tokens before the image tokens' gradients in memory, and with a single token."""
+    _, (h, w), r, m, width, _ = case
+    x, expand, bias, _, refine_bias, patches, _, skip_bias, position = (value.detach() for value in _inputs(case))
+    sizes, refine = [m, r, h, w], leaf(width, width + 16).detach()
+    out, *saved = op._upsample(x, expand, bias, refine, refine_bias, patches, skip_bias, position, sizes, 1e-6, x.dtype)
+    arguments = (out, *saved, expand, refine, patches, sizes, 1e-6, x.dtype, [index in asked for index in range(8)])
+    torch.library.opcheck(op._upsample_backward, arguments)
+    for gradient in op._upsample_backward(*arguments):
+        assert gradient.untyped_storage().nbytes() == gradient.nbytes  # memory of its own, and no more
+
+
 def test_compiles_without_a_break() -> None:
     case = (1, (1, 2), 2, 1, 24, 12)
     with use("triton"):
         prove(torch.compile(_call(case), fullgraph=True, backend="aot_eager"), _inputs(case))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("mode", ["triton", "reference"])
+@pytest.mark.parametrize("programs", ["default"], indirect=True)
+def test_compiles_for_any_square_grid(mode: str, dynamic: bool | None) -> None:
+    """With the grid left to the function, one compiled function serves several numbers of tokens."""
+
+    def call(*inputs: Any) -> Tensor:
+        x, *weights, patches, skip_weight, skip_bias, position = inputs
+        return upsample_tokens(x, *weights, 1, 2, (patches, skip_weight, skip_bias), position)
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for side in (2, 3) if dynamic else (2, 3, 4):
+        inputs = _inputs((1, (side, side), 2, 1, 24, 12))  # no two sizes alike, which a compiler would note
+        again = side == 2 or (side == 3 and not dynamic)  # the second time for any number of tokens
+        with use(mode):
+            with torch.compiler.set_stance("default" if again else "fail_on_recompile"):
+                got = compiled(*inputs)
+            expected = call(*inputs)
+            gradients = [torch.autograd.grad(y.sin().sum(), inputs) for y in (got, expected)]
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 7, 1000, 2**20 + 1])
+def test_square_grids_are_found(side: int) -> None:
+    assert op._grid(None, side * side) == (side, side)
+    with pytest.raises(ValueError, match="are no square"):
+        op._grid(None, side * side + 1)
+    if side > 1:
+        with pytest.raises(ValueError, match="are no square"):
+            op._grid(None, side * side - 1)
 
 
 @pytest.mark.parametrize(
@@ -218,10 +269,10 @@ def test_compiles_without_a_break() -> None:
         ({"expand_bias": torch.zeros(8)}, r"expand_bias has shape \[8\]: expected \[32\] \[D\*r\*r\]"),
         ({"refine_weight": torch.zeros(8, 9)}, r"refine_weight has shape \[8, 9\]: expected \[8, 8\]"),
         ({"refine_bias": torch.zeros(8, device="meta")}, "refine_bias is on meta: expected cpu, where x is"),
-        ({"num_class_tokens": 7}, "num_class_tokens is 7: expected at least 0, and fewer than x's 7 tokens"),
-        ({"num_class_tokens": -1}, "num_class_tokens is -1: expected at least 0"),
+        ({"num_class_tokens": 7}, "num_class_tokens is 7: expected an integer of at least 0, and fewer than x's 7"),
+        ({"num_class_tokens": -1}, "num_class_tokens is -1: expected an integer of at least 0"),
         ({"num_class_tokens": 2}, r"grid is None: expected \(h, w\), as x's 5 image tokens are no square"),
-        ({"factor": 0}, "factor is 0: expected at least 1"),
+        ({"factor": 0}, "factor is 0: expected an integer of at least 1"),
         ({"factor": 3}, r"expand_weight has shape \[32, 8\]: expected \[72, 8\]"),
         ({"grid": (3, 1)}, r"grid is \(3, 1\): expected \(h, w\) of h \* w = 4 image tokens"),
         ({"grid": (-2, -2)}, r"grid is \(-2, -2\): expected \(h, w\)"),
@@ -230,9 +281,36 @@ def test_compiles_without_a_break() -> None:
         ({"skip_bias": torch.zeros(9)}, r"skip_bias has shape \[9\]: expected \[8\]"),
         ({"position": torch.zeros(4, 8)}, r"position has shape \[4, 8\]: expected \[16, 8\] \[n1, D\]"),
         ({"eps": -1.0}, "eps is -1.0: expected a number of at least 0"),
+        ({"x": None}, "x is None: expected a tensor"),
+        ({"x": [1.0]}, "x is list: expected a tensor"),
+        ({"expand_weight": None}, "expand_weight is None: expected a tensor"),
+        ({"refine_weight": None}, "refine_weight is None: expected a tensor"),
+        ({"expand_bias": None}, "expand_bias is None: expected a tensor"),
+        ({"refine_bias": [0.0] * 8}, "refine_bias is list: expected a tensor"),
+        ({"position": [[0.0] * 8] * 16}, "position is list: expected a tensor"),
+        ({"patches": None}, "patches is None: expected a tensor"),
+        ({"skip_weight": None}, "skip_weight is None: expected a tensor"),
+        ({"skip_bias": None}, "skip_bias is None: expected a tensor"),
+        ({"skip_bias": [0.0] * 8}, "skip_bias is list: expected a tensor"),
+        ({"skip": (torch.zeros(2, 16, 4), torch.zeros(8, 4))}, "skip is a tuple of 2: expected a tuple"),
+        ({"skip": ()}, r"skip is a tuple of 0: expected a tuple \(patches, weight, bias\), or None"),
+        ({"skip": torch.zeros(3, 16, 4)}, r"skip is of type Tensor: expected a tuple"),
+        ({"skip": [torch.zeros(2, 16, 4), torch.zeros(8, 4), torch.zeros(8)]}, "skip is of type list: expected a"),
+        ({"grid": (4,)}, r"grid is \(4,\): expected \(h, w\) of h \* w = 4 image tokens"),
+        ({"grid": (2.0, 2.0)}, r"grid is \(2.0, 2.0\): expected \(h, w\) of h \* w = 4 image tokens, two integers"),
+        ({"grid": (2, 2, 1)}, r"grid is \(2, 2, 1\): expected \(h, w\)"),
+        ({"grid": 2}, r"grid is of type int: expected \(h, w\)"),
+        ({"factor": 2.0}, "factor is 2.0: expected an integer of at least 1"),
+        ({"factor": -2}, "factor is -2: expected an integer of at least 1"),
+        ({"factor": None}, "factor is None: expected an integer of at least 1"),
+        ({"num_class_tokens": 3.0}, "num_class_tokens is 3.0: expected an integer of at least 0"),
+        ({"num_class_tokens": None}, "num_class_tokens is None: expected an integer of at least 0"),
     ],
 )
-def test_bad_arguments_are_one_error(change: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_one_error(change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raised before an operator or the reference is called."""
+    for module, name in ((op, "_upsample"), (reference, "upsample_tokens")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("called with bad arguments"))
     good: dict[str, Any] = {
         "x": torch.zeros(2, 7, 8),
         "expand_weight": torch.zeros(32, 8),
@@ -243,7 +321,8 @@ def test_bad_arguments_are_one_error(change: dict[str, Any], message: str) -> No
         "factor": 2,
         "position": torch.zeros(16, 8),
     }
+    change = dict(change)
     skip = {"patches": torch.zeros(2, 16, 4), "skip_weight": torch.zeros(8, 4), "skip_bias": torch.zeros(8)}
     skip |= {name: change.pop(name) for name in tuple(change) if name in skip}
     with pytest.raises(ValueError, match=message):
-        upsample_tokens(**{**good, **change}, skip=tuple(skip.values()))  # type: ignore[arg-type]
+        upsample_tokens(**{**good, "skip": tuple(skip.values()), **change})

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from mpdit_kernels.adaln import reference
-from mpdit_kernels.checks import autocast_dtype, check, check_alike, check_dims, check_eps, check_shape
+from mpdit_kernels.checks import autocast_dtype, check, check_alike, check_dims, check_eps, check_shape, check_tensors
 from mpdit_kernels.dispatch import takes_triton, too_wide
+
+MAX_TOKENS = 2**19
+"""Fewer than fill the second axis of a CUDA grid."""
 
 
 def adaln_modulate(
@@ -33,9 +36,8 @@ def adaln_modulate(
         ValueError: shapes, devices or dtypes that don't fit.
     """
     _check(x, shift=shift, scale=scale)
-    check_eps(eps)
-    dtype = dtype or autocast_dtype(x) or x.dtype
-    if takes_triton("adaln_modulate", x, shift, scale, refusal=too_wide(x)):
+    dtype = _result(x, eps, dtype)
+    if takes_triton("adaln_modulate", x, shift, scale, refusal=_refusal(x)):
         return _adaln(x, None, None, shift, scale, eps, dtype)[1]
     return reference.adaln_modulate(x, shift, scale, eps, dtype)
 
@@ -54,7 +56,7 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
         ValueError: shapes, devices or dtypes that don't fit.
     """
     _check(x, branch=branch, gate=gate)
-    if takes_triton("gated_residual", x, branch, gate, refusal=too_wide(x)):
+    if takes_triton("gated_residual", x, branch, gate, refusal=_refusal(x)):
         return _adaln(x, branch, gate, None, None, 0.0, x.dtype)[0]
     return reference.gated_residual(x, branch, gate)
 
@@ -84,22 +86,35 @@ def gated_residual_adaln(
         ValueError: shapes, devices or dtypes that don't fit.
     """
     _check(x, branch=branch, gate=gate, shift=shift, scale=scale)
-    check_eps(eps)
-    dtype = dtype or autocast_dtype(x) or x.dtype
-    if takes_triton("gated_residual_adaln", x, branch, gate, shift, scale, refusal=too_wide(x)):
+    dtype = _result(x, eps, dtype)
+    if takes_triton("gated_residual_adaln", x, branch, gate, shift, scale, refusal=_refusal(x)):
         residual, y, _ = _adaln(x, branch, gate, shift, scale, eps, dtype)
         return residual, y
     return reference.gated_residual_adaln(x, branch, gate, shift, scale, eps, dtype)
 
 
-def _check(x: Tensor, branch: Tensor | None = None, **modulation: Tensor) -> None:
+def _check(x: Tensor, **others: Tensor) -> None:
+    check_tensors(x=x, **others)
     check_dims("x", x, "[B, T, D]")
-    check_alike(x=x, branch=branch, **modulation)
+    check_alike(x=x, **others)
     check(x.shape[-1] > 0, "x", f"of shape {list(x.shape)}", "at least one column")
-    if branch is not None:
-        check_shape("branch", branch, x.shape, "[B, T, D] as x")
-    for name, vector in modulation.items():
+    if "branch" in others:
+        check_shape("branch", others.pop("branch"), x.shape, "[B, T, D] as x")
+    for name, vector in others.items():
         check_shape(name, vector, (x.shape[0], x.shape[2]), "[B, D]")
+
+
+def _refusal(x: Tensor) -> str | None:
+    too_many = f"there are {x.shape[1]} tokens, and the kernels take {MAX_TOKENS} at most"
+    return too_wide(x) or (too_many if x.shape[1] > MAX_TOKENS else None)
+
+
+def _result(x: Tensor, eps: float, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of what is normalised."""
+    check_eps(eps)
+    dtype = dtype or autocast_dtype(x) or x.dtype
+    check(dtype.is_floating_point, "dtype", dtype, "a floating-point type")
+    return dtype
 
 
 @torch.library.custom_op("mpdit_kernels::adaln", mutates_args=())
@@ -138,7 +153,10 @@ def _adaln_backward(
     scale: Tensor | None,
     statistics: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dbranch, fp32 [3,B,D]: of gate, shift, scale); dx is empty without d_y, dbranch without branch."""
+    """(dx, dbranch, fp32 [1 to 3, B, D]); dx is empty without d_y, dbranch without branch.
+
+    The third is of the gate where there is a branch, then of shift and scale where there is d_y.
+    """
     from mpdit_kernels.adaln import triton_impl
 
     outputs = triton_impl.backward(d_residual, d_y, x, branch, gate, scale, statistics)
@@ -150,7 +168,7 @@ def _(d_residual, d_y, x, branch, gate, scale, statistics):  # type: ignore[no-u
     return (
         x.new_empty(0 if d_y is None else x.shape),
         x.new_empty(0) if branch is None else branch.new_empty(x.shape),
-        x.new_empty((3, x.shape[0], x.shape[2]), dtype=torch.float32),
+        x.new_empty(((branch is not None) + 2 * (d_y is not None), x.shape[0], x.shape[2]), dtype=torch.float32),
     )
 
 
@@ -169,14 +187,10 @@ def _gradients(ctx: Any, d_residual: Tensor | None, d_y: Tensor | None, _: Tenso
     if d_residual is None and d_y is None:
         return (None,) * 7
     dx, dbranch, sums = _adaln_backward(d_residual, d_y, normalized, branch, gate, scale, statistics)
-    if d_y is None:
-        dx = d_residual
-    asked = (gate is not None, d_y is not None, d_y is not None)
-    vectors = [
-        value.to(dtype) if wanted and dtype is not None else None
-        for value, dtype, wanted in zip(sums.unbind(), ctx.dtypes, asked, strict=True)
-    ]
-    return dx, None if branch is None else dbranch, *vectors, None, None
+    written = iter(sums.unbind())
+    asked = (branch is not None, d_y is not None, d_y is not None)
+    vectors = [next(written).to(dtype) if wanted else None for dtype, wanted in zip(ctx.dtypes, asked, strict=True)]
+    return d_residual if d_y is None else dx, None if branch is None else dbranch, *vectors, None, None
 
 
 _adaln.register_autograd(_gradients, setup_context=_save)

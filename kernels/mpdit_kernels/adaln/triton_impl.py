@@ -124,7 +124,7 @@ def _backward(
     statistics,  # fp32 [2, B, T]
     d_x,  # out [B, T, D]
     d_branch,  # out [B, T, D]
-    partials,  # out fp32 [3, B, P, D]: of gate, shift, scale
+    partials,  # out fp32 [1 to 3, B, P, D]: of gate where GATED, of shift and scale where NORM
     T,
     d_residual_batch,
     d_residual_token,
@@ -145,8 +145,8 @@ def _backward(
     GRAD_RESIDUAL: tl.constexpr,
 ):
     tl.static_assert(TOKENS % ROWS == 0)
-    part = tl.program_id(1)
     b = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
     sum_gate = zero_vector(CHUNKS)
     sum_shift = zero_vector(CHUNKS)
     sum_scale = zero_vector(CHUNKS)
@@ -202,13 +202,13 @@ def _backward(
                 tl.store(d_branch + out[:, None] + at, gated, mask=mask[:, None])
         if GATED:
             sum_gate = new_gate
-    row = b * tl.num_programs(1) + part
+    row = partials + (b * tl.num_programs(1) + part) * D
     plane = tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * D
     if GATED:
-        store_vector(partials + row * D, sum_gate, CHUNKS)
+        store_vector(row, sum_gate, CHUNKS)
     if NORM:
-        store_vector(partials + plane + row * D, sum_shift, CHUNKS)
-        store_vector(partials + 2 * plane + row * D, sum_scale, CHUNKS)
+        store_vector(row + GATED * plane, sum_shift, CHUNKS)
+        store_vector(row + (GATED + 1) * plane, sum_scale, CHUNKS)
 
 
 def forward(
@@ -252,9 +252,10 @@ def backward(
     scale: Tensor | None,
     statistics: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """(dx, dbranch, fp32 [3,B,D] of gate, shift and scale) given what the forward normalised as x.
+    """(dx, dbranch, fp32 [1 to 3, B, D]) given what the forward normalised as x.
 
-    dx is None without d_y: it is then d_residual itself. Rows of the sums that no part asked for are not written.
+    dx is None without d_y: it is then d_residual itself. The third is of the gate where there is a branch, then of
+    shift and scale where there is d_y.
     """
     batch, tokens, width = x.shape
     d_residual, d_y, branch = (None if v is None else rows_of(v) for v in (d_residual, d_y, branch))
@@ -265,7 +266,7 @@ def backward(
     dbranch = None if branch is None else torch.empty(x.shape, dtype=branch.dtype, device=x.device)
     config = _config(BACKWARD, x, gated=branch is not None, norm=norm)
     parts = triton.cdiv(tokens, config["TOKENS"])
-    partials = torch.empty(3, batch, parts, width, dtype=torch.float32, device=x.device)
+    partials = torch.empty((branch is not None) + 2 * norm, batch, parts, width, dtype=torch.float32, device=x.device)
     launch(
         _backward,
         (batch, parts),
@@ -285,7 +286,8 @@ def backward(
 def _config(tunable: Tunable, x: Tensor, gated: bool, norm: bool) -> Config:
     """As tuned, with no more tokens to a program than there are."""
     config = tunable.pick(width=x.shape[2], parts="gate+norm" if gated and norm else "gate" if gated else "norm")
-    return config | {"TOKENS": min(config["TOKENS"], triton.cdiv(x.shape[1], config["ROWS"]) * config["ROWS"])}
+    most = triton.cdiv(max(1, x.shape[1]), config["ROWS"]) * config["ROWS"]
+    return config | {"TOKENS": min(config["TOKENS"], most)}
 
 
 def _strides(x: Tensor | None) -> tuple[int, int]:

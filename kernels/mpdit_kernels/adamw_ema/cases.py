@@ -8,20 +8,28 @@ import torch
 from torch import Tensor
 
 from mpdit_kernels.adamw_ema import op
-from mpdit_kernels.adamw_ema.reference import Batch, Settings
+from mpdit_kernels.adamw_ema.opponents import SETTINGS, opponents
+from mpdit_kernels.adamw_ema.reference import Batch
 from mpdit_kernels.adamw_ema.uploads import Uploads
 from mpdit_kernels.cases import Case, Cost, Shape, random
 
-SETTINGS = Settings(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, ema_decay=0.999)
 _UPLOADS = Uploads()
 
 
 def cases(shape: Shape) -> list[Case]:
     """fp32 gradients; and gradients in 16 bits, clipped, with a copy of the weights in 16 bits."""
     # Weights, moments and average are read and written in fp32; 4 bytes of gradient, or 2 of gradient and 2 of copy.
-    cost = Cost(bytes=36 * shape.parameters, flops=25 * shape.parameters)
+    cost = Cost(bytes=36 * shape.parameters)
     return [
-        Case("adamw_ema", f"{shape.name}, {label}", partial(_inputs, shape.parameters, full), adamw_ema, _launch, cost)
+        Case(
+            "adamw_ema",
+            f"{shape.name}, {label}",
+            partial(_inputs, shape.parameters, full),
+            adamw_ema,
+            _launch,
+            cost,
+            opponents=opponents,
+        )
         for label, full in (("flat partition", False), ("clipped, with copy", True))
     ]
 

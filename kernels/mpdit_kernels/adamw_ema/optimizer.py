@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -35,8 +36,12 @@ class AdamWEMA(torch.optim.Optimizer):
     the bias, clip and skip anew. Baked in are the tensors' addresses and every setting that is a Python number, so
     make the learning rate a tensor on the device (fp32 or fp64, one element) and change it in place.
 
+    The state dict of a `torch.optim.AdamW` can be loaded, to warm-start from a run without average: each average then
+    starts as a copy of its parameter as it is at its next step, and what the dict's groups lack, such as "ema_decay",
+    stays as it was set here.
+
     Args:
-        params: parameters or parameter groups.
+        params: parameters or parameter groups; a group may have its own of the settings from lr to ema_decay.
         lr: learning rate, a number or a tensor of one element on the parameters' device.
         betas: decay of the two moments, each in [0, 1).
         eps: added to the root of the second moment.
@@ -52,7 +57,9 @@ class AdamWEMA(torch.optim.Optimizer):
             dict of an optimiser that may skip.
 
     Raises:
-        ValueError: a setting out of its range, or at a step a parameter of less than fp32 or a sparse gradient.
+        ValueError: a setting, of all or of one group, out of its range; at a step a parameter of less than fp32 or a
+            sparse gradient; and from `load_state_dict` a state that isn't AdamW's. What is changed in `param_groups`
+            later is not checked.
     """
 
     def __init__(
@@ -67,23 +74,21 @@ class AdamWEMA(torch.optim.Optimizer):
         max_norm: float = 0.0,
         skip_nonfinite: bool = False,
     ) -> None:
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay), ("max_norm", max_norm)):
-            if isinstance(value, Tensor) and value.numel() != 1:
-                raise ValueError(f"{name} has shape {list(value.shape)}: give a number, or a tensor of one element")
-            if not value >= 0:
-                raise ValueError(f"{name} is {value}: give a number of at least 0")
-        for name, value in (("betas[0]", betas[0]), ("betas[1]", betas[1])):
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} is {value}: give a number in [0, 1)")
-        if not 0 <= ema_decay <= 1:
-            raise ValueError(f"ema_decay is {ema_decay}: give a number in [0, 1]")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "ema_decay": ema_decay}
+        _check_settings(defaults)
+        _check_number("max_norm", max_norm, lambda x: x >= 0, "of at least 0")
         # torch reads "fused" when it loads a state: `step` then returns to its parameter's device.
         super().__init__(params, {**defaults, "fused": True})
         self.max_norm, self.skip_nonfinite = max_norm, skip_nonfinite
         self.skipped = torch.zeros((), dtype=torch.int64)  # moved to the device by the first step
         self._copies: dict[Tensor, Tensor] = {}
         self._uploads = Uploads()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As every optimiser's, also for the groups that it is made with; ValueError for a setting out of its range."""
+        if isinstance(param_group, Mapping):
+            _check_settings({**self.defaults, **param_group})
+        super().add_param_group(param_group)
 
     def attach_copies(self, copies: Mapping[Tensor, Tensor]) -> None:
         """Keep low-precision copies of parameters up to date: written now, and by every step in its one pass.
@@ -168,13 +173,14 @@ class AdamWEMA(torch.optim.Optimizer):
         return batches
 
     def _state(self, param: Tensor) -> dict[str, Tensor]:
+        if param.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"a parameter is {param.dtype}: AdamWEMA needs fp32 master weights")
         state: dict[str, Tensor] = self.state[param]
         if not state:
-            if param.dtype not in (torch.float32, torch.float64):
-                raise ValueError(f"a parameter is {param.dtype}: AdamWEMA needs fp32 master weights")
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
             state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        if "ema" not in state:  # the first step, or the first after loading a state without average
             state["ema"] = param.detach().clone(memory_format=torch.preserve_format)
         return state
 
@@ -193,10 +199,51 @@ class AdamWEMA(torch.optim.Optimizer):
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "param_groups" in self.__dict__:  # called by load_state_dict, not by unpickling
+            _fit_in(state, self.param_groups)
         super().__setstate__(state)
         absent = {"max_norm": 0.0, "skip_nonfinite": False, "skipped": torch.zeros((), dtype=torch.int64)}
         for name, value in {**absent, "_copies": {}, "_uploads": Uploads()}.items():
             self.__dict__.setdefault(name, value)
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    lr, betas = settings["lr"], settings["betas"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr has shape {list(lr.shape)}: give a number, or a tensor of one element")
+        lr = lr.item()
+    for name, value in (("lr", lr), ("eps", settings["eps"]), ("weight_decay", settings["weight_decay"])):
+        _check_number(name, value, lambda x: x >= 0, "of at least 0")
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas is {betas!r}: give two numbers in [0, 1)")
+    for index, beta in enumerate(betas):
+        _check_number(f"betas[{index}]", beta, lambda x: 0 <= x < 1, "in [0, 1)")
+    _check_number("ema_decay", settings["ema_decay"], lambda x: 0 <= x <= 1, "in [0, 1]")
+
+
+def _check_number(name: str, value: object, fits: Callable[[Any], bool], expected: str) -> None:
+    if not isinstance(value, Real) or not fits(value):
+        raise ValueError(f"{name} is {value!r}: give a number {expected}")
+
+
+def _fit_in(state: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+    """Complete, in place, what `load_state_dict` is about to take from any AdamW, by these groups' settings."""
+    for loaded, own in zip(state["param_groups"], groups, strict=True):
+        for name in ("amsgrad", "maximize"):
+            if loaded.get(name):
+                raise ValueError(f"{name} is {loaded[name]} in a loaded group: expected False, AdamWEMA has no {name}")
+        for name in Settings.__annotations__:
+            loaded.setdefault(name, own[name])
+        loaded["fused"] = True
+        for param in loaded["params"]:
+            values = state["state"].get(param)
+            if not values:
+                continue
+            if missing := {"step", "exp_avg", "exp_avg_sq"} - set(values):
+                raise ValueError(f"a loaded state has {sorted(values)}: expected AdamW's, with {sorted(missing)}")
+            # A number, or on the CPU, where the optimiser that left it was not fused.
+            values["step"] = torch.as_tensor(values["step"], dtype=torch.float32, device=param.device)
 
 
 def _norms(grads: list[Tensor]) -> tuple[Tensor, ...]:

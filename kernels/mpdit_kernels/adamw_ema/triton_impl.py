@@ -48,6 +48,13 @@ UPDATE = Tunable("adamw_ema.update", _default, _candidates)
 
 
 @triton.jit
+def _bias(step, weight):
+    """1 - (1 - weight)**step in fp64; without the logarithm of 0 at weight 1."""
+    beta = 1 - tl.cast(weight, tl.float64)
+    return tl.where(beta > 0, 1 - tl.exp(step * tl.log(tl.where(beta > 0, beta, 1.0))), 1.0)
+
+
+@triton.jit
 def _advance(
     table,  # int64 [8, N]
     scalars,  # out fp32 [3, N]: lr * weight decay, lr / (1 - beta1**step), 1 / sqrt(1 - beta2**step)
@@ -71,11 +78,9 @@ def _advance(
         tl.store(steps, done + tl.load(taken), mask=mask)
     rate = tl.load(lr).to(tl.float32) if LR_TENSOR else lr
     step = (done + 1).to(tl.float64)
-    mean_bias = 1 - tl.exp(step * tl.log(1 - tl.cast(mean_weight, tl.float64)))
-    square_bias = 1 - tl.exp(step * tl.log(1 - tl.cast(square_weight, tl.float64)))
     tl.store(scalars + tensor, rate * weight_decay, mask=mask)
-    tl.store(scalars + N + tensor, (rate / mean_bias).to(tl.float32), mask=mask)
-    tl.store(scalars + 2 * N + tensor, (1 / tl.sqrt(square_bias)).to(tl.float32), mask=mask)
+    tl.store(scalars + N + tensor, (rate / _bias(step, mean_weight)).to(tl.float32), mask=mask)
+    tl.store(scalars + 2 * N + tensor, (1 / tl.sqrt(_bias(step, square_weight))).to(tl.float32), mask=mask)
 
 
 @triton.jit

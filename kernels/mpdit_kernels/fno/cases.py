@@ -27,12 +27,17 @@ def cases(shape: Shape) -> list[Case]:
     """One: it is called once a step."""
     batch, width, sizes = shape.batch, shape.width, shapes(CHANNELS, shape.width)
     every = 4 * sum(math.prod(size) for size in sizes)
+    # Bytes of what a pass takes and gives, of what forward keeps for backward, and of what backward's two launches pass
+    # on, written and read; not of the tables of cosines, which never change.
     acting = every - 4 * CHANNELS**2 * (2 * MODES - 1)  # of the last layer's frequencies only zero
+    biases = 4 * (3 * CHANNELS + width)  # of the layers and of the projection: backward needs none
     ends = 4 * batch * (1 + width)  # t and the result, or its gradient
-    saved = 4 * batch * CHANNELS * (2 * GRID + 2)
+    kept = 4 * CHANNELS * (batch * (2 * GRID + 2) + GRID + 1)
+    passed = 4 * CHANNELS * batch * (2 * GRID + 1)  # d_mixed, d_lifted and d_z
     # Of a sample: two transforms, the middle layer's complex and pointwise mixings, the last layer, the projection.
+    # Backward has no product for the pointwise weights' gradients: they are sums of the complex ones'.
     transform, mixing, pointwise = 2 * CHANNELS * GRID * GRID, 8 * MODES * CHANNELS**2, 2 * CHANNELS**2 * GRID
-    flops = 2 * transform + mixing + pointwise + 2 * CHANNELS**2 + 2 * CHANNELS * width
+    once, twice = 2 * transform + pointwise, mixing + 2 * CHANNELS**2 + 2 * CHANNELS * width
     table = mixing // 2 + transform  # the first layer's, of the weights alone
     return [
         Case(
@@ -41,8 +46,11 @@ def cases(shape: Shape) -> list[Case]:
             partial(_inputs, batch, sizes),
             _call,
             _launch,
-            Cost(ends + acting, batch * flops + table),
-            Cost(ends + acting + saved + every, 2 * (batch * flops + table)),
+            Cost(ends + acting + kept, flops32=batch * (once + twice) + table),
+            Cost(
+                ends + acting - biases + kept + 2 * passed + every,
+                flops32=batch * (once + 2 * twice) + 2 * table,
+            ),
         )
     ]
 

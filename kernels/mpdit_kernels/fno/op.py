@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpdit_kernels.checks import check, check_alike, check_dims, check_shape
+from mpdit_kernels.checks import check, check_alike, check_dims, check_shape, check_tensors
 from mpdit_kernels.dispatch import takes_triton
 from mpdit_kernels.fno import reference
 
@@ -21,6 +21,9 @@ WIDTHS = (16, 32, 64)
 def fno_time_embedding(t: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
     """MPDiT's time embedding: a Fourier neural operator on the grid linspace(-1, 1, 32) + t (section 3.3).
 
+    Through the kernels gradients can be taken once, by torch.autograd's backward; `use("reference")` has no such limit.
+    The first call on a device copies tables there, which a CUDA graph can't capture: call it once before a capture.
+
     Args:
         t: [B].
         weights: named and laid out as in the official checkpoints, for two layers or more, i = 0, 1, ...:
@@ -32,7 +35,7 @@ def fno_time_embedding(t: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         Weights of the last layer's frequencies other than zero don't act; their gradients are zero, not None.
 
     Raises:
-        ValueError: entries missing or unknown, or shapes, devices or dtypes that don't fit.
+        ValueError: what is no tensor, entries missing or unknown, or shapes, devices or dtypes that don't fit.
     """
     layers, ordered = _check(t, weights)
     double = torch.float64 in (t.dtype, *(value.dtype for value in ordered))
@@ -48,14 +51,17 @@ def fno_time_embedding(t: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
 
 def _check(t: Tensor, weights: Mapping[str, Tensor]) -> tuple[int, list[Tensor]]:
     """The number of layers, and the weights in order."""
+    check_tensors(t=t)
     check_dims("t", t, "[B]")
-    layers = max(sum(name.endswith(part) for name in weights) for part in (".weights_real", ".weights_imag"))
+    check(isinstance(weights, Mapping), "weights", type(weights).__name__, "a mapping from names to tensors")
+    layers = max(sum(str(name).endswith(part) for name in weights) for part in (".weights_real", ".weights_imag"))
     check(layers >= 2, "weights", f"of {layers} layers, by its conv{{i}}.weights_real", "at least 2 layers")
     names = reference.names(layers)
     missing = [name for name in names if name not in weights]
     unknown = [name for name in weights if name not in names]
     check(not missing, "weights", f"without {', '.join(missing)}", f"{', '.join(names)}")
     check(not unknown, "weights", f"with {', '.join(map(str, unknown))}", f"only {', '.join(names)}")
+    check_tensors(**{name: weights[name] for name in names})
     check_alike(t=t, **{name: weights[name] for name in names})
     check_dims("fc0.weight", weights["fc0.weight"], "[W, 1]")
     check_dims("fc1.weight", weights["fc1.weight"], "[D, W]")

@@ -195,7 +195,8 @@ def forward(t: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tenso
     batch, channels, width = t.shape[0], weights[0].shape[0], weights[-1].shape[0]
     per_sample = (batch, channels, reference.GRID)
     shapes = ((batch, width), per_sample, per_sample, (2, batch, channels), (channels, reference.GRID), (channels,))
-    outputs = [torch.empty(shape, dtype=torch.float32, device=t.device) for shape in shapes]
+    allocate = torch.empty if batch else torch.zeros  # without samples nothing runs that writes start and slope
+    outputs = [allocate(shape, dtype=torch.float32, device=t.device) for shape in shapes]
     config = FORWARD.pick(channels=channels)
     tables = make_tables(t.device, torch.float32)
     acting = [value for name, value in zip(reference.names(3), weights, strict=True) if name != "conv2.weights_imag"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpdit_kernels.checks import autocast_dtype, check, check_alike, check_dims, check_shape
+from mpdit_kernels.checks import autocast_dtype, check, check_alike, check_dims, check_shape, check_tensors
 from mpdit_kernels.dispatch import takes_triton
 from mpdit_kernels.gelu_mlp import reference
 
@@ -20,6 +20,7 @@ def gelu_linear(
 
     GELU's tanh form is that of Hendrycks and Gimpel (arXiv 1606.08415, section 2). For backward it keeps x and the
     pre-activation, and the activation is computed again; where no gradient is asked for it keeps neither.
+    Through the kernels gradients can be taken once, by torch.autograd's backward; `use("reference")` has no such limit.
 
     Args:
         x: [..., D]; any strides.
@@ -31,7 +32,7 @@ def gelu_linear(
         differ, and are taken, and returned, in autocast's.
 
     Raises:
-        ValueError: shapes, devices or dtypes that don't fit.
+        ValueError: what is no tensor, or shapes, devices or dtypes that don't fit.
     """
     _check(x, weight1, bias1, weight2, bias2)
     tensors: Sequence[Tensor | None] = (x, weight1, bias1, weight2, bias2)
@@ -44,6 +45,7 @@ def gelu_linear(
 
 
 def _check(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor | None, bias2: Tensor | None) -> None:
+    check_tensors(x=x, weight1=weight1, bias1=bias1)
     check_alike(x=x, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
     check(x.ndim > 0 and x.shape[-1] > 0, "x", f"of shape {list(x.shape)}", "[..., D] with at least one column")
     check_dims("weight1", weight1, "[H, D]")
@@ -56,6 +58,7 @@ def _check(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor | None, bi
     if weight2 is not None and bias2 is not None:
         check_dims("weight2", weight2, "[D2, H]")
         check_shape("weight2", weight2, (weight2.shape[0], weight1.shape[0]), "[D2, H]")
+        check(weight2.shape[0] > 0, "weight2", f"of shape {list(weight2.shape)}", "at least one row")
         check_shape("bias2", bias2, weight2.shape[:1], "[D2]")
     if autocast_dtype(x) is None:
         for name, tensor in (("weight1", weight1), ("bias1", bias1), ("weight2", weight2), ("bias2", bias2)):

@@ -1,5 +1,7 @@
 """The MLP forward and backward: products by cuBLAS, and one pass over [tokens, H] each way as Triton kernels.
 
+Where nothing is kept, product and GELU are cuBLASLt's own. That is no way to train: torch exposes no epilogue that also
+keeps the pre-activation (GELU_AUX), and the activation doesn't tell it, for GELU has no inverse.
 Where a table of measurements names the method "epilogue", the product and the pass are one kernel, of epilogue.py.
 Either way backward reads the pre-activation, writes its gradient and the activation, and adds up the bias gradient:
 fp32 sums of a program's rows, then of the programs in a fixed order, so results repeat bit for bit.

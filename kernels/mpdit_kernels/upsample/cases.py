@@ -26,6 +26,13 @@ def cases(shape: Shape) -> list[Case]:
     weights, table = 2 * (expand + refine), 4 * fine * width
     # Every tensor once where it is an argument or a result, and twice (written, read) where it has to be in memory
     # between the products: before and after the kernel, here and on the way back. bf16, the result and positions fp32.
+    #
+    # What the implementation moves beyond that, at XL: the kernel writes the whole result, biases and positions, and
+    # the product reads and writes it again, 8 * tokens = 321 MB over the 511 of `forward`. This is because cuBLAS adds
+    # a product to a matrix in memory, and has no epilogue for positions. The alternative is a product in bf16 and a
+    # kernel that adds: 4 * tokens = 160 MB over (as much as now where the result is bf16), and one more rounding. To be
+    # decided by measurement. Smaller: image tokens of x copied (38 MB), and weights laid out again (27 MB). On the way
+    # back, over the 783 of `backward`: d_out written as bf16 and read so by both products, 6 * tokens = 241 MB.
     forward = 2 * x + 4 * image + 4 * tokens + 2 * patches + 4 * tokens + weights + table
     # d_out, tokens before GELU and normalised again, the gradients of both, x and its gradient, weights and theirs.
     backward = 4 * tokens + 2 * image + 4 * tokens + 4 * tokens + 4 * image + 4 * x + 2 * patches + 2 * weights

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mpdit_kernels.checks import autocast_dtype, check, check_alike, check_dims, check_eps, check_shape
+from mpdit_kernels.checks import (
+    autocast_dtype,
+    check,
+    check_alike,
+    check_dims,
+    check_eps,
+    check_shape,
+    check_tensors,
+)
 from mpdit_kernels.dispatch import takes_triton, too_wide
 from mpdit_kernels.upsample import reference
 
@@ -54,7 +62,7 @@ def upsample_tokens(
         widest of that one, x's, the position's and the skip bias's, so an fp32 residual stream stays fp32.
 
     Raises:
-        ValueError: shapes, devices or dtypes that don't fit.
+        ValueError: shapes, devices, dtypes or types that don't fit.
     """
     grid = _check(
         x, expand_weight, expand_bias, refine_weight, refine_bias, num_class_tokens, factor, skip, position, grid
@@ -99,33 +107,29 @@ def _check(
     grid: tuple[int, int] | None,
 ) -> tuple[int, int]:
     """The coarse grid, all arguments being as they should."""
+    weights = {
+        "expand_weight": expand_weight,
+        "expand_bias": expand_bias,
+        "refine_weight": refine_weight,
+        "refine_bias": refine_bias,
+    }
+    check_tensors(x=x, **weights)
+    patches, skip_weight, skip_bias = _skip(skip)
+    check_alike(x=x, **weights, patches=patches, skip_weight=skip_weight, skip_bias=skip_bias, position=position)
     check_dims("x", x, "[B, m+n0, D]")
     batch, tokens, width = x.shape
     check(width > 0, "x", f"of shape {list(x.shape)}", "at least one column")
-    check(r >= 1, "factor", r, "at least 1")
-    check(0 <= m < tokens, "num_class_tokens", m, f"at least 0, and fewer than x's {tokens} tokens")
+    check(_integer(r) and r >= 1, "factor", r, "an integer of at least 1")
+    # Texts with sizes are made only where they are raised: torch.compile takes a size put into a text as constant.
+    if not (_integer(m) and 0 <= m < tokens):
+        check(False, "num_class_tokens", m, f"an integer of at least 0, and fewer than x's {tokens} tokens")
     coarse = tokens - m
-    if grid is None:
-        grid = (math.isqrt(coarse), math.isqrt(coarse))
-        check(grid[0] * grid[1] == coarse, "grid", None, f"(h, w), as x's {coarse} image tokens are no square")
-    check(grid[0] * grid[1] == coarse and grid[0] > 0, "grid", grid, f"(h, w) of h * w = {coarse} image tokens")
-    patches, skip_weight, skip_bias = skip or (None, None, None)
-    check_alike(
-        x=x,
-        expand_weight=expand_weight,
-        expand_bias=expand_bias,
-        refine_weight=refine_weight,
-        refine_bias=refine_bias,
-        patches=patches,
-        skip_weight=skip_weight,
-        skip_bias=skip_bias,
-        position=position,
-    )
+    grid = _grid(grid, coarse)
     check_shape("expand_weight", expand_weight, (width * r * r, width), "[D*r*r, D]")
     check_shape("expand_bias", expand_bias, (width * r * r,), "[D*r*r]")
     check_shape("refine_weight", refine_weight, (width, width), "[D, D]")
     check_shape("refine_bias", refine_bias, (width,), "[D]")
-    if patches is not None and skip_weight is not None and skip_bias is not None:
+    if patches is not None and skip_weight is not None and skip_bias is not None:  # one is None where all are
         check_dims("patches", patches, "[B, n1, K]")
         values = patches.shape[2]
         check(values > 0, "patches", f"of shape {list(patches.shape)}", "at least one column")
@@ -135,6 +139,37 @@ def _check(
     if position is not None:
         check_shape("position", position, (coarse * r * r, width), "[n1, D]")
     return grid
+
+
+def _integer(value: object) -> bool:
+    return isinstance(value, (int, torch.SymInt))
+
+
+def _skip(skip: Any) -> tuple[Any, Any, Any]:
+    """The skip's three tensors, or three times None."""
+    if skip is None:
+        return None, None, None
+    got = f"a tuple of {len(skip)}" if isinstance(skip, tuple) else f"of type {type(skip).__name__}"
+    check(isinstance(skip, tuple) and len(skip) == 3, "skip", got, "a tuple (patches, weight, bias), or None")
+    patches, weight, bias = skip
+    check_tensors(patches=patches, skip_weight=weight, skip_bias=bias)
+    return patches, weight, bias
+
+
+def _grid(grid: Any, coarse: int) -> tuple[int, int]:
+    """(h, w) of the coarse image tokens."""
+    if grid is None:
+        # Not math.isqrt, which torch.compile can't trace where the number of tokens is dynamic. Rounded, the root of a
+        # square is exact up to 2**52.
+        side = int(math.sqrt(coarse) + 0.5)
+        if side * side != coarse:
+            check(False, "grid", None, f"(h, w), as x's {coarse} image tokens are no square")
+        return side, side
+    pair = isinstance(grid, (tuple, list)) and len(grid) == 2 and _integer(grid[0]) and _integer(grid[1])
+    if not (pair and grid[0] * grid[1] == coarse and grid[0] > 0):
+        got = grid if isinstance(grid, (tuple, list)) else f"of type {type(grid).__name__}"
+        check(False, "grid", got, f"(h, w) of h * w = {coarse} image tokens, two integers")
+    return grid[0], grid[1]
 
 
 def _offset_major(x: Tensor, r: int, dtype: torch.dtype) -> Tensor:

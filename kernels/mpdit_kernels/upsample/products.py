@@ -14,7 +14,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b, summed in fp32; out has the operands' dtype or is fp32."""
+    """out += a @ b, summed in fp32, out being read and written whole; it has the operands' dtype or is fp32."""
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, out=out)
     elif not out.is_cuda:  # the interpreter's tensors: no such product on the CPU

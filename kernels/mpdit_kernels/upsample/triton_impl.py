@@ -2,9 +2,10 @@
 
 The first product leaves the r*r fine tokens of a coarse one side by side, so tokens before GELU are the rows of one
 matrix: class tokens of all samples, then for each coarse token its offsets (i, j). The forward kernel takes each to its
-place in the result: GELU, norm, the patch's values appended as columns so that the skip rides in the second product,
-and into the result what that product is added to. The backward kernel does the same way back, computing the normalised
-rows again. A program takes one offset of several coarse tokens, or several class tokens, ROWS at a time.
+place in the result: GELU, norm, and the patch's values appended as columns so that the skip rides in the second
+product. It also writes the whole result, filled with biases and positions, which that product then reads and writes
+again (cases.py has the bytes). The backward kernel does the same way back, computing the normalised rows again. A
+program takes one offset of several coarse tokens, or several class tokens, ROWS at a time.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def _forward(
     skip_bias,  # [D], where SKIP
     position,  # [n1, D], where POSITION
     normal,  # out [B*T, D + EXTRA]
-    out,  # out [B, T, D]: what the product is added to
+    out,  # out [B, T, D]: biases and positions, to which the product is added in place
     B,
     M,
     H,
@@ -294,7 +295,9 @@ def backward(
             dx[:, m:].copy_(product(d_image, expand).view(batch, h * w, width))
         d_expand = product(d_image.t(), image) if for_expand else None
     if for_patches and d_normal is not None and patches is not None:
-        d_patches = d_normal.unflatten(0, (batch, tokens))[:, m:, width : width + patches.shape[2]].contiguous()
+        # Copied even where contiguous: an operator's outputs own their memory.
+        columns_of_patches = d_normal.unflatten(0, (batch, tokens))[:, m:, width : width + patches.shape[2]]
+        d_patches = columns_of_patches.clone(memory_format=torch.contiguous_format)
     return [
         dx,
         d_expand,
@@ -303,7 +306,7 @@ def backward(
         sums.sum(0) if sums is not None and for_refine_bias else None,
         d_patches,
         sums[m:].sum(0) if sums is not None and for_skip_bias else None,
-        sums[m:].contiguous() if sums is not None and for_position else None,
+        sums[m:].clone() if sums is not None and for_position else None,
     ]
 
 

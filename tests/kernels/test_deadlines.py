@@ -1,0 +1,72 @@
+"""What ends in time whatever it is at: the tuner, and make gpu."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+STUCK = """
+import dataclasses, sys, time
+from pathlib import Path
+from mpdit_kernels import tune
+from mpdit_kernels.cases import all_cases
+
+def stuck(*_):
+    while True:
+        try:
+            time.sleep(60)  # stops for no alarm, like a compiler
+        except BaseException:
+            print("stuck", flush=True)
+
+case = dataclasses.replace(all_cases(tune.TINY, ["adaln"])[0], inputs=stuck)
+tune.all_cases = lambda *_, **__: [case]
+tune.GRACE = 1.0
+tune.main(["--dry-run", "--minutes", "0.05", "--out", sys.argv[1]])
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run's")
+def test_a_step_that_does_not_stop_is_ended(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "kernels")}
+    done = subprocess.run(
+        [sys.executable, "-c", STUCK, str(out)],
+        env=environment, capture_output=True, text=True, check=False, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "stuck\nended 1 seconds after its 0.05 minutes, as a step did not stop\n"
+    assert json.loads(out.read_text())["ceilings"], "what it had is kept"
+
+
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+*mpdit_kernels.tune*) echo "$*" >>LOG ;;
+*"-m pytest"*) echo "$*" >>LOG; sleep 30 ;;
+esac
+"""
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_make_gpu_starts_the_longest_first_and_leaves_tests_that_hang(tmp_path: Path) -> None:
+    log, fake = tmp_path / "log", tmp_path / "python"
+    fake.write_text(FAKE_PYTHON.replace("LOG", str(log)))
+    fake.chmod(0o755)
+    start = time.monotonic()
+    done = subprocess.run(
+        ["make", "gpu", f"PYTHON={fake}", "GPU_TEST_SECONDS=2"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert time.monotonic() - start < 20
+    assert done.returncode == 2 and "the tests took more than 2 seconds" in done.stderr
+    *tests, tuning = log.read_text().splitlines()
+    assert len(tests) == 8 and any("test_gpu.py" in line for line in tests), "of those side by side from the start"
+    assert tuning == "-m mpdit_kernels.tune --minutes 4.5"
