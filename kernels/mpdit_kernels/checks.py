@@ -23,6 +23,12 @@ def check_shape(name: str, x: Tensor, shape: Sequence[int], letters: str = "") -
         raise ValueError(f"{name} has shape {list(x.shape)}: expected {list(shape)}{' ' + letters if letters else ''}")
 
 
+def check_filled(name: str, x: Tensor, axis: int, expected: str) -> None:
+    """x is not empty along an axis. The text is made only for the error: in a text, torch.compile fixes a size."""
+    if x.shape[axis] == 0:
+        raise ValueError(f"{name} is of shape {list(x.shape)}: expected {expected}")
+
+
 def check_dims(name: str, x: Tensor, letters: str) -> None:
     """x has as many dimensions as `letters`, such as "[B, T, D]", names."""
     if x.ndim != letters.count(",") + 1:

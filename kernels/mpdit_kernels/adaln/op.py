@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from mpdit_kernels.adaln import reference
-from mpdit_kernels.checks import autocast_dtype, check, check_alike, check_dims, check_eps, check_shape, check_tensors
+from mpdit_kernels.checks import (
+    autocast_dtype,
+    check,
+    check_alike,
+    check_dims,
+    check_eps,
+    check_filled,
+    check_shape,
+    check_tensors,
+)
 from mpdit_kernels.dispatch import takes_triton, too_wide
 
 MAX_TOKENS = 2**19
@@ -97,7 +106,7 @@ def _check(x: Tensor, **others: Tensor) -> None:
     check_tensors(x=x, **others)
     check_dims("x", x, "[B, T, D]")
     check_alike(x=x, **others)
-    check(x.shape[-1] > 0, "x", f"of shape {list(x.shape)}", "at least one column")
+    check_filled("x", x, -1, "at least one column")
     if "branch" in others:
         check_shape("branch", others.pop("branch"), x.shape, "[B, T, D] as x")
     for name, vector in others.items():
@@ -105,8 +114,9 @@ def _check(x: Tensor, **others: Tensor) -> None:
 
 
 def _refusal(x: Tensor) -> str | None:
-    too_many = f"there are {x.shape[1]} tokens, and the kernels take {MAX_TOKENS} at most"
-    return too_wide(x) or (too_many if x.shape[1] > MAX_TOKENS else None)
+    if x.shape[1] > MAX_TOKENS:
+        return f"there are {x.shape[1]} tokens, and the kernels take {MAX_TOKENS} at most"
+    return too_wide(x)
 
 
 def _result(x: Tensor, eps: float, dtype: torch.dtype | None) -> torch.dtype:

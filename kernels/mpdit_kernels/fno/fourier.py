@@ -21,7 +21,7 @@ from mpdit_kernels.fno import reference
 def make_tables() -> tuple[Tensor, ...]:
     """[34, 32]: cosines and negative sines of each mode over the grid, as in a spectrum; the grid; its spectrum."""
     analysis, _ = reference.fourier_matrices()
-    basis = analysis.permute(1, 2, 0).reshape(32, 32)
+    basis = analysis.permute(1, 2, 0).reshape(32, 32).float()
     grid = torch.linspace(-1, 1, reference.GRID, dtype=torch.float32, device="cpu")
     of_grid = (basis.double() @ grid.double()).float()
     basis[reference.MODES] = 1 - 2.0 * (torch.arange(reference.GRID, device="cpu") % 2)

@@ -51,7 +51,7 @@ def per_device(
 
 
 def fourier_matrices() -> tuple[Tensor, Tensor]:
-    """The truncated real DFT of GRID points as two real fp32 matrices.
+    """The truncated real DFT of GRID points as two real fp64 matrices.
 
     Returns `analysis` [GRID, 2, MODES] (real and imaginary parts of rfft) and `synthesis` [2, MODES, GRID] (irfft).
     """
@@ -61,12 +61,12 @@ def fourier_matrices() -> tuple[Tensor, Tensor]:
     fold = torch.full((MODES,), 2.0 / GRID, dtype=torch.float64, device="cpu")
     fold[0] = 1.0 / GRID
     synthesis = torch.stack([angle.cos() * fold, -angle.sin() * fold]).transpose(1, 2)
-    return analysis.float(), synthesis.float()
+    return analysis, synthesis
 
 
 @per_device
 def constants() -> tuple[Tensor, ...]:
-    """The grid [GRID], and `analysis` and `synthesis`; rounded to fp32 in every dtype."""
+    """The grid [GRID], which is that of fp32 in every dtype, and `analysis` and `synthesis`."""
     grid = torch.linspace(-1, 1, GRID, dtype=torch.float32, device="cpu")
     return grid, *fourier_matrices()
 

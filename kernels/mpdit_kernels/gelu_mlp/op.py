@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpdit_kernels.checks import autocast_dtype, check, check_alike, check_dims, check_shape, check_tensors
+from mpdit_kernels.checks import (
+    autocast_dtype,
+    check,
+    check_alike,
+    check_dims,
+    check_filled,
+    check_shape,
+    check_tensors,
+)
 from mpdit_kernels.dispatch import takes_triton
 from mpdit_kernels.gelu_mlp import reference
 
@@ -47,10 +55,11 @@ def gelu_linear(
 def _check(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor | None, bias2: Tensor | None) -> None:
     check_tensors(x=x, weight1=weight1, bias1=bias1)
     check_alike(x=x, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
-    check(x.ndim > 0 and x.shape[-1] > 0, "x", f"of shape {list(x.shape)}", "[..., D] with at least one column")
+    check(x.ndim > 0, "x", "of shape []", "[..., D] with at least one column")
+    check_filled("x", x, -1, "[..., D] with at least one column")
     check_dims("weight1", weight1, "[H, D]")
     check_shape("weight1", weight1, (weight1.shape[0], x.shape[-1]), "[H, D]")
-    check(weight1.shape[0] > 0, "weight1", f"of shape {list(weight1.shape)}", "at least one row")
+    check_filled("weight1", weight1, 0, "at least one row")
     check_shape("bias1", bias1, weight1.shape[:1], "[H]")
     if (weight2 is None) != (bias2 is None):
         got = ("None", "a tensor, as weight2 is") if bias2 is None else ("given", "None, as weight2 is")
@@ -58,7 +67,7 @@ def _check(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor | None, bi
     if weight2 is not None and bias2 is not None:
         check_dims("weight2", weight2, "[D2, H]")
         check_shape("weight2", weight2, (weight2.shape[0], weight1.shape[0]), "[D2, H]")
-        check(weight2.shape[0] > 0, "weight2", f"of shape {list(weight2.shape)}", "at least one row")
+        check_filled("weight2", weight2, 0, "at least one row")
         check_shape("bias2", bias2, weight2.shape[:1], "[D2]")
     if autocast_dtype(x) is None:
         for name, tensor in (("weight1", weight1), ("bias1", bias1), ("weight2", weight2), ("bias2", bias2)):

@@ -20,6 +20,7 @@ from mpdit_kernels.checks import (
     check_alike,
     check_dims,
     check_eps,
+    check_filled,
     check_shape,
     check_tensors,
 )
@@ -118,7 +119,7 @@ def _check(
     check_alike(x=x, **weights, patches=patches, skip_weight=skip_weight, skip_bias=skip_bias, position=position)
     check_dims("x", x, "[B, m+n0, D]")
     batch, tokens, width = x.shape
-    check(width > 0, "x", f"of shape {list(x.shape)}", "at least one column")
+    check_filled("x", x, 2, "at least one column")
     check(_integer(r) and r >= 1, "factor", r, "an integer of at least 1")
     # Texts with sizes are made only where they are raised: torch.compile takes a size put into a text as constant.
     if not (_integer(m) and 0 <= m < tokens):
@@ -132,7 +133,7 @@ def _check(
     if patches is not None and skip_weight is not None and skip_bias is not None:  # one is None where all are
         check_dims("patches", patches, "[B, n1, K]")
         values = patches.shape[2]
-        check(values > 0, "patches", f"of shape {list(patches.shape)}", "at least one column")
+        check_filled("patches", patches, 2, "at least one column")
         check_shape("patches", patches, (batch, coarse * r * r, values), "[B, n1, K]")
         check_shape("skip_weight", skip_weight, (width, values), "[D, K]")
         check_shape("skip_bias", skip_bias, (width,), "[D]")
