@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -298,14 +297,6 @@ class TestToys:
                 tune.main(arguments)
             error = capsys.readouterr().err
             assert stopped.value.code == 2 and message in error and error.count("\n") == 1
-
-    @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
-    def test_make_gpu_without_a_gpu_says_so(self) -> None:
-        done = subprocess.run(
-            ["make", "gpu", f"PYTHON={sys.executable}"], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 2
-        assert done.stderr.startswith("error: no CUDA GPU here") and done.stdout == ""
 
 
 def test_xl_comes_first_and_every_operation_before_a_second_case() -> None:
