@@ -154,15 +154,3 @@ def loss(operation: str, target: str) -> str | None:
     if table.get("wins", {}).get(operation, True):
         return None
     return f"on {target}, {table.get('losses', {}).get(operation, 'it was measured slower')}"
-
-
-def multiprocessors() -> int:
-    """Of the current GPU; while recording for a target, or without a GPU, those of an A100 or an H200."""
-    return _multiprocessors(_target)
-
-
-@functools.cache
-def _multiprocessors(target: str | None) -> int:
-    if target is None and torch.cuda.is_available():
-        return torch.cuda.get_device_properties().multi_processor_count
-    return 108 if target == "sm_80" else 132
