@@ -1,9 +1,12 @@
 """What an installation brings: exactly two import names, none of which shadows another library's."""
 
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -39,9 +42,23 @@ def test_no_script_in_launch_shadows_an_import():
 
 
 def test_pypi_apex_is_no_dependency():
-    """PyPI's apex is another project; NVIDIA's is built from source."""
-    for requirement in metadata.requires("mpdit") or []:
-        assert not requirement.lower().startswith("apex")
+    """PyPI's apex is another project; NVIDIA's is built from source. It is in no extra either."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    wanted = [*project["build-system"]["requires"], *project["project"]["dependencies"], *chain(*extras.values())]
+    assert {"flash", "xformers"} <= set(extras)
+    for requirement in [*wanted, *(metadata.requires("mpdit") or [])]:
+        name = re.match(r"[\w.-]+", requirement)
+        assert name and name[0].lower() != "apex"
+
+
+def test_measured_tables_are_shipped():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["mpdit_kernels"]
+    package = ROOT / "kernels" / "mpdit_kernels"
+    shipped = {path for pattern in patterns for path in package.glob(pattern)}
+    assert package / "tuned" / "attention_cpu.json" in shipped
+    assert set(package.rglob("*.json")) == shipped
 
 
 def test_public_names_load_lazily(tmp_path):

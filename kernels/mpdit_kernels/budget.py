@@ -18,11 +18,9 @@ import torch
 
 from mpdit_kernels.cases import OPERATIONS, Case, all_cases
 from mpdit_kernels.command import Parser, aligned, write_atomically
-from mpdit_kernels.dispatch import TRITON_INSTALLED, interpreting
+from mpdit_kernels.dispatch import SHARED_LIMITS, TRITON_INSTALLED, interpreting
 
 BUDGET = Path(__file__).parent / "budget.json"
-SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
-"""Bytes that one program can have."""
 MATRIX = ("", "mma", "wgmma")
 """From worst to best."""
 FIELDS = {"registers": int, "spills": int, "shared": int, "load": int, "wide": int, "matrix": dict, "triton": str}

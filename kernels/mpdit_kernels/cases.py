@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPERATIONS = ("adaln", "gelu_mlp", "upsample", "fno", "adamw_ema")
+OPERATIONS = ("adaln", "gelu_mlp", "short_attn", "upsample", "fno", "adamw_ema")
 """Folders, in the order in which tables list them."""
 
 
@@ -28,11 +28,13 @@ class Shape:
         prefix: m, class tokens.
         grids: side of each stage's grid of tokens, coarse to fine.
         channels, patch: of the latent and of the finest stage.
+        heads: H.
         parameters: trainable ones of the whole model.
     """
 
     name: str
     width: int
+    heads: int
     parameters: int
     batch: int = 128
     prefix: int = 16
@@ -46,7 +48,7 @@ class Shape:
         return tuple(self.prefix + grid * grid for grid in self.grids)
 
 
-SHAPES = (Shape("B", 768, 104_607_152), Shape("XL", 1152, 480_839_216))
+SHAPES = (Shape("B", 768, 12, 104_607_152), Shape("XL", 1152, 16, 480_839_216))
 """MPDiT-B/4-2 and MPDiT-XL/4-2 at 32x32 latents, 128 images on one GPU."""
 
 

@@ -23,6 +23,8 @@ MODES = ("auto", "triton", "reference")
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 MAX_WIDTH = 4096
 """Widest row that kernels hold in registers."""
+SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
+"""Bytes of shared memory that one program can have."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """What every kernel takes."""
 
@@ -90,6 +92,11 @@ def too_wide(x: Tensor) -> str | None:
     return f"rows are {width} wide, and the kernels hold {MAX_WIDTH} at most" if width > MAX_WIDTH else None
 
 
+def shared_limit(architecture: str) -> int:
+    """Bytes of shared memory of a program; on an architecture that is not listed, the least of any since sm_80."""
+    return SHARED_LIMITS.get(architecture, 99 * 1024)
+
+
 def constant_to_compiler(function: F) -> F:
     """Have torch.compile take the function's result as a constant, as it reads what can't be traced.
 
@@ -103,7 +110,7 @@ def constant_to_compiler(function: F) -> F:
 def _decide(
     operation: str, mode: str, device: torch.device, dtypes: tuple[torch.dtype, ...], refusal: str | None
 ) -> bool:
-    reason = _refusal(operation, mode, device, dtypes) or refusal
+    reason = no_kernels(mode, device, dtypes) or _loss(operation, mode, device) or refusal
     if reason and (operation, reason) not in _told:
         _told.add((operation, reason))
         # On the CPU the reference is what "auto" means: worth a line for those who ask, no more.
@@ -112,7 +119,8 @@ def _decide(
     return not reason
 
 
-def _refusal(operation: str, mode: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+def no_kernels(mode: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why no kernel runs on tensors like these in this mode, "auto" or "triton"; None if kernels do."""
     if not TRITON_INSTALLED:
         return "triton is not installed"
     if device.type == "cpu" and mode == "auto":
@@ -124,13 +132,16 @@ def _refusal(operation: str, mode: str, device: torch.device, dtypes: tuple[torc
     for dtype in dtypes:
         if dtype not in FLOATS:
             return f"a tensor is {dtype}, and the kernels take {', '.join(map(str, FLOATS))}"
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            return f"the GPU is of compute capability {capability[0]}.{capability[1]}, and the kernels need 8.0"
-        from mpdit_kernels import launch
-
-        loss = launch.loss(operation, f"sm_{capability[0]}{capability[1]}") if mode == "auto" else None
-        if loss:
-            return f"{loss}; use('triton') takes its kernels all the same"
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        return f"the GPU is of compute capability {capability[0]}.{capability[1]}, and the kernels need 8.0"
     return None
+
+
+def _loss(operation: str, mode: str, device: torch.device) -> str | None:
+    """Whether "auto" leaves the kernels out because they were measured to lose on this GPU."""
+    if device.type != "cuda" or mode != "auto":
+        return None
+    from mpdit_kernels import launch
+
+    loss = launch.loss(operation, "sm_{}{}".format(*torch.cuda.get_device_capability(device)))
+    return f"{loss}; use('triton') takes its kernels all the same" if loss else None

@@ -64,7 +64,7 @@ class Tunable:
             _picked.append((self, key))
         if self.name in _overrides:
             return _overrides[self.name]
-        tuned = tuned_table(_target or architecture()).get("configs", {}).get(self.name, {})
+        tuned = tuned_table(target()).get("configs", {}).get(self.name, {})
         return tuned.get(key_text(key)) or self.default(**key)
 
     @property
@@ -122,6 +122,11 @@ def picks() -> Iterator[list[tuple[Tunable, dict[str, Any]]]]:
         yield _picked
     finally:
         _picked = None
+
+
+def target() -> str:
+    """The architecture that launches are made for: the one recorded for, or this machine's."""
+    return _target or architecture()
 
 
 @functools.cache

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from mpdit_kernels import launch
-from mpdit_kernels.budget import SHARED_LIMITS
 from mpdit_kernels.cases import Case, Cost
 from mpdit_kernels.costs import Gpu
-from mpdit_kernels.dispatch import use
+from mpdit_kernels.dispatch import shared_limit, use
 from mpdit_kernels.launch import Config, Tunable
 from mpdit_kernels.timing import Clock, Prepare, Times, compare
 
@@ -24,8 +23,6 @@ FLOOR = 8
 WORTH = 0.98
 """A candidate replaces the default when it takes less than this share of its time."""
 FINALISTS = 6
-OTHER_LIMIT = 99 * 1024
-"""Bytes of shared memory of a program on architectures that the budget does not know: the least of any since sm_80."""
 BRACKET = 1.2e9
 """Bytes that the calls timed at once should move, so that what an event costs does not matter."""
 
@@ -119,7 +116,7 @@ def _runnable(tunable: Tunable, candidates: list[Config], sharing: Sequence[Case
                 case.launch(*case.inputs("meta", bench.dtype))
             jobs += [(recorded, target) for recorded in launches]
             owners += [index] * len(launches)
-    most = SHARED_LIMITS.get(target, OTHER_LIMIT)
+    most = shared_limit(target)
     bad = {
         owner
         for owner, used in zip(owners, ahead.usages(jobs), strict=True)

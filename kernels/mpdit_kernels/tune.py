@@ -31,7 +31,7 @@ from mpdit_kernels.dispatch import TRITON_INSTALLED
 if TYPE_CHECKING:
     from mpdit_kernels.search import Bench
 
-TINY = (Shape("XL", width=64, parameters=5000, batch=2, prefix=2, grids=(2, 4)),)
+TINY = (Shape("XL", width=64, heads=2, parameters=5000, batch=2, prefix=2, grids=(2, 4)),)
 """For a dry run."""
 SAME_MACHINE = ("gpu", "torch", "triton")
 """Figures of another one are not kept beside new ones."""

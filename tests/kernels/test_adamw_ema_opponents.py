@@ -17,7 +17,7 @@ from mpdit_kernels.adamw_ema.opponents import MODULES, SETTINGS, left_out, oppon
 from mpdit_kernels.adamw_ema.reference import adamw_ema_
 from mpdit_kernels.cases import Shape
 
-SMALL = Shape("B", 64, 500)
+SMALL = Shape("B", 64, 2, 500)
 
 
 class ApexLike(torch.optim.Optimizer):

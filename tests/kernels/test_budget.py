@@ -30,6 +30,29 @@ def test_every_kernel_is_within_budget() -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr
 
 
+BEYOND = """
+import torch
+from mpdit_kernels import ahead, dispatch, launch
+from mpdit_kernels.short_attn import triton_impl
+
+jobs = []
+for target in ("sm_80", "sm_89", "sm_90"):
+    for tokens, width, dtype in ((320, 128, torch.float32), (320, 128, torch.bfloat16), (320, 80, torch.float16)):
+        with launch.record(target) as launches:
+            qkv = torch.empty(8, tokens, 3, 4, width, device="meta", dtype=dtype)
+            out, logs = triton_impl.forward(qkv, None, [], 0.1, 0)
+            triton_impl.backward(out, qkv, out, logs, None, [], 0.1, 0)
+        jobs += [(recorded, target) for recorded in launches]
+for (_, target), used in zip(jobs, ahead.usages(jobs), strict=True):
+    print(used if isinstance(used, str) or used.shared > dispatch.shared_limit(target) else "fits")
+"""
+
+
+def test_attention_fits_at_its_largest_on_smaller_gpus_too() -> None:
+    done = _run("-c", BEYOND)
+    assert done.stdout.split("\n") == ["fits"] * 18 + [""], done.stdout + done.stderr[-2000:]
+
+
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the budget said of kernels made for it."""

@@ -157,13 +157,11 @@ class TestToys:
         assert tuner.table["wins"] == {"toy": False}
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
         launch.set_tuned_table("sm_90", tuner.table)
-        cuda, floats = torch.device("cuda"), (torch.float32,)
+        cuda = torch.device("cuda")
         reason = "on sm_90, it was measured 0.25 times as fast as the best of eager and torch.compile"
-        assert (
-            dispatch._refusal("toy", "auto", cuda, floats) == f"{reason}; use('triton') takes its kernels all the same"
-        )
-        assert dispatch._refusal("toy", "triton", cuda, floats) is None
-        assert dispatch._refusal("another", "auto", cuda, floats) is None
+        assert dispatch._loss("toy", "auto", cuda) == f"{reason}; use('triton') takes its kernels all the same"
+        assert dispatch._loss("toy", "triton", cuda) is None
+        assert dispatch._loss("another", "auto", cuda) is None
 
     def test_a_red_gate_means_no_times_and_no_win(self, tmp_path: Path) -> None:
         clock = FakeClock()

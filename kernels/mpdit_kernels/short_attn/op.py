@@ -1,0 +1,181 @@
+"""The public functions: checks, choice of implementation, and the custom operator with its gradient."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpdit_kernels.checks import check, check_alike, check_dims, check_filled, check_tensors
+from mpdit_kernels.dispatch import takes_triton
+from mpdit_kernels.short_attn import reference
+from mpdit_kernels.varlen import Offsets, Sequences, sequences
+
+MAX_TOKENS = 320
+"""Keys that a program holds."""
+WIDTHS = (32, 128)
+"""Least and greatest width of a head, which is a multiple of 8."""
+
+
+def short_attention(qkv: Tensor, scale: float | None = None, first_query: int = 0) -> Tensor:
+    """softmax(scale * Q K^T) V of every head, for sequences of few tokens (Vaswani et al., 2017, section 3.2.1).
+
+    The kernels serve up to 320 tokens and heads of 32 to 128 columns in multiples of 8, the reference whatever else.
+    For backward they keep qkv, the result and one fp32 number a query and head; the gradient of qkv is written once,
+    packed as qkv is. Through the kernels gradients can be taken once, by torch.autograd; `use("reference")` has no
+    such limit.
+
+    Args:
+        qkv: [B, T, 3, H, d], as a packed projection writes it. The kernels copy it where a token's numbers aren't
+            neighbours in memory.
+        scale: of the scores; d**-0.5 by default.
+        first_query: f; tokens before it are keys and values only: nothing reads their queries.
+
+    Returns:
+        [B, T - f, H, d] in the dtype of qkv. Scores, weights and sums are fp32; weights are rounded to qkv's dtype
+        before they meet the values.
+
+    Raises:
+        ValueError: no tensor, or a shape, dtype or number that doesn't fit.
+    """
+    check_tensors(qkv=qkv)
+    check_dims("qkv", qkv, "[B, T, 3, H, d]")
+    scale = checked(qkv, scale)
+    tokens = qkv.shape[1]
+    check_first_query(first_query, tokens)
+    if takes_triton("short_attention", qkv, refusal=refusal(tokens, qkv.shape[-1])):
+        return _short_attention(qkv, None, [], scale, first_query)[0]
+    return reference.attention(qkv, scale, first_query)
+
+
+def short_attention_varlen(
+    qkv: Tensor, cu_seqlens: Offsets | Sequences, scale: float | None = None, first_query: int = 0
+) -> Tensor:
+    """The same for sequences of several lengths, packed one after the other; one launch for each length there is.
+
+    Args:
+        qkv: [N, 3, H, d].
+        cu_seqlens: cumulative lengths (0, ..., N) of S sequences, see `mpdit_kernels.varlen`.
+        scale: of the scores; d**-0.5 by default.
+        first_query: f, of each sequence; every one is longer.
+
+    Returns:
+        [N - S * f, H, d].
+
+    Raises:
+        ValueError: no tensor, or a shape, dtype, length or number that doesn't fit.
+    """
+    check_tensors(qkv=qkv)
+    check_dims("qkv", qkv, "[N, 3, H, d]")
+    scale = checked(qkv, scale)
+    packed = cu_seqlens if isinstance(cu_seqlens, Sequences) else sequences(cu_seqlens, qkv.shape[0])
+    check_first_query(first_query, min(packed.lengths, default=1))
+    if takes_triton("short_attention", qkv, refusal=refusal(packed.longest, qkv.shape[-1])):
+        lengths = [number for length, members in packed.groups for number in (length, len(members))]
+        starts = _starts(packed.offsets, first_query, qkv.device)
+        return _short_attention(qkv, starts, lengths, scale, first_query)[0]
+    return reference.attention_varlen(qkv, packed.offsets, scale, first_query)
+
+
+def refusal(tokens: int, width: int) -> str | None:
+    """Why the kernels don't take sequences of so many tokens with heads so wide, if they don't."""
+    if tokens > MAX_TOKENS:
+        return f"there are {tokens} tokens, and the kernels take {MAX_TOKENS} at most"
+    low, high = WIDTHS
+    if width % 8 or not low <= width <= high:
+        return f"heads are {width} wide, and the kernels take {low} to {high} in multiples of 8"
+    return None
+
+
+def checked(qkv: Tensor, scale: float | None) -> float:
+    """The scale, all of qkv [..., 3, H, d] being as it should."""
+    check_alike(qkv=qkv)
+    if qkv.shape[-3] != 3:
+        check(False, "qkv", f"of shape {list(qkv.shape)}", "3 in front of [H, d]: queries, keys and values")
+    check_filled("qkv", qkv, -2, "at least one head")
+    check_filled("qkv", qkv, -1, "heads of at least one column")
+    if scale is None:
+        return float(qkv.shape[-1] ** -0.5)
+    number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+    check(number and 0 < scale < math.inf, "scale", scale, "a finite number above 0, or None")
+    return float(scale)
+
+
+def check_first_query(first_query: int, tokens: int) -> None:
+    """0 <= first_query < tokens."""
+    whole = isinstance(first_query, (int, torch.SymInt)) and not isinstance(first_query, bool)
+    if not (whole and 0 <= first_query < tokens):
+        check(False, "first_query", first_query, f"a whole number from 0 to below {tokens}, the tokens of a sequence")
+
+
+@functools.lru_cache(maxsize=256)
+def _starts(offsets: tuple[int, ...], first_query: int, device: torch.device) -> Tensor:
+    """int64 [2, S], by rising length: each sequence's first row, and its first row of the result."""
+    order = [index for _, members in Sequences(offsets).groups for index in members]
+    rows = [offsets[index] for index in order]
+    out_rows = [row - index * first_query for row, index in zip(rows, order, strict=True)]
+    with torch.inference_mode(False):  # or what inference made could not be kept for backward later
+        return torch.tensor([rows, out_rows], dtype=torch.int64, device=device)
+
+
+@torch.library.custom_op("mpdit_kernels::short_attention", mutates_args=())
+def _short_attention(
+    qkv: Tensor, starts: Tensor | None, lengths: Sequence[int], scale: float, first_query: int
+) -> tuple[Tensor, Tensor]:
+    """(result, base-2 logarithms of sums fp32 [H, N']); lengths are (length, count, ...) in the order of `starts`."""
+    from mpdit_kernels.short_attn import triton_impl
+
+    return triton_impl.forward(qkv, starts, lengths, scale, first_query)
+
+
+@_short_attention.register_fake
+def _(qkv, starts, lengths, scale, first_query):  # type: ignore[no-untyped-def]
+    *_, heads, width = qkv.shape
+    if starts is None:
+        outer = [qkv.shape[0], qkv.shape[1] - first_query]
+    else:
+        outer = [qkv.shape[0] - starts.shape[1] * first_query]
+    return qkv.new_empty((*outer, heads, width)), qkv.new_empty((heads, math.prod(outer)), dtype=torch.float32)
+
+
+@torch.library.custom_op("mpdit_kernels::short_attention_backward", mutates_args=())
+def _short_attention_backward(
+    d_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    logs: Tensor,
+    starts: Tensor | None,
+    lengths: Sequence[int],
+    scale: float,
+    first_query: int,
+) -> Tensor:
+    """The gradient of qkv, contiguous."""
+    from mpdit_kernels.short_attn import triton_impl
+
+    return triton_impl.backward(d_out, qkv, out, logs, starts, lengths, scale, first_query)
+
+
+@_short_attention_backward.register_fake
+def _(d_out, qkv, out, logs, starts, lengths, scale, first_query):  # type: ignore[no-untyped-def]
+    return qkv.new_empty(qkv.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    qkv, starts, ctx.lengths, ctx.scale, ctx.first_query = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, *output, starts)
+
+
+def _gradients(ctx: Any, d_out: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    if d_out is None:
+        return (None,) * 5
+    qkv, out, logs, starts = ctx.saved_tensors
+    gradient = _short_attention_backward(d_out, qkv, out, logs, starts, ctx.lengths, ctx.scale, ctx.first_query)
+    return gradient, None, None, None, None
+
+
+_short_attention.register_autograd(_gradients, setup_context=_save)
