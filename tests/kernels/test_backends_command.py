@@ -99,6 +99,15 @@ def test_measuring_writes_what_choices_are_made_from(
         for name, (median, low, high) in row["training"].items():
             assert row["forward"][name][1] > 0 and 0 < low <= median <= high
     assert f"written to {file}" in capsys.readouterr().out
+    shapes[:] = [measure.Shape(12, 32, "float32", 2, 2), shapes[0]]
+    assert main(["--measure", "--device", "cpu", "--minutes", "0.02", "--out", str(file)]) == 0
+    again = json.loads(file.read_text())["rows"]
+    assert [(row["tokens"], row["dtype"]) for row in again] == [(12, "float32"), (9, "float32"), (9, "bfloat16")]
+    assert again[1] != table["rows"][0] and again[2] == table["rows"][1], "measured anew, and kept"
+    table["machine"]["torch"] = "another"
+    file.write_text(json.dumps(table))
+    assert main(["--measure", "--device", "cpu", "--minutes", "0.02", "--out", str(file)]) == 0
+    assert len(json.loads(file.read_text())["rows"]) == 2, "figures of other libraries don't stay beside new ones"
     measured.set_table("cpu", table)
     assert set(measured.seconds(Call(9, 32, torch.float32, CPU), "training")) == {"sdpa_flash", "sdpa_math"}
 

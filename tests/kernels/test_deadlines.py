@@ -50,7 +50,7 @@ def test_a_step_that_does_not_stop_is_ended(tmp_path: Path) -> None:
 
 FAKE_PYTHON = """#!/bin/sh
 case "$*" in
-*mpdit_kernels.tune*) echo "$*" >>LOG ;;
+*mpdit_kernels.*) echo "$*" >>LOG ;;
 *"-m pytest"*) echo "$*" >>LOG; sleep 30 ;;
 esac
 """
@@ -80,6 +80,7 @@ def test_make_gpu_starts_the_longest_first_and_leaves_tests_that_hang(tmp_path: 
     done = make_gpu(f"PYTHON={fake}", "GPU_TEST_SECONDS=2")
     assert time.monotonic() - start < 29
     assert done.returncode == 2 and "the tests took more than 2 seconds" in done.stderr
-    *tests, tuning = log.read_text().splitlines()
+    *tests, tuning, attention = log.read_text().splitlines()
     assert len(tests) == 8 and any("test_gpu.py" in line for line in tests), "of those side by side from the start"
-    assert tuning == "-m mpdit_kernels.tune --minutes 4.5"
+    assert tuning == "-m mpdit_kernels.tune --minutes 3.4"
+    assert attention == "-m mpdit_kernels.backends --measure --minutes 1"

@@ -51,23 +51,33 @@ def shapes(device: torch.device) -> list[Shape]:
 
 
 def measure(device: torch.device, minutes: float, out: Path | None) -> int:
-    """Time every shape that fits into the minutes, and write the table after each."""
+    """Time every shape that fits into the minutes, and write the table after each; the rest stays as it was there."""
     end = time.monotonic() + 60 * minutes
     if device.type == "cuda":
         torch.cuda.set_device(device)
     clock = timing.GpuClock() if device.type == "cuda" else timing.CpuClock()
     todo = shapes(device)
-    table: measured.Table = {"machine": machine(device), "rows": []}
     file = out or measured.path(_call(todo[0], device).architecture)
+    table: measured.Table = {"machine": machine(device), "rows": []}
+    before = earlier(file, table["machine"])
     while todo and time.monotonic() < end:
         shape = todo.pop(0)
         table["rows"].append(row(clock, shape, device, (end - time.monotonic()) / (len(todo) + 1)))
-        write_atomically(file, _json(table))
+        before.pop(shape, None)
+        write_atomically(file, _json(table | {"rows": [*table["rows"], *before.values()]}))
         print(f"{shape}\n{_lines(table['rows'][-1])}", flush=True)
     if todo:
         print(f"not reached: {'; '.join(map(str, todo))}")
     print(f"written to {file}")
     return 0
+
+
+def earlier(file: Path, now: dict[str, Any]) -> dict[Shape, dict[str, Any]]:
+    """Rows of a table that was measured on such a machine with these libraries, whatever the day and the clocks."""
+    old: measured.Table = json.loads(file.read_text()) if file.exists() else {}
+    if any(old.get("machine", {}).get(name) != now.get(name) for name in ("gpu", "cpu", "threads", *LIBRARIES)):
+        return {}
+    return {Shape(*(found[name] for name in Shape.__dataclass_fields__)): found for found in old["rows"]}
 
 
 def row(clock: timing.Clock, shape: Shape, device: torch.device, seconds: float) -> dict[str, Any]:
