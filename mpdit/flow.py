@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from mpdit import rng
 from mpdit.config import one_of
 from mpdit.errors import ConfigError
+from mpdit.model.layout import Images, Latents, check_images
 from mpdit.rng import Stream
 
 TimeSampler = Literal["logit_normal", "uniform"]
@@ -73,8 +74,8 @@ def loss_weights(config: FlowConfig, t: Tensor) -> Tensor:
 
 
 def flow_loss(
-    model: Callable[[Tensor, Tensor, Tensor], Tensor],
-    latents: Tensor,
+    model: Callable[[Any, Tensor, Tensor], Any],
+    latents: Latents,
     labels: Tensor,
     positions: Tensor,
     *,
@@ -85,19 +86,32 @@ def flow_loss(
     """Weighted mean squared velocity error of each sample, fp32 [B]; its mean is the training loss.
 
     model(x_t fp32 [B, C, H, W], t fp32 [B], labels int64 [B]) -> velocity [B, C, H, W]; latents [B, C, H, W],
-    labels and positions (in the global order) int64 [B]. Everything but the model is in fp32, whatever autocast says.
+    labels and positions (in the global order) int64 [B]. Latents of several sizes are a list of B tensors [C, H, W]:
+    the model is then given such a list, and returns one. Everything but the model is in fp32, whatever autocast says.
     Raises ConfigError when the sizes don't fit.
     """
+    if not isinstance(latents, Tensor):
+        check_images("latents", latents)
     for name, tensor in (("labels", labels), ("positions", positions)):
-        if tensor.shape != latents.shape[:1]:
-            raise ConfigError(f"{name} is {list(tensor.shape)} for latents {list(latents.shape)}: give one per sample")
-    x = latents.float()
-    positions = positions.to(x.device)
+        if tensor.shape != (len(latents),):
+            raise ConfigError(f"{name} is {list(tensor.shape)} for latents {_shapes(latents)}: give one per sample")
+    images = Images(latents)
+    positions = positions.to(images.groups[0].device)
     t = draw_times(config, seed, positions)
-    noise = rng.normal(seed, Stream.NOISE, positions, tuple(x.shape[1:]))
-    t_b111 = t.view(-1, *[1] * (x.ndim - 1))
-    velocity = model((1 - t_b111) * x + t_b111 * noise, t, drop_classes(config, labels, null_class, seed, positions))
-    if velocity.shape != x.shape:
-        raise ConfigError(f"the model returned {list(velocity.shape)} for latents {list(x.shape)}: shapes must agree")
-    error = velocity.float() - (noise - x)
-    return loss_weights(config, t) * error.square().flatten(1).mean(1)
+    path, target = [], []
+    for group, times, keys in zip(images.groups, images.split(t), images.split(positions), strict=True):
+        x, t_b111 = group.float(), times.view(-1, *[1] * (group.ndim - 1))
+        noise = rng.normal(seed, Stream.NOISE, keys, tuple(x.shape[1:]))
+        path.append((1 - t_b111) * x + t_b111 * noise)
+        target.append(noise - x)
+    velocity = model(images.restore(path), t, drop_classes(config, labels, null_class, seed, positions))
+    if _shapes(velocity) != _shapes(latents):
+        raise ConfigError(f"the model returned {_shapes(velocity)} for latents {_shapes(latents)}: shapes must agree")
+    errors = [v.float() - wanted for v, wanted in zip(Images(velocity).groups, target, strict=True)]
+    losses = images.restore([error.square().flatten(1).mean(1) for error in errors])
+    return loss_weights(config, t) * (losses if isinstance(losses, Tensor) else torch.stack(losses))
+
+
+def _shapes(batch: Latents) -> str:
+    """For messages, and to compare."""
+    return str(list(batch.shape) if isinstance(batch, Tensor) else [list(image.shape) for image in batch])

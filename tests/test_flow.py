@@ -164,3 +164,81 @@ def test_one_label_and_position_a_sample(name):
 def test_a_velocity_of_another_shape_is_not_broadcast():
     with pytest.raises(ConfigError, match=r"the model returned \[6, 1, 16, 16\] for latents \[6, 4, 16, 16\]"):
         loss(lambda x, t, y: x[:, :1], FlowConfig(), batch())
+
+
+SIZES = ((8, 8), (16, 16), (4, 12), (8, 8), (12, 4))
+
+
+def mixed_batch() -> dict[str, object]:
+    generator = torch.Generator().manual_seed(2)
+    latents = [torch.randn(4, *size, generator=generator) for size in SIZES]
+    return {"latents": latents, "labels": torch.arange(5), "positions": torch.arange(5) + 1000}
+
+
+def any_size(x, t, y):
+    """A model of one image at a time, on a batch or a list."""
+    velocity = [image * t[i] + y[i] for i, image in enumerate(x)]
+    return torch.stack(velocity) if isinstance(x, torch.Tensor) else velocity
+
+
+@pytest.mark.parametrize("weight", ["uniform", "snr"])
+def test_latents_of_several_sizes_have_the_losses_they_have_alone(weight):
+    inputs, config = mixed_batch(), FlowConfig(loss_weight=weight)
+    together = loss(any_size, config, inputs)
+    assert together.shape == (5,)
+    assert together.dtype == torch.float32
+    for i, latent in enumerate(inputs["latents"]):
+        rows = {"latents": latent[None], **{name: inputs[name][i : i + 1] for name in ("labels", "positions")}}
+        assert torch.equal(loss(any_size, config, rows)[0], together[i])
+
+
+def test_a_list_of_one_size_is_a_batch_and_meets_the_same_noise():
+    inputs, config, seen = batch(), FlowConfig(), []
+
+    def model(x, t, y):
+        seen.append(x)
+        return any_size(x, t, y)
+
+    stacked = loss(model, config, inputs)
+    listed = loss(model, config, {**inputs, "latents": list(inputs["latents"])})
+    assert isinstance(seen[1], list)
+    assert torch.equal(torch.stack(seen[1]), seen[0])
+    assert torch.equal(listed, stacked)
+
+
+def test_losses_of_several_sizes_are_differentiable_and_fp32():
+    inputs = mixed_batch()
+    inputs["latents"] = [latent.half() for latent in inputs["latents"]]
+    weight = torch.ones((), requires_grad=True)
+
+    def model(x, t, y):
+        assert {image.dtype for image in x} == {torch.float32}
+        return [(image * weight).bfloat16() for image in x]
+
+    got = loss(model, FlowConfig(), inputs)
+    assert got.dtype == torch.float32
+    got.mean().backward()
+    assert weight.grad.abs() > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"labels": torch.arange(3)},
+            r"labels is \[3\] for latents \[\[4, 8, 8\], .*: give one per sample",
+        ),
+        ({"latents": []}, "latents is an empty list: give at least one image"),
+        ({"latents": [torch.zeros(4, 8, 8), torch.zeros(8, 8)]}, r"latents\[1\] has shape \(8, 8\): give one image"),
+        ({"latents": [torch.zeros(4, 8, 8), torch.zeros(3, 8, 8)]}, r"latents\[1\] has 3 channels and latents\[0\] 4"),
+    ],
+)
+def test_bad_lists_are_one_error(change, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        loss(any_size, FlowConfig(), {**mixed_batch(), **change})
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x[:-1], lambda x: x[::-1], lambda x: [v[:1] for v in x], lambda x: x[0]])
+def test_velocities_of_other_sizes_are_refused(wrong):
+    with pytest.raises(ConfigError, match=r"the model returned .* for latents \[\[4, 8, 8\], .*: shapes must agree"):
+        loss(lambda x, t, y: wrong(x), FlowConfig(), mixed_batch())

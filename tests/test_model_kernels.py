@@ -7,13 +7,14 @@ import pytest
 import torch
 from interpreter import few_programs
 from mpdit_kernels import AdamWEMA, dispatch, launch
+from mpdit_kernels.backends import choose
 
 import mpdit
 from mpdit.config import ModelConfig, StageSpec
 from mpdit.errors import ConfigError
 from mpdit.flow import FlowConfig, flow_loss
 
-SMALL = {"width": 32, "heads": 2, "input_size": 8, "channels": 2, "num_classes": 3, "class_tokens": 2}
+SMALL = {"width": 64, "heads": 2, "input_size": 8, "channels": 2, "num_classes": 3, "class_tokens": 2}
 
 MODELS = {
     "two stages": ModelConfig(stages=(StageSpec(4, 2), StageSpec(2, 2)), **SMALL),
@@ -81,8 +82,16 @@ def test_the_kernels_really_run(monkeypatch: pytest.MonkeyPatch) -> None:
     losses(MODELS["two stages"], "reference")
     assert kernels == set()
     losses(MODELS["two stages"], "triton")
-    assert {kernel.split(".")[0] for kernel in kernels} == {"adaln", "adamw_ema", "fno", "gelu_mlp", "upsample"}
+    assert {kernel.split(".")[0] for kernel in kernels} == {
+        *("adaln", "adamw_ema", "fno", "gelu_mlp", "short_attn", "upsample")
+    }
     assert {"adaln._forward", "adaln._backward", "upsample._forward", "upsample._backward"} <= kernels
+
+
+def test_an_unknown_attention_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "_environment", "fast")
+    with pytest.raises(ConfigError, match="MPDIT_ATTENTION is 'fast': choose auto or one of triton, .*sdpa_math"):
+        mpdit.MPDiT(MODELS["two stages"])
 
 
 def test_an_unknown_mode_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:

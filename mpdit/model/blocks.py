@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from mpdit_kernels import adaln_modulate, gated_residual, gated_residual_adaln, gelu_linear
+from mpdit_kernels import (
+    adaln_modulate,
+    attention,
+    attention_varlen,
+    gated_residual,
+    gated_residual_adaln,
+    gelu_linear,
+)
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, linear
 
-from mpdit.model.embed import unpatchify
+from mpdit.model.embed import Grid, unpatchify
+from mpdit.model.layout import Layout
 from mpdit.model.time import Modulation
 
 EPS = 1e-6
@@ -27,33 +36,45 @@ class Stream(NamedTuple):
     The sum is left to whoever reads the stream, who has a pass over it to make anyway: mostly the next layer norm.
 
     Attributes:
-        x, branch: [B, T, D].
+        x, branch: tokens as the layout has them, [B, T, D] or [N, D].
         gate: [B, D].
     """
 
     x: Tensor
+    layout: Layout
     branch: Tensor | None = None
     gate: Tensor | None = None
 
+    @classmethod
+    def of(cls, groups: Sequence[Tensor], prefix: int) -> Stream:
+        """From dense groups of tokens [B_g, T_g, D], `prefix` class tokens first in each image's."""
+        return cls(Layout.join(groups), Layout([(len(group), group.shape[1]) for group in groups], prefix))
+
+    def groups(self) -> list[Tensor]:
+        """The sum as dense groups [B_g, T_g, D]."""
+        return self.layout.split(self.settle())
+
     def settle(self) -> Tensor:
-        """The sum [B, T, D], in the dtype of x."""
+        """The sum, in the dtype of x."""
         if self.branch is None or self.gate is None:
             return self.x
-        return gated_residual(self.x, self.branch, self.gate)
+        return gated_residual(self.x, self.branch, self.gate, cu_seqlens=self.layout.cu_seqlens)
 
     def modulate(self, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """The sum, and LN(sum) * (1 + scale [B,D]) + shift [B,D] as the next matrix product takes it."""
+        cu_seqlens = self.layout.cu_seqlens
         if self.branch is None or self.gate is None:
-            return self.x, adaln_modulate(self.x, shift, scale, EPS)
-        return gated_residual_adaln(self.x, self.branch, self.gate, shift, scale, EPS)
+            return self.x, adaln_modulate(self.x, shift, scale, EPS, cu_seqlens=cu_seqlens)
+        return gated_residual_adaln(self.x, self.branch, self.gate, shift, scale, EPS, cu_seqlens=cu_seqlens)
 
-    def last(self, tokens: int) -> Stream:
-        """The last so many tokens."""
-        return self._replace(x=self.x[:, -tokens:], branch=None if self.branch is None else self.branch[:, -tokens:])
+    def without_first(self, count: int) -> Stream:
+        """The same without each image's first so many tokens."""
+        branch = None if self.branch is None else self.layout.drop_first(self.branch, count)
+        return Stream(self.layout.drop_first(self.x, count), self.layout.without_first(count), branch, self.gate)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention on [B, T, D], packed projection with bias."""
+    """Multi-head self-attention of each image's tokens; packed projection with bias."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -62,29 +83,24 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
         init_linear(self.proj)
 
-    def forward(self, x: Tensor, first_query: int = 0) -> Tensor:
-        """[B, T, D] -> [B, T - first_query, D]: tokens before `first_query` are keys and values only."""
-        qkv = self.qkv(x, first_query)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in qkv)
-        return self.proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, cu_seqlens: tuple[int, ...] | None = None, first_query: int = 0) -> Tensor:
+        """[B, T, D] -> [B, T - first_query, D]: tokens before `first_query` are keys and values only.
+
+        With cumulative lengths of S images, [N, D] -> [N - S * first_query, D].
+        """
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        if cu_seqlens is None:
+            mixed = attention(qkv, first_query=first_query)
+        else:
+            mixed = attention_varlen(qkv, cu_seqlens, first_query=first_query)
+        return self.proj(mixed.flatten(-2))
 
 
-class PackedLinear(nn.Module):
-    """Query, key and value projections whose weight [3D, D] and bias [3D] are stored as one."""
+class PackedLinear(nn.Linear):
+    """Query, key and value projections as one Linear, initialised by a single draw: a seed keeps its weights."""
 
-    def __init__(self, width: int, out: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out, width))
-        self.bias = nn.Parameter(torch.empty(out))
+    def reset_parameters(self) -> None:
         init_linear(self)
-
-    def forward(self, x: Tensor, first_query: int) -> tuple[Tensor, ...]:
-        if not first_query:
-            return linear(x, self.weight, self.bias).chunk(3, dim=-1)
-        width = x.shape[-1]
-        queries = x[:, first_query:].contiguous()  # else the product is a batch of small ones
-        query = linear(queries, self.weight[:width], self.bias[:width])
-        return query, *linear(x, self.weight[width:], self.bias[width:]).chunk(2, dim=-1)
 
 
 class MLP(nn.Module):
@@ -111,32 +127,32 @@ class Block(nn.Module):
         self.mlp = MLP(width, int(width * mlp_ratio))
 
     def forward(self, stream: Stream, condition: Tensor, first_query: int = 0) -> Stream:
-        """A stream of [B,T,D] -> one of [B, T - first_query, D], the MLP's branch to be added.
+        """A stream -> the next, the MLP's branch to be added, and without each image's first `first_query` tokens.
 
         `condition` is the shared modulation [B, 6D], or the condition vector [B, D] when the block owns its modulation.
         """
         modulation = condition if self.modulation is None else self.modulation(condition)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         x, modulated = stream.modulate(shift1, scale1)
-        stream = Stream(x[:, first_query:], self.attention(modulated, first_query), gate1)
+        branch = self.attention(modulated, stream.layout.cu_seqlens, first_query)
+        stream = Stream(x, stream.layout).without_first(first_query)._replace(branch=branch, gate=gate1)
         x, modulated = stream.modulate(shift2, scale2)
-        return Stream(x, self.mlp(modulated), gate2)
+        return Stream(x, stream.layout, self.mlp(modulated), gate2)
 
 
 class FinalLayer(nn.Module):
-    """A stream of [B,T,D] -> velocity [B,C,S,S]: adaLN and a zero-initialised Linear of the image tokens, unpatched."""
+    """A stream -> velocities [B_g,C,H_g,W_g]: adaLN and a zero-initialised Linear of the image tokens, unpatched."""
 
-    def __init__(
-        self, width: int, patch: int, channels: int, grid: int, learn_sigma: bool, own_modulation: bool
-    ) -> None:
+    def __init__(self, width: int, patch: int, channels: int, learn_sigma: bool, own_modulation: bool) -> None:
         super().__init__()
-        self.patch, self.channels, self.grid = patch, channels, grid
+        self.patch, self.channels = patch, channels
         rows = patch * patch * channels * (2 if learn_sigma else 1)
         self.modulation = Modulation(width, 2) if own_modulation else None
         self.weight = nn.Parameter(torch.zeros(rows, width))
         self.bias = nn.Parameter(torch.zeros(rows))
 
-    def forward(self, stream: Stream, condition: Tensor) -> Tensor:
+    def forward(self, stream: Stream, condition: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
+        """`grids` are those of the finest patches, one a group."""
         if self.modulation is None:
             shift, scale = condition.chunk(6, dim=-1)[3:5]  # the blocks' mlp shift and scale
         else:
@@ -144,8 +160,10 @@ class FinalLayer(nn.Module):
         # Rows are (i, j, channel); with learn_sigma the channels after the first C predict a variance nobody reads.
         weight = self.weight.unflatten(0, (self.patch**2, -1))[:, : self.channels].flatten(0, 1)
         bias = self.bias.unflatten(0, (self.patch**2, -1))[:, : self.channels].flatten()
-        _, modulated = stream.last(self.grid**2).modulate(shift, scale)
-        return unpatchify(linear(modulated, weight, bias), self.patch, self.grid)
+        stream = stream.without_first(stream.layout.prefix)
+        _, modulated = stream.modulate(shift, scale)
+        pixels = stream.layout.split(linear(modulated, weight, bias))
+        return [unpatchify(group, self.patch, grid) for group, grid in zip(pixels, grids, strict=True)]
 
 
 def init_linear(module: nn.Module) -> None:

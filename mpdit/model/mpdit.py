@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 from mpdit_kernels import dispatch
+from mpdit_kernels.backends import attention_mode
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mpdit.config import ModelConfig
 from mpdit.errors import ConfigError
 from mpdit.model.blocks import Block, FinalLayer, Stream
-from mpdit.model.embed import ClassTokens, InputStage
+from mpdit.model.embed import ClassTokens, InputStage, grid_of
+from mpdit.model.layout import Images, Latents, Layout, check_images
 from mpdit.model.time import FNOTimeEmbedding, Modulation, SinusoidalTimeEmbedding, TimeEmbedding, module_list, wide
 from mpdit.model.transition import Transition
 from mpdit.presets import preset
@@ -37,13 +39,15 @@ class MPDiT(nn.Module):
         checkpointing: recompute each block's activations in backward instead of keeping them.
 
     Raises:
-        ConfigError: the environment's MPDIT_KERNELS is none of auto, triton, reference.
+        ConfigError: the environment's MPDIT_KERNELS is none of auto, triton, reference, or its MPDIT_ATTENTION neither
+            auto nor a backend of mpdit_kernels.attention.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         try:
             dispatch.mode()
+            attention_mode()
         except ValueError as error:
             raise ConfigError(str(error)) from None
         self.config = config
@@ -69,20 +73,19 @@ class MPDiT(nn.Module):
             coarser = spec.patch
         self.stages = module_list(stages)
         finest = config.stages[-1].patch
-        self.final = FinalLayer(
-            width, finest, config.channels, config.input_size // finest, config.learn_sigma, own_modulation=own
-        )
+        self.final = FinalLayer(width, finest, config.channels, config.learn_sigma, own_modulation=own)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Latents, t: Tensor, y: Tensor) -> Tensor | list[Tensor]:
         """Velocity of noisy latents.
 
         Args:
-            x: noisy latents [B, C, S, S].
+            x: noisy latents [B, C, S, S], S as configured; or a list of B latents [C, H, W] of any sizes that are
+                multiples of the coarsest patch, square or not, each of which comes out as it would alone.
             t: times [B], 1 is pure noise and 0 is data.
             y: labels [B], int64, in 0..num_classes, where num_classes means no class.
 
         Returns:
-            Velocity (noise minus data) [B, C, S, S] in the dtype of x.
+            Velocity (noise minus data) [B, C, S, S] in the dtype of x; for a list, a list of the same shapes.
 
         Raises:
             ConfigError: shapes or dtypes that don't fit the configuration, or labels out of range. On a GPU the values
@@ -100,20 +103,22 @@ class MPDiT(nn.Module):
         state = self.time(1 - wide(t) if self.config.convention == "sit" else t)
         return self.modulation(state) if self.modulation and self._time_alone else state
 
-    def velocity(self, x: Tensor, state: Tensor, y: Tensor) -> Tensor:
+    def velocity(self, x: Latents, state: Tensor, y: Tensor) -> Tensor | list[Tensor]:
         """`forward` with t replaced by its prepared rows: state [B, F], or [1, F] for one time for all."""
-        condition = self._condition(state.expand(len(x), -1), y)
-        tokens: Tensor | Any = self.classes(y) if self.config.prefix_tokens else None
-        latents = x.to(self.final.weight.dtype)
-        stream = Stream(tokens)
+        images, prefix = Images(x), self.config.prefix_tokens
+        classes = self.classes(y)
+        condition = images.arrange(self._condition(state.expand(len(x), -1), classes))
+        latents = [group.to(self.final.weight.dtype) for group in images.groups]
+        stream = Stream.of(images.split(classes[:, :prefix]), prefix)
         for stage in self.stages:
-            stream = Stream(stage.enter(stream.settle(), latents))
+            stream = Stream.of([stage.enter(*pair) for pair in zip(stream.groups(), latents, strict=True)], prefix)
             for block in stage.blocks:
                 # Nobody reads the class tokens after the last block: there they are only keys and values.
-                first_query = self.config.prefix_tokens if self.shortcuts and block is self.last_block else 0
+                first_query = prefix if self.shortcuts and block is self.last_block else 0
                 stream = self._run(block, stream, condition, first_query)
-        velocity = self.final(stream, condition).to(x.dtype)
-        return -velocity if self.config.convention == "sit" else velocity
+        grids = [grid_of(group, self.final.patch) for group in latents]
+        velocity = [group.to(images.groups[0].dtype) for group in self.final(stream, condition, grids)]
+        return images.restore([-group for group in velocity] if self.config.convention == "sit" else velocity)
 
     @property
     def last_block(self) -> Block | None:
@@ -128,13 +133,11 @@ class MPDiT(nn.Module):
                 module.shortcuts = enabled  # type: ignore[assignment]
         return self
 
-    def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> None:
+    def _check_inputs(self, x: Latents, t: Tensor, y: Tensor) -> None:
         config = self.config
-        expected = (config.channels, config.input_size, config.input_size)
-        if x.ndim != 4 or tuple(x.shape[1:]) != expected:
-            raise ConfigError(f"x has shape {tuple(x.shape)}, expected (batch, {', '.join(map(str, expected))})")
+        self._check_latents(x)
         for name, value in (("t", t), ("y", y)):
-            if value.shape != x.shape[:1]:
+            if value.shape != (len(x),):
                 raise ConfigError(f"{name} has shape {tuple(value.shape)}, expected ({len(x)},) as x has {len(x)} rows")
         if y.is_floating_point():
             raise ConfigError(f"y has dtype {y.dtype}, expected int64 labels in 0..{config.num_classes}")
@@ -143,24 +146,41 @@ class MPDiT(nn.Module):
             if low < 0 or high > config.num_classes:
                 raise ConfigError(f"y holds labels from {low} to {high}, expected 0..{config.num_classes}")
 
+    def _check_latents(self, x: Latents) -> None:
+        channels, size, coarsest = self.config.channels, self.config.input_size, self.config.stages[0].patch
+        if isinstance(x, Tensor):
+            expected = (channels, size, size)
+            if x.ndim != 4 or tuple(x.shape[1:]) != expected:
+                raise ConfigError(f"x has shape {tuple(x.shape)}, expected (batch, {', '.join(map(str, expected))})")
+            return
+        check_images("x", x)
+        for index, image in enumerate(x):
+            if image.shape[0] != channels or not all(side and side % coarsest == 0 for side in image.shape[1:]):
+                raise ConfigError(
+                    f"x[{index}] has shape {tuple(image.shape)}, expected ({channels}, H, W) with H and W multiples of "
+                    f"the coarsest patch {coarsest}"
+                )
+
     @property
     def _time_alone(self) -> bool:
         return self.config.modulation == "shared" and self.config.class_conditioning == "tokens"
 
-    def _condition(self, state: Tensor, y: Tensor) -> Tensor:
+    def _condition(self, state: Tensor, classes: Tensor) -> Tensor:
         if self.config.class_conditioning == "added":
-            state = state + wide(self.classes(y)[:, 0])
+            state = state + wide(classes[:, 0])
         return self.modulation(state) if self.modulation and not self._time_alone else state
 
     def _run(self, block: Block, stream: Stream, condition: Tensor, first_query: int) -> Stream:
         if not (self.checkpointing and torch.is_grad_enabled()):
             return block(stream, condition, first_query)
         # Settled on both sides, so that one tensor is kept for each block, not x and branch.
-        return Stream(checkpoint(_settled, block, stream.settle(), condition, first_query, use_reentrant=False))
+        x, layout = stream.settle(), stream.layout
+        x = checkpoint(_settled, block, x, layout, condition, first_query, use_reentrant=False)
+        return Stream(x, layout.without_first(first_query))
 
 
-def _settled(block: Block, x: Tensor, condition: Tensor, first_query: int) -> Tensor:
-    return block(Stream(x), condition, first_query).settle()
+def _settled(block: Block, x: Tensor, layout: Layout, condition: Tensor, first_query: int) -> Tensor:
+    return block(Stream(x, layout), condition, first_query).settle()
 
 
 def create_model(name: str, **overrides: Any) -> MPDiT:

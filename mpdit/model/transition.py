@@ -10,7 +10,7 @@ from torch.nn.functional import gelu, linear
 
 from mpdit.config import ModelConfig
 from mpdit.model.blocks import EPS, MLP, init_linear, normalize
-from mpdit.model.embed import patchify, sincos_position
+from mpdit.model.embed import Grid, Position, grid_of, patchify
 
 
 class Expand(nn.Module):
@@ -20,46 +20,45 @@ class Expand(nn.Module):
     that each D-wide slice of the product is a whole fine token and the shuffle moves contiguous rows.
     """
 
-    def __init__(self, width: int, factor: int, grid: int) -> None:
+    def __init__(self, width: int, factor: int) -> None:
         super().__init__()
-        self.factor, self.grid = factor, grid
+        self.factor = factor
         self.weight = nn.Parameter(torch.empty(width * factor * factor, width))
         self.bias = nn.Parameter(torch.empty(width * factor * factor))
         init_linear(self)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor, grid: Grid) -> Tensor:
         rows = {"i": self.factor, "j": self.factor}
         weight = rearrange(self.weight, "(d i j) k -> (i j d) k", **rows)
         bias = rearrange(self.bias, "(d i j) -> (i j d)", **rows)
-        return rearrange(linear(image, weight, bias), "b (h w) (i j d) -> b (h i w j) d", h=self.grid, **rows)
+        return rearrange(linear(image, weight, bias), "b (h w) (i j d) -> b (h i w j) d", h=grid[0], **rows)
 
 
 class ExpandTranspose(nn.Module):
     """The same as a transposed convolution: one bias per channel instead of one per channel and offset."""
 
-    def __init__(self, width: int, factor: int, grid: int) -> None:
+    def __init__(self, width: int, factor: int) -> None:
         super().__init__()
-        self.grid = grid
         self.conv = nn.ConvTranspose2d(width, width, factor, stride=factor)
         nn.init.xavier_uniform_(self.conv.weight.data.view(width, -1))
         nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
 
-    def forward(self, image: Tensor) -> Tensor:
-        return rearrange(self.conv(rearrange(image, "b (h w) d -> b d h w", h=self.grid)), "b d h w -> b (h w) d")
+    def forward(self, image: Tensor, grid: Grid) -> Tensor:
+        return rearrange(self.conv(rearrange(image, "b (h w) d -> b d h w", h=grid[0])), "b d h w -> b (h w) d")
 
 
 class RefineConv(nn.Module):
     """A 3 x 3 convolution of the image tokens; class tokens have no neighbours and take its centre tap."""
 
-    def __init__(self, width: int, grid: int, prefix: int) -> None:
+    def __init__(self, width: int, prefix: int) -> None:
         super().__init__()
-        self.grid, self.prefix = grid, prefix
+        self.prefix = prefix
         self.weight = nn.Parameter(torch.empty(width, width, 3, 3))
         self.bias = nn.Parameter(torch.zeros(width))
         nn.init.xavier_uniform_(self.weight.data.view(width, -1))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        image = rearrange(tokens[:, self.prefix :], "b (h w) d -> b d h w", h=self.grid)
+    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
+        image = rearrange(tokens[:, self.prefix :], "b (h w) d -> b d h w", h=grid[0])
         image = nn.functional.conv2d(image, self.weight, self.bias, padding=1)
         image = rearrange(image, "b d h w -> b (h w) d")
         if not self.prefix:
@@ -68,19 +67,17 @@ class RefineConv(nn.Module):
 
 
 class Skip(nn.Module):
-    """Input x [B, C, S, S] -> what a transition adds to all tokens, [B, m+n, D], or [m+n, D] without a skip.
+    """Input x [B, C, H, W] -> what a transition adds to all tokens, [B, m+n, D], or [m+n, D] without a skip.
 
     It is Linear(PatchEmbed(x)) + position on image tokens and zero on class tokens. Nothing nonlinear stands between
     the two products, so they are composed into one from C*p*p values, and both biases ride on the position table.
     """
 
-    position: Tensor
-
     def __init__(self, config: ModelConfig, patch: int) -> None:
         super().__init__()
         width = config.width
         self.patch, self.prefix, self.shortcuts = patch, config.prefix_tokens, True
-        self.register_buffer("position", sincos_position(width, config.input_size // patch), persistent=False)
+        self.position = Position(width, config.input_size // patch)
         self.enabled = config.skip
         if self.enabled:
             self.embed_weight = nn.Parameter(torch.empty(width, config.channels, patch, patch))
@@ -99,17 +96,18 @@ class Skip(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pad = (0, 0, self.prefix, 0)  # zero rows for the class tokens
+        position = self.position(grid_of(x, self.patch))
         if not self.enabled:
-            return nn.functional.pad(self.position, pad)
+            return nn.functional.pad(position, pad)
         if not self.shortcuts:
             embedded = linear(patchify(x, self.patch), self.embed_weight.flatten(1), self.embed_bias)
-            return nn.functional.pad(linear(embedded, self.linear_weight, self.linear_bias) + self.position, pad)
+            return nn.functional.pad(linear(embedded, self.linear_weight, self.linear_bias) + position, pad)
         patches, weight, bias = self.composed(x)  # type: ignore[misc]
-        return linear(nn.functional.pad(patches, pad), weight) + nn.functional.pad(self.position + bias, pad)
+        return linear(nn.functional.pad(patches, pad), weight) + nn.functional.pad(position + bias, pad)
 
 
 class Transition(nn.Module):
-    """Tokens of a stage [B, m+n0, D] and the input x [B, C, S, S] -> tokens of the next stage [B, m+n1, D].
+    """Tokens of a stage [B, m+n0, D] and the input x [B, C, H, W] -> tokens of the next stage [B, m+n1, D].
 
     Image tokens are expanded; with a refining layer, they pass tanh-GELU, are joined by the class tokens, and all pass
     LN and that layer; then the skip and the finer positions are added to the image tokens.
@@ -117,22 +115,24 @@ class Transition(nn.Module):
 
     def __init__(self, config: ModelConfig, coarse_patch: int, patch: int) -> None:
         super().__init__()
-        width, grid, self.prefix = config.width, config.input_size // patch, config.prefix_tokens
+        width, self.prefix = config.width, config.prefix_tokens
+        self.coarse_patch = coarse_patch
         expand, _, refine = config.transition.partition("_")
         expander = ExpandTranspose if expand == "conv" else Expand
-        self.expand = expander(width, coarse_patch // patch, config.input_size // coarse_patch)
+        self.expand = expander(width, coarse_patch // patch)
         self.refine: nn.Module | None = None
         if expand == "linear" and refine:
             self.refine = {
                 "linear": lambda: nn.Linear(width, width),
                 "mlp": lambda: MLP(width, 4 * width),
-                "conv": lambda: RefineConv(width, grid, self.prefix),
+                "conv": lambda: RefineConv(width, self.prefix),
             }[refine]()
         if isinstance(self.refine, nn.Linear):
             init_linear(self.refine)
         self.skip = Skip(config, patch)
 
     def forward(self, tokens: Tensor, x: Tensor) -> Tensor:
+        coarse, fine = grid_of(x, self.coarse_patch), grid_of(x, self.skip.patch)
         if self.skip.shortcuts and isinstance(self.expand, Expand) and isinstance(self.refine, nn.Linear):
             return upsample_tokens(
                 tokens,
@@ -143,13 +143,15 @@ class Transition(nn.Module):
                 num_class_tokens=self.prefix,
                 factor=self.expand.factor,
                 skip=self.skip.composed(x),
-                position=self.skip.position,
+                position=self.skip.position(fine),
+                grid=coarse,
                 eps=EPS,
             )
-        image = self.expand(tokens[:, self.prefix :])
+        image = self.expand(tokens[:, self.prefix :], coarse)
         if self.refine is not None:
             image = gelu(image, approximate="tanh")
         joined = torch.cat([tokens[:, : self.prefix].to(image.dtype), image], dim=1) if self.prefix else image
         if self.refine is not None:
-            joined = self.refine(normalize(joined))
+            grids = (fine,) if isinstance(self.refine, RefineConv) else ()
+            joined = self.refine(normalize(joined), *grids)
         return joined + self.skip(x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,11 +11,18 @@ from mpdit_kernels import gated_residual_adaln
 from proof import leaf, prove
 
 DRAWN = (st.integers(1, 3), st.integers(1, 40), st.integers(16, 200), st.booleans())
+PACKED = (st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(16, 64))
 
 
 def _prove(batch: int, tokens: int, width: int, tall: bool) -> None:
     x = leaf(batch, width, tokens).transpose(1, 2) if tall else leaf(batch, tokens, width)
     prove(gated_residual_adaln, [x, leaf(batch, tokens, width), *(leaf(batch, width) for _ in range(3))])
+
+
+def _prove_packed(lengths: list[int], width: int) -> None:
+    offsets, vectors = tuple(accumulate(lengths, initial=0)), [leaf(len(lengths), width) for _ in range(3)]
+    inputs = [leaf(offsets[-1], width), leaf(offsets[-1], width), *vectors]
+    prove(lambda *a: gated_residual_adaln(*a, cu_seqlens=offsets), inputs)
 
 
 @settings(max_examples=8, deadline=None)
@@ -27,3 +36,16 @@ def test_any_shape(batch: int, tokens: int, width: int, tall: bool) -> None:
 @given(*DRAWN)
 def test_very_many_shapes(batch: int, tokens: int, width: int, tall: bool) -> None:
     _prove(batch, tokens, width, tall)
+
+
+@settings(max_examples=4, deadline=None)
+@given(*PACKED)
+def test_any_lengths(lengths: list[int], width: int) -> None:
+    _prove_packed(lengths, width)
+
+
+@pytest.mark.slow
+@settings(max_examples=100, deadline=None)
+@given(*PACKED)
+def test_very_many_lengths(lengths: list[int], width: int) -> None:
+    _prove_packed(lengths, width)

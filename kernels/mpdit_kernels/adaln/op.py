@@ -5,6 +5,7 @@ One operator serves the three functions, parts left out being None going in and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,13 +23,20 @@ from mpdit_kernels.checks import (
     check_tensors,
 )
 from mpdit_kernels.dispatch import takes_triton, too_wide
+from mpdit_kernels.varlen import Offsets, Sequences, sequences
 
 MAX_TOKENS = 2**19
 """Fewer than fill the second axis of a CUDA grid."""
 
 
 def adaln_modulate(
-    x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, dtype: torch.dtype | None = None
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float = 1e-6,
+    *,
+    dtype: torch.dtype | None = None,
+    cu_seqlens: Offsets | None = None,
 ) -> Tensor:
     """LN(x) * (1 + scale) + shift: DiT's adaptive layer norm (Peebles and Xie, ICCV 2023, section 3.2).
 
@@ -37,36 +45,43 @@ def adaln_modulate(
         shift, scale: [B, D], of any floating-point dtypes.
         eps: added to the variance.
         dtype: of the result; by default what a matrix product on it would take: autocast's dtype, or else x's.
+        cu_seqlens: cumulative lengths (0, ..., N) of S sequences: x and the result are then [N, D], one sequence after
+            the other, and shift and scale [S, D].
 
     Returns:
         [B, T, D]. Statistics and arithmetic are fp32.
 
     Raises:
-        ValueError: shapes, devices or dtypes that don't fit.
+        ValueError: shapes, devices, dtypes or lengths that don't fit.
     """
-    _check(x, shift=shift, scale=scale)
+    packed = _check(x, cu_seqlens, shift=shift, scale=scale)
     dtype = _result(x, eps, dtype)
-    if takes_triton("adaln_modulate", x, shift, scale, refusal=_refusal(x)):
-        return _adaln(x, None, None, shift, scale, eps, dtype)[1]
+    if takes_triton("adaln_modulate", x, shift, scale, refusal=_refusal(x, packed)):
+        return _adaln(x, None, None, shift, scale, eps, dtype, _offsets(packed))[1]
+    if packed is not None:
+        return reference.packed(reference.adaln_modulate, packed.lengths, [x], [shift, scale], eps, dtype)[0]
     return reference.adaln_modulate(x, shift, scale, eps, dtype)
 
 
-def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, *, cu_seqlens: Offsets | None = None) -> Tensor:
     """x + gate * branch in one pass, and one for the gradients of all three.
 
     Args:
         x, branch: [B, T, D]; any strides and dtypes.
         gate: [B, D].
+        cu_seqlens: as for `adaln_modulate`: x and branch are then [N, D], gate [S, D].
 
     Returns:
         [B, T, D] in the dtype of x.
 
     Raises:
-        ValueError: shapes, devices or dtypes that don't fit.
+        ValueError: shapes, devices, dtypes or lengths that don't fit.
     """
-    _check(x, branch=branch, gate=gate)
-    if takes_triton("gated_residual", x, branch, gate, refusal=_refusal(x)):
-        return _adaln(x, branch, gate, None, None, 0.0, x.dtype)[0]
+    packed = _check(x, cu_seqlens, branch=branch, gate=gate)
+    if takes_triton("gated_residual", x, branch, gate, refusal=_refusal(x, packed)):
+        return _adaln(x, branch, gate, None, None, 0.0, x.dtype, _offsets(packed))[0]
+    if packed is not None:
+        return reference.packed(reference.gated_residual, packed.lengths, [x, branch], [gate])[0]
     return reference.gated_residual(x, branch, gate)
 
 
@@ -79,6 +94,7 @@ def gated_residual_adaln(
     eps: float = 1e-6,
     *,
     dtype: torch.dtype | None = None,
+    cu_seqlens: Offsets | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The residual x + gate * branch and, of it, LN(residual) * (1 + scale) + shift: reads two, writes two.
 
@@ -87,36 +103,51 @@ def gated_residual_adaln(
         gate, shift, scale: [B, D].
         eps: added to the variance.
         dtype: of the second result; by default what a matrix product would take: autocast's dtype, or else x's.
+        cu_seqlens: as for `adaln_modulate`: x and branch are then [N, D], the vectors [S, D].
 
     Returns:
         (residual [B, T, D] in the dtype of x, modulated [B, T, D]).
 
     Raises:
-        ValueError: shapes, devices or dtypes that don't fit.
+        ValueError: shapes, devices, dtypes or lengths that don't fit.
     """
-    _check(x, branch=branch, gate=gate, shift=shift, scale=scale)
+    packed = _check(x, cu_seqlens, branch=branch, gate=gate, shift=shift, scale=scale)
     dtype = _result(x, eps, dtype)
-    if takes_triton("gated_residual_adaln", x, branch, gate, shift, scale, refusal=_refusal(x)):
-        residual, y, _ = _adaln(x, branch, gate, shift, scale, eps, dtype)
+    if takes_triton("gated_residual_adaln", x, branch, gate, shift, scale, refusal=_refusal(x, packed)):
+        residual, y, _ = _adaln(x, branch, gate, shift, scale, eps, dtype, _offsets(packed))
+        return residual, y
+    if packed is not None:
+        tokens, vectors = [x, branch], [gate, shift, scale]
+        residual, y = reference.packed(reference.gated_residual_adaln, packed.lengths, tokens, vectors, eps, dtype)
         return residual, y
     return reference.gated_residual_adaln(x, branch, gate, shift, scale, eps, dtype)
 
 
-def _check(x: Tensor, **others: Tensor) -> None:
+def _check(x: Tensor, cu_seqlens: Offsets | None, **others: Tensor) -> Sequences | None:
+    """The packed sequences, None without cumulative lengths, all arguments being as they should."""
+    tokens, vectors = ("[B, T, D]", "[B, D]") if cu_seqlens is None else ("[N, D]", "[S, D]")
     check_tensors(x=x, **others)
-    check_dims("x", x, "[B, T, D]")
+    check_dims("x", x, tokens)
     check_alike(x=x, **others)
     check_filled("x", x, -1, "at least one column")
     if "branch" in others:
-        check_shape("branch", others.pop("branch"), x.shape, "[B, T, D] as x")
+        check_shape("branch", others.pop("branch"), x.shape, f"{tokens} as x")
+    packed = None if cu_seqlens is None else sequences(cu_seqlens, x.shape[0])
     for name, vector in others.items():
-        check_shape(name, vector, (x.shape[0], x.shape[2]), "[B, D]")
+        check_shape(name, vector, (x.shape[0] if packed is None else len(packed), x.shape[-1]), vectors)
+    return packed
 
 
-def _refusal(x: Tensor) -> str | None:
-    if x.shape[1] > MAX_TOKENS:
-        return f"there are {x.shape[1]} tokens, and the kernels take {MAX_TOKENS} at most"
+def _refusal(x: Tensor, packed: Sequences | None) -> str | None:
+    tokens = x.shape[1] if packed is None else packed.longest
+    if tokens > MAX_TOKENS:
+        return f"there are {tokens} tokens, and the kernels take {MAX_TOKENS} at most"
     return too_wide(x)
+
+
+def _offsets(packed: Sequences | None) -> list[int] | None:
+    """As the operators take them: whole numbers, so that a compiled graph holds no copy to the device."""
+    return None if packed is None else list(packed.offsets)
 
 
 def _result(x: Tensor, eps: float, dtype: torch.dtype | None) -> torch.dtype:
@@ -136,20 +167,21 @@ def _adaln(
     scale: Tensor | None,
     eps: float,
     dtype: torch.dtype,
+    offsets: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(residual, modulated, statistics fp32 [2,B,T]); empty where the arguments ask for none."""
     from mpdit_kernels.adaln import triton_impl
 
-    outputs = triton_impl.forward(x, branch, gate, shift, scale, eps, dtype)
+    outputs = triton_impl.forward(x, branch, gate, shift, scale, eps, dtype, offsets)
     return tuple(x.new_empty(0) if out is None else out for out in outputs)  # type: ignore[return-value]
 
 
 @_adaln.register_fake
-def _(x, branch, gate, shift, scale, eps, dtype):  # type: ignore[no-untyped-def]
+def _(x, branch, gate, shift, scale, eps, dtype, offsets=None):  # type: ignore[no-untyped-def]
     return (
         x.new_empty(0 if branch is None else x.shape),
         x.new_empty(0 if shift is None else x.shape, dtype=x.dtype if shift is None else dtype),
-        x.new_empty(0, dtype=x.dtype) if shift is None else x.new_empty((2, *x.shape[:2]), dtype=torch.float32),
+        x.new_empty(0, dtype=x.dtype) if shift is None else x.new_empty((2, *x.shape[:-1]), dtype=torch.float32),
     )
 
 
@@ -162,6 +194,7 @@ def _adaln_backward(
     gate: Tensor | None,
     scale: Tensor | None,
     statistics: Tensor | None,
+    offsets: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dbranch, fp32 [1 to 3, B, D]); dx is empty without d_y, dbranch without branch.
 
@@ -169,21 +202,22 @@ def _adaln_backward(
     """
     from mpdit_kernels.adaln import triton_impl
 
-    outputs = triton_impl.backward(d_residual, d_y, x, branch, gate, scale, statistics)
+    outputs = triton_impl.backward(d_residual, d_y, x, branch, gate, scale, statistics, offsets)
     return tuple(x.new_empty(0) if out is None else out for out in outputs)  # type: ignore[return-value]
 
 
 @_adaln_backward.register_fake
-def _(d_residual, d_y, x, branch, gate, scale, statistics):  # type: ignore[no-untyped-def]
+def _(d_residual, d_y, x, branch, gate, scale, statistics, offsets=None):  # type: ignore[no-untyped-def]
+    rows = x.shape[0] if offsets is None else len(offsets) - 1
     return (
         x.new_empty(0 if d_y is None else x.shape),
         x.new_empty(0) if branch is None else branch.new_empty(x.shape),
-        x.new_empty(((branch is not None) + 2 * (d_y is not None), x.shape[0], x.shape[2]), dtype=torch.float32),
+        x.new_empty(((branch is not None) + 2 * (d_y is not None), rows, x.shape[-1]), dtype=torch.float32),
     )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, branch, gate, shift, scale, *_ = inputs
+    x, branch, gate, shift, scale, _, _, ctx.offsets = inputs
     residual, _, statistics = output
     normalized = x if branch is None else branch if shift is None else residual  # only its shape counts without a norm
     ctx.set_materialize_grads(False)
@@ -195,12 +229,12 @@ def _gradients(ctx: Any, d_residual: Tensor | None, d_y: Tensor | None, _: Tenso
     normalized, branch, gate, scale, statistics = ctx.saved_tensors
     d_residual, d_y = None if branch is None else d_residual, None if scale is None else d_y  # those of empty outputs
     if d_residual is None and d_y is None:
-        return (None,) * 7
-    dx, dbranch, sums = _adaln_backward(d_residual, d_y, normalized, branch, gate, scale, statistics)
+        return (None,) * 8
+    dx, dbranch, sums = _adaln_backward(d_residual, d_y, normalized, branch, gate, scale, statistics, ctx.offsets)
     written = iter(sums.unbind())
     asked = (branch is not None, d_y is not None, d_y is not None)
     vectors = [next(written).to(dtype) if wanted else None for dtype, wanted in zip(ctx.dtypes, asked, strict=True)]
-    return d_residual if d_y is None else dx, None if branch is None else dbranch, *vectors, None, None
+    return d_residual if d_y is None else dx, None if branch is None else dbranch, *vectors, None, None, None
 
 
 _adaln.register_autograd(_gradients, setup_context=_save)

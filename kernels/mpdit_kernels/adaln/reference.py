@@ -6,6 +6,10 @@ widest of the dtypes at hand, as torch promotes them.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
@@ -28,3 +32,17 @@ def gated_residual_adaln(
     """The gated residual, and its modulated layer norm as `dtype`."""
     residual = gated_residual(x, branch, gate)
     return residual, adaln_modulate(residual, shift, scale, eps, dtype)
+
+
+def packed(
+    function: Callable[..., Any], lengths: Sequence[int], tokens: list[Tensor], vectors: list[Tensor], *rest: Any
+) -> list[Tensor]:
+    """A function above of sequences packed as [N, D], with vectors [S, D]: neighbours of one length are a batch."""
+    batches = [(len(list(same)), length) for length, same in groupby(lengths)] or [(0, 1)]
+    wide = [x.split([count * length for count, length in batches]) for x in tokens]
+    narrow = [vector.split([count for count, _ in batches]) for vector in vectors]
+    results = []
+    for index, batch in enumerate(batches):
+        found = function(*(x[index].unflatten(0, batch) for x in wide), *(v[index] for v in narrow), *rest)
+        results.append([found] if isinstance(found, Tensor) else found)
+    return [torch.cat([part.flatten(0, 1) for part in parts]) for parts in zip(*results, strict=True)]

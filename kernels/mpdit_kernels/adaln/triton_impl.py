@@ -3,9 +3,14 @@
 A program takes TOKENS tokens of one sample, ROWS at a time, whole rows in registers, so the sample's modulation is
 read once per program. Statistics and sums are fp32. The backward sums over a program's tokens in registers and writes
 one fp32 partial row per program; the partials are added up in a fixed order, so results repeat bit for bit.
+
+PACKED, a program takes tokens of one of S sequences, which are stretches of a single sample of N tokens. There are
+programs for the longest; those that others have no tokens for add partials of zero.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -24,6 +29,7 @@ from mpdit_kernels.rows import (
     store_vector,
     zero_vector,
 )
+from mpdit_kernels.varlen import Sequences
 
 
 def _candidates(width: int, parts: str) -> list[Config]:
@@ -55,6 +61,17 @@ BACKWARD = Tunable("adaln.backward", _default_backward, _candidates)
 
 
 @triton.jit
+def _span(cu_seqlens, T, PACKED: tl.constexpr):
+    """Of the tokens of a program: whose vectors they meet, the sample they lie in, the first of them, and the end."""
+    b = tl.program_id(0).to(tl.int64)
+    if PACKED:
+        sample, start, end = tl.cast(0, tl.int64), tl.load(cu_seqlens + b), tl.load(cu_seqlens + b + 1)
+    else:
+        sample, start, end = b, 0, T
+    return b, sample, start, end
+
+
+@triton.jit
 def _forward(
     x,  # [B, T, D]
     branch,  # [B, T, D]
@@ -64,6 +81,7 @@ def _forward(
     residual,  # out [B, T, D]
     y,  # out [B, T, D]
     statistics,  # out fp32 [2, B, T]: mean, reciprocal standard deviation
+    cu_seqlens,  # int32 [S+1], where PACKED
     T,
     eps,
     x_batch,
@@ -79,22 +97,23 @@ def _forward(
     TOKENS: tl.constexpr,
     GATED: tl.constexpr,
     NORM: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     tl.static_assert(TOKENS % ROWS == 0)
-    b = tl.program_id(0).to(tl.int64)
+    b, sample, start, end = _span(cu_seqlens, T, PACKED)
     if GATED:
         g = load_vector(gate + b * gate_batch, CHUNKS)
     if NORM:
         shifts = load_vector(shift + b * shift_batch, CHUNKS)
         scales = load_vector(scale + b * scale_batch, CHUNKS)
-    first = tl.program_id(1) * TOKENS
-    for step in range(0, TOKENS, ROWS):
+    first = start + tl.program_id(1) * TOKENS
+    for step in range(0, tl.minimum(TOKENS, end - first) if PACKED else TOKENS, ROWS):
         rows = (first + step + tl.arange(0, ROWS)).to(tl.int64)
-        mask = rows < T
-        out = (b * T + rows) * D
-        values = load_rows(x + b * x_batch + rows * x_token, mask, CHUNKS)
+        mask = rows < end
+        out = (sample * T + rows) * D
+        values = load_rows(x + sample * x_batch + rows * x_token, mask, CHUNKS)
         if GATED:
-            branches = load_rows(branch + b * branch_batch + rows * branch_token, mask, CHUNKS)
+            branches = load_rows(branch + sample * branch_batch + rows * branch_token, mask, CHUNKS)
             summed = ()
             for i in tl.static_range(len(CHUNKS)):
                 # The norm sees the sum as it is stored, as the reference does.
@@ -104,8 +123,8 @@ def _forward(
             values = summed
         if NORM:
             mean, rstd = row_moments(values, eps, D)
-            tl.store(statistics + b * T + rows, mean, mask=mask)
-            tl.store(statistics + (tl.num_programs(0) + b) * T + rows, rstd, mask=mask)
+            tl.store(statistics + sample * T + rows, mean, mask=mask)
+            tl.store(statistics + ((1 if PACKED else tl.num_programs(0)) + sample) * T + rows, rstd, mask=mask)
             for i in tl.static_range(len(CHUNKS)):
                 normal = (values[i] - mean[:, None]) * rstd[:, None]
                 modulated = normal * (1 + scales[i]) + shifts[i]
@@ -125,6 +144,7 @@ def _backward(
     d_x,  # out [B, T, D]
     d_branch,  # out [B, T, D]
     partials,  # out fp32 [1 to 3, B, P, D]: of gate where GATED, of shift and scale where NORM
+    cu_seqlens,  # int32 [S+1], where PACKED
     T,
     d_residual_batch,
     d_residual_token,
@@ -143,9 +163,10 @@ def _backward(
     GATED: tl.constexpr,
     NORM: tl.constexpr,
     GRAD_RESIDUAL: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     tl.static_assert(TOKENS % ROWS == 0)
-    b = tl.program_id(0).to(tl.int64)
+    b, sample, start, end = _span(cu_seqlens, T, PACKED)
     part = tl.program_id(1)
     sum_gate = zero_vector(CHUNKS)
     sum_shift = zero_vector(CHUNKS)
@@ -154,16 +175,16 @@ def _backward(
         g = load_vector(gate + b * gate_batch, CHUNKS)
     if NORM:
         scales = load_vector(scale + b * scale_batch, CHUNKS)
-    first = part * TOKENS
-    for step in range(0, TOKENS, ROWS):
+    first = start + part * TOKENS
+    for step in range(0, tl.minimum(TOKENS, end - first) if PACKED else TOKENS, ROWS):
         rows = (first + step + tl.arange(0, ROWS)).to(tl.int64)
-        mask = rows < T
-        out = (b * T + rows) * D
+        mask = rows < end
+        out = (sample * T + rows) * D
         if NORM:
-            mean = tl.load(statistics + b * T + rows, mask=mask, other=0)
-            rstd = tl.load(statistics + (tl.num_programs(0) + b) * T + rows, mask=mask, other=0)
-            values = load_rows(x + b * x_batch + rows * x_token, mask, CHUNKS)
-            gradients = load_rows(d_y + b * d_y_batch + rows * d_y_token, mask, CHUNKS)
+            mean = tl.load(statistics + sample * T + rows, mask=mask, other=0)
+            rstd = tl.load(statistics + ((1 if PACKED else tl.num_programs(0)) + sample) * T + rows, mask=mask, other=0)
+            values = load_rows(x + sample * x_batch + rows * x_token, mask, CHUNKS)
+            gradients = load_rows(d_y + sample * d_y_batch + rows * d_y_token, mask, CHUNKS)
             normal = ()
             weighted = ()
             products = ()
@@ -186,7 +207,7 @@ def _backward(
             if NORM:
                 total = (weighted[i] - normal[i] * along - offset) * rstd[:, None]
             if GRAD_RESIDUAL:
-                pointers = d_residual + b * d_residual_batch + rows[:, None] * d_residual_token + at
+                pointers = d_residual + sample * d_residual_batch + rows[:, None] * d_residual_token + at
                 incoming = tl.load(pointers, mask=mask[:, None], other=0).to(tl.float32)
                 if NORM:
                     total += incoming
@@ -195,7 +216,7 @@ def _backward(
             if NORM:
                 tl.store(d_x + out[:, None] + at, total.to(d_x.dtype.element_ty), mask=mask[:, None])
             if GATED:
-                pointers = branch + b * branch_batch + rows[:, None] * branch_token + at
+                pointers = branch + sample * branch_batch + rows[:, None] * branch_token + at
                 branches = tl.load(pointers, mask=mask[:, None], other=0).to(tl.float32)
                 new_gate = new_gate + (sum_gate[i] + tl.sum(total * branches, 0, keep_dims=True),)
                 gated = (total * g[i]).to(d_branch.dtype.element_ty)
@@ -219,25 +240,31 @@ def forward(
     scale: Tensor | None,
     eps: float,
     dtype: torch.dtype,
+    offsets: Sequence[int] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(residual, y, statistics fp32 [2,B,T]); residual is None without a branch, the others without a shift."""
-    batch, tokens, width = x.shape
+    """(residual, y, statistics fp32 [2,B,T]); residual is None without a branch, the others without a shift.
+
+    With cumulative lengths (0, ..., N) of S sequences, x and branch are [N, D], the vectors [S, D] and the statistics
+    [2, N].
+    """
+    batch, tokens, cu_seqlens = _extent(x, offsets)
     x, branch = rows_of(x), None if branch is None else rows_of(branch)
     gate, shift, scale = (None if v is None else rows_of(v) for v in (gate, shift, scale))
     residual = None if branch is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     y = None if shift is None else torch.empty(x.shape, dtype=dtype, device=x.device)
-    statistics = None if shift is None else torch.empty(2, batch, tokens, dtype=torch.float32, device=x.device)
-    config = _config(FORWARD, x, gated=branch is not None, norm=shift is not None)
+    statistics = None if shift is None else torch.empty(2, *x.shape[:-1], dtype=torch.float32, device=x.device)
+    config = _config(FORWARD, x, tokens, gated=branch is not None, norm=shift is not None)
     launch(
         _forward,
         (batch, triton.cdiv(tokens, config["TOKENS"])),
-        *(x, branch, gate, shift, scale, residual, y, statistics, tokens, eps),
-        *(x.stride(0), x.stride(1), *_strides(branch)),
+        *(x, branch, gate, shift, scale, residual, y, statistics, cu_seqlens, x.shape[-2], eps),
+        *(*_strides(x), *_strides(branch)),
         *(0 if v is None else v.stride(0) for v in (gate, shift, scale)),
-        D=width,
-        CHUNKS=chunks(width, config.pop("CAP")),
+        D=x.shape[-1],
+        CHUNKS=chunks(x.shape[-1], config.pop("CAP")),
         GATED=branch is not None,
         NORM=shift is not None,
+        PACKED=offsets is not None,
         **config,
     )
     return residual, y, statistics
@@ -251,44 +278,56 @@ def backward(
     gate: Tensor | None,
     scale: Tensor | None,
     statistics: Tensor | None,
+    offsets: Sequence[int] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """(dx, dbranch, fp32 [1 to 3, B, D]) given what the forward normalised as x.
 
     dx is None without d_y: it is then d_residual itself. The third is of the gate where there is a branch, then of
-    shift and scale where there is d_y.
+    shift and scale where there is d_y. Cumulative lengths as in the forward, [S, D] taking the place of [B, D].
     """
-    batch, tokens, width = x.shape
+    batch, tokens, cu_seqlens = _extent(x, offsets)
+    width = x.shape[-1]
     d_residual, d_y, branch = (None if v is None else rows_of(v) for v in (d_residual, d_y, branch))
     gate, scale = (None if v is None else rows_of(v) for v in (gate, scale))
     x = rows_of(x)
     norm = d_y is not None
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if norm else None
     dbranch = None if branch is None else torch.empty(x.shape, dtype=branch.dtype, device=x.device)
-    config = _config(BACKWARD, x, gated=branch is not None, norm=norm)
+    config = _config(BACKWARD, x, tokens, gated=branch is not None, norm=norm)
     parts = triton.cdiv(tokens, config["TOKENS"])
     partials = torch.empty((branch is not None) + 2 * norm, batch, parts, width, dtype=torch.float32, device=x.device)
     launch(
         _backward,
         (batch, parts),
-        *(d_residual, d_y, x, branch, gate, scale if norm else None, statistics, dx, dbranch, partials, tokens),
-        *(*_strides(d_residual), *_strides(d_y), x.stride(0), x.stride(1), *_strides(branch)),
+        *(d_residual, d_y, x, branch, gate, scale if norm else None, statistics, dx, dbranch, partials, cu_seqlens),
+        *(x.shape[-2], *_strides(d_residual), *_strides(d_y), *_strides(x), *_strides(branch)),
         *(0 if gate is None else gate.stride(0), 0 if scale is None else scale.stride(0)),
         D=width,
         CHUNKS=chunks(width, config.pop("CAP")),
         GATED=branch is not None,
         NORM=norm,
         GRAD_RESIDUAL=d_residual is not None,
+        PACKED=offsets is not None,
         **config,
     )
     return dx, dbranch, partials[:, :, 0] if parts == 1 else partials.sum(2)
 
 
-def _config(tunable: Tunable, x: Tensor, gated: bool, norm: bool) -> Config:
+def _extent(x: Tensor, offsets: Sequence[int] | None) -> tuple[int, int, Tensor | None]:
+    """Samples, or sequences; the most tokens that one has; and the cumulative lengths on x's device."""
+    if offsets is None:
+        return x.shape[0], x.shape[1], None
+    packed = Sequences(tuple(offsets))
+    return len(packed), packed.longest, packed.on(x.device)
+
+
+def _config(tunable: Tunable, x: Tensor, tokens: int, gated: bool, norm: bool) -> Config:
     """As tuned, with no more tokens to a program than there are."""
-    config = tunable.pick(width=x.shape[2], parts="gate+norm" if gated and norm else "gate" if gated else "norm")
-    most = triton.cdiv(max(1, x.shape[1]), config["ROWS"]) * config["ROWS"]
+    config = tunable.pick(width=x.shape[-1], parts="gate+norm" if gated and norm else "gate" if gated else "norm")
+    most = triton.cdiv(max(1, tokens), config["ROWS"]) * config["ROWS"]
     return config | {"TOKENS": min(config["TOKENS"], most)}
 
 
 def _strides(x: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if x is None else (x.stride(0), x.stride(1))
+    """Of samples and tokens; packed ones are a single sample."""
+    return (0, 0) if x is None else (x.stride(0) if x.ndim == 3 else 0, x.stride(-2))
