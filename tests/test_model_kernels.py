@@ -90,7 +90,7 @@ def test_the_kernels_really_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_unknown_attention_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "_environment", "fast")
-    with pytest.raises(ConfigError, match="MPDIT_ATTENTION is 'fast': choose auto or one of triton, .*sdpa_math"):
+    with pytest.raises(ConfigError, match=r"MPDIT_ATTENTION is 'fast': choose auto or one of triton, .*sdpa_math"):
         mpdit.MPDiT(MODELS["two stages"])
 
 
