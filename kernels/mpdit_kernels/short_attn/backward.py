@@ -68,51 +68,15 @@ def backward_kernel(
     asked = T - first_query
     if ALL:
         _walk(
-            q,
-            k,
-            d_out,
-            out,
-            logs,
-            dq,
-            dk,
-            T,
-            asked,
-            scale,
-            scale2,
-            row,
-            d_out_row,
-            H,
-            D,
-            COLUMNS,
-            KEYS,
-            QUERIES,
-            PADDED,
-            True,
+            *(q, k, d_out, out, logs, dq, dk, T, asked, scale, scale2, row, d_out_row),
+            *(H, D, COLUMNS, KEYS, QUERIES, PADDED, True),
         )
     else:
         for key in tl.range(0, T, BLOCK, disable_licm=True):
             d = dk + key * (3 * H * D)
             _walk(
-                q,
-                k + key * row,
-                d_out,
-                out,
-                logs,
-                dq,
-                d,
-                T - key,
-                asked,
-                scale,
-                scale2,
-                row,
-                d_out_row,
-                H,
-                D,
-                COLUMNS,
-                KEYS,
-                QUERIES,
-                PADDED,
-                False,
+                *(q, k + key * row, d_out, out, logs, dq, d, T - key, asked, scale, scale2, row, d_out_row),
+                *(H, D, COLUMNS, KEYS, QUERIES, PADDED, False),
             )
         for first in tl.range(0, asked, QUERIES, disable_licm=True):
             rows = tl.arange(0, QUERIES)
