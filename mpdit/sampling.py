@@ -88,6 +88,8 @@ def sample(
     least = 2 if method == "sde" else 1
     if not isinstance(steps, int) or steps < least:
         raise ConfigError(f"steps is {steps!r}: {method} needs a whole number of at least {least}")
+    if not isinstance(noise, Tensor):
+        raise ConfigError(f"noise is a {type(noise).__name__}: give a tensor [B, C, H, W], one call for each size")
     if noise.ndim < 2 or not noise.is_floating_point():
         raise ConfigError(f"noise is {noise.dtype} {list(noise.shape)}: give a floating-point batch [B, C, H, W]")
     config = getattr(model, "config", None)

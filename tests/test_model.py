@@ -3,6 +3,7 @@
 import pytest
 import torch
 from goldens import relative_error
+from mpdit_kernels.backends import use_attention
 from mpdit_kernels.fno.reference import fourier_matrices
 
 import mpdit
@@ -156,6 +157,16 @@ def test_last_block_does_not_compute_class_queries():
     model(x, t, y)
     model.use_shortcuts(False)(x, t, y)
     assert seen == [64, 66]
+
+
+def test_an_attention_that_cannot_serve_is_one_clear_error():
+    model = tiny()
+    x, t, y = inputs(model)
+    model.try_attention(torch.float32)
+    with use_attention("xformers"):
+        for call in (lambda: model(x, t, y), lambda: model.try_attention(torch.float32)):
+            with pytest.raises(ConfigError, match=r"'xformers', which is refused: .* available for .*: sdpa_flash"):
+                call()
 
 
 def test_checkpointing_changes_no_gradient():

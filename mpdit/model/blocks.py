@@ -14,9 +14,11 @@ from mpdit_kernels import (
     gated_residual_adaln,
     gelu_linear,
 )
+from mpdit_kernels.backends import BackendError
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear
 
+from mpdit.errors import ConfigError
 from mpdit.model.embed import Grid, unpatchify
 from mpdit.model.layout import Layout
 from mpdit.model.time import Modulation
@@ -89,10 +91,13 @@ class Attention(nn.Module):
         With cumulative lengths of S images, [N, D] -> [N - S * first_query, D].
         """
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
-        if cu_seqlens is None:
-            mixed = attention(qkv, first_query=first_query)
-        else:
-            mixed = attention_varlen(qkv, cu_seqlens, first_query=first_query)
+        try:
+            if cu_seqlens is None:
+                mixed = attention(qkv, first_query=first_query)
+            else:
+                mixed = attention_varlen(qkv, cu_seqlens, first_query=first_query)
+        except BackendError as error:
+            raise ConfigError(str(error)) from None
         return self.proj(mixed.flatten(-2))
 
 

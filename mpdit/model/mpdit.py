@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from mpdit_kernels import dispatch
-from mpdit_kernels.backends import attention_mode
+from mpdit_kernels import attention, dispatch
+from mpdit_kernels.backends import BackendError, attention_mode
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -125,6 +125,26 @@ class MPDiT(nn.Module):
         """The last block of the finest stage, if it has any."""
         blocks = self.stages[-1].blocks
         return blocks[-1] if len(blocks) else None
+
+    def try_attention(self, dtype: torch.dtype) -> None:
+        """Have attention choose and try its backends now, for every stage of the configured size in this dtype.
+
+        A backend's first call at a shape is a trial of up to seconds; here they come before anything depends on them.
+
+        Raises:
+            ConfigError: the backend asked for can't serve one of them.
+        """
+        config, prefix = self.config, self.config.prefix_tokens
+        device, heads = self.final.weight.device, config.heads
+        asked = {(stage.patch, 0) for stage in config.stages}
+        if self.shortcuts:
+            asked.add((config.stages[-1].patch, prefix))
+        for patch, first_query in sorted(asked, reverse=True):
+            size = (1, prefix + (config.input_size // patch) ** 2, 3, heads, config.width // heads)
+            try:
+                attention(torch.zeros(size, dtype=dtype, device=device, requires_grad=True), first_query=first_query)
+            except BackendError as error:
+                raise ConfigError(str(error)) from None
 
     def use_shortcuts(self, enabled: bool) -> MPDiT:
         """Switch the exact algebraic shortcuts (on by default) off or on; results agree to rounding. Returns self."""

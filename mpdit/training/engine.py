@@ -55,7 +55,8 @@ class Trainer:
 def build_trainer(run: Run, device: torch.device) -> Trainer:
     """Build the model from the run's seed and hand it to DeepSpeed, with the run's optimiser.
 
-    Raises ConfigError when DeepSpeed refuses the configuration, or this machine the optimiser.
+    Raises ConfigError when DeepSpeed refuses the configuration, or this machine the optimiser or the attention that
+    was asked for.
     """
     import deepspeed
 
@@ -69,6 +70,7 @@ def build_trainer(run: Run, device: torch.device) -> Trainer:
     optimizer = build_optimizer(config, model.parameters(), device, run.ds)
     with _deepspeed_errors(config.ds_config):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=copy.deepcopy(run.ds))
+    model.try_attention(torch.bfloat16 if config.precision == "bf16" else torch.float32)
     return Trainer(engine, optimizer, device)
 
 

@@ -8,13 +8,24 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from mpdit_kernels import use
-from mpdit_kernels.backends import BACKENDS, attention, attention_varlen, choose, measured, packed, probe, use_attention
+from mpdit_kernels import dispatch, use
+from mpdit_kernels.backends import (
+    BACKENDS,
+    attention,
+    attention_varlen,
+    choose,
+    measured,
+    packed,
+    probe,
+    sdpa,
+    use_attention,
+)
 from mpdit_kernels.backends.call import Call
 from mpdit_kernels.short_attn import reference
 from proof import DEVICE, FLOOR
@@ -484,7 +495,8 @@ def test_the_environment_is_checked() -> None:
             [sys.executable, "-c", code], env=os.environ | {"MPDIT_ATTENTION": value, "TRITON_INTERPRET": "0"},
             capture_output=True, text=True, check=False,
         )  # fmt: skip
-        assert done.returncode and done.stderr.strip().splitlines()[-1].startswith(f"ValueError: {message}")
+        kind, _, text = done.stderr.strip().splitlines()[-1].partition(": ")
+        assert done.returncode and kind.endswith("Error") and text.startswith(message)
 
 
 QKV = torch.zeros(2, 5, 3, 2, 8)
@@ -498,7 +510,7 @@ QKV = torch.zeros(2, 5, 3, 2, 8)
         ({"qkv": QKV[:, :, :2]}, r"qkv is of shape \[2, 5, 2, 2, 8\]: expected 3 in front of"),
         ({"qkv": QKV[..., :0]}, "at least one column"),
         ({"qkv": QKV[:, :, :, :0]}, "at least one head"),
-        ({"qkv": QKV[:, :0]}, "first_query is 0"),
+        ({"qkv": QKV[:, :0]}, r"qkv is of shape .*: expected at least one token"),
         ({"qkv": QKV.long()}, "qkv has dtype torch.int64: expected a floating-point type"),
         ({"first_query": 5}, "first_query is 5: expected"),
         ({"first_query": -1}, "first_query is -1: expected"),
@@ -538,3 +550,29 @@ def test_bad_arguments_with_several_lengths(change: dict[str, Any], message: str
 def test_use_attention_names_the_choices() -> None:
     with pytest.raises(ValueError, match=r"use_attention's backend is 'math': choose auto or one of triton, "):
         use_attention("math").__enter__()
+
+
+def test_threads_leave_the_processs_switches_as_they_were() -> None:
+    qkv = torch.randn(2, 20, 3, 2, 32)
+    interval = sys.getswitchinterval()
+
+    def work(name: str) -> None:
+        for _ in range(300):
+            attention(qkv, backend=name)
+
+    switches = [enabled for enabled, _ in sdpa._SWITCHES.values()]
+    before = [enabled() for enabled in switches], dispatch.mode()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, ["sdpa_math", "sdpa_flash", "sdpa_math", "sdpa_flash"]))
+    finally:
+        sys.setswitchinterval(interval)
+    assert ([enabled() for enabled in switches], dispatch.mode()) == before
+
+
+def test_no_tokens_and_no_name_are_named() -> None:
+    with pytest.raises(ValueError, match=r"qkv is of shape \[2, 0, 3, 1, 8\]: expected at least one token"):
+        attention(torch.zeros(2, 0, 3, 1, 8))
+    with pytest.raises(ValueError, match=r"backend is \['a'\]: choose auto or one of triton"):
+        attention(torch.zeros(2, 4, 3, 1, 8), backend=["a"])  # type: ignore[arg-type]

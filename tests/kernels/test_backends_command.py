@@ -140,6 +140,15 @@ def test_measuring_stops_in_time_and_times_nothing_that_is_wrong(
         (["--device", "toaster"], "--device is 'toaster': "),
         (["--measure", "--minutes", "0"], "--minutes is 0.0: expected more than 0"),
         (["--measure", "--table"], "not allowed with argument"),
+        (["--measure", "--tokens", "9"], "--tokens goes without --measure"),
+        (["--out", "table.json"], "--out goes with --measure"),
+        (["--device", "meta"], "--device is 'meta': expected cpu, cuda or cuda:N"),
+        (["--measure", "--out", "/"], "/ can't be read or written as a table: "),
+        (
+            ["--measure", "--out", "/proc/none/table.json"],
+            "/proc/none/table.json can't be read or written as a table: ",
+        ),
+        (["--measure", "--out", __file__], "can't be read or written as a table: "),
     ],
 )
 def test_bad_usage_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

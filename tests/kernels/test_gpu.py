@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from mpdit_kernels import use
+from mpdit_kernels import attention, use
+from mpdit_kernels.backends import BACKENDS, probe
+from mpdit_kernels.backends.call import Call
 from mpdit_kernels.cases import SHAPES, Case, all_cases
-from proof import prove
+from mpdit_kernels.short_attn import reference
+from proof import distance, prove
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -104,6 +107,26 @@ def test_auto_compiles_without_a_break() -> None:
     for case in WITH_GRADIENTS:
         torch._dynamo.reset()
         torch.compile(lambda *a, case=case: case.call(*a), fullgraph=True, backend="aot_eager")(*_fresh(case))
+
+
+@pytest.mark.parametrize("head_dim", [64, 72])
+@pytest.mark.parametrize("tokens", [80, 256, 272, 1024, 1040])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_every_library_is_as_exact_as_pytorch_at_each_length(name: str, tokens: int, head_dim: int) -> None:
+    """Outputs and gradients of all that count as available, on fresh values; cuDNN's too, whose tiles divide none."""
+    for first_query in (0, 16):
+        call = Call(tokens, head_dim, torch.bfloat16, torch.device("cuda", torch.cuda.current_device()), first_query)
+        if reason := probe.refusal(BACKENDS[name], call):
+            pytest.skip(reason)
+        qkv = torch.randn(4, tokens, 3, 4, head_dim, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        out = attention(qkv, first_query=first_query, backend=name)
+        gradient = torch.randn_like(out)
+        found = [out.detach(), *torch.autograd.grad(out, qkv, gradient)[0].unbind(2)]
+        exact = qkv.detach().double().requires_grad_()
+        out = reference.attention(exact, head_dim**-0.5, first_query)
+        truth = [out.detach(), *torch.autograd.grad(out, exact, gradient.double())[0].unbind(2)]
+        for mine, right in zip(found, truth, strict=True):
+            assert distance(mine, right) < 8e-3, "four roundings of bf16; libraries take one or two"
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")

@@ -25,6 +25,10 @@ from mpdit_kernels.dispatch import mode
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in
           (torch.float32, torch.bfloat16, torch.float16, torch.float64)}  # fmt: skip
 
+TABLE = ("tokens", "head_dim", "dtype", "first_query", "deterministic", "json")
+MEASURE = ("minutes", "out")
+"""Options of --table alone, and of --measure alone."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser("python -m mpdit_kernels.backends", description="Attention: what runs here, and what is chosen")
@@ -37,13 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--head-dim", type=int, nargs="+", metavar="D", help="widths of a head (72)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, metavar="DTYPE",
                         help=f"of {', '.join(DTYPES)} (bfloat16; on a CPU also float32)")  # fmt: skip
-    parser.add_argument("--first-query", type=int, default=0, metavar="F", help="tokens that are keys and values only")
+    parser.add_argument("--first-query", type=int, metavar="F", help="tokens that are keys and values only")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     parser.add_argument(
         "--deterministic", action="store_true", help="as under torch.use_deterministic_algorithms(True)"
     )
     parser.add_argument("--json", action="store_true", help="the table as JSON")
-    parser.add_argument("--minutes", type=float, default=5.0, help="for --measure: when to stop (5)")
+    parser.add_argument("--minutes", type=float, help="for --measure: when to stop (5)")
     parser.add_argument("--out", type=Path, help="for --measure: file instead of tuned/attention_ARCHITECTURE.json")
     options = parser.parse_args(arguments)
     try:
@@ -51,20 +55,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         attention_mode(), mode()
     except ValueError as error:
         parser.error(str(error))
+    for name in TABLE if options.measure else MEASURE:
+        if getattr(options, name) not in (None, False):
+            parser.error(f"--{name.replace('_', '-')} goes {'without' if name in TABLE else 'with'} --measure")
     if options.measure:
-        if not 0 < options.minutes < float("inf"):
-            parser.error(f"--minutes is {options.minutes}: expected more than 0")
+        minutes = 5.0 if options.minutes is None else options.minutes
+        if not 0 < minutes < float("inf"):
+            parser.error(f"--minutes is {minutes}: expected more than 0")
         from mpdit_kernels.backends.measure import measure
 
-        return measure(device, options.minutes, options.out)
+        try:
+            return measure(device, minutes, options.out)
+        except (OSError, ValueError, KeyError) as error:
+            parser.error(f"{options.out or 'the table'} can't be read or written as a table: {error}")
+    first_query = options.first_query or 0
     gpu = device.type == "cuda"
     tokens = options.tokens or ([80, 272, 1040] if gpu else [80, 272])
     head_dims = options.head_dim or [72]
     dtypes = options.dtype or (["bfloat16"] if gpu else ["float32", "bfloat16"])
-    if min(*tokens, *head_dims) < 1 or not 0 <= options.first_query < min(tokens):
+    if min(*tokens, *head_dims) < 1 or not 0 <= first_query < min(tokens):
         parser.error("--tokens and --head-dim take whole numbers of at least 1, --first-query fewer than the tokens")
     calls = [
-        Call(t, d, DTYPES[dtype], device, options.first_query, options.deterministic, options.deterministic, mode())
+        Call(t, d, DTYPES[dtype], device, first_query, options.deterministic, options.deterministic, mode())
         for dtype, d, t in product(dtypes, head_dims, tokens)
     ]
     with _deterministic(options.deterministic):
@@ -91,6 +103,8 @@ def _device(name: str) -> torch.device:
     Raises:
         ValueError: no such device here.
     """
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {name!r}: expected cpu, cuda or cuda:N")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -64,6 +64,10 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
+class BackendError(ValueError):
+    """The backend asked for is unknown or can't serve a call, or none can."""
+
+
 Context = tuple[str, str, bool, tuple[Any, ...]]
 """Backend asked for, where that was said, whether gradients will be taken, and a Call's fields but the first: of the
 kinds that a compiler's tracer can pass on to functions whose results it takes as constants."""
@@ -108,9 +112,9 @@ def choice(asked: str, training: bool, call: Call, source: str = "backend") -> s
     if asked == "auto":
         return _first_available(training, call)
     if asked not in BACKENDS:
-        raise ValueError(f"{source} is {asked!r}: choose auto or one of {', '.join(BACKENDS)}; {_available(call)}")
+        raise BackendError(f"{source} is {asked!r}: choose auto or one of {', '.join(BACKENDS)}; {_available(call)}")
     if reason := refusal(asked, call):
-        raise ValueError(f"{source} is {asked!r}, which is refused: {reason}; {_available(call)}")
+        raise BackendError(f"{source} is {asked!r}, which is refused: {reason}; {_available(call)}")
     return asked
 
 
@@ -122,7 +126,9 @@ def _first_available(training: bool, call: Call) -> str:
             return name
         refusals[name] = reason
         tell(name, reason, call)
-    raise ValueError(f"no attention for {call}: {'; '.join(f'{name}: {reason}' for name, reason in refusals.items())}")
+    raise BackendError(
+        f"no attention for {call}: {'; '.join(f'{name}: {reason}' for name, reason in refusals.items())}"
+    )
 
 
 def order(call: Call, training: bool) -> list[str]:

@@ -60,6 +60,7 @@ def measure(device: torch.device, minutes: float, out: Path | None) -> int:
     file = out or measured.path(_call(todo[0], device).architecture)
     table: measured.Table = {"machine": machine(device), "rows": []}
     before = earlier(file, table["machine"])
+    write_atomically(file, _json(table | {"rows": [*before.values()]}))  # what can't be written is found out first
     while todo and time.monotonic() < end:
         shape = todo.pop(0)
         table["rows"].append(row(clock, shape, device, (end - time.monotonic()) / (len(todo) + 1)))
@@ -155,4 +156,9 @@ def _lines(row: dict[str, Any]) -> str:
     """Microseconds of each backend."""
     names = sorted(row["training"], key=lambda name: row["training"][name])
     cells = [(name, *(f"{kind} {1e6 * row[kind][name][0]:.0f} us" for kind in report.KINDS)) for name in names]
-    return textwrap.indent(aligned(cells), "  ") if cells else "  nothing available"
+    text = textwrap.indent(aligned(cells), "  ") if cells else "  nothing available"
+    if len(names) > 1 and "triton" in names:
+        best = {kind: min(row[kind][name][0] for name in names if name != "triton") for kind in report.KINDS}
+        ratios = ", ".join(f"{kind} {best[kind] / row[kind]['triton'][0]:.2f}x" for kind in report.KINDS)
+        text += f"\n  triton against the best library: {ratios}"
+    return text

@@ -8,10 +8,10 @@ import math
 import torch
 from torch import Tensor
 
-from mpdit_kernels.backends.choose import choose, context, fixed
+from mpdit_kernels.backends.choose import BackendError, choose, context, fixed
 from mpdit_kernels.backends.packed import plan_of, run_plan
 from mpdit_kernels.backends.registry import BACKENDS
-from mpdit_kernels.checks import autocast_dtype, check, check_dims, check_tensors
+from mpdit_kernels.checks import autocast_dtype, check, check_dims, check_filled, check_tensors
 from mpdit_kernels.short_attn.op import check_first_query, checked
 from mpdit_kernels.varlen import Offsets, sequences
 
@@ -45,8 +45,9 @@ def attention(
             what is available. Also where a new shape meets a CUDA graph's capture: a backend's first call at a shape is
             a probe, which can't be captured.
     """
-    scale, deterministic = _check(qkv, "[B, T, 3, H, d]", scale, deterministic)
+    scale, deterministic = _check(qkv, "[B, T, 3, H, d]", scale, deterministic, backend)
     tokens = fixed(qkv.shape[1])
+    check_filled("qkv", qkv, 1, "at least one token")
     check_first_query(first_query, tokens)
     qkv = _ready(qkv)
     if not qkv.shape[0]:
@@ -82,7 +83,7 @@ def attention_varlen(
     Raises:
         ValueError: as `attention`, and lengths that don't fit.
     """
-    scale, deterministic = _check(qkv, "[N, 3, H, d]", scale, deterministic)
+    scale, deterministic = _check(qkv, "[N, 3, H, d]", scale, deterministic, backend)
     if torch.compiler.is_compiling() and not isinstance(cu_seqlens, Tensor):
         cu_seqlens = tuple(fixed(offset) for offset in cu_seqlens)
     offsets = sequences(cu_seqlens, qkv.shape[0]).offsets
@@ -94,11 +95,15 @@ def attention_varlen(
     return run_plan(qkv, plan, scale, first_query, deterministic)
 
 
-def _check(qkv: Tensor, letters: str, scale: float | None, deterministic: bool | None) -> tuple[float, bool]:
+def _check(
+    qkv: Tensor, letters: str, scale: float | None, deterministic: bool | None, backend: str
+) -> tuple[float, bool]:
     """(scale, deterministic) as they are meant."""
     check_tensors(qkv=qkv)
     check_dims("qkv", qkv, letters)
     checked(qkv, scale)
+    if not isinstance(backend, str):
+        raise BackendError(f"backend is {backend!r}: choose auto or one of {', '.join(BACKENDS)}")
     if deterministic not in (None, True, False):
         check(False, "deterministic", repr(deterministic), "True, False or None")
     if deterministic is None:

@@ -20,17 +20,15 @@ def _unfit(call: Call) -> str | None:
 
 
 def _run(qkv: Tensor, scale: float, first_query: int, deterministic: bool) -> Tensor:
-    from mpdit_kernels.short_attn import short_attention
+    from mpdit_kernels.short_attn import op
 
-    with dispatch.use("triton"):  # what was chosen is chosen
-        return short_attention(qkv, scale, first_query)
+    return op.run(qkv, scale, first_query)
 
 
 def _run_packed(qkv: Tensor, sequences: Sequences, scale: float, first_query: int, deterministic: bool) -> Tensor:
-    from mpdit_kernels.short_attn import short_attention_varlen
+    from mpdit_kernels.short_attn import op
 
-    with dispatch.use("triton"):
-        return short_attention_varlen(qkv, sequences, scale, first_query)
+    return op.run_varlen(qkv, sequences, scale, first_query)
 
 
 TRITON = Backend("triton", _unfit, _run, _run_packed)

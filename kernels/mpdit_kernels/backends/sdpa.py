@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,19 +22,21 @@ _SWITCHES: dict[SDPBackend, tuple[Callable[[], bool], Callable[[bool], None]]] =
     SDPBackend.MATH: (cuda.math_sdp_enabled, cuda.enable_math_sdp),
 }
 """They hold for CPU tensors too."""
+_lock = threading.Lock()
 
 
 @contextmanager
 def _only(implementation: SDPBackend) -> Iterator[None]:
     """torch's sdpa_kernel in a third of its time, which counts at small batches; compilers know only torch's."""
-    before = [enabled() for enabled, _ in _SWITCHES.values()]
-    try:
-        for kind, (_, enable) in _SWITCHES.items():
-            enable(kind is implementation)
-        yield
-    finally:
-        for (_, enable), value in zip(_SWITCHES.values(), before, strict=True):
-            enable(value)
+    with _lock:  # the switches are the process's: threads that left in another order would leave them wrong for good
+        before = [enabled() for enabled, _ in _SWITCHES.values()]
+        try:
+            for kind, (_, enable) in _SWITCHES.items():
+                enable(kind is implementation)
+            yield
+        finally:
+            for (_, enable), value in zip(_SWITCHES.values(), before, strict=True):
+                enable(value)
 
 
 def _run(implementation: SDPBackend, qkv: Tensor, scale: float, first_query: int, deterministic: bool) -> Tensor:

@@ -46,9 +46,10 @@ def short_attention(qkv: Tensor, scale: float | None = None, first_query: int = 
     check_dims("qkv", qkv, "[B, T, 3, H, d]")
     scale = checked(qkv, scale)
     tokens = qkv.shape[1]
+    check_filled("qkv", qkv, 1, "at least one token")
     check_first_query(first_query, tokens)
     if takes_triton("short_attention", qkv, refusal=refusal(tokens, qkv.shape[-1])):
-        return _short_attention(qkv, None, [], scale, first_query)[0]
+        return run(qkv, scale, first_query)
     return reference.attention(qkv, scale, first_query)
 
 
@@ -75,10 +76,20 @@ def short_attention_varlen(
     packed = cu_seqlens if isinstance(cu_seqlens, Sequences) else sequences(cu_seqlens, qkv.shape[0])
     check_first_query(first_query, min(packed.lengths, default=1))
     if takes_triton("short_attention", qkv, refusal=refusal(packed.longest, qkv.shape[-1])):
-        lengths = [number for length, members in packed.groups for number in (length, len(members))]
-        starts = _starts(packed.offsets, first_query, qkv.device)
-        return _short_attention(qkv, starts, lengths, scale, first_query)[0]
+        return run_varlen(qkv, packed, scale, first_query)
     return reference.attention_varlen(qkv, packed.offsets, scale, first_query)
+
+
+def run(qkv: Tensor, scale: float, first_query: int) -> Tensor:
+    """`short_attention` by the kernels, arguments being as they should."""
+    return _short_attention(qkv, None, [], scale, first_query)[0]
+
+
+def run_varlen(qkv: Tensor, packed: Sequences, scale: float, first_query: int) -> Tensor:
+    """`short_attention_varlen` by the kernels, likewise."""
+    lengths = [number for length, members in packed.groups for number in (length, len(members))]
+    starts = _starts(packed.offsets, first_query, qkv.device)
+    return _short_attention(qkv, starts, lengths, scale, first_query)[0]
 
 
 def refusal(tokens: int, width: int) -> str | None:
