@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import triton
 
+import mpdit_kernels.flops  # noqa: F401  (no operator runs uncounted; not earlier, as it imports triton)
+
 INTERPRETING: bool = triton.knobs.runtime.interpret
 """Read once: Triton decides when a kernel is decorated."""
 

@@ -15,6 +15,8 @@ from mpdit.evaluation.sampler import Sampler
 if TYPE_CHECKING:
     import torch
 
+    from mpdit.config import ModelConfig
+
 
 def whole(least: int) -> Callable[[str], int]:
     """An argument type: a whole number of at least `least`."""
@@ -40,6 +42,34 @@ def number(text: str) -> float:
     if not math.isfinite(value) or value < 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of at least 0")
     return value
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """A model by its preset and what is overridden of it, for `model_config`."""
+    parser.add_argument("model", metavar="MODEL", help="name of a preset (mpdit.PRESETS), for example MPDiT-XL/4-2")
+    parser.add_argument(
+        "--input-size", type=whole(1), metavar="N", help="side of the latent: 32 for 256 px, 64 for 512 px (default: the preset's)"
+    )
+    parser.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="a field of the model's configuration, as in training; may be repeated: --override class_tokens=4",
+    )
+
+
+def model_config(args: argparse.Namespace) -> ModelConfig:
+    """The configuration of `add_model`'s arguments."""
+    from mpdit.presets import preset
+    from mpdit.training.config import parse_override
+
+    overrides = dict(parse_override(text) for text in args.override)
+    if args.input_size is not None:
+        if overrides.get("input_size", args.input_size) != args.input_size:
+            raise ConfigError(f"--input-size {args.input_size} and --override input_size differ: give one of them")
+        overrides["input_size"] = args.input_size
+    return preset(args.model, **overrides)
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:

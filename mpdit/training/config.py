@@ -140,7 +140,7 @@ class TrainConfig:
     @property
     def model_overrides(self) -> dict[str, Any]:
         """`override` parsed: fields of ModelConfig."""
-        return dict(_parse_override(text) for text in self.override)
+        return dict(parse_override(text) for text in self.override)
 
     def model_config(self, data: Mapping[str, Any]) -> ModelConfig:
         """The preset with the data's own fields (channels, num_classes) and, before those, what was overridden."""
@@ -168,7 +168,8 @@ def _check_numbers(name: str, value: Any, default: Any, minimum: float, below: f
         raise ConfigError(f"{name} is {value!r}: give {count} of {limit}")
 
 
-def _parse_override(text: str) -> tuple[str, Any]:
+def parse_override(text: str) -> tuple[str, Any]:
+    """FIELD=VALUE as (field, value), the value as JSON or, where it is none, as text. ConfigError without a "="."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ConfigError(f"override {text!r} is not FIELD=VALUE: for example --override width=64")
