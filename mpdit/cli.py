@@ -20,8 +20,8 @@ _BAD_INPUT, _INTERRUPTED = 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `mpdit` with these arguments (sys.argv's unless given) and return the exit code.
 
-    0: done. 2: bad input, told in one line on stderr. 130: interrupted. With --json stdout holds one JSON object and
-    nothing else; progress and what libraries print go to stderr.
+    0: done. 1: done, and found what it was to fail on. 2: bad input, told in one line on stderr. 130: interrupted.
+    With --json stdout holds one JSON object and nothing else; progress and what libraries print go to stderr.
     """
     # Before torch loads OpenMP: threads that wait for long without sleeping make a shared CPU ten times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED
-    return 0
+    return outcome.code
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ def sync_to_disk(path: Path) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file that is there whole or not at all, also after a crash."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     sync_to_disk(partial)
     os.replace(partial, path)
     sync_to_disk(path.parent)

@@ -6,7 +6,9 @@ _SMALL = ModelConfig(((4, 3), (2, 2)), 64, 2, input_size=8, class_tokens=4, num_
 
 VARIANTS = {
     "two stages": _SMALL,
-    "three stages": ModelConfig(((4, 2), (2, 1), (1, 2)), 64, 2, input_size=8, channels=8, class_tokens=4, num_classes=3),
+    "three stages": ModelConfig(
+        ((4, 2), (2, 1), (1, 2)), 64, 2, input_size=8, channels=8, class_tokens=4, num_classes=3
+    ),
     "one stage": _SMALL.replace(stages=((2, 3),)),
     "DiT": _SMALL.replace(
         stages=((2, 3),),

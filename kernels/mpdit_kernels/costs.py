@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpdit_kernels import hardware
 from mpdit_kernels.cases import Case, Cost, all_cases
 from mpdit_kernels.command import Parser, write_atomically
 
@@ -21,8 +22,8 @@ BEGIN, END = "<!-- costs: written by python -m mpdit_kernels.costs --update -->"
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """What a GPU does at best: bytes a second, bf16 FLOP on tensor cores, and fp32 FLOP outside of them."""
+class Rates:
+    """What a GPU does at best, a second: bytes, bf16 FLOP on tensor cores, and fp32 FLOP outside of them."""
 
     name: str
     bandwidth: float
@@ -34,8 +35,10 @@ class Gpu:
         return max(cost.bytes / self.bandwidth, cost.flops / self.flops, cost.flops32 / self.flops32)
 
 
-GPUS = (Gpu("A100 40 GB", 1.555e12, 312e12, 19.5e12), Gpu("H200", 4.8e12, 989e12, 67e12))
-"""From NVIDIA's datasheets."""
+GPUS = tuple(
+    Rates(gpu.name, gpu.bandwidth, gpu.flops, gpu.flops32) for gpu in (hardware.GPUS["a100-40gb"], hardware.GPUS["h200"])
+)
+"""What the table's floors are for."""
 
 
 _COMPOSED = (
@@ -76,7 +79,7 @@ def block(cases: Sequence[Case], measured: dict[str, dict[str, Any]]) -> str:
     return "\n".join(text)
 
 
-def _rates(gpu: Gpu) -> str:
+def _rates(gpu: Rates) -> str:
     rates = f"{gpu.flops / 1e12:.0f} and {gpu.flops32 / 1e12:.3g} TFLOP/s"
     return f"{gpu.name}: {gpu.bandwidth / 1e9:.0f} GB/s, {rates}"
 

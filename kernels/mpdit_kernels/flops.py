@@ -35,7 +35,7 @@ def _gelu_linear(
 
 @register_flop_formula(_ops.gelu_linear_backward, get_raw=True)
 def _gelu_linear_backward(
-    dy: Tensor, x: Tensor, weight1: Tensor, weight2: Tensor | None, hidden: Tensor, needs: Sequence[bool], **_: Any
+    dy: Tensor, x: Tensor, weight1: Tensor, weight2: Tensor | None, hidden: Tensor, needs: Sequence[bool], **others: Any
 ) -> int:
     of_x, of_weight1, of_bias1, of_weight2, _of_bias2 = needs
     products = (of_x + of_weight1) * weight1.numel()
@@ -75,7 +75,7 @@ def _attention_product(qkv: Tensor, starts: Tensor | None, lengths: Sequence[int
 
 @register_flop_formula(_ops.upsample, get_raw=True)
 def _upsample(
-    x: Tensor, expand: Tensor, expand_bias: Tensor, refine: Tensor, *args: Any, out_val: Sequence[Tensor], **_: Any
+    x: Tensor, expand: Tensor, expand_bias: Tensor, refine: Tensor, *args: Any, out_val: Sequence[Tensor], **others: Any
 ) -> int:
     _, rows, image = out_val
     return 2 * (len(image) * expand.numel() + len(rows) * refine.numel())

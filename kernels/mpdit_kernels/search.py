@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mpdit_kernels import launch
 from mpdit_kernels.cases import Case, Cost
-from mpdit_kernels.costs import Gpu
+from mpdit_kernels.costs import Rates
 from mpdit_kernels.dispatch import shared_limit, use
 from mpdit_kernels.launch import Config, Tunable
 from mpdit_kernels.timing import Clock, Prepare, Times, compare
@@ -47,21 +47,10 @@ class Bench:
 def gate(case: Case, bench: Bench) -> str | None:
     """None when outputs and gradients err by at most twice what PyTorch's do against float64, or else what fails."""
     seed = int(torch.randint(2**31, ()))
-
-    def run(mode: str, widen: bool, gradients: list[Tensor] | None) -> tuple[list[Tensor | None], list[Tensor]]:
-        torch.manual_seed(seed)  # every run gets inputs of its own, as some operations write theirs
-        inputs = [_double(x) if widen else x for x in case.inputs(bench.device, bench.dtype)]
-        with use(mode):
-            outputs = _tensors(case.call(*inputs))
-            gradients = gradients or [torch.randn_like(out) for out in outputs]
-            wanted = _differentiable(inputs)
-            found = _backward(outputs, wanted, gradients)() if wanted else ()
-        return [*(out.detach() for out in outputs), *found], gradients
-
-    truth, gradients = run("reference", True, None)
-    usual, _ = run("reference", False, gradients)
+    truth, gradients = results(case, bench, "reference", seed, widen=True)
+    usual, _ = results(case, bench, "reference", seed, gradients)
     with launch.picks() as picked:
-        ours, _ = run("triton", False, gradients)
+        ours, _ = results(case, bench, "triton", seed, gradients)
     if not picked and picks_of(case, bench.dtype):
         return "the call took its reference, not its kernels"
     for index, (mine, theirs, exact) in enumerate(zip(ours, usual, truth, strict=True)):
@@ -73,6 +62,23 @@ def gate(case: Case, bench: Bench) -> str | None:
         if not error <= allowed:  # a NaN passes no comparison
             return f"tensor {index} errs by {error:.3g} against float64, where {allowed:.3g} is allowed"
     return None
+
+
+def results(
+    case: Case, bench: Bench, mode: str, seed: int, gradients: list[Tensor] | None = None, widen: bool = False
+) -> tuple[list[Tensor | None], list[Tensor]]:
+    """Outputs and gradients of the case's call on inputs drawn from `seed`, in float64 with `widen`.
+
+    Second come the gradients that its outputs were given: `gradients`, or drawn ones.
+    """
+    torch.manual_seed(seed)  # every run gets inputs of its own, as some operations write theirs
+    inputs = [_double(x) if widen else x for x in case.inputs(bench.device, bench.dtype)]
+    with use(mode):
+        outputs = _tensors(case.call(*inputs))
+        gradients = gradients or [torch.randn_like(out) for out in outputs]
+        wanted = _differentiable(inputs)
+        found = _backward(outputs, wanted, gradients)() if wanted else ()
+    return [*(out.detach() for out in outputs), *found], gradients
 
 
 def picks_of(case: Case, dtype: torch.dtype) -> list[tuple[Tunable, dict[str, Any]]]:
@@ -166,14 +172,14 @@ def time_case(case: Case, bench: Bench, ceilings: dict[str, float]) -> dict[str,
     try:
         torch._dynamo.reset()
         ways["compile"] = "reference", bench.compiler(lambda *inputs: case.call(*inputs))
-        for prepare in (_forwards, _backwards)[: 1 + bool(case.backward)]:
+        for prepare in (forwards, backwards)[: 1 + bool(case.backward)]:
             for call in prepare(*ways["compile"], sets[:1]):
                 call()
     except Exception as error:  # an opponent that fails does not stop the rest
         ways.pop("compile", None)
         result["compile failed"] = _first_line(error)
     others = _others(case, sets, result)
-    for name, cost, prepare in (("forward", case.forward, _forwards), ("backward", case.backward, _backwards)):
+    for name, cost, prepare in (("forward", case.forward, forwards), ("backward", case.backward, backwards)):
         if cost is None:
             continue
         contenders: dict[str, Prepare] = {way: partial(prepare, *ways[way], sets) for way in ways}
@@ -210,12 +216,14 @@ def _figures(times: dict[str, Times], cost: Cost, ceilings: dict[str, float]) ->
     ours = times["triton"].median
     return {
         "seconds": seconds,
-        "share": Gpu("measured", ceilings["copy"], ceilings["matmul"], ceilings["matmul32"]).floor(cost) / ours,
+        "share": Rates("measured", ceilings["copy"], ceilings["matmul"], ceilings["matmul32"]).floor(cost) / ours,
         "ratio": min(taken.median for way, taken in times.items() if way != "triton") / ours,
     }
 
 
-def _forwards(mode: str, call: Callable[..., Any], sets: list[Sequence[Any]]) -> list[Callable[[], Any]]:
+def forwards(mode: str, call: Callable[..., Any], sets: Sequence[Sequence[Any]]) -> list[Callable[[], Any]]:
+    """Calls in a mode of dispatch, one for each set of inputs."""
+
     def forward(inputs: Sequence[Any]) -> None:
         with use(mode):
             call(*inputs)
@@ -223,7 +231,7 @@ def _forwards(mode: str, call: Callable[..., Any], sets: list[Sequence[Any]]) ->
     return [partial(forward, inputs) for inputs in sets]
 
 
-def _backwards(mode: str, call: Callable[..., Any], sets: list[Sequence[Any]]) -> list[Callable[[], Any]]:
+def backwards(mode: str, call: Callable[..., Any], sets: Sequence[Sequence[Any]]) -> list[Callable[[], Any]]:
     """Each call is the backward of a forward that has already run."""
     calls = []
     for inputs in sets:

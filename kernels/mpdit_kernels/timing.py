@@ -29,6 +29,11 @@ class Times:
     low: float
     high: float
 
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Times:
+        points = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
+        return cls(*torch.tensor(samples, dtype=torch.float64).quantile(points).tolist())
+
 
 class CpuClock:
     """For a dry run."""
@@ -77,33 +82,59 @@ class GpuClock:
         return start.elapsed_time(end) / 1e3 / len(calls)
 
 
-def compare(
-    clock: Clock, contenders: Mapping[str, Prepare], rounds: int = 30, seconds: float = 3.0
-) -> dict[str, Times]:
-    """Times of all contenders, taken in turns: `rounds` of them, fewer (at least five) when time is up."""
+class WallClock:
+    """What the caller waits for: from an idle device with cold caches until the calls have ended."""
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device == "cuda"
+        if self._cuda:
+            size = max(torch.cuda.get_device_properties().L2_cache_size, 1 << 24)
+            self._other = torch.ones(size, device="cuda")  # four times the L2
+
+    def seconds(self, name: str, prepare: Prepare) -> float:
+        calls = prepare()
+        if self._cuda:
+            self._other.sum()
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        if self._cuda:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / len(calls)
+
+
+def turns(
+    clock: Clock, contenders: Mapping[str, Prepare], rounds: int = 30, seconds: float = 3.0, least: int = 5
+) -> dict[str, list[float]]:
+    """Samples of all contenders, taken in turns: `rounds` of them, fewer (at least `least`) when time is up.
+
+    The samples of one index were taken one after another, so that their ratio is fair.
+    """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     names, start = list(contenders), time.monotonic()
     for name in names:
         clock.seconds(name, contenders[name])  # warm up
     for turn in range(rounds):
-        if turn >= 5 and time.monotonic() - start > seconds:
+        if turn >= least and time.monotonic() - start > seconds:
             break
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             samples[name].append(clock.seconds(name, contenders[name]))
-    return {name: _times(taken) for name, taken in samples.items()}
+    return samples
 
 
-def _times(samples: list[float]) -> Times:
-    low, median, high = torch.tensor(samples, dtype=torch.float64).quantile(
-        torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    )
-    return Times(float(median), float(low), float(high))
+def compare(
+    clock: Clock, contenders: Mapping[str, Prepare], rounds: int = 30, seconds: float = 3.0
+) -> dict[str, Times]:
+    """Times of all contenders, taken in turns: `rounds` of them, fewer (at least five) when time is up."""
+    return {name: Times.of(taken) for name, taken in turns(clock, contenders, rounds, seconds).items()}
 
 
 def ceilings(clock: Clock, device: str, small: bool = False) -> dict[str, float]:
     """What this device does at best, measured: copying (bytes read and written a second), bf16 and fp32 products."""
-    count, side, side32 = (1 << 16, 64, 64) if small else (1 << 29, 8192, 4096)
+    sizes = {"cuda": (1 << 29, 8192, 4096), "cpu": (1 << 25, 512, 1536)}
+    count, side, side32 = (1 << 16, 64, 64) if small else sizes[torch.device(device).type]
     source, target = torch.ones(2, count, dtype=torch.bfloat16, device=device)
     a, b = torch.randn(2, side, side, device=device).bfloat16()
     a32, b32 = torch.randn(2, side32, side32, device=device)  # multiplied without TF32, by torch's default
@@ -124,7 +155,7 @@ def ceilings(clock: Clock, device: str, small: bool = False) -> dict[str, float]
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What was measured on: hardware, driver, clocks where they can be read, versions and the day."""
+    """What was measured on: hardware, driver, clocks and power where they can be read, versions and the day."""
     import triton
 
     found = {
@@ -138,7 +169,8 @@ def machine(device: str) -> dict[str, Any]:
 
 def _from_nvidia_smi() -> dict[str, str]:
     fields = {"driver": "driver_version", "sm clock": "clocks.sm", "memory clock": "clocks.mem",
-              "highest sm clock": "clocks.max.sm"}  # fmt: skip
+              "highest sm clock": "clocks.max.sm", "power limit": "power.limit", "power": "power.draw",
+              "temperature": "temperature.gpu"}  # fmt: skip
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return {}

@@ -119,8 +119,11 @@ class Account:
             ("trainable parameters", f"{self.params_trainable / 1e6:.2f} M"),
             ("with fixed positions", f"{self.params_total / 1e6:.2f} M"),
             ("forward, exact", f"{_g(self.macs)} GMACs an image"),
-            ("forward, executed", f"{_g(self.macs_executed)} GMACs an image with the exact shortcuts, batch {self.batch}"),
-            ("paper's \"GFLOPs\"", "no rule known for this model" if paper is None else f"{paper / 1e9:.1f}"),
+            (
+                "forward, executed",
+                f"{_g(self.macs_executed)} GMACs an image with the exact shortcuts, batch {self.batch}",
+            ),
+            ('paper\'s "GFLOPs"', "no rule known for this model" if paper is None else f"{paper / 1e9:.1f}"),
             ("training", f"{self.training_flops_per_image / 1e12:.4f} TFLOP an image (6 a MAC)"),
             ("activations", f"{_mb(self.activation_bytes_per_image)} MB an image kept for backward ({kept})"),
         ]

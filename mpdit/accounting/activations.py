@@ -1,8 +1,8 @@
 """Bytes that backward needs of a forward pass, for each image: what limits the batch.
 
-Letters as in parts.py; H heads, F the MLP's hidden width. The residual stream and all vectors of an image are fp32, what
-meets a matrix product has the compute dtype, s bytes. A tensor that several operations keep counts once. Work buffers,
-which live for one operation, and copies of weights are not per image, and not counted here.
+Letters as in parts.py; H heads, F the MLP's hidden width. The residual stream and all vectors of an image are fp32,
+what meets a matrix product has the compute dtype, s bytes. A tensor that several operations keep counts once. Work
+buffers, which live for one operation, and copies of weights are not counted here.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from mpdit.model.time import SinusoidalTimeEmbedding
 Dtype = Literal["bf16", "fp32"]
 SIZE: dict[str, int] = {"bf16": 2, "fp32": 4}
 """Bytes of a number."""
+AGAIN = "block computed again"
 STREAM = 4
 """Bytes of a number of the residual stream, of vectors and of statistics."""
 
@@ -33,8 +34,8 @@ def activations(
         dtype: of matrix products: bf16 under autocast, or fp32.
         kernels: whether the Triton kernels run, or their references, which keep the normalised rows and the MLP's
             activation too. Attention keeps what flash attention does, never its T x T weights.
-        checkpointing: as MPDiT.checkpointing: of each block only its input. The block that is being computed again
-            is counted as the last stage's "block computed again".
+        checkpointing: as MPDiT.checkpointing: of each block only its input, and once AGAIN, the rest of the largest
+            block, while it is computed again.
     """
     size, width, prefix = SIZE[dtype], config.width, config.prefix_tokens
     yield None, "inputs", STREAM + 8  # a time and a label
@@ -57,14 +58,16 @@ def activations(
             for (part, each), (_, reduced) in zip(whole, last, strict=True):
                 yield index, part, each * max(0, stage.blocks - 1) + (reduced if stage.blocks else 0)
     if checkpointing:
-        yield None, "block computed again", max(map(sum, _whole_blocks(config, size, kernels)), default=0)
+        yield None, AGAIN, max(_whole_blocks(config, size, kernels), default=0)
     finest = image_tokens(config, config.stages[-1].patch)
     normalized = 0 if kernels else STREAM
     yield None, "final modulation", STREAM * width * ((0 if shared else 3) if kernels else (1 if shared else 2))
     yield None, "final layer", finest * (width * (STREAM + normalized + size) + 2 * STREAM)
 
 
-def activation_bytes(config: ModelConfig, dtype: Dtype = "bf16", kernels: bool = True, checkpointing: bool = False) -> int:
+def activation_bytes(
+    config: ModelConfig, dtype: Dtype = "bf16", kernels: bool = True, checkpointing: bool = False
+) -> int:
     """Their sum for one image."""
     return sum(count for _, _, count in activations(config, dtype, kernels, checkpointing))
 
@@ -85,11 +88,13 @@ def _block(config: ModelConfig, tokens: int, queries: int, size: int, kernels: b
     yield "MLP", queries * (width * (stream + 3 * size) + statistics + activation)
 
 
-def _whole_blocks(config: ModelConfig, size: int, kernels: bool) -> Iterator[list[int]]:
+def _whole_blocks(config: ModelConfig, size: int, kernels: bool) -> Iterator[int]:
+    """Bytes of one block of each stage beside its input, which is kept anyhow."""
     for stage in config.stages:
         tokens = config.prefix_tokens + image_tokens(config, stage.patch)
         if stage.blocks:
-            yield [count for _, count in _block(config, tokens, tokens, size, kernels)]
+            kept = sum(count for _, count in _block(config, tokens, tokens, size, kernels))
+            yield kept - STREAM * tokens * config.width
 
 
 def _time(config: ModelConfig, kernels: bool) -> int:

@@ -162,4 +162,3 @@ def paper_macs(config: ModelConfig) -> int | None:
     if config.time_embedding == "fno":
         macs -= config.time_layers * MODES * config.time_width**2
     return macs + sum(stage.blocks for stage in config.stages) * 2 * 256**2 * config.width
-

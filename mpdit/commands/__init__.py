@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Protocol
 
-from mpdit.commands import account, evaluate, sample, verify
+from mpdit.commands import account, evaluate, plan, report, sample, verify
 from mpdit.commands.outcome import Outcome
 
 
@@ -25,4 +25,11 @@ class Command(Protocol):
         """Do the work; a mistake of the user is a UserError."""
 
 
-COMMANDS: dict[str, Command] = {"account": account, "sample": sample, "evaluate": evaluate, "verify": verify}
+COMMANDS: dict[str, Command] = {
+    "account": account,
+    "plan": plan,
+    "sample": sample,
+    "evaluate": evaluate,
+    "verify": verify,
+    "report": report,
+}

@@ -9,8 +9,9 @@ from mpdit.commands.outcome import Outcome
 
 SUMMARY = "count a model's parameters, FLOPs and activations"
 DESCRIPTION = (
-    "Count parameters, multiply-accumulates and what backward keeps of a model, by part and stage. The counts are exact, "
-    "of the graph as the paper draws it; beside them stand what runs with our exact shortcuts and what the paper prints."
+    "Count parameters, multiply-accumulates and what backward keeps of a model, by part and stage. The counts are "
+    "exact, of the graph as the paper draws it; beside them stand what runs with our exact shortcuts and what the "
+    "paper prints."
 )
 
 

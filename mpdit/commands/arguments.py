@@ -48,14 +48,18 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """A model by its preset and what is overridden of it, for `model_config`."""
     parser.add_argument("model", metavar="MODEL", help="name of a preset (mpdit.PRESETS), for example MPDiT-XL/4-2")
     parser.add_argument(
-        "--input-size", type=whole(1), metavar="N", help="side of the latent: 32 for 256 px, 64 for 512 px (default: the preset's)"
+        "--input-size",
+        type=whole(1),
+        metavar="N",
+        help="side of the latent: 32 for 256 px, 64 for 512 px (default: the preset's)",
     )
     parser.add_argument(
         "--override",
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="a field of the model's configuration, as in training; may be repeated: --override class_tokens=4",
+        help="a field of the model's configuration, as in training; may be repeated: --override class_tokens=4 "
+        "(default: none)",
     )
 
 

@@ -14,3 +14,5 @@ class Outcome:
     """Printed as it is."""
     figures: dict[str, Any]
     """Printed as one JSON object with --json."""
+    code: int = 0
+    """The exit code; 1 where a command was asked to fail on what it found."""

@@ -13,6 +13,7 @@ from mpdit.config import ModelConfig
 from mpdit.errors import ConfigError
 from mpdit.flow import FlowConfig, LossWeight, TimeSampler
 from mpdit.presets import preset
+from mpdit.profiling import ProfileMode, Profiling
 
 DIGITS = "digits"
 """The value of `data` that stands for the embedded handwritten digits."""
@@ -105,6 +106,14 @@ class TrainConfig:
     tensorboard: bool = _option(True, "write TensorBoard events")
     wandb: bool = _option(False, "log to Weights & Biases (pip install 'mpdit[wandb]')")
 
+    profile: ProfileMode = _option(
+        "none",
+        "how a few steps are profiled: torch writes a trace and memory a snapshot of GPU memory into OUT/profile; "
+        "nsys and ncu are what launch/nsys.sh and launch/ncu.sh give",
+    )
+    profile_steps: str = _option("10:12", "first and last step that is profiled, counted from 1")
+    profile_ranks: str = _option("0", "ranks that are profiled, as in 0,3, or 'all'")
+
     def __post_init__(self) -> None:
         kinds = get_type_hints(TrainConfig)
         for field in dataclasses.fields(self):
@@ -113,7 +122,7 @@ class TrainConfig:
                 raise ConfigError(f"{field.name} is {value!r}: choose one of {', '.join(get_args(kinds[field.name]))}")
             if bounds := field.metadata["bounds"]:
                 _check_numbers(field.name, value, field.default, *bounds)
-        _ = self.flow, self.model_overrides
+        _ = self.flow, self.model_overrides, self.profiling
 
     @classmethod
     def create(cls, **given: Any) -> TrainConfig:
@@ -136,6 +145,11 @@ class TrainConfig:
     def flow(self) -> FlowConfig:
         """How times are drawn, losses weighted and classes dropped."""
         return FlowConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(FlowConfig)})
+
+    @property
+    def profiling(self) -> Profiling:
+        """Which steps and ranks are profiled, and how."""
+        return Profiling.parse(self.profile, self.profile_steps, self.profile_ranks, self.steps)
 
     @property
     def model_overrides(self) -> dict[str, Any]:

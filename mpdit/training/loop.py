@@ -1,4 +1,4 @@
-"""The training loop. What a step does stands in `train`, in the order it happens."""
+"""The training loop. What a step does stands in `_train`, in the order it happens."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mpdit.errors import ConfigError
 from mpdit.files import write_atomically
 from mpdit.flow import flow_loss
 from mpdit.plots import plot_loss
+from mpdit.profiling import Profiler
 from mpdit.training import checkpoint, ema
 from mpdit.training.engine import Trainer, build_trainer, check_deepspeed
 from mpdit.training.metrics import LossMean, MetricsLog, Stopwatch
@@ -25,25 +26,31 @@ def train(run: Run) -> None:
 
     Deterministic: all randomness is keyed by the seed and a sample's position in the global order, so the same run
     gives the same losses, and the same bits when it was interrupted. Nothing in a step waits for the device, except
-    where DeepSpeed does (`deepspeed_config.complete`) and where something is logged, saved or drawn.
+    where DeepSpeed does (`deepspeed_config.complete`) and where something is logged, saved, drawn or profiled.
 
     Raises UserError for what the user can mend: a configuration DeepSpeed refuses, a checkpoint that doesn't fit, a
-    damaged record, a loss that is no longer finite.
+    damaged record, a loss that is no longer finite, a GPU whose memory runs out.
     """
-    config, plan, manifest = run.config, run.plan, run.manifest
+    config = run.config
     set_threads(run.world)
     device = connect(run.world)
     check_deepspeed(run)
     resumed = gather(checkpoint.find(run))[0]  # rank 0 decides
-    trainer = build_trainer(run, device)
-    start = 0
-    if resumed is not None:
-        checkpoint.load(trainer.engine, resumed, run)
-        start = resumed.step
+    with Profiler(config.profiling, run.out / "profile", run.world.rank, device) as profile:
+        trainer = build_trainer(run, device)
+        if resumed is not None:
+            checkpoint.load(trainer.engine, resumed, run)
+        if run.world.rank == 0:
+            _open_folder(run, resumed)
+        barrier()
+        _train(run, trainer, profile, 0 if resumed is None else resumed.step)
     if run.world.rank == 0:
-        _open_folder(run, resumed)
-    barrier()
+        plot_loss(run.out / "metrics.jsonl", run.out / "loss.png")
+        print(f"trained {config.steps} steps: {run.out}", flush=True)
 
+
+def _train(run: Run, trainer: Trainer, profile: Profiler, start: int) -> None:
+    config, plan, manifest, device = run.config, run.plan, run.manifest, trainer.device
     order = GlobalOrder(manifest.num_samples, config.seed)
     loader = make_loader(
         run.dataset,
@@ -57,22 +64,28 @@ def train(run: Run) -> None:
     )
     losses, watch, images = LossMean(device), Stopwatch(), 0
     with loader, MetricsLog(run, start) as log:
-        for step in range(start + 1, config.steps + 1):
+        for step in profile.steps(range(start + 1, config.steps + 1)):
             trainer.set_learning_rate(config.learning_rate(step - 1))
             for _ in range(plan.accumulation):
-                batch = next(loader)
-                latents = to_latents(batch, manifest, config.seed, device)
-                loss = flow_loss(
-                    trainer.engine,
-                    latents,
-                    batch.labels.to(device, non_blocking=True),
-                    batch.positions.to(device, non_blocking=True),
-                    seed=config.seed,
-                    config=config.flow,
-                    null_class=run.model.null_class,
-                ).mean()
-                trainer.engine.backward(loss)
-                trainer.engine.step()
+                with profile.range("data"):
+                    batch = next(loader)
+                with profile.range("h2d"):
+                    latents = to_latents(batch, manifest, config.seed, device)
+                    labels, positions = (x.to(device, non_blocking=True) for x in (batch.labels, batch.positions))
+                with profile.range("forward"):
+                    loss = flow_loss(
+                        trainer.engine,
+                        latents,
+                        labels,
+                        positions,
+                        seed=config.seed,
+                        config=config.flow,
+                        null_class=run.model.null_class,
+                    ).mean()
+                with profile.range("backward"):
+                    trainer.engine.backward(loss)
+                with profile.range("optimizer"):
+                    trainer.engine.step()
                 losses.add(loss)
             images += config.global_batch
             log.advance()
@@ -81,14 +94,12 @@ def train(run: Run) -> None:
             drawing = config.sample_every > 0 and _due(step, config.sample_every, config.steps)
             # A step that is saved is logged too, so that no half-summed loss has to be saved with it.
             if step == 1 or saving or _due(step, config.log_every, config.steps):
-                _log(run, trainer, log, step, losses.take(), images / watch.lap())
+                loss_mean, speed = losses.take(), images / watch.lap()
+                _log(run, trainer, log, step, loss_mean, math.nan if profile.take_disturbed() else speed)
                 images = 0
             if saving or drawing:
                 with watch:
-                    _save_and_draw(run, trainer, step, saving, drawing)
-    if run.world.rank == 0:
-        plot_loss(run.out / "metrics.jsonl", run.out / "loss.png")
-        print(f"trained {config.steps} steps: {run.out}", flush=True)
+                    _save_and_draw(run, trainer, profile, step, saving, drawing)
 
 
 def _due(step: int, every: int, last: int) -> bool:
@@ -126,12 +137,14 @@ def _log(run: Run, trainer: Trainer, log: MetricsLog, step: int, loss: float, sp
         raise ConfigError(f"the loss is {loss} at step {step} in {run.out}: lower lr, or set clip, and start again")
 
 
-def _save_and_draw(run: Run, trainer: Trainer, step: int, saving: bool, drawing: bool) -> None:
-    weights = trainer.gather_ema(keep=run.world.rank == 0)
-    if run.world.rank == 0:
-        if saving:
+def _save_and_draw(run: Run, trainer: Trainer, profile: Profiler, step: int, saving: bool, drawing: bool) -> None:
+    with profile.range("ema"):
+        weights = trainer.gather_ema(keep=run.world.rank == 0)
+        if saving and run.world.rank == 0:
             ema.export(run, weights, step)
-        if drawing:
+    if drawing and run.world.rank == 0:
+        with profile.range("sample"):
             ema.draw_grid(run, weights, step, trainer.device)
     if saving:
-        checkpoint.save(trainer.engine, run, step)
+        with profile.range("checkpoint"):
+            checkpoint.save(trainer.engine, run, step)

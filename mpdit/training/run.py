@@ -31,6 +31,7 @@ FORMAT = "mpdit-run-1"
 _CASUAL = {"ds_config", "model", "override", "data", "out", "resume"} | {
     *("loader", "gpu_stage", "accumulation", "checkpointing", "progress", "tensorboard", "wandb"),
     *("log_every", "sample_every", "sample_steps", "sample_guidance", "checkpoint_every", "keep"),
+    *("profile", "profile_steps", "profile_ranks"),
 }
 """Fields a run may be continued with changed: they don't decide what is learnt (model and data are compared whole)."""
 
@@ -85,6 +86,9 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
     config = config.replace(precision=_precision(config.precision, world))
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("--wandb needs the wandb package: pip install 'mpdit[wandb]', or leave --wandb out")
+    if config.profile == "none" and (unread := given.keys() & {"profile_steps", "profile_ranks"}):
+        raise ConfigError(f"{min(unread)} is given but nothing is profiled: add --profile torch, or leave it out")
+    config.profiling.check(world.size)
     if not given.keys() & {"global_batch", "accumulation"}:  # a default must not refuse to run on, say, six GPUs
         parts = world.size
         config = config.replace(global_batch=-(-config.global_batch // parts) * parts)

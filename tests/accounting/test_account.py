@@ -11,7 +11,7 @@ from variants import VARIANTS
 
 import mpdit
 from mpdit.accounting import account
-from mpdit.accounting.activations import activation_bytes
+from mpdit.accounting.activations import AGAIN, activation_bytes
 from mpdit.cli import main
 from mpdit.config import ModelConfig
 from mpdit.errors import ConfigError
@@ -76,7 +76,10 @@ def test_position_tables_are_the_papers_fixed_parameters():
 
 B, XL = mpdit.PRESETS["MPDiT-B/4-2"], mpdit.PRESETS["MPDiT-XL/4-2"]
 PRINTED = {
-    **{f"B, k={k}": (B.replace(stages=((4, 12 - k), (2, k))), figure) for k, figure in ((4, 13.9), (6, 16.6), (8, 19.3))},
+    **{
+        f"B, k={k}": (B.replace(stages=((4, 12 - k), (2, k))), figure)
+        for k, figure in ((4, 13.9), (6, 16.6), (8, 19.3))
+    },
     **{f"XL, k={k}": (XL.replace(stages=((4, 28 - k), (2, k))), f) for k, f in ((4, 53.2), (6, 59.3), (8, 65.4))},
     "B, one stage": (B.replace(stages=((2, 12),)), 24.3),
     "XL, one stage": (XL.replace(stages=((2, 28),)), 125.5),
@@ -95,7 +98,13 @@ def test_no_rule_is_made_up_where_the_papers_is_not_known():
         assert account(config).to_dict()["gmacs_paper"] is None
 
 
-EXACT = {"MPDiT-B/4-2": 16.165, "MPDiT-L/4-2": 40.641, "MPDiT-XL/4-2": 56.428, "MPDiT-XL/8-4-2": 131.650, "DiT-L/2": 80.693}
+EXACT = {
+    "MPDiT-B/4-2": 16.165,
+    "MPDiT-L/4-2": 40.641,
+    "MPDiT-XL/4-2": 56.428,
+    "MPDiT-XL/8-4-2": 131.650,
+    "DiT-L/2": 80.693,
+}
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -166,7 +175,7 @@ def test_activation_bytes_of_the_large_models(name):
 
 def account_again(config, dtype, kernels):
     rows = account(config, dtype=dtype, kernels=kernels, checkpointing=True).rows
-    return next(row.activation_bytes for row in rows if row.part.name == "block computed again")
+    return next(row.activation_bytes for row in rows if row.part.name == AGAIN)
 
 
 def test_the_rows_sum_up():

@@ -17,7 +17,7 @@ import pytest
 import torch
 from mpdit_kernels import command, dispatch, launch, search, timing, tune, use
 from mpdit_kernels.cases import Case, Cost, all_cases
-from mpdit_kernels.costs import Gpu
+from mpdit_kernels.costs import Rates
 from mpdit_kernels.dispatch import takes_triton
 from torch import Tensor
 
@@ -335,7 +335,7 @@ def test_times_are_medians_of_contenders_in_turns() -> None:
 
 
 def test_shares_are_of_the_longer_floor() -> None:
-    gpu = Gpu("measured", 10.0, 1000.0, 100.0)
+    gpu = Rates("measured", 10.0, 1000.0, 100.0)
     assert gpu.floor(Cost(20, 500, 50)) == 2.0 and gpu.floor(Cost(20, 500, 300)) == 3.0
 
 

@@ -1,0 +1,118 @@
+"""`pytest benchmarks/ --benchmark-only`: options, the duel behind each test, the results file and the tables.
+
+A bench file has `cases(setting)` and one test. Each test is one contender of one case. The first test of a case runs
+the duel of all of its contenders that were selected; every test then gives pytest-benchmark the samples taken of its
+own, through a clock that replays them, so that its tables, --benchmark-json, --benchmark-autosave and
+--benchmark-compare work with them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as launch/train.py does
+sys.path.insert(0, str(Path(__file__).parent))  # helper modules beside the bench files
+
+import pytest
+import setting as settings
+from peers import PEERS
+from results import extra_info
+from session import Run
+from summary import tables
+
+RUN = pytest.StashKey[Run]()
+
+_samples: Iterator[float] = iter(())
+
+
+def replayed() -> float:
+    """The timer of every test: 0 at the start of a round, and at its end the sample it replays."""
+    return next(_samples)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    settings.add_options(parser.getgroup("mpdit", "mpdit's benchmarks"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RUN] = Run(config)
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    if file_path.match("bench_*.py") and not parent.session.isinitpath(file_path):  # those named are collected anyway
+        return pytest.Module.from_parent(parent, path=file_path)
+    return None
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "duel" not in metafunc.fixturenames:
+        return
+    run = metafunc.config.stash[RUN]
+    params = []
+    for case in metafunc.module.cases(run.setting):
+        run.cases[case.name] = case
+        mark = pytest.mark.benchmark(timer=replayed, group=case.name)
+        params += [pytest.param(case.name, way, id=f"{case.name}-{way}", marks=mark) for way in case.ways]
+    metafunc.parametrize(("case", "way"), params)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    run = session.config.stash[RUN]
+    for item in session.items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        if params.get("case") in run.cases:
+            run.selected.setdefault(params["case"], []).append(params["way"])
+
+
+@pytest.fixture
+def duel(request: pytest.FixtureRequest, benchmark: Any, case: str, way: str) -> Callable[[], None]:
+    """Call it to have this test's contender timed, with all others of its case."""
+
+    def test() -> None:
+        global _samples
+        run = request.config.stash[RUN]
+        problem = run.cases[case]
+        outcome = run.outcome(problem, way, quick=benchmark.disabled)
+        if outcome.failed is not None or outcome.skipped is not None:
+            run.leave_out(problem, way, outcome.failed or outcome.skipped or "")
+        if outcome.failed is not None:
+            pytest.fail(outcome.failed, pytrace=False)
+        if outcome.skipped is not None:
+            pytest.skip(outcome.skipped)
+        if benchmark.disabled:
+            benchmark.pedantic(lambda: None)
+            return
+        benchmark.extra_info.update(extra_info(problem, way, outcome))
+        _samples = (time for sample in outcome.samples for time in (0.0, sample))
+        benchmark.pedantic(lambda: None, rounds=len(outcome.samples), iterations=1)
+        run.add(benchmark.stats.as_dict())
+
+    return test
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info["mpdit"] = settings.machine(config.stash[RUN].setting.device)
+
+
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    output_json["mpdit"] = config.stash[RUN].describe()
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    run = config.stash[RUN]
+    lines = [f"mpdit: {run.setting.describe()}"]
+    absent = [f"--{name} PATH ({peer.source})" for name, peer in PEERS.items() if name not in run.setting.checkouts]
+    if absent:
+        lines.append(f"mpdit: left out, as no checkout was given: {', '.join(absent)}")
+    return lines
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    run = config.stash[RUN]
+    if run.rows:
+        terminalreporter.section("mpdit")
+        terminalreporter.write_line(tables(run.rows, run.describe()))

@@ -1,0 +1,105 @@
+"""`mpdit plan`: does a run fit, how fast will it be, how long will it take."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import TYPE_CHECKING
+
+from mpdit.commands.arguments import add_model, model_config, number, whole
+from mpdit.commands.outcome import Outcome
+from mpdit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mpdit_kernels.hardware import Gpu
+
+SUMMARY = "predict memory, speed and hours of a training run"
+DESCRIPTION = (
+    "Predict a training run on GPUs that needn't be at hand: memory by part, whether it fits, the largest micro-batch, "
+    "step time from the roofline and measured efficiencies, communication by ZeRO stage, images a second, hours, and "
+    "scaling to 4096 GPUs. What is assumed rather than measured is said."
+)
+_FIGURES = {
+    "memory": ("GIB", "memory that a process can use, GiB", 2**30),
+    "tflops": ("TFLOPS", "dense bf16 TFLOP/s", 1e12),
+    "bandwidth": ("GB/S", "memory bandwidth", 1e9),
+    "link": ("GB/S", "to its neighbours in a node, one direction", 1e9),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument(
+        "--gpu",
+        required=True,
+        metavar="GPU",
+        help="a100-40gb, a100-80gb, h100, h200, b200, rtx4090, or any other with its figures (required)",
+    )
+    parser.add_argument("--gpus", type=whole(1), default=8, help="in all (default: 8)")
+    parser.add_argument("--global-batch", type=whole(1), default=1024, help="images of a step (default: 1024)")
+    parser.add_argument("--zero", type=int, choices=range(4), default=2, help="ZeRO stage (default: 2)")
+    parser.add_argument("--epochs", type=number, default=240, help="length of the run (default: 240)")
+    parser.add_argument("--dataset-size", type=whole(1), metavar="N", help="images of an epoch (default: ImageNet's)")
+    parser.add_argument("--accumulation", type=whole(1), metavar="N", help="micro steps (default: the fewest that fit)")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="(default: bf16)")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
+    parser.add_argument("--gpus-per-node", type=whole(1), default=8, help="that share NVLink (default: 8)")
+    parser.add_argument(
+        "--network",
+        type=number,
+        metavar="GB/S",
+        help="of one GPU to other nodes, one direction (default: 25, an HDR adapter each, for A100, else 50, NDR)",
+    )
+    group = parser.add_argument_group("figures of a GPU that is not listed, or to change of one that is")
+    for name, (unit, meaning, _) in _FIGURES.items():
+        group.add_argument(f"--gpu-{name}", type=number, metavar=unit, help=meaning)
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    from mpdit.accounting.planner import IMAGENET, Request, plan
+    from mpdit.accounting.planner_text import text
+
+    gpu = _gpu(args)
+    network = args.network if args.network is not None else 25.0 if gpu.capability == (8, 0) else 50.0
+    if not network:
+        raise ConfigError("--network is 0: give GB/s above 0")
+    request = Request(
+        gpu,
+        args.gpus,
+        args.global_batch,
+        args.zero,
+        args.accumulation,
+        args.precision,
+        args.checkpointing,
+        args.epochs,
+        IMAGENET if args.dataset_size is None else args.dataset_size,
+        args.gpus_per_node,
+        network * 1e9,
+    )
+    found = plan(model_config(args), request)
+    return Outcome(text(args.model, found), {"name": args.model, **found.to_dict()})
+
+
+def _gpu(args: argparse.Namespace) -> Gpu:
+    from mpdit_kernels.hardware import GPUS, Gpu, find_gpu
+
+    given = {name: getattr(args, f"gpu_{name}") for name in _FIGURES}
+    figures = {name: value * _FIGURES[name][2] for name, value in given.items() if value is not None}
+    for name, value in figures.items():
+        if not value:
+            raise ConfigError(f"--gpu-{name} is 0: give a number above 0")
+    gpu = find_gpu(args.gpu)
+    if gpu is None:
+        missing = [f"--gpu-{name}" for name in _FIGURES if name not in figures]
+        if missing:
+            raise ConfigError(
+                f"--gpu {args.gpu} is not one of {', '.join(GPUS)}: choose one of them, or give its figures too "
+                f"({', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing)"
+            )
+        flops = figures["tflops"]
+        return Gpu(
+            args.gpu, args.gpu, figures["memory"], figures["bandwidth"], flops, flops / 16, (0, 0), figures["link"],
+            "the command line",
+        )  # fmt: skip
+    names = {"memory": "memory", "tflops": "flops", "bandwidth": "bandwidth", "link": "link"}
+    return dataclasses.replace(gpu, **{names[name]: value for name, value in figures.items()})

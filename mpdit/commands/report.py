@@ -1,0 +1,153 @@
+"""`mpdit report`: what benchmarks and traces say."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpdit.commands.arguments import number
+from mpdit.commands.outcome import Outcome
+from mpdit.commands.outputs import check_new_folder
+from mpdit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mpdit.report import Results
+
+SUMMARY = "turn benchmark results into tables and plots, or compare two"
+DESCRIPTION = (
+    "Print benchmark results as Markdown, or write them with plots into a folder; compare two results files row by row "
+    "with the significance of each change; rewrite the README's section on performance; or sum up a profiler's trace."
+)
+_RESULTS = Path("benchmarks", "results")
+_THRESHOLD = 2.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "results",
+        metavar="RESULTS",
+        nargs="*",
+        type=Path,
+        help=f"results files of the benchmarks (default: all in {_RESULTS}, when run in a checkout)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="write report.md and plots there, new or empty (default: print only)",
+    )
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument(
+        "--update",
+        nargs="?",
+        type=Path,
+        const=Path("README.md"),
+        metavar="README",
+        help="write the section on performance between its markers (default: README.md, if given without a file)",
+    )
+    modes.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("A", "B"),
+        help="show which rows of B are faster or slower than in A, and how sure that is (default: off)",
+    )
+    modes.add_argument(
+        "--trace", type=Path, metavar="FILE", help="time by range and kernel of a torch profiler's trace (default: off)"
+    )
+    parser.add_argument(
+        "--threshold",
+        type=number,
+        metavar="PERCENT",
+        help=f"with --compare: a smaller change of time or memory does not matter (default: {_THRESHOLD:g})",
+    )
+    parser.add_argument(
+        "--fail-on-regression",
+        action="store_true",
+        help="with --compare: exit with code 1 when a row is slower or needs more memory; both on the same hardware",
+    )
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    _check(args)
+    if args.trace is not None:
+        from mpdit.report.trace import trace_report
+
+        trace = trace_report(args.trace)
+        return Outcome(trace.text, trace.figures)
+    if args.compare is not None:
+        return _compare(args.compare, args.threshold, args.fail_on_regression)
+    if args.update is not None:
+        return _update(args.update, args.results)
+    return _report(_read(args.results), args.out)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """ConfigError for options that don't belong together."""
+    mode = next((f"--{name}" for name in ("compare", "trace") if getattr(args, name) is not None), None)
+    if mode and args.results:
+        raise ConfigError(f"{mode} takes its own files: leave out {args.results[0]}")
+    if args.out is not None and (mode or args.update is not None):
+        raise ConfigError(f"--out does not go with {mode or '--update'}: leave it out, and use > FILE to keep the text")
+    for name in ("threshold", "fail_on_regression"):
+        if getattr(args, name) not in (None, False) and args.compare is None:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option} needs --compare A B: add it, or leave {option} out")
+
+
+def _read(paths: list[Path], may_be_none: bool = False) -> list[Results]:
+    from mpdit.report import read_results
+
+    found = paths or sorted(_RESULTS.glob("*.json"))
+    if not found and not may_be_none:
+        raise ConfigError(f"no results files in {_RESULTS.absolute()}: name some, or run this in a checkout with any")
+    return [read_results(path) for path in dict.fromkeys(found)]
+
+
+def _report(results: list[Results], out: Path | None) -> Outcome:
+    from mpdit.report import report
+
+    figures = {"results": [r.to_dict() for r in results]}
+    if out is None:
+        return Outcome(report(results).rstrip(), figures)
+    from mpdit.report.plots import draw_all
+
+    check_new_folder(out)
+    _check_names(results)
+    out.mkdir(parents=True, exist_ok=True)
+    plots = {r.path: draw_all(r, out) for r in results}
+    links = {path: [(plot.title, plot.path.name) for plot in drawn] for path, drawn in plots.items()}
+    written = out / "report.md"
+    written.write_text(report(results, links), encoding="utf-8")
+    names = [str(plot.path) for drawn in plots.values() for plot in drawn]
+    text = f"{written}, and {len(names)} plots of {sum(len(r.rows) for r in results)} rows"
+    return Outcome(text, {"report": str(written), "plots": names, **figures})
+
+
+def _check_names(results: list[Results]) -> None:
+    stems = [r.path.stem for r in results]
+    if twice := next((stem for stem in stems if stems.count(stem) > 1), None):
+        raise ConfigError(f"two results files are called {twice}, and plots bear their names: rename one")
+
+
+def _update(readme: Path, paths: list[Path]) -> Outcome:
+    from mpdit.report import update_readme
+
+    results = _read(paths, may_be_none=True)
+    changed = update_readme(readme, results)
+    text = f"{readme}: performance of {len(results)} results files {'written' if changed else 'was there already'}"
+    return Outcome(text, {"readme": str(readme), "changed": changed, "results": [str(r.path) for r in results]})
+
+
+def _compare(paths: list[Path], threshold: float | None, fail: bool) -> Outcome:
+    from mpdit.report import compare, read_results
+
+    a, b = (read_results(path) for path in paths)
+    found = compare(a, b, (_THRESHOLD if threshold is None else threshold) / 100)
+    if fail and not found.comparable:
+        raise ConfigError(
+            f"--fail-on-regression: {a.path} is of {a.hardware} and {b.path} of {b.hardware}, so a change may be the "
+            "hardware's: compare runs of the same"
+        )
+    return Outcome(str(found), found.to_dict(), code=1 if fail and found.regressions else 0)

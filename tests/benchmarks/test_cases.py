@@ -1,0 +1,180 @@
+"""The bench files: what they time on a CPU and on a GPU, and that their gates tell a wrong model."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from mpdit_kernels import timing
+
+from mpdit.accounting import account
+from mpdit.presets import PRESETS
+
+PARTS = ("kernels", "block", "forward", "step", "sampling", "optimizer", "loader")
+DIGITS = "MPDiT-Digits/4-2"
+
+
+def cases(helpers: Any, part: str, device: str = "cpu", **fields: Any) -> list[Any]:
+    setting = helpers.setting.Setting(device, fields.pop("checkouts", {}), **fields)
+    return list(importlib.import_module(f"bench_{part}").cases(setting))
+
+
+def small(helpers: Any, part: str) -> Any:
+    return cases(helpers, part, models=(DIGITS,), batches=(2,))[0]
+
+
+def judged(helpers: Any, case: Any, ways: list[str]) -> Any:
+    return helpers.harness.Duel(case, timing.CpuClock(), quick=True).run(ways)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_case_has_ours_first_and_a_name_of_its_own(helpers: Any, device: str, tmp_path: Path) -> None:
+    checkouts = dict.fromkeys(helpers.peers.PEERS, tmp_path)  # nothing is read before it is timed
+    found = [case for part in PARTS for case in cases(helpers, part, device, checkouts=checkouts)]
+    assert len({case.name for case in found}) == len(found)
+    assert list(dict.fromkeys(case.part for case in found)) == list(PARTS)
+    for case in found:
+        assert case.ways[0] == "ours" and len(set(case.ways)) == len(case.ways) > (1 if device == "cuda" else 0)
+        for team in case.teams:
+            assert team.dtype in helpers.harness.ROUNDING
+
+
+def test_a_gpu_s_step_has_every_opponent(helpers: Any, tmp_path: Path) -> None:
+    checkouts = dict.fromkeys(helpers.peers.PEERS, tmp_path)
+    found = cases(helpers, "step", "cuda", checkouts=checkouts, models=("MPDiT-XL/4-2",))
+    assert [case.images for case in found] == [128, 64, 32]
+    assert [case.smaller_than for case in found] == [None, found[0].name, found[1].name]
+    assert found[0].name == "training step, MPDiT-XL/4-2 at 32x32, 128 images, bf16"
+    dit = ["DiT-XL/2", "DiT-XL/2, compiled", "DiT-XL/2, eager", "DiT-XL/2, compile"]
+    peers = ["official MPDiT", "official MPDiT, compiled", "official DiT, DiT-XL/2", "fast-DiT, DiT-XL/2"]
+    assert found[0].ways == ["ours", "ours, compiled", "eager", "compile", *dit, *peers]
+    assert [found[0].team(way).dtype for way in peers] == ["bf16", "bf16", "tf32", "fp16"]
+    for way, model in (
+        ("eager", "MPDiT-XL/4-2"),
+        ("official MPDiT", "MPDiT-XL/4-2"),
+        ("fast-DiT, DiT-XL/2", "DiT-XL/2"),
+    ):
+        assert found[0].team(way).flops == 128 * 6 * account(PRESETS[model]).macs
+
+
+def test_flops_are_those_of_the_account(helpers: Any) -> None:
+    macs = account(PRESETS["MPDiT-XL/4-2"]).macs
+    (forward,) = cases(helpers, "forward", "cuda", models=("MPDiT-XL/4-2",))
+    assert forward.teams[0].flops == 128 * 2 * macs
+    one, many = cases(helpers, "sampling", "cuda", batches=(1, 32))
+    assert one.teams[0].flops == 250 * 2 * 2 * macs and many.teams[0].flops == 32 * one.teams[0].flops
+    coarse, fine = cases(helpers, "block", "cuda", models=("MPDiT-XL/4-2",))
+    assert "80 tokens" in coarse.name and "272 tokens" in fine.name
+    for case, tokens in ((coarse, 80), (fine, 272)):
+        assert case.teams[0].flops == 6 * 128 * (12 * tokens * 1152**2 + 2 * tokens**2 * 1152)
+    (optimizer,) = cases(helpers, "optimizer", "cuda", models=("MPDiT-XL/4-2",))
+    assert optimizer.teams[0].bytes == 36 * 480_839_216
+
+
+@pytest.mark.parametrize("part", ["block", "forward", "step", "sampling", "optimizer"])
+def test_our_models_pass_their_gates(helpers: Any, part: str) -> None:
+    case = small(helpers, part)
+    ways = [way for way in case.ways if "compile" not in way and "apex" not in way]
+    for way, outcome in judged(helpers, case, ways).items():
+        assert outcome.failed is None and outcome.skipped is None, way
+        assert 0 <= outcome.gate["error"] <= outcome.gate["allowed"] < 1e-4, way
+
+
+@pytest.mark.parametrize("part", ["forward", "step"])
+def test_a_slightly_wrong_model_is_found(helpers: Any, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    zoo = importlib.import_module("zoo")
+    monkeypatch.setattr(zoo, "in_way", lambda model, way: lambda x, t, y: 1.0001 * model(x, t, y))
+    found = judged(helpers, small(helpers, part), ["ours"])["ours"]
+    assert found.failed is not None and found.failed.startswith("its gate is red") and found.samples == []
+
+
+def test_kernels_are_judged_forward_and_backward(helpers: Any) -> None:
+    for case in cases(helpers, "kernels"):
+        if case.name.startswith("gated_residual_adaln"):
+            found = judged(helpers, case, ["ours", "eager"])
+            assert all(outcome.failed is None and outcome.gate is not None for outcome in found.values())
+
+
+def test_loaders_give_the_samples_themselves(helpers: Any) -> None:
+    (case,) = cases(helpers, "loader", batches=(8,))
+    ways = [way for way in case.ways if "DALI" not in way]  # which need not be there
+    assert len(ways) == 2
+    for outcome in judged(helpers, case, ways).values():
+        assert outcome.gate == {"same": True} and outcome.failed is None
+
+
+def test_ways_share_parameters(helpers: Any) -> None:
+    zoo = importlib.import_module("zoo")
+    model = zoo.new_model(DIGITS, helpers.setting.Setting("cpu", {}))
+    twin = zoo.in_way(model, "ours, compiled")
+    assert twin is not model
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert one is other
+    assert not any(parameter.count_nonzero() == 0 for parameter in model.parameters()), "gates are open"
+
+
+def test_peers_are_loaded_side_by_side(helpers: Any, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name / "diffusion").mkdir(parents=True)
+        (tmp_path / name / "models.py").write_text(f"NAME = {name!r}")
+        (tmp_path / name / "diffusion" / "__init__.py").write_text("from .inner import NAME")
+        (tmp_path / name / "diffusion" / "inner.py").write_text(f"NAME = {name!r}")
+    peers = helpers.peers
+    for peer, name in (("dit", "one"), ("fast-dit", "two")):
+        assert name == peers.load(peer, tmp_path / name, "models").NAME
+        assert name == peers.load(peer, tmp_path / name, "diffusion").NAME
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "mpdit.py").write_text("from a_package_nobody_has.layers import Attention")
+    with pytest.raises(helpers.harness.Unavailable, match="MPDiT needs a_package_nobody_has: pip install a_package"):
+        peers.load("official", tmp_path, "models/mpdit")
+
+
+@pytest.fixture
+def run(helpers: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A session's Run with options by name."""
+    session = importlib.import_module("session")
+    monkeypatch.setattr(session.timing, "ceilings", lambda *_: {"copy": 1.0})
+    return lambda **given: session.Run(
+        SimpleNamespace(getoption=lambda name: given.get(name.removeprefix("--").replace("-", "_")))
+    )
+
+
+def toy_cases(helpers: Any) -> list[Any]:
+    harness = helpers.harness
+
+    def build(state: Any) -> Any:
+        return harness.Built(lambda: [lambda: None])
+
+    def large(state: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    first = harness.Case("step", "128", [harness.Team({"ours": build, "eager": build}), harness.Team({"dit": large})])
+    ways = {"ours": build, "eager": build}
+    second = harness.Case("step", "64", [harness.Team(ways), harness.Team({"dit": build})], smaller_than="128")
+    return [first, second, harness.Case("step", "32", second.teams, smaller_than="64")]
+
+
+def test_only_the_largest_that_fits(helpers: Any, run: Any) -> None:
+    session = run(largest=True, rounds=3)
+    session.cases = {case.name: case for case in toy_cases(helpers)}
+    session.selected = {name: ["ours", "eager", "dit"] for name in session.cases}
+    found = {
+        (case.name, way): session.outcome(case, way, quick=False).skipped
+        for case in session.cases.values()
+        for way in ("ours", "eager", "dit")
+    }
+    assert found["128", "dit"] == "out of memory" and found["128", "ours"] is None
+    assert found["64", "dit"] is None and found["64", "ours"] is None, "ours is timed again, to compare with"
+    assert found["64", "eager"] == "128 fits"
+    assert [found["32", way] for way in ("ours", "eager", "dit")] == ["64 fits"] * 3
+
+
+def test_no_case_is_begun_when_time_is_up(helpers: Any, run: Any) -> None:
+    session = run(minutes=1e-9)
+    (case, *_) = toy_cases(helpers)
+    session.selected = {"128": ["ours"]}
+    assert session.outcome(case, "ours", quick=False).skipped == "no time: not begun after 1e-09 minutes"

@@ -1,0 +1,202 @@
+"""Duels: the order of things, gates, and what happens when memory is short; without a GPU and without timing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import harness
+import pytest
+import torch
+from harness import Built, Case, Duel, Outcome, Team, Unavailable
+from mpdit_kernels import timing
+
+
+class Ticks:
+    """A clock by which a call takes what its contender says, and unless it is steady the n-th turn n times that."""
+
+    def __init__(self, steady: bool) -> None:
+        self.order: list[str] = []
+        self.steady = steady
+
+    def seconds(self, name: str, prepare: timing.Prepare) -> float:
+        self.order.append(name)
+        (call,) = prepare()
+        return float(call()) * (1 if self.steady else self.order.count(name))
+
+
+def contender(seconds: float, value: float = 1.0) -> Callable[[Any], Built]:
+    return lambda state: Built(lambda: [lambda: seconds], lambda: [torch.tensor([value, 1.0])])
+
+
+def team(**ways: Callable[[Any], Built]) -> Team:
+    exact = [torch.ones(2, dtype=torch.float64)]
+    return Team(ways, truth=lambda state: exact, usual=lambda state: [torch.tensor([1.001, 1.0])])
+
+
+def duel(*teams: Team, quick: bool = False, steady: bool = False) -> tuple[Duel, Ticks]:
+    clock = Ticks(steady)
+    return Duel(Case("step", "a problem", teams, 2), clock, rounds=3, least=3, quick=quick), clock
+
+
+def test_contenders_take_turns_and_ratios_are_of_one_turn() -> None:
+    fight, clock = duel(team(ours=contender(2.0), eager=contender(3.0)), team(dit=contender(8.0)))
+    found = fight.run(["ours", "eager", "dit"])
+    names = ["ours", "eager", "dit"]
+    assert clock.order == [*names, *names, *names[1:], *names[:1], *names[2:], *names[:2]]
+    assert found["ours"].samples == [4.0, 6.0, 8.0] and found["ours"].ratios is None
+    assert found["eager"].ratios == [1.5] * 3 and found["dit"].ratios == [4.0] * 3
+
+
+def test_only_those_selected_take_part() -> None:
+    fight, clock = duel(team(ours=contender(2.0), eager=contender(3.0)), team(dit=contender(8.0)))
+    found = fight.run(["eager"])
+    assert set(found) == set(clock.order) == {"eager"}
+    assert found["eager"].ratios is None, "there is no ours to compare with"
+
+
+def test_a_wrong_contender_gets_no_time() -> None:
+    fight, clock = duel(team(ours=contender(2.0), wrong=contender(1.0, value=1.01), nan=contender(1.0, float("nan"))))
+    found = fight.run(["ours", "wrong", "nan"])
+    assert set(clock.order) == {"ours"}
+    assert found["ours"].failed is None and found["ours"].gate == {
+        "error": 0.0,
+        "allowed": pytest.approx(0.001415, 1e-2),
+    }
+    for way in ("wrong", "nan"):
+        assert found[way].failed is not None and "its gate is red: it errs by" in found[way].failed
+        assert found[way].samples == [] and found[way].ratios is None
+
+
+def test_a_gate_of_its_own() -> None:
+    def with_check(same: bool) -> Callable[[Any], Built]:
+        return lambda state: Built(lambda: [lambda: 1.0], check=lambda: {"same": same})
+
+    fight, clock = duel(Team({"ours": with_check(True), "other": with_check(False)}))
+    found = fight.run(["ours", "other"])
+    assert found["ours"].gate == {"same": True} and found["ours"].samples
+    assert found["other"].failed == "its gate is red: the result is not the same" and not found["other"].samples
+    assert "other" not in clock.order
+
+
+def test_what_is_unavailable_or_breaks_does_not_stop_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    def absent(state: Any) -> Built:
+        raise Unavailable("needs timm: pip install timm")
+
+    def broken(state: Any) -> Built:
+        raise KeyError("a bug")
+
+    def no_team() -> None:
+        raise Unavailable("no such machine")
+
+    fight, _ = duel(team(ours=contender(2.0), absent=absent, broken=broken), Team({"dit": contender(1.0)}, no_team))
+    found = fight.run(["ours", "absent", "broken", "dit"])
+    assert found["ours"].samples and not found["absent"].samples
+    assert found["absent"].skipped == "needs timm: pip install timm" and found["dit"].skipped == "no such machine"
+    assert found["broken"].failed == "KeyError: 'a bug'" and "a bug" in capsys.readouterr().err
+
+
+def test_quick_judges_and_does_not_time() -> None:
+    fight, clock = duel(team(ours=contender(2.0), wrong=contender(1.0, value=2.0)), quick=True)
+    found = fight.run(["ours", "wrong"])
+    assert clock.order == [] and found["ours"] == Outcome(gate=found["ours"].gate)
+    assert found["wrong"].failed is not None
+
+
+class Room:
+    """Memory for so many units; teams take theirs while their state lives, contenders theirs while they run."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.used, self.most = size, 0, 0
+
+    def take(self, count: int) -> None:
+        self.used += count
+        self.most = max(self.most, self.used)
+        if self.used > self.size:
+            self.used -= count
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def team(self, state: int, **ways: tuple[float, int]) -> Team:
+        class State:
+            def __init__(inner) -> None:
+                self.take(state)
+
+            def __del__(inner) -> None:
+                self.used -= state if hasattr(inner, "held") else 0
+
+        def make() -> State:
+            made = State()
+            made.held = True  # type: ignore[attr-defined]
+            return made
+
+        def build(seconds: float, needs: int, held: State) -> Built:
+            def call(held: State = held) -> float:
+                self.take(needs)
+                self.used -= needs
+                return seconds
+
+            return Built(lambda: [call])
+
+        return Team({way: lambda held, figures=figures: build(*figures, held) for way, figures in ways.items()}, make)
+
+
+def test_short_of_memory_they_meet_in_pairs() -> None:
+    room = Room(10)
+    teams = room.team(3, ours=(2.0, 1)), room.team(4, dit=(4.0, 2)), room.team(4, official=(6.0, 2))
+    fight, clock = duel(*teams, steady=True)
+    found = fight.run(["ours", "dit", "official"])
+    assert found["dit"].ratios == [2.0] * 3 and found["official"].ratios == [3.0] * 3
+    assert found["ours"].samples == [2.0] * 3, "of ours alone, first"
+    assert clock.order[:6] == ["ours"] * 4 + ["ours", "dit"]
+    assert room.used == 0, "nothing is held when the duel is over"
+
+
+def test_what_fits_alone_only_is_timed_without_a_ratio() -> None:
+    room = Room(10)
+    fight, _ = duel(room.team(3, ours=(2.0, 1)), room.team(8, dit=(4.0, 2)), steady=True)
+    found = fight.run(["ours", "dit"])
+    assert found["dit"].samples == [4.0] * 3 and found["dit"].ratios is None
+    assert found["ours"].samples and room.used == 0
+
+
+def test_what_never_fits_is_skipped() -> None:
+    room = Room(10)
+    fight, clock = duel(room.team(3, ours=(2.0, 1), eager=(3.0, 8)), room.team(20, dit=(4.0, 2)))
+    found = fight.run(["ours", "eager", "dit"])
+    assert found["dit"].skipped == found["eager"].skipped == harness.TOO_LARGE
+    assert found["ours"].samples and set(clock.order) == {"ours"} and room.used == 0
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """A GPU whose allocator is a few numbers."""
+    memory = {"allocated": 100, "reserved": 200, "most": 0, "most_reserved": 0}
+    cuda = torch.cuda
+    monkeypatch.setattr(cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(cuda, "memory_allocated", lambda: memory["allocated"])
+    monkeypatch.setattr(cuda, "memory_reserved", lambda: memory["reserved"])
+    monkeypatch.setattr(cuda, "reset_peak_memory_stats", lambda: memory.update(most=0, most_reserved=0))
+    monkeypatch.setattr(cuda, "max_memory_allocated", lambda: memory["most"])
+    monkeypatch.setattr(cuda, "max_memory_reserved", lambda: memory["most_reserved"])
+    return memory
+
+
+def test_peak_memory_is_a_contender_alone(gpu: dict[str, int]) -> None:
+    def needs(resident: int, peak: int) -> Team:
+        def make() -> None:
+            gpu["allocated"] += resident
+            gpu["reserved"] += resident
+
+        def call() -> float:
+            gpu["most"] = max(gpu["most"], gpu["allocated"] + peak)
+            gpu["most_reserved"] = max(gpu["most_reserved"], gpu["reserved"] + 2 * peak)
+            return 1.0
+
+        return Team({"ours" if resident == 10 else "dit": lambda state: Built(lambda: [call])}, make)
+
+    fight, _ = duel(needs(10, 5), needs(1000, 50))
+    found = fight.run(["ours", "dit"])
+    assert found["ours"].memory == {"allocated": 15, "reserved": 20}
+    assert found["dit"].memory == {"allocated": 1050, "reserved": 1100}
