@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO ?= runs/demo
 
-.PHONY: help install demo test nightly gpu lint format clean
+.PHONY: help install demo test nightly gpu bench bench-gpu lint format clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,6 +49,18 @@ gpu:  ## on a machine with a GPU: prove the kernels there, then tune and time th
 	timeout -k 5 220 $(PYTHON) -m mpdit_kernels.tune --minutes 3.4 || failed=1; \
 	timeout -k 5 85 $(PYTHON) -m mpdit_kernels.backends --measure --minutes 1 || failed=1; \
 	exit $$failed
+
+bench: $(INSTALLED)  ## time everything: small sizes on a CPU (minutes), real ones on a GPU (long: see bench-gpu)
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+
+# Needs no .venv: PYTHON must have torch, triton, einops, pytest and pytest-benchmark. BENCH passes options on, such as
+# BENCH="--official ../MPDiT --memory-limit 40".
+PART ?=
+bench-gpu:  ## on a machine with a GPU: PART=kernels|block|forward|step|sampling|optimizer|loader, all by default
+	@$(PYTHON) -c 'import einops, pytest, pytest_benchmark, torch, triton' 2>/dev/null || \
+		{ echo "error: $(PYTHON) lacks torch, triton, einops, pytest or pytest-benchmark: name one that has them," \
+			"make bench-gpu PYTHON=..." >&2; exit 2; }
+	@$(PYTHON) benchmarks/gpu.py $(PART) $(BENCH)
 
 lint: $(INSTALLED)  ## check style and types
 	$(BIN)/ruff check .

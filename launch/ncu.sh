@@ -6,7 +6,7 @@
 #
 # --profile-steps chooses another step than 10. From the environment:
 #   REPORT   where the report goes: REPORT.ncu-rep (default: profile-ncu and the time, in the current folder)
-#   KERNELS  kernels to profile, as ncu's --kernel-name takes them, for example "regex:adaln|attention"
+#   KERNELS  kernels to profile, as ncu's --kernel-name takes them, for example "regex:forward|backward"
 #   RANGE    only kernels launched in this range, for example forward (the names are in docs/profiling.md)
 #   COUNT    most kernels profiled (default 200)
 set -euo pipefail

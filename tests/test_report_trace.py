@@ -98,6 +98,21 @@ def test_the_order_of_events_and_compression_do_not_matter(tmp_path: Path) -> No
     assert json.dumps(ours) == json.dumps(theirs)
 
 
+def test_our_kernels_of_one_name_are_told_apart_by_their_operator(tmp_path: Path) -> None:
+    events = [
+        event("user_annotation", "forward", 0, 100),
+        event("cpu_op", "mpdit_kernels::adaln", 0, 20, **{"External id": 3}),
+        event("kernel", "_forward", 50, 10, GPU, correlation=1, **{"External id": 3}),
+        event("cpu_op", "mpdit_kernels::fno", 20, 20, **{"External id": 4}),
+        event("kernel", "_forward", 60, 30, GPU, correlation=2, **{"External id": 4}),
+        event("cpu_op", "aten::mm", 40, 20, **{"External id": 5}),
+        event("kernel", "gemm", 90, 20, GPU, correlation=3, **{"External id": 5}),
+        event("kernel", "_update", 110, 5, GPU, correlation=4),
+    ]
+    report = trace_report(write(tmp_path / "trace.json", events))
+    assert [op.name for op in report.ops] == ["fno: _forward", "gemm", "adaln: _forward", "_update"]
+
+
 def test_operators_of_a_cpu_trace_count_without_what_they_called(tmp_path: Path) -> None:
     events = [
         event("user_annotation", "forward", 0, 100),

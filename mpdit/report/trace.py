@@ -3,6 +3,8 @@
 The trace is the JSON that torch.profiler exports (Chrome's event format, times in microseconds, the GPU's on the
 clock of the CPU). What runs on the GPU belongs to the range in which it was launched: event -> its launch, by
 "correlation" -> the range around the launch, on whichever thread, since backward launches from one of its own.
+Several of our kernels are called alike ("_forward"), so those have their operator's name before their own; it is the
+operator with the same "External id".
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import gzip
 import json
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +24,7 @@ from mpdit_kernels.command import aligned
 from mpdit.errors import DataError
 from mpdit.profiling import RANGES
 
+_OPERATORS = "mpdit_kernels::"
 _ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 _LAUNCHES = ("cuda_runtime", "cuda_driver")
 _KINDS = {"user_annotation", "cpu_op", *_LAUNCHES, *_ON_GPU}
@@ -128,6 +131,7 @@ class _Span(NamedTuple):
     start: float
     end: float
     correlation: int | None
+    operator: int | None
     bytes: int
 
 
@@ -148,8 +152,7 @@ def trace_report(path: str | Path, top: int = 15) -> TraceReport:
     on_gpu = [span for span in spans if span.kind in _ON_GPU]
     start = min(span.start for span in steps or ranges)
     end = max(span.end for span in (*(steps or ranges), *on_gpu))
-    kernels = [span for span in on_gpu if span.kind == "kernel"]
-    ops = _sums((span.name, span.end - span.start) for span in kernels) if on_gpu else _own_times(spans)
+    ops = _sums(_kernels(spans)) if on_gpu else _own_times(spans)
     total = sum(seconds for _, seconds in ops.values())
     longest = sorted(ops.items(), key=lambda item: -item[1][1])[:top]
     return TraceReport(
@@ -188,7 +191,7 @@ def _spans(path: str | Path) -> list[_Span]:
 
 def _span(event: dict[str, Any]) -> _Span:
     args = event.get("args", {})
-    start, correlation = float(event["ts"]), args.get("correlation")
+    start, correlation, operator = float(event["ts"]), args.get("correlation"), args.get("External id")
     return _Span(
         name=str(event["name"]),
         kind=str(event["cat"]),
@@ -196,6 +199,7 @@ def _span(event: dict[str, Any]) -> _Span:
         start=start,
         end=start + float(event["dur"]),
         correlation=None if correlation is None else int(correlation),
+        operator=None if operator is None else int(operator),
         bytes=int(args.get("bytes", 0)),
     )
 
@@ -203,6 +207,15 @@ def _span(event: dict[str, Any]) -> _Span:
 def _launches(spans: Iterable[_Span]) -> dict[int | None, float]:
     """When the CPU launched what has a correlation id."""
     return {span.correlation: span.start for span in spans if span.kind in _LAUNCHES and span.correlation is not None}
+
+
+def _kernels(spans: Iterable[_Span]) -> Iterator[tuple[str, float]]:
+    """Name and microseconds of each kernel on the GPU."""
+    ours = [span for span in spans if span.kind == "cpu_op" and span.name.startswith(_OPERATORS)]
+    names = {span.operator: f"{span.name.removeprefix(_OPERATORS)}: " for span in ours if span.operator is not None}
+    for span in spans:
+        if span.kind == "kernel":
+            yield names.get(span.operator or 0, "") + span.name, span.end - span.start
 
 
 def _by_range(

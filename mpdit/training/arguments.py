@@ -11,6 +11,14 @@ from mpdit.errors import ConfigError
 from mpdit.training.config import TrainConfig
 
 
+_METAVARS = {
+    "resume": "auto|never|DIR",
+    "data": "DIR|digits",
+    "profile_steps": "A:B",
+    "profile_ranks": "0,3|all",
+}
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; --help explains every argument")
@@ -67,7 +75,7 @@ def _kind(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
         return {"nargs": 2, "type": float, "metavar": ("BETA1", "BETA2")}
     if get_origin(kind) is Literal:
         return {"choices": get_args(kind)}
-    metavar = {int: "N", float: "X"}.get(kind) or {"resume": "auto|never|DIR", "data": "DIR|digits"}.get(field.name)
+    metavar = {int: "N", float: "X"}.get(kind) or _METAVARS.get(field.name)
     return {"type": kind, "metavar": metavar or field.name.upper()}
 
 

@@ -91,9 +91,11 @@ class MetricsLog:
         record = {"step": step, **known, "elapsed_seconds": round(elapsed, 3)}
         finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
         self._file.write(json.dumps(finite) + "\n")
-        self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['images_per_second']:.0f} images/s")
+        speed = finite["images_per_second"]
+        told = "profiled" if speed is None else f"{speed:.0f} images/s"
+        self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {told}")
         if self._tensorboard is not None:
-            for name, value in record.items():
+            for name, value in ((name, value) for name, value in finite.items() if value is not None):
                 self._tensorboard.add_scalar(f"train/{name}", value, step)
         if self._wandb is not None:
             self._wandb.log(finite, step=step)
