@@ -57,9 +57,9 @@ def kernel_team(case: kernels.Case, direction: str, cost: kernels.Cost, setting:
         found, state.gradients = search.results(case, state.bench, "reference", state.seed, widen=True)
         return [x for x in found if x is not None]
 
-    def outputs(mode: str, state: State) -> list[Tensor]:
+    def outputs(mode: str, state: State, call: Callable[..., Any] | None = None) -> list[Tensor]:
         with launch.picks() as picked:
-            found, _ = search.results(case, state.bench, mode, state.seed, state.gradients)
+            found, _ = search.results(case, state.bench, mode, state.seed, state.gradients, call=call)
         if mode == "triton" and not picked and search.picks_of(case, state.bench.dtype):
             raise RuntimeError("the call took its reference, not its kernels")
         return [x for x in found if x is not None]
@@ -70,7 +70,7 @@ def kernel_team(case: kernels.Case, direction: str, cost: kernels.Cost, setting:
             inner = case.call
             call = torch.compile(lambda *inputs: inner(*inputs), dynamic=False, mode="max-autotune-no-cudagraphs")
             zoo.tried(way, lambda: [run() for run in calls(mode, call, state.sets[:1])])
-        return Built(partial(calls, mode, call, state.sets), partial(outputs, mode, state))
+        return Built(partial(calls, mode, call, state.sets), partial(outputs, mode, state, call))
 
     def other(name: str, state: State) -> Built:
         if reason := opponents.left_out(setting.device).get(name):
@@ -90,5 +90,5 @@ def kernel_team(case: kernels.Case, direction: str, cost: kernels.Cost, setting:
         usual=partial(outputs, "reference"),
         flops=cost.flops + cost.flops32 or None,
         bytes=cost.bytes,
-        dtype=setting.dtype,
+        dtype="fp32" if cost.flops32 and not cost.flops else setting.dtype,
     )

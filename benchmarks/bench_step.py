@@ -16,6 +16,7 @@ import torch
 import zoo
 from harness import Built, Case, Team
 from mpdit_kernels import AdamWEMA
+from mpdit_kernels.dispatch import use
 from setting import Setting
 from torch import nn
 
@@ -60,11 +61,10 @@ class Trainer:
         self.positions = torch.arange(len(self.batch.x), device=self.batch.x.device)
 
     def step(self, model: zoo.Model, way: str, setting: Setting) -> None:
-        null_class = self.model.config.null_class
-        with zoo.running(way, setting):
-            loss = flow_loss(
-                model, self.batch.x, self.batch.y, self.positions, seed=0, config=FlowConfig(), null_class=null_class
-            ).mean()
+        draws: dict[str, Any] = {"seed": 0, "config": FlowConfig(), "null_class": self.model.config.null_class}
+        with use(zoo.MODES[way]):
+            with setting.autocast():  # of the forward alone, as DeepSpeed's engine has it
+                loss = flow_loss(model, self.batch.x, self.batch.y, self.positions, **draws).mean()
             self.positions += len(self.positions)
             self.optimizer.zero_grad()
             loss.backward()

@@ -8,7 +8,9 @@ timed. What does not fit beside the others is tried in pairs with our team, and 
 from __future__ import annotations
 
 import gc
+import math
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +25,8 @@ OURS = "ours"
 """The way that all others of a case are compared with."""
 TOO_LARGE = "out of memory"
 """Why a contender has no time when it does not fit, even alone."""
+NO_TIME = "no time: --minutes were up before it was built"
+"""Why one that came too late has none."""
 FLOOR = 8
 """Roundings of a result's dtype that every gate allows, as a reference can be exact by luck."""
 ROUNDING = {"fp32": 2.0**-23, "tf32": 2.0**-10, "bf16": 2.0**-7, "fp16": 2.0**-10}
@@ -130,6 +134,7 @@ class Duel:
     Attributes:
         clock, rounds, seconds, least: see mpdit_kernels.timing.turns.
         quick: build, judge and call once, without timing.
+        until: time.monotonic() after which no further contender is built.
     """
 
     case: Case
@@ -138,6 +143,7 @@ class Duel:
     seconds: float = 10.0
     least: int = 5
     quick: bool = False
+    until: float = math.inf
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
     def run(self, ways: Sequence[str]) -> dict[str, Outcome]:
@@ -176,10 +182,12 @@ class Duel:
     def _time(self, found: dict[str, Outcome], alive: dict[str, Prepare]) -> bool:
         try:
             samples = turns(self.clock, alive, self.rounds, self.seconds, self.least)
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            return False
+        except Exception as error:  # whose fault it is nobody knows: none of them has a time
+            if out_of_memory(error):
+                return False
+            failed = _broken(error)
+            found |= {way: Outcome(gate=found[way].gate, failed=failed) for way in alive}
+            return True
         for way, taken in samples.items():
             found[way].samples = taken
             if way != OURS and OURS in samples:
@@ -200,6 +208,8 @@ class Duel:
         judge = _Judge(team, shared[0])
 
         def build(way: str) -> None:
+            if time.monotonic() > self.until:
+                raise Unavailable(NO_TIME)
             built = team.ways[way](shared[0])
             found[way].gate = gate = judge(built)
             found[way].failed = _verdict(gate)
@@ -231,9 +241,14 @@ def _attempt(action: Callable[[], None]) -> tuple[Outcome | None, bool]:
     except Exception as error:  # an opponent that breaks does not stop the rest
         if out_of_memory(error):
             return None, False
-        traceback.print_exc()
-        return Outcome(failed=f"{type(error).__name__}: {error}".splitlines()[0]), True
+        return Outcome(failed=_broken(error)), True
     return None, True
+
+
+def _broken(error: Exception) -> str:
+    """A line for the outcome; the whole is printed."""
+    traceback.print_exc()
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 class _Judge:

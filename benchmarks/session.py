@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import pytest_benchmark
 import setting as settings
-from harness import OURS, TOO_LARGE, Case, Duel, Outcome, clocks, release
+from harness import NO_TIME, OURS, TOO_LARGE, Case, Duel, Outcome, clocks, release
 from mpdit_kernels import timing
 from results import FORMAT, PARTS, Journal, peaks, skip
 
@@ -50,8 +51,9 @@ class Run:
 
     def _duel(self, case: Case, quick: bool) -> dict[str, Outcome]:
         ways = self.selected[case.name]
-        if self.minutes is not None and time.monotonic() - self._start > 60 * self.minutes:
-            return {way: Outcome(skipped=f"no time: not begun after {self.minutes:g} minutes") for way in ways}
+        until = math.inf if self.minutes is None else self._start + 60 * self.minutes
+        if time.monotonic() > until:
+            return {way: Outcome(skipped=NO_TIME) for way in ways}
         if self._clocks is None:
             self._begin()
         spared: dict[str, Outcome] = {}
@@ -63,7 +65,7 @@ class Run:
             spared = {way: Outcome(skipped=f"{case.smaller_than} fits") for way in fitted - {OURS}}
         assert self._clocks is not None
         clock, least = self._clocks[case.on_gpu], LEAST[self.setting.device]
-        duel = Duel(case, clock, self.rounds, self.seconds, min(least, self.rounds), quick)
+        duel = Duel(case, clock, self.rounds, self.seconds, min(least, self.rounds), quick, until)
         return duel.run([way for way in ways if way not in spared]) | spared
 
     def _begin(self) -> None:

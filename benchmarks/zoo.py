@@ -98,7 +98,7 @@ def in_way(model: mpdit.MPDiT, way: str) -> Model:
 
 
 def allow_graphs() -> None:
-    """Blocks of several stages, models and modes share their code, whose graphs torch limits to 8 before it gives up."""
+    """Blocks of all stages, models and modes share their code, whose graphs torch limits to 8 before it gives up."""
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = 64
@@ -127,10 +127,12 @@ def velocity_and_gradients(model: Model, parameters: Sequence[nn.Parameter], bat
     """What a training step is judged by: velocities of the first images, and the gradients of their mean square.
 
     The whole batch is run, so that a compiler meets one shape only; the other images don't matter to these figures.
+    Autocast is of the forward alone, as in training.
     """
     velocity = model(batch.x, batch.t, batch.y)[:JUDGED]
     wide = velocity if velocity.dtype == torch.float64 else velocity.float()
-    return [velocity.detach(), *torch.autograd.grad(wide.square().mean(), parameters)]
+    with torch.autocast(batch.x.device.type, enabled=False):
+        return [velocity.detach(), *torch.autograd.grad(wide.square().mean(), parameters)]
 
 
 def only_velocity(model: Model, parameters: Sequence[nn.Parameter], batch: Batch) -> list[Tensor]:

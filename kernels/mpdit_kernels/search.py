@@ -65,16 +65,22 @@ def gate(case: Case, bench: Bench) -> str | None:
 
 
 def results(
-    case: Case, bench: Bench, mode: str, seed: int, gradients: list[Tensor] | None = None, widen: bool = False
+    case: Case,
+    bench: Bench,
+    mode: str,
+    seed: int,
+    gradients: list[Tensor] | None = None,
+    widen: bool = False,
+    call: Callable[..., Any] | None = None,
 ) -> tuple[list[Tensor | None], list[Tensor]]:
-    """Outputs and gradients of the case's call on inputs drawn from `seed`, in float64 with `widen`.
+    """Outputs and gradients of the case's call (or `call`) on inputs drawn from `seed`, in float64 with `widen`.
 
     Second come the gradients that its outputs were given: `gradients`, or drawn ones.
     """
     torch.manual_seed(seed)  # every run gets inputs of its own, as some operations write theirs
     inputs = [_double(x) if widen else x for x in case.inputs(bench.device, bench.dtype)]
     with use(mode):
-        outputs = _tensors(case.call(*inputs))
+        outputs = _tensors((call or case.call)(*inputs))
         gradients = gradients or [torch.randn_like(out) for out in outputs]
         wanted = _differentiable(inputs)
         found = _backward(outputs, wanted, gradients)() if wanted else ()

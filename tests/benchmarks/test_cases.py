@@ -99,6 +99,51 @@ def test_kernels_are_judged_forward_and_backward(helpers: Any) -> None:
             assert all(outcome.failed is None and outcome.gate is not None for outcome in found.values())
 
 
+def test_it_is_the_compiled_kernel_that_is_judged(helpers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here by a compiler whose results are slightly off."""
+    slightly = torch.tensor(1.001)
+
+    def scaled(x: Any) -> Any:
+        return tuple(map(scaled, x)) if isinstance(x, tuple) else x * slightly
+
+    monkeypatch.setattr(torch, "compile", lambda call, **_: lambda *inputs: scaled(call(*inputs)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    bench = importlib.import_module("bench_kernels")
+    case = next(case for case in cases(helpers, "kernels") if case.name.startswith("gated_residual_adaln"))
+    team = case.teams[0]
+    build = team.ways["eager"].func
+    team = helpers.harness.Team({"compile": lambda state: build("compile", state)}, team.make, team.truth, team.usual)
+    found = judged(helpers, helpers.harness.Case("kernels", bench.__name__, [team]), ["compile"])["compile"]
+    assert found.failed is not None and found.failed.startswith("its gate is red")
+
+
+def test_backward_is_outside_autocast(helpers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in training, where the engine's forward alone is in it."""
+    bench, zoo = importlib.import_module("bench_step"), importlib.import_module("zoo")
+    seen = []
+
+    class Seen(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return gradients[0]
+
+    setting = helpers.setting.Setting("cpu", {})
+    monkeypatch.setattr(helpers.setting.Setting, "dtype", "bf16")
+    model = zoo.new_model(DIGITS, setting)
+    trainer = bench.Trainer(model, zoo.Batch.draw(model.config, 2, "cpu"))
+    watched = lambda x, t, y: Seen.apply(model(x, t, y))  # noqa: E731
+    trainer.step(watched, "ours", setting)
+    with zoo.running("ours", setting):
+        zoo.velocity_and_gradients(watched, list(model.parameters()), trainer.batch)
+    assert seen == [True, False, True, False]
+
+
 def test_loaders_give_the_samples_themselves(helpers: Any) -> None:
     (case,) = cases(helpers, "loader", batches=(8,))
     ways = [way for way in case.ways if "DALI" not in way]  # which need not be there
@@ -177,4 +222,4 @@ def test_no_case_is_begun_when_time_is_up(helpers: Any, run: Any) -> None:
     session = run(minutes=1e-9)
     (case, *_) = toy_cases(helpers)
     session.selected = {"128": ["ours"]}
-    assert session.outcome(case, "ours", quick=False).skipped == "no time: not begun after 1e-09 minutes"
+    assert session.outcome(case, "ours", quick=False).skipped == helpers.harness.NO_TIME

@@ -96,6 +96,29 @@ def test_what_is_unavailable_or_breaks_does_not_stop_the_rest(capsys: pytest.Cap
     assert found["broken"].failed == "KeyError: 'a bug'" and "a bug" in capsys.readouterr().err
 
 
+def test_an_error_while_timing_is_an_outcome_of_all(capsys: pytest.CaptureFixture[str]) -> None:
+    calls = iter(range(4))
+
+    def breaks(state: Any) -> Built:
+        return Built(lambda: [lambda: 1.0 if next(calls) < 2 else 1 / 0])
+
+    fight, _ = duel(team(ours=contender(2.0), breaks=breaks))
+    found = fight.run(["ours", "breaks"])
+    assert {outcome.failed for outcome in found.values()} == {"ZeroDivisionError: division by zero"}
+    assert not any(outcome.samples for outcome in found.values()) and "ZeroDivision" in capsys.readouterr().err
+
+
+def test_none_is_built_when_time_is_up() -> None:
+    fight, clock = duel(team(ours=contender(2.0), eager=contender(3.0)), team(dit=contender(8.0)))
+    taken = iter([0.0, 1.0, 2.0])  # seconds at which each is to be built
+    fight.until = 0.5
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness.time, "monotonic", lambda: next(taken, 3.0))
+        found = fight.run(["ours", "eager", "dit"])
+    assert found["ours"].samples and found["eager"].skipped == found["dit"].skipped == harness.NO_TIME
+    assert set(clock.order) == {"ours"}
+
+
 def test_quick_judges_and_does_not_time() -> None:
     fight, clock = duel(team(ours=contender(2.0), wrong=contender(1.0, value=2.0)), quick=True)
     found = fight.run(["ours", "wrong"])
