@@ -1,7 +1,8 @@
 """Guided sampling: Euler steps from noise to latents, with our sampler and in a CUDA graph.
 
 A graph holds one guided step with its tensors in fixed places, and is replayed for every time. The official sampler is
-run as its sample.py does: fp32 with TF32, without autocast; it evaluates the model once less than it counts steps.
+run as its sample.py does: fp32 with TF32, without autocast. It evaluates the model once less than it counts steps, so it
+is told one more: all evaluate it equally often.
 """
 
 from __future__ import annotations
@@ -169,8 +170,8 @@ def official_team(preset: str, images: int, setting: Setting) -> Team:
 
         def run(steps: int) -> Tensor:
             with torch.no_grad(), peers.tf32():
-                return flow.sample_euler(state.theirs, **start, num_steps=steps)
+                return flow.sample_euler(state.theirs, **start, num_steps=steps + 1)
 
-        return Built(lambda: [partial(run, STEPS[setting.device])], lambda: [run(JUDGED_STEPS + 1)])
+        return Built(lambda: [partial(run, STEPS[setting.device])], lambda: [run(JUDGED_STEPS)])
 
     return sampling_team(preset, images, setting, make, {"official MPDiT": build}, dtype)

@@ -95,6 +95,8 @@ def duel(request: pytest.FixtureRequest, benchmark: Any, case: str, way: str) ->
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    for name in ("node", "release"):  # whose machine it was is nobody's business
+        machine_info.pop(name, None)
     machine_info["mpdit"] = settings.machine(config.stash[RUN].setting.device)
 
 

@@ -36,7 +36,8 @@ class Rates:
 
 
 GPUS = tuple(
-    Rates(gpu.name, gpu.bandwidth, gpu.flops, gpu.flops32) for gpu in (hardware.GPUS["a100-40gb"], hardware.GPUS["h200"])
+    Rates(gpu.name, gpu.bandwidth, gpu.flops, gpu.flops32)
+    for gpu in (hardware.GPUS["a100-40gb"], hardware.GPUS["h200"])
 )
 """What the table's floors are for."""
 

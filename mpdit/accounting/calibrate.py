@@ -92,7 +92,8 @@ def calibrate(results: Results) -> tuple[Gpu, Efficiency, list[Step]] | None:
     error = max(abs(step.measured / (factor * step.roofline) - 1) for step in steps)
     source = (
         f"steps of {len(steps)} cases on {results.hardware}, {results.date}: products at {products:.0%} of the "
-        f"datasheet, copies at {share.bandwidth:.0%}, a whole step {factor:.2f} times its roofline; links at 70 % are assumed"
+        f"datasheet, copies at {share.bandwidth:.0%}, a whole step {factor:.2f} times its roofline; links at 70 % are "
+        "assumed"
     )
     share = dataclasses.replace(share, step=factor, error=max(error, LEAST_ERROR), source=source, measured=True)
     return gpu, share, steps

@@ -10,7 +10,6 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 from mpdit.errors import ConfigError
 from mpdit.training.config import TrainConfig
 
-
 _METAVARS = {
     "resume": "auto|never|DIR",
     "data": "DIR|digits",
