@@ -1,8 +1,8 @@
 """Guided sampling: Euler steps from noise to latents, with our sampler and in a CUDA graph.
 
 A graph holds one guided step with its tensors in fixed places, and is replayed for every time. The official sampler is
-run as its sample.py does: fp32 with TF32, without autocast. It evaluates the model once less than it counts steps, so it
-is told one more: all evaluate it equally often.
+run as its sample.py does: fp32 with TF32, without autocast. It evaluates the model once less than it counts steps, and
+is told one more, so that all evaluate it equally often.
 """
 
 from __future__ import annotations

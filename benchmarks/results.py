@@ -101,7 +101,8 @@ class Journal:
 def merge(old: Json | None, new: Json) -> Json:
     """`new`, and those rows and skips of `old` whose contender was not tried again.
 
-    Rows are in the order of PARTS, each part's as it was run. The head is the new run's.
+    Rows are in the order of PARTS, each part's as it was run. The head is the new run's, and each ceiling the highest
+    that was measured.
     """
     if old is None:
         return new
@@ -110,7 +111,8 @@ def merge(old: Json | None, new: Json) -> Json:
     skipped = [entry for entry in old["mpdit"]["skipped"] if _key(entry) not in tried]
     merged = new | {"benchmarks": _ordered([*rows, *new["benchmarks"]])}
     parts = {row["extra_info"]["part"] for row in merged["benchmarks"]}
-    mpdit = new["mpdit"] | {"skipped": [*skipped, *new["mpdit"]["skipped"]]}
+    ceilings = {name: max(old["mpdit"]["ceilings"][name], value) for name, value in new["mpdit"]["ceilings"].items()}
+    mpdit = new["mpdit"] | {"skipped": [*skipped, *new["mpdit"]["skipped"]], "ceilings": ceilings}
     return merged | {"mpdit": mpdit | {"parts": [part for part in PARTS if part in parts]}}
 
 

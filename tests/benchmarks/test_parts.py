@@ -18,6 +18,7 @@ def result(*rows: tuple[str, str, str, float], skipped: tuple[tuple[str, str, st
     machine = {"gpu": "NVIDIA H200", "torch": "2.11.0", "triton": "3.6.0"} | head.pop("machine", {})
     mpdit = {"format": "mpdit-bench-1", "date": "2026-11-24", "device": "cuda", "machine": machine, "parts": ["step"]}
     entries = [dict(zip(("part", "case", "way"), names, strict=True)) | {"reason": "no room"} for names in skipped]
+    head = {"ceilings": {"copy": 1.0}} | head
     return {
         "machine_info": {},
         "benchmarks": [
@@ -37,12 +38,14 @@ def test_what_was_measured_again_replaces_and_the_rest_stays(helpers: Any) -> No
     old = result(("step", "XL", "ours", 1.0), ("step", "XL", "dit", 2.0), ("kernels", "a", "ours", 3.0),
                  skipped=(("step", "XL", "official"), ("step", "XL", "fast")))  # fmt: skip
     new = result(("step", "XL", "ours", 1.5), ("step", "XL", "official", 9.0), skipped=(("step", "XL", "dit"),))
+    old["mpdit"]["ceilings"], new["mpdit"]["ceilings"] = {"copy": 3.0, "matmul": 4.0}, {"copy": 2.0, "matmul": 5.0}
     before = copy.deepcopy((old, new))
     merged = helpers.results.merge(old, new)
     assert medians(merged) == {("a", "ours"): 3.0, ("XL", "ours"): 1.5, ("XL", "official"): 9.0}
     assert [row["extra_info"]["part"] for row in merged["benchmarks"]] == ["kernels", "step", "step"]
     assert [entry["way"] for entry in merged["mpdit"]["skipped"]] == ["fast", "dit"]
     assert merged["mpdit"]["parts"] == ["kernels", "step"]
+    assert merged["mpdit"]["ceilings"] == {"copy": 3.0, "matmul": 5.0}, "the highest that was measured"
     assert (old, new) == before
 
 
