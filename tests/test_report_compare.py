@@ -102,6 +102,23 @@ def test_many_rows_are_corrected_for(tmp_path: Path) -> None:
     assert not both.regressions and "use more rounds" in str(both)
 
 
+@pytest.mark.parametrize(("count", "least", "most"), [(3, 0.84, 0.93), (5, 0.93, 0.99)])
+def test_intervals_cover_from_five_samples_on(count: int, least: float, most: float) -> None:
+    generator = np.random.default_rng(0)
+    covered = 0
+    for seed in range(600):
+        a, b = (np.exp(0.03 * generator.normal(size=count)).tolist() for _ in range(2))
+        low, high = ratio_interval(a, b, draws=400, seed=seed)
+        covered += low <= 1 <= high
+    assert least < covered / 600 < most
+
+
+@pytest.mark.parametrize(("count", "noted"), [(4, True), (5, False)])
+def test_intervals_of_few_samples_are_called_too_narrow(tmp_path: Path, count: int, noted: bool) -> None:
+    many, few = (_one(benchmark_files.samples(1e-3, count=n)) for n in (20, count))
+    assert ("too narrow" in str(_compare(tmp_path, many, few))) is noted
+
+
 def test_memory(tmp_path: Path) -> None:
     taken = benchmark_files.samples(1e-3)
     a, b = (_one(taken, memory={"allocated": x, "reserved": 9}) for x in (100, 105))

@@ -16,8 +16,10 @@ from PIL import Image
 from mpdit.errors import DataError
 from mpdit.report import Results, performance_block, read_results, report, update_readme
 from mpdit.report.fields import Spread
-from mpdit.report.plots import draw_all
+from mpdit.report.plots import draw_all, gain_colour
 from mpdit.report.readme import BEGIN, END
+from mpdit.report.roofline import draw_roofline, looks_of
+from mpdit.report.style import GREY, OTHERS
 from mpdit.report.words import number, rate, ratios, seconds, table, times
 
 XL = {"model": "MPDiT-XL/4-2", "images": 100, "flops": int(1e14)}
@@ -199,6 +201,53 @@ def test_no_plot_of_what_was_not_measured(tmp_path: Path) -> None:
     assert [plot.path.stem for plot in draw_all(_read(tmp_path, benchmark_files.full(device="cpu")), tmp_path)] == [
         "r-throughput", "r-memory", "r-sampling", "r-roofline", "r-kernels"
     ]  # fmt: skip
+
+
+def test_a_gain_within_its_spread_is_neither_won_nor_lost() -> None:
+    spreads = [Spread(1.2, 1.1, 1.3), Spread(0.9, 0.8, 0.95), Spread(1.8, 0.93, 3.1), Spread(1.004, 1.003, 1.1)]
+    assert [gain_colour(spread) for spread in spreads] == ["black", OTHERS[1], GREY, GREY]
+
+
+def test_no_label_of_the_kernels_is_cut_off(tmp_path: Path) -> None:
+    """Its long labels of calls leave the axis little room; the margins must be blank."""
+    rows = [
+        benchmark_files.row("kernels", "short_attention, XL, 18 tokens, queries from 2, forward, fp32", way, [t], own)
+        for way, t, own in (("ours", 1e-3, None), ("eager", 2e-3, [1e-3]))
+    ]
+    plot = draw_all(_read(tmp_path, benchmark_files.file(rows, "cpu")), tmp_path)[-1]
+    pixels = np.asarray(Image.open(plot.path).convert("L"))
+    assert plot.path.stem == "r-kernels" and (pixels[:, :2] == 255).all() and (pixels[:, -2:] == 255).all()
+
+
+def test_operations_of_the_roofline_all_look_different() -> None:
+    looks = looks_of([f"operation {i}" for i in range(20)])
+    assert len(set(looks.values())) == 20
+
+
+def test_bandwidths_far_below_the_roof_stand_on_a_log_axis(tmp_path: Path) -> None:
+    for share, scale in ((0.001, "log"), (0.5, "linear")):
+        taken = [1e9 / (share * 4.2e12)]
+        rows = [benchmark_files.row("kernels", "adaln, forward", "ours", taken, bytes=10**9, flops=0)]
+        figure = draw_roofline(_read(tmp_path, benchmark_files.file(rows)))
+        assert figure is not None and figure.axes[0].get_yscale() == scale
+        low, high = figure.axes[0].get_ylim()
+        assert low < share * 4.2e12 < 4.8e12 < high
+
+
+def test_pictures_of_a_cpu_do_not_speak_of_kernels_that_never_ran(tmp_path: Path) -> None:
+    for device, title in (
+        ("cpu", "Roofline of our kernels' references (on a CPU)"),
+        ("cuda", "Roofline of our kernels"),
+    ):
+        figure = draw_roofline(_read(tmp_path, benchmark_files.full(device=device)))
+        assert figure is not None and figure.get_suptitle() == title
+
+
+@pytest.mark.parametrize(("moved", "noted"), [(4.1e9, False), (4.3e9, True)])
+def test_a_share_above_its_ceiling_is_explained(tmp_path: Path, moved: float, noted: bool) -> None:
+    """Against copies of 4.2e12 bytes a second, in a call of a millisecond."""
+    rows = [benchmark_files.row("kernels", "adamw, flat, forward", "ours", [1e-3] * 5, bytes=int(moved))]
+    assert ("Shares above 100 %" in report([_read(tmp_path, benchmark_files.file(rows))])) is noted
 
 
 def test_plots_leave_pyplot_alone_and_the_rest_needs_no_matplotlib() -> None:

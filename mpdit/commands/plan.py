@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("figures of a GPU that is not listed, or to change of one that is")
     for name, (unit, meaning, _) in _FIGURES.items():
-        group.add_argument(f"--gpu-{name}", type=number, metavar=unit, help=meaning)
+        group.add_argument(f"--gpu-{name}", type=number, metavar=unit, help=f"{meaning} (default: the listed GPU's)")
 
 
 def run(args: argparse.Namespace) -> Outcome:

@@ -18,6 +18,8 @@ from mpdit.report.words import line, percent, seconds, table
 ALPHA = 0.05
 VERDICTS = ("slower", "undecided", "faster", "no difference")
 """In the order in which rows are shown."""
+_ENOUGH = 5
+"""Samples from which `ratio_interval` covers what it says; a test holds it to that."""
 _VERSIONS = ("torch", "triton", "python", "driver", "power limit", "highest sm clock")
 
 
@@ -152,6 +154,9 @@ class Comparison:
             notes.append(
                 f"Median B / A of contenders without our kernels: {self.drift:.3f}; far from 1, the machine changed."
             )
+        fewest = min((len(r.samples) for c in self.changes for r in (c.a, c.b)), default=_ENOUGH)
+        if fewest < _ENOUGH:
+            notes.append(f"Intervals of rows with fewer than {_ENOUGH} samples, here from {fewest} on, are too narrow.")
         if any(change.verdict == "undecided" for change in self.changes):
             notes.append(
                 "Undecided: too few samples for any change to be significant among so many rows; use more rounds."

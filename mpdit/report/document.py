@@ -31,6 +31,11 @@ _ON_CPU = (
     "**Measured on a CPU: it says nothing about a GPU.** The kernels are for GPUs; here `ours` runs their references."
 )
 
+_ABOVE = (
+    "Shares above 100 %: the call was faster than what set the ceiling. It may lie in a cache, or work in place, where "
+    "a copy on a CPU also reads what it overwrites; or the machine was busy when the ceiling was measured."
+)
+
 
 def report(results: Sequence[Results], plots: Mapping[Path, Sequence[tuple[str, str]]] | None = None) -> str:
     """Markdown of these files; `plots` gives each file's pictures as (title, path to link to)."""
@@ -77,4 +82,6 @@ def _provenance(results: Results) -> str:
             f"Datasheet ({results.peaks['source']}): {rate(bandwidth, 'B/s')}, {rate(bf16, 'FLOP/s')} in bf16 and "
             f"{rate(fp32, 'FLOP/s')} in fp32."
         )
+    if any(share.median > 1 for row in results.rows for share in (row.of_copy, row.of_ceiling) if share):
+        words.append(_ABOVE)
     return " ".join(words)

@@ -15,7 +15,7 @@ from mpdit.report.choose import fastest, kind, largest, opponents, ours
 from mpdit.report.fields import Spread
 from mpdit.report.results import Results, Row
 from mpdit.report.roofline import draw_roofline
-from mpdit.report.style import BLUE, GREY, OTHERS, SKY, footer, new_figure, style
+from mpdit.report.style import BLUE, GREY, OTHERS, SKY, footer, new_figure, own_name, style
 from mpdit.report.tables import contender
 from mpdit.report.words import number, seconds
 
@@ -157,9 +157,9 @@ def _kernels(results: Results) -> Figure | None:
     looks = dict(zip(ways, zip(cycle("sD^vPX*"), cycle(OTHERS)), strict=False))
     for place, (_, own, best) in enumerate(duels):
         axes.plot([own.seconds.median, best.seconds.median], [place] * 2, color="#bbbbbb", linewidth=1.5, zorder=1)
-        gain = best.ratio.median if best.ratio else best.seconds.median / own.seconds.median
-        axes.annotate(f"{gain:.2f}x", (1.01, place), xycoords=axes.get_yaxis_transform(), va="center", fontsize=8,
-                      color="black" if gain >= 1 else OTHERS[1])  # fmt: skip
+        if best.ratio is not None:
+            axes.annotate(f"{best.ratio.median:.2f}x", (1.01, place), xycoords=axes.get_yaxis_transform(), va="center",
+                          fontsize=8, color=gain_colour(best.ratio))  # fmt: skip
     for way in ways:
         places = [place for place, (_, _, best) in enumerate(duels) if best.way == way]
         _dots(axes, places, [duels[place][2] for place in places], *looks[way], f"best opponent: {way}")
@@ -172,10 +172,19 @@ def _kernels(results: Results) -> Figure | None:
     axes.set_ylim(len(duels) - 0.4, -0.6)
     axes.set_xlabel("time of a call (log scale); on the right, the best opponent's time over ours")
     style(axes, "both")
-    figure.suptitle("Time of each kernel", x=0.01, ha="left", fontweight="bold")
+    figure.suptitle(f"Time of {own_name(results)}", x=0.01, ha="left", fontweight="bold")
     figure.legend(loc="outside upper right", ncols=4, frameon=False, fontsize=8.5)
-    footer(figure, results, "Dots are medians, whiskers 20 % and 80 % quantiles.")
+    footer(
+        figure,
+        results,
+        "Medians, 20 % and 80 % quantiles. Ratio black: ours faster; orange: slower; grey: spread holds 1.",
+    )
     return figure
+
+
+def gain_colour(ratio: Spread) -> str:
+    """Black where ours is faster, orange where slower, grey where the spread, in the digits shown, holds 1."""
+    return "black" if round(ratio.q20, 2) > 1 else OTHERS[1] if round(ratio.q80, 2) < 1 else GREY
 
 
 def _dots(axes: Axes, places: Sequence[int], rows: Sequence[Row], marker: str, colour: str, label: str) -> None:

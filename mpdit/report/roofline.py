@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from mpdit.report.choose import operation
 from mpdit.report.results import OURS, Results, Row
-from mpdit.report.style import BLUE, GREY, OTHERS, SKY, footer, new_figure, style
+from mpdit.report.style import BLUE, GREY, OTHERS, SKY, footer, new_figure, own_name, style
 from mpdit.report.words import rate
 
 _COLOURS = (BLUE, *OTHERS, SKY, GREY)
-_MARKERS = "os^DvPX*"
+_MARKERS = "os^DvPX*<>h"  # 11 against 8 colours: a pair comes again after 88
 _DARK = "#555555"
 
 Looks = dict[str, tuple[str, str]]
@@ -29,7 +29,7 @@ def draw_roofline(results: Results) -> Figure | None:
     if not rows:
         return None
     names = list(dict.fromkeys(map(operation, rows)))
-    looks = {name: (_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]) for i, name in enumerate(names)}
+    looks = looks_of(names)
     counted, moved = ([row for row in rows if bool(row.flops) is wanted] for wanted in (True, False))
     figure = new_figure(9, 5.6)
     panels = [
@@ -43,10 +43,15 @@ def draw_roofline(results: Results) -> Figure | None:
         grid[0].plot([], [], marker, color=colour, label=name)
     grid[0].plot([], [], "o", color="black", label="forward")
     grid[0].plot([], [], "o", color="black", markerfacecolor="white", label="backward")
-    figure.suptitle("Roofline of our kernels", x=0.01, ha="left", fontweight="bold")
+    figure.suptitle(f"Roofline of {own_name(results)}", x=0.01, ha="left", fontweight="bold")
     figure.legend(loc="outside right upper", frameon=False, fontsize=8.5)
     footer(figure, results, "Medians; bytes are the least that a call must move.")
     return figure
+
+
+def looks_of(names: Sequence[str]) -> Looks:
+    """No two alike."""
+    return {name: (_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]) for i, name in enumerate(names)}
 
 
 def _roofline(axes: Axes, results: Results, rows: Sequence[Row], looks: Looks) -> None:
@@ -92,11 +97,20 @@ def _bandwidth(axes: Axes, results: Results, rows: Sequence[Row], looks: Looks) 
         axes.axhline(results.ceilings["copy"], color=_DARK, linestyle="--", linewidth=1.2, zorder=1)
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
-    axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
+    rates = [row.bytes / row.seconds.median for row in rows if row.bytes]
+    roofs = [
+        r for r in (results.peaks and results.peaks["bandwidth"], results.ceilings and results.ceilings["copy"]) if r
+    ]
+    most = max(*rates, *roofs) if roofs else max(rates)
+    if min(rates) < most / 20:  # on a linear axis they would all lie on its floor
+        axes.set_yscale("log")
+        axes.set_ylim(min(rates) / 2, 2 * most)
+    else:
+        axes.set_ylim(0, 1.1 * most)
     if results.peaks:
         _name(axes, results.peaks["bandwidth"], "datasheet", "black", above=True)
     if results.ceilings:
-        low = results.ceilings["copy"] < 0.1 * axes.get_ylim()[1]  # no room below
+        low = results.ceilings["copy"] < 0.1 * most and axes.get_yscale() == "linear"  # no room below
         _name(axes, results.ceilings["copy"], "copies", _DARK, above=low)
     axes.yaxis.set_major_formatter(EngFormatter(unit="B/s"))
     axes.set_title("elementwise calls", loc="left", fontsize=10)

@@ -29,6 +29,11 @@ def style(axes: Axes, grid: Literal["x", "y", "both"]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def own_name(results: Results) -> str:
+    """What `ours` runs as kernels there."""
+    return "our kernels" if results.on_gpu else "our kernels' references (on a CPU)"
+
+
 def footer(figure: Figure, results: Results, note: str) -> None:
     """Where and when it was measured, below the picture."""
     source = f"{place(results)}; {results.date}; torch {results.machine['torch']}."
