@@ -2,8 +2,8 @@
 
 Prints measured beside predicted times of every training step in the results (those in benchmarks/results by default).
 With --update writes measured.json, which the planner reads: for each GPU the shares of its datasheet that products and
-copies reached in the same run, the factor between roofline and step, and the largest error left. Exit codes: 0, 2 bad
-input.
+copies reached in the same run, the factor between roofline and the large steps, and the largest error left among them.
+Exit codes: 0, 2 bad input.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 RESULTS = Path("benchmarks", "results")
 LEAST_ERROR = 0.05
 """No prediction is called better than this."""
+LEAST_STEP = 0.2
+"""Of the longest step's roofline: shorter steps are bound by launches, which no roofline foretells."""
 ATTENTION = 0.3
 """Of products' rate, that attention's short ones are taken to reach."""
 
@@ -88,10 +90,12 @@ def calibrate(results: Results) -> tuple[Gpu, Efficiency, list[Step]] | None:
     ]
     if not steps:
         return None
-    factor = statistics.median(step.measured / step.roofline for step in steps)
-    error = max(abs(step.measured / (factor * step.roofline) - 1) for step in steps)
+    longest = max(step.roofline for step in steps)
+    large = [step for step in steps if step.roofline >= LEAST_STEP * longest]
+    factor = statistics.median(step.measured / step.roofline for step in large)
+    error = max(abs(step.measured / (factor * step.roofline) - 1) for step in large)
     source = (
-        f"steps of {len(steps)} cases on {results.hardware}, {results.date}: products at {products:.0%} of the "
+        f"{len(large)} large steps on {results.hardware}, {results.date}: products at {products:.0%} of the "
         f"datasheet, copies at {share.bandwidth:.0%}, a whole step {factor:.2f} times its roofline; links at 70 % are "
         "assumed"
     )

@@ -35,14 +35,15 @@ def test_the_factor_and_the_error_are_those_of_the_steps(tmp_path):
         tmp_path,
         {
             ("MPDiT-XL/4-2", 128, "ours"): 1.3,
-            ("MPDiT-XL/4-2", 32, "ours"): 1.5,
+            ("MPDiT-XL/4-2", 64, "ours"): 1.5,
+            ("MPDiT-B/4-2", 2, "ours"): 9.0,  # bound by launches
             ("DiT-XL/2", 128, "ours, compiled"): 1.2,
             ("DiT-XL/2", 128, "ours"): 1.9,  # the fastest way counts
             ("DiT-XL/2", 128, "eager"): 0.5,  # not ours
         },
     )
     gpu, share, steps = calibrate.calibrate(read_results(path))
-    assert gpu.key == "h200" and share.measured and len(steps) == 3
+    assert gpu.key == "h200" and share.measured and len(steps) == 4
     assert share.step == pytest.approx(1.3)
     assert share.error == pytest.approx(1.5 / 1.3 - 1)
     assert share.matmul == pytest.approx(7.6e14 / 989e12)
