@@ -73,7 +73,8 @@ def calibrate(results: Results) -> tuple[Gpu, Efficiency, list[Step]] | None:
             0.0,
             "measured ceilings",
         )
-    rows = [row for row in results.rows if row.part == "step" and row.way.startswith(OURS)]
+    ours = (OURS, *PRESETS)  # ways of another model in our code bear its name
+    rows = [row for row in results.rows if row.part == "step" and row.way.partition(",")[0] in ours]
     products = ceilings["matmul"] / gpu.flops
     share = Efficiency(products, ATTENTION * products, ceilings["copy"] / gpu.bandwidth, 0.7, 1.0, 0.0, "")
     if not results.on_gpu:  # fp32 products, at the rate measured for them
