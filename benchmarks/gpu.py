@@ -2,8 +2,8 @@
 
     python benchmarks/gpu.py [PART ...] [--official PATH] [--dit PATH] [--fast-dit PATH] [--memory-limit GB]
 
-Without a PART all of them, in this order; "step" stands for all parts of the step. Needs torch, triton, einops, numpy,
-pytest and pytest-benchmark. What a part had measured when its time was up is kept, and so are the compilers' caches, in
+Without a PART all of them, in this order; "step" and "sampling" stand for all parts of each. Needs torch, triton,
+einops, numpy, pytest and pytest-benchmark. What a part had measured when its time was up is kept, and so are the compilers' caches, in
 benchmarks/.cache, so that a second run of a part comes further. A part that is run again replaces its rows in the
 file; another machine, other versions or another memory limit make another file. --cpu does the same on the CPU.
 
@@ -61,11 +61,13 @@ PARTS: dict[str, Part] = {
     "step-b": Part("bench_step.py", 20, ("--models", "MPDiT-B/4-2", "--largest", *_OUR_CODE)),
     "step-xl": Part("bench_step.py", 40, (*_XL, *_OUR_CODE)),
     "step-peers": Part("bench_step.py", 60, (*_XL, *_PEERS), "a checkout"),
-    "sampling": Part("bench_sampling.py", 40),
+    "sampling-1": Part("bench_sampling.py", 40, ("--batches", "1")),
+    "sampling-32": Part("bench_sampling.py", 40, ("--batches", "32")),
     "optimizer": Part("bench_optimizer.py", 10),
     "loader": Part("bench_loader.py", 15),
 }
-STEP = tuple(name for name in PARTS if name.startswith("step-"))
+GROUPS = {group: [name for name in PARTS if name.startswith(f"{group}-")] for group in ("step", "sampling")}
+"""What the parts of one bench file are called together; a CPU's sizes are small enough for one part."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,7 +77,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="python benchmarks/gpu.py", description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of: {', '.join(PARTS)}, step (default all)")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of: {', '.join((*PARTS, *GROUPS))} (default all)")
     parser.add_argument("--official", metavar="PATH", help="checkout of github.com/quandao10/MPDiT")
     parser.add_argument("--dit", metavar="PATH", help="checkout of github.com/facebookresearch/DiT")
     parser.add_argument("--fast-dit", metavar="PATH", help="checkout of github.com/chuanyangjin/fast-DiT")
@@ -99,16 +101,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def chosen(parser: argparse.ArgumentParser, names: Sequence[str], cpu: bool) -> list[str]:
-    """The parts to run. On a CPU the step is one part, as its sizes are small."""
+    """The parts to run; on a CPU a group is one of them."""
     for name in names:
-        if name not in (*PARTS, "step"):
-            parser.error(f"PART {name} is unknown: choose from {', '.join(PARTS)}, step")
+        if name not in (*PARTS, *GROUPS):
+            parser.error(f"PART {name} is unknown: choose from {', '.join((*PARTS, *GROUPS))}")
     wanted: list[str] = []
     for name in names or list(PARTS):
-        if cpu and (name == "step" or name in STEP):
-            wanted.append("step")
+        group = next((group for group, members in GROUPS.items() if name == group or name in members), None)
+        if cpu and group:
+            wanted.append(group)
         else:
-            wanted += STEP if name == "step" else [name]
+            wanted += GROUPS.get(name, [name])
     return list(dict.fromkeys(wanted))
 
 
@@ -126,7 +129,7 @@ def pass_on(options: argparse.Namespace) -> list[str]:
 
 def run(name: str, given: Sequence[str], options: argparse.Namespace) -> bool:
     """Run one part and merge what it leaves; whether all of it went well."""
-    part = Part("bench_step.py", 0) if name == "step" else PARTS[name]
+    part = Part(f"bench_{name}.py", 0) if name in GROUPS else PARTS[name]
     if part.needs and not (options.official or options.dit or options.fast_dit):
         print(f"{name}: left out, as no checkout was given (--official, --dit or --fast-dit PATH)", flush=True)
         return True

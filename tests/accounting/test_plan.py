@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from mpdit_kernels.hardware import GPUS, find_gpu
@@ -133,6 +134,17 @@ def test_the_command_prints_json_and_text(capsys):
     assert main([*arguments, "--epochs", "1"]) == 0
     text = capsys.readouterr().out
     assert "does it fit?         yes" in text and "4096" in text and "not measured" in text
+
+
+def test_the_docs_predictions_are_the_planners():
+    ours, theirs = (plan(config, Request(GPUS["h200"], 1, 128, 0)) for config in (XL, DIT))
+    paper = plan(XL, Request(GPUS["a100-40gb"]))
+    text = Path(__file__).parents[2].joinpath("docs", "performance.md").read_text(encoding="utf-8")
+    assert f"| {ours.mfu:.0%} (" in text
+    assert f"| {theirs.step_seconds / ours.step_seconds:.2f}x (2.10 by FLOPs)" in text
+    assert f"| {ours.memory.allocated / 1e9:.1f} GB allocated |" in text
+    assert f"products {1e3 * ours.time.products:.1f}, norms" in text
+    assert f"sums {paper.memory.total / 2**30:.2f} GiB" in text
 
 
 def test_an_unlisted_gpu_goes_by_its_figures(capsys):

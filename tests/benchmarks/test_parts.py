@@ -88,7 +88,8 @@ def test_parts(helpers: Any, capsys: pytest.CaptureFixture[str], monkeypatch: py
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert gpu.main([]) == 0 and run == list(gpu.PARTS)
     run.clear()
-    assert gpu.main(["step", "kernels"]) == 0 and run == [*gpu.STEP, "kernels"]
+    assert gpu.main(["step", "kernels", "sampling"]) == 0
+    assert run == ["step-b", "step-xl", "step-peers", "kernels", "sampling-1", "sampling-32"]
     run.clear()
     assert gpu.main(["--cpu"]) == 0
     assert run == ["kernels", "block", "forward", "step", "sampling", "optimizer", "loader"]
