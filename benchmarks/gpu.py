@@ -3,9 +3,10 @@
     python benchmarks/gpu.py [PART ...] [--official PATH] [--dit PATH] [--fast-dit PATH] [--memory-limit GB]
 
 Without a PART all of them, in this order; "step" and "sampling" stand for all parts of each. Needs torch, triton,
-einops, numpy, pytest and pytest-benchmark. What a part had measured when its time was up is kept, and so are the compilers' caches, in
-benchmarks/.cache, so that a second run of a part comes further. A part that is run again replaces its rows in the
-file; another machine, other versions or another memory limit make another file. --cpu does the same on the CPU.
+einops, numpy, pytest and pytest-benchmark. What a part had measured when its time was up is kept, and so are the
+compilers' caches, in benchmarks/.cache, so that a second run of a part comes further. A part that is run again replaces
+its rows in the file; another machine, other versions or another memory limit make another file. --cpu does the same on
+the CPU.
 
 Exit codes: 0 done, 1 a test failed or a part was cut short, 2 bad usage or no GPU.
 """
