@@ -15,7 +15,7 @@ from mpdit_kernels.timing import Times
 
 FORMAT = "mpdit-bench-1"
 PARTS = ("kernels", "block", "forward", "step", "sampling", "optimizer", "loader")
-SAME = ("gpu", "cpu", "threads", "torch", "triton", "python")
+SAME = ("gpu", "cpu", "threads", "torch", "triton", "python", "driver", "power limit", "highest sm clock")
 """Of a machine: figures are merged only where these agree."""
 
 Json = dict[str, Any]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import pytest_benchmark
 import setting as settings
-from harness import NO_TIME, OURS, TOO_LARGE, Case, Duel, Outcome, clocks, release
+from harness import NO_TIME, OURS, Case, Duel, Outcome, clocks, release
 from mpdit_kernels import timing
 from results import FORMAT, PARTS, Journal, peaks, skip
 
@@ -59,7 +59,7 @@ class Run:
         spared: dict[str, Outcome] = {}
         larger = self._outcomes.get(case.smaller_than or "")
         if self.setting.largest and larger is not None:
-            fitted = {way for way in ways if way in larger and larger[way].skipped != TOO_LARGE}
+            fitted = {way for way in ways if way in larger and larger[way].samples}
             if fitted >= set(ways):
                 return {way: Outcome(skipped=f"{case.smaller_than} fits") for way in ways}
             spared = {way: Outcome(skipped=f"{case.smaller_than} fits") for way in fitted - {OURS}}

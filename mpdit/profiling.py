@@ -74,7 +74,8 @@ class Profiler:
                     ...
 
     The device is synchronised at both ends of the window and nowhere else. When GPU memory runs out inside of the
-    context, whatever the mode, a ConfigError of one line says so; with mode "memory" a snapshot was written then.
+    context, whatever the mode, a snapshot is written and a ConfigError of one line says so; with mode "memory", up to
+    the window's end, the snapshot also tells who allocated what.
     """
 
     def __init__(self, profiling: Profiling, folder: Path, rank: int, device: torch.device) -> None:
@@ -130,8 +131,10 @@ class Profiler:
             return
         advice = None
         if _is_out_of_memory(error):
-            recorded = self._mode == "memory" and self._inside
-            advice = self._advice(str(error), self._snapshot("out-of-memory") if recorded else None)
+            snapshot = None
+            with suppress(OSError, RuntimeError):  # the advice matters more
+                snapshot = self._snapshot("out-of-memory") if self._device.type == "cuda" else None
+            advice = self._advice(str(error), snapshot, self._mode == "memory" and self._inside)
         with suppress(RuntimeError):  # the device may be beyond repair, and the first error is the one to show
             self._stop()
         if advice is not None:
@@ -201,14 +204,12 @@ class Profiler:
 
             tqdm.write(text, file=sys.stderr)  # above the progress bar
 
-    def _advice(self, error: str, snapshot: Path | None) -> str:
+    def _advice(self, error: str, snapshot: Path | None, recorded: bool) -> str:
         asked = re.search(r"Tried to allocate ([\d.]+ \w+)", error)
         tried = f" (it asked for {asked[1]} more)" if asked else ""
-        record = (
-            f"the snapshot {snapshot} opens at https://pytorch.org/memory_viz"
-            if snapshot
-            else "--profile memory writes a snapshot of what takes it"
-        )
+        record = f"the snapshot {snapshot} opens at https://pytorch.org/memory_viz" if snapshot else ""
+        if not recorded:  # what is there, but not who allocated it
+            record += f"{'; ' if record else ''}--profile memory records who allocates it"
         return (
             f"GPU memory ran out on rank {self._rank}{tried}: double --accumulation for a micro-batch of half the "
             f"size, or give --checkpointing, a higher ZeRO stage or more GPUs; `mpdit plan` tells what fits; {record}"

@@ -197,7 +197,7 @@ class TestWindow:
         assert ("it asked for 2.50 GiB more" in message) == isinstance(error, torch.OutOfMemoryError)
         for remedy in ("--accumulation", "--checkpointing", "ZeRO stage", "mpdit plan", "--profile memory"):
             assert remedy in message
-        assert not calls
+        assert calls == ["memory-rank3-out-of-memory.pickle"]
 
     def test_out_of_memory_leaves_a_snapshot_when_memory_is_profiled(self, calls: list[str], tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -49,22 +50,21 @@ _ALL = (
 GPUS: dict[str, Gpu] = {gpu.key: gpu for gpu in _ALL}
 
 
+_NAMES = {
+    "a100-40gb": r"a100( sxm4)?[ -]?40( ?gb)?",
+    "a100-80gb": r"a100( sxm4)?[ -]?80( ?gb)?",
+    "h100": r"h100( sxm5?)?( 80 ?gb)?( hbm3)?",
+    "h200": r"h200( sxm)?( 141 ?gb)?",
+    "b200": r"b200",
+    "rtx4090": r"(geforce )?(rtx ?)?4090",
+}
+"""As people and the driver write them, after "nvidia", in lower case and with spaces for hyphens."""
+
+
 def find_gpu(name: str) -> Gpu | None:
     """The GPU of a key ("h200"), or of a name as torch.cuda.get_device_name() gives it; None for one not listed.
 
     PCIe and other slower boards of the same chip, such as "NVIDIA H100 PCIe", are not listed: their peaks differ.
     """
-    words = name.lower().replace("-", " ").replace("_", " ").split()
-    joined = "".join(words)
-    if found := next((gpu for gpu in _ALL if joined == gpu.key.replace("-", "")), None):
-        return found
-    if {"pcie", "nvl", "mig"} & set(words) or any("gh200" in word for word in words):
-        return None
-    match joined.removeprefix("nvidia"):
-        case "geforcertx4090":
-            return GPUS["rtx4090"]
-        case rest if rest.startswith("a100"):
-            return next((GPUS[f"a100-{size}"] for size in ("40gb", "80gb") if size in rest), None)
-        case rest:
-            chips = ("h100", "h200", "b200")
-            return next((GPUS[chip] for chip in chips if rest.startswith(chip)), None)
+    words = name.lower().replace("-", " ").replace("_", " ").removeprefix("nvidia ").strip()
+    return next((GPUS[key] for key, pattern in _NAMES.items() if re.fullmatch(pattern, words)), None)

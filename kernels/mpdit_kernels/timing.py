@@ -176,7 +176,12 @@ def _from_nvidia_smi() -> dict[str, str]:
         return {}
     command = [tool, f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader"]
     done = subprocess.run(
-        [*command, f"--id={torch.cuda.current_device()}"], capture_output=True, text=True, timeout=20, check=False
+        # By UUID: CUDA's numbers are those of CUDA_VISIBLE_DEVICES.
+        [*command, f"--id=GPU-{torch.cuda.get_device_properties().uuid}"],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
     )
     values = [value.strip() for value in done.stdout.strip().split(",")]
     return dict(zip(fields, values, strict=True)) if done.returncode == 0 and len(values) == len(fields) else {}

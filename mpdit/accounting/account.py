@@ -109,7 +109,7 @@ class Account:
     def __str__(self) -> str:
         config, paper = self.config, self.macs_paper
         stages = ", ".join(f"{stage.patch}x{stage.blocks}" for stage in config.stages)
-        head = ("stage", "part", "parameters", "fixed", "GMACs", "executed", "activations")
+        head = ("stage", "part", "parameters", "fixed", "GMACs", "executed", "kept, MB")
         lines = [head, *(self._line(row) for row in self.rows)]
         total = ("", "total", f"{self.params_trainable:,}", f"{self.params_total - self.params_trainable:,}")
         lines.append((*total, _g(self.macs), _g(self.macs_executed), _mb(self.activation_bytes_per_image)))

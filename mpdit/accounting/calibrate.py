@@ -3,7 +3,7 @@
 Prints measured beside predicted times of every training step in the results (those in benchmarks/results by default).
 With --update writes measured.json, which the planner reads: for each GPU the shares of its datasheet that products and
 copies reached in the same run, the factor between roofline and the large steps, and the largest error left among them.
-Exit codes: 0, 2 bad input.
+Results that are named replace their GPUs' entries alone. Exit codes: 0, 2 bad input.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from mpdit_kernels.command import aligned
 from mpdit_kernels.hardware import Gpu, find_gpu
 
-from mpdit.accounting.efficiency import MEASURED, Efficiency
+from mpdit.accounting.efficiency import MEASURED, Efficiency, measured
 from mpdit.accounting.roofline import step_time
 from mpdit.errors import DataError, UserError
 from mpdit.files import write_atomically
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         paths = options.results or sorted(RESULTS.glob("*.json"))
         if not paths:
             raise DataError(f"no results files in {RESULTS}: give some")
-        gpus = {}
+        gpus = measured() if options.results else {}
         for path in paths:
             found = calibrate(results := read_results(path))
             print(f"{path}, {results.hardware}: {'no step of our code in it' if found is None else found[1].source}")

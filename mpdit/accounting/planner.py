@@ -11,7 +11,7 @@ from mpdit_kernels.hardware import Gpu
 
 from mpdit.accounting.account import account
 from mpdit.accounting.efficiency import Efficiency, efficiency
-from mpdit.accounting.memory import MEMORY_ERROR, Memory, Setting, largest_micro_batch, memory
+from mpdit.accounting.memory import MEMORY_ERROR, Memory, Setting, each_at_its_most, largest_micro_batch, memory
 from mpdit.accounting.network import Communication, Fabric, communication, volume
 from mpdit.accounting.roofline import StepTime, step_time
 from mpdit.config import ModelConfig
@@ -19,7 +19,6 @@ from mpdit.errors import ConfigError
 
 IMAGENET = 1_281_167
 """Images of ImageNet's training set."""
-MOST_GPUS = 4096
 MOST_IMAGES = 1 << 16
 """Images of a micro step beyond which nobody asks."""
 
@@ -56,6 +55,8 @@ class Request:
         for name in ("gpus", "global_batch", "images", "gpus_per_node"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: give a whole number of at least 1")
+        if not 0 < self.epochs < 1e9:
+            raise ConfigError(f"epochs is {self.epochs:g}: give a number above 0 and below a billion")
         parts = self.gpus * (self.accumulation or 1)
         if self.global_batch % parts:
             steps = f" in {self.accumulation} micro steps" if self.accumulation else ""
@@ -82,10 +83,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Scale:
-    """A step on another number of GPUs: seconds, images a second, share of perfect scaling from the first."""
+    """A step on another number of GPUs: does it fit, seconds, images a second, share of perfect scaling."""
 
     gpus: int
     images_per_gpu: int
+    fits: bool
     seconds: float
     images_per_second: float
     efficiency: float
@@ -97,7 +99,8 @@ class Plan:
 
     Attributes:
         micro_batch, accumulation: images of a GPU's micro step, and micro steps of a step.
-        memory: as asked for; `memory_whole` and `memory_checkpointing` are both ways.
+        memory: the worst moment as asked for; `memory_whole` and `memory_checkpointing` are both ways.
+        memory_parts: each part at its most, as asked for.
         largest: the largest micro-batch that fits, without and with checkpointing; 0 where none does.
         scaling: name of what is kept fixed -> steps on more and more GPUs.
     """
@@ -107,6 +110,7 @@ class Plan:
     micro_batch: int
     accumulation: int
     memory: Memory
+    memory_parts: dict[str, float]
     memory_whole: Memory
     memory_checkpointing: Memory
     largest: tuple[int, int]
@@ -158,6 +162,7 @@ class Plan:
             "accumulation": self.accumulation,
             "fits": self.fits,
             "memory": self.memory.to_dict(),
+            "memory_each_at_its_most": {name: round(count) for name, count in self.memory_parts.items()},
             "memory_without_checkpointing": self.memory_whole.to_dict(),
             "memory_with_checkpointing": self.memory_checkpointing.to_dict(),
             "memory_limit": round(request.gpu.memory),
@@ -190,6 +195,8 @@ def plan(config: ModelConfig, request: Request) -> Plan:
     largest_whole, largest_again = (
         largest_micro_batch(config, request.setting(checkpointing=again), limit, MOST_IMAGES) for again in (False, True)
     )
+    if not largest_again:
+        raise ConfigError(_impossible(config, request))
     accumulation = request.accumulation
     if accumulation is None:
         accumulation = _fewest(config, request, most)
@@ -202,6 +209,7 @@ def plan(config: ModelConfig, request: Request) -> Plan:
         images,
         accumulation,
         again if request.checkpointing else whole,
+        each_at_its_most(config, request.setting(images, accumulation)),
         whole,
         again,
         (largest_whole, largest_again),
@@ -209,6 +217,19 @@ def plan(config: ModelConfig, request: Request) -> Plan:
         sent,
         efficiency(request.gpu),
         _scaling(config, request, images, accumulation),
+    )
+
+
+def _impossible(config: ModelConfig, request: Request) -> str:
+    """Why not one image fits, and what would help."""
+    least = memory(config, request.setting(1, checkpointing=True))
+    of_image = least.activations + least.buffers > request.gpu.memory / 2
+    remedy = "a GPU with more memory" + ("" if of_image else ", more GPUs" if request.zero else "")
+    if not of_image and request.zero < 3:
+        remedy = f"a --zero stage above {request.zero}, or {remedy}"
+    return (
+        f"this run can't be: one image a GPU with checkpointing takes {least.total / 2**30:,.1f} GiB, and "
+        f"{request.gpu.name} has {request.gpu.memory / 2**30:,.1f}: give {remedy}, or a smaller model or input"
     )
 
 
@@ -234,9 +255,8 @@ def _step(config: ModelConfig, request: Request, images: int, accumulation: int)
 
 
 def _scaling(config: ModelConfig, request: Request, images: int, accumulation: int) -> dict[str, list[Scale]]:
-    """From a node, or less if less was asked for, to MOST_GPUS: a fixed batch a GPU, and a fixed global batch."""
-    first = min(8, request.gpus)
-    counts = [first << doubling for doubling in range(20) if first << doubling <= MOST_GPUS]
+    """From 8 GPUs to 4096, and what was asked for: with a fixed batch a GPU, and with a fixed global batch."""
+    counts = sorted({request.gpus, *(8 << doubling for doubling in range(10))})
     fixed: dict[str, list[tuple[int, int, int]]] = {"images_per_gpu": [], "global_batch": []}
     for gpus in counts:
         fixed["images_per_gpu"].append((gpus, images, accumulation))
@@ -256,5 +276,6 @@ def _scales(config: ModelConfig, request: Request, rows: list[tuple[int, int, in
         seconds = time.total + sent.exposed
         speed = batch / seconds
         perfect = found[0].images_per_second / found[0].gpus * gpus if found else speed
-        found.append(Scale(gpus, images * accumulation, seconds, speed, speed / perfect))
+        fits = memory(config, scaled.setting(images, accumulation)).total <= request.gpu.memory
+        found.append(Scale(gpus, images * accumulation, fits, seconds, speed, speed / perfect))
     return found

@@ -59,18 +59,17 @@ def _advice(plan: Plan) -> str:
     whole, again = plan.largest
     if whole:
         return f"more micro steps: at most {whole} images each"
-    if again:
-        return f"--checkpointing, and at most {again} images a micro step"
-    if plan.request.zero < 3:
-        return "a higher --zero stage, more GPUs, or a GPU with more memory"
-    return "more GPUs, or a GPU with more memory: not one image fits"
+    return f"--checkpointing, and at most {again} images a micro step"
 
 
 def _memory(plan: Plan) -> str:
     columns = (plan.memory_whole, plan.memory_checkpointing)
-    rows: list[tuple[str, ...]] = [("GiB a GPU", "", "with checkpointing")]
-    rows += [(name, *(_gib(vars(column)[name]) for column in columns)) for name in Memory.__dataclass_fields__]
-    rows.append(("total", *(_gib(column.total) for column in columns)))
+    rows: list[tuple[str, ...]] = [("GiB a GPU", "worst moment", "with checkpointing", "each at its most, as asked")]
+    rows += [
+        (name, *(_gib(vars(column)[name]) for column in columns), _gib(plan.memory_parts[name]))
+        for name in Memory.__dataclass_fields__
+    ]
+    rows.append(("total", *(_gib(column.total) for column in columns), ""))
     return aligned(rows)
 
 
@@ -88,7 +87,7 @@ def _volumes(plan: Plan) -> str:
     within = min(request.gpus, fabric.gpus_per_node)
     across = request.gpus if request.gpus > fabric.gpus_per_node else fabric.gpus_per_node * 2
     rows: list[tuple[str, ...]] = [
-        ("a GPU sends, a step", "gradients", "weights", f"NVLink, {within} GPUs", f"InfiniBand, {across} GPUs")
+        ("a GPU sends, a step", "gradients", "weights", f"in a node, {within} GPUs", f"across nodes, {across} GPUs")
     ]
     for zero in range(4):
         gradients, weights = volume(zero, request.gpus, parameters, plan.accumulation)
@@ -109,7 +108,9 @@ def _scaling(plan: Plan) -> str:
 
 
 def _scale(row: Scale | None) -> tuple[str, str]:
-    return ("", "") if row is None else (f"{row.images_per_second:,.0f}", f"{row.efficiency:.0%}")
+    if row is None:
+        return "", ""
+    return f"{row.images_per_second:,.0f}{'' if row.fits else ', too large'}", f"{row.efficiency:.0%}"
 
 
 def _words(plan: Plan) -> str:

@@ -19,6 +19,7 @@ DESCRIPTION = (
     "step time from the roofline and measured efficiencies, communication by ZeRO stage, images a second, hours, and "
     "scaling to 4096 GPUs. What is assumed rather than measured is said."
 )
+_LARGEST = 1e6
 _FIGURES = {
     "memory": ("GIB", "memory that a process can use, GiB", 2**30),
     "tflops": ("TFLOPS", "dense bf16 TFLOP/s", 1e12),
@@ -61,8 +62,8 @@ def run(args: argparse.Namespace) -> Outcome:
 
     gpu = _gpu(args)
     network = args.network if args.network is not None else 25.0 if gpu.capability == (8, 0) else 50.0
-    if not network:
-        raise ConfigError("--network is 0: give GB/s above 0")
+    if not 0 < network < _LARGEST:
+        raise ConfigError(f"--network is {network:g}: give GB/s above 0 and below {_LARGEST:g}")
     request = Request(
         gpu,
         args.gpus,
@@ -85,9 +86,9 @@ def _gpu(args: argparse.Namespace) -> Gpu:
 
     given = {name: getattr(args, f"gpu_{name}") for name in _FIGURES}
     figures = {name: value * _FIGURES[name][2] for name, value in given.items() if value is not None}
-    for name, value in figures.items():
-        if not value:
-            raise ConfigError(f"--gpu-{name} is 0: give a number above 0")
+    for name, value in given.items():
+        if value is not None and not 0 < value < _LARGEST:
+            raise ConfigError(f"--gpu-{name} is {value:g}: give a number above 0 and below {_LARGEST:g}")
     gpu = find_gpu(args.gpu)
     if gpu is None:
         missing = [f"--gpu-{name}" for name in _FIGURES if name not in figures]

@@ -24,7 +24,7 @@ _LEGEND = (
     "Each figure is a median, with the 20 % and 80 % quantiles of the samples in brackets. Times ours: a contender's "
     "time over that of `ours`, turn by turn in one process, so above 1 ours is faster. `eager` and `compile` are our "
     "code on PyTorch's operators alone, as they are and under torch.compile. MFU: exact FLOPs of the model's reference "
-    "graph over the datasheet's dense peak; the ceilings are copies and products measured in the same run. Memory is "
+    "graph over the datasheet's dense peak; the ceilings are copies and products measured beside them. Memory is "
     "the peak of a call of that contender alone. Gate: its error against float64 before it was timed, of the allowed."
 )
 _ON_CPU = (
@@ -73,7 +73,7 @@ def _provenance(results: Results) -> str:
     if results.ceilings:
         copy, matmul, matmul32 = (results.ceilings[name] for name in ("copy", "matmul", "matmul32"))
         words.append(
-            f"Ceilings of the same run: copies {rate(copy, 'B/s')} (read and written), products "
+            f"Ceilings, the highest measured beside these: copies {rate(copy, 'B/s')} (read and written), products "
             f"{rate(matmul, 'FLOP/s')} in bf16 and {rate(matmul32, 'FLOP/s')} in fp32."
         )
     if results.peaks:

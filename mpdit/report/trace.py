@@ -183,9 +183,10 @@ def _spans(path: str | Path) -> list[_Span]:
         events = document["traceEvents"]
         return [_span(event) for event in events if event.get("ph") == "X" and event.get("cat") in _KINDS]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"an event lacks {error}" if isinstance(error, KeyError) else "it is JSON of another kind"
         raise DataError(
-            f"{path} is not a trace of torch's profiler ({type(error).__name__}: {error}): give one that "
-            "launch/train.py wrote with --profile torch"
+            f"{path} is not a trace of torch's profiler ({reason}): give one that launch/train.py wrote with "
+            "--profile torch"
         ) from None
 
 
