@@ -31,7 +31,12 @@ def _slower(factor: float, device: str = "cuda", seed: int = 0) -> dict[str, Any
 
 @pytest.fixture
 def runs(tmp_path: Path) -> dict[str, str]:
-    contents = {"A": _slower(1), "SAME": _slower(1, seed=1), "SLOW": _slower(1.2, seed=1), "CPU": _slower(1, "cpu")}
+    gone = {"part": "step", "case": "a case", "way": "ours", "reason": "its gate is red"}
+    other = benchmark_files.row("step", "a case", "eager", benchmark_files.samples(1e-3))
+    two = _slower(1)
+    two["benchmarks"].append(other)
+    contents = {"TWO": two, "RED": benchmark_files.file([other], skipped=[gone]), "NONE": benchmark_files.file([])}
+    contents |= {"A": _slower(1), "SAME": _slower(1, seed=1), "SLOW": _slower(1.2, seed=1), "CPU": _slower(1, "cpu")}
     return {name: str(benchmark_files.save(tmp_path / f"{name}.json", value)) for name, value in contents.items()}
 
 
@@ -63,6 +68,12 @@ def test_update(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     next((checkout / "benchmarks" / "results").iterdir()).unlink()
     assert cli.main(["report", "--update"]) == 0
     assert "No GPU has been measured yet" in (checkout / "README.md").read_text()
+
+
+def test_a_row_of_ours_that_is_red_now_is_a_regression(runs: dict[str, str]) -> None:
+    assert cli.main(["report", "--compare", runs["TWO"], runs["RED"]]) == 0
+    assert cli.main(["report", "--compare", runs["TWO"], runs["RED"], "--fail-on-regression"]) == 1
+    assert cli.main(["report", "--compare", runs["RED"], runs["TWO"], "--fail-on-regression"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -116,6 +127,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "failing alone": (["A", "--fail-on-regression"], "--fail-on-regression needs --compare A B"),
     "threshold negative": (["--compare", "A", "SLOW", "--threshold", "-1"], "--threshold: '-1' is not"),
     "threshold nan": (["--compare", "A", "SLOW", "--threshold", "nan"], "--threshold: 'nan' is not"),
+    "failing with nothing in common": (["--compare", "A", "NONE", "--fail-on-regression"], "no row in common"),
     "failing across hardware": (["--compare", "A", "CPU", "--fail-on-regression"], "compare runs of the same"),
     "out not empty": (["A", "--out", "."], "is not empty"),
     "out a file": (["A", "--out", "A"], "is a file"),

@@ -65,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fail-on-regression",
         action="store_true",
-        help="with --compare: exit with code 1 when a row is slower or needs more memory; both on the same hardware",
+        help="with --compare: exit with code 1 when a row is slower or needs more memory, or one of ours "
+        "has no time any more; both on the same hardware",
     )
 
 
@@ -150,4 +151,6 @@ def _compare(paths: list[Path], threshold: float | None, fail: bool) -> Outcome:
             f"--fail-on-regression: {a.path} is of {a.hardware} and {b.path} of {b.hardware}, so a change may be the "
             "hardware's: compare runs of the same"
         )
-    return Outcome(str(found), found.to_dict(), code=1 if fail and found.regressions else 0)
+    if fail and not found.changes:
+        raise ConfigError(f"--fail-on-regression: {a.path} and {b.path} have no row in common: compare the same parts")
+    return Outcome(str(found), found.to_dict(), code=1 if fail and (found.regressions or found.lost) else 0)

@@ -80,6 +80,12 @@ class Comparison:
         return [c for c in self.changes if c.verdict == "slower" or c.larger] if self.comparable else []
 
     @property
+    def lost(self) -> list[Row]:
+        """Rows of ours that B tried and could not time, for a red gate or too little memory; none on other hardware."""
+        ours = [row for row in self.only_a if row.way.startswith(OURS) and row.key in self.missing]
+        return ours if self.comparable else []
+
+    @property
     def drift(self) -> float | None:
         """Median ratio of the contenders without our kernels: what machine and versions did to all."""
         others = [c.ratio for c in self.changes if not c.a.way.startswith(OURS) and kind(c.a.way) not in PRESETS]
@@ -96,6 +102,7 @@ class Comparison:
             "warnings": list(self.warnings),
             "drift": self.drift,
             "regressions": len(self.regressions),
+            "lost": len(self.lost),
             "rows": [change.to_dict() for change in self.changes],
             "only_a": [self._lone(row) for row in self.only_a],
             "only_b": [self._lone(row) for row in self.only_b],

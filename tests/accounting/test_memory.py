@@ -98,6 +98,12 @@ def test_zero_shards_what_it_says():
     assert memory(XL, Setting(3, 8, 16)).parameters < whole.parameters / 7
 
 
+def test_zero_1_holds_whole_gradients_over_micro_steps():
+    one, two = (memory(XL, Setting(zero, 64, 128, accumulation=4)) for zero in (1, 2))
+    assert one.gradients == 4 * 480_839_216
+    assert two.gradients == one.gradients / 64
+
+
 def test_a_gpu_has_its_context_and_its_fragments():
     bare, real = (memory(XL, Setting(2, 8, 128, device=device)) for device in (False, True))
     assert real.allocated == bare.allocated

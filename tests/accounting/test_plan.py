@@ -32,6 +32,10 @@ IDEAL = Efficiency(1, 1, 1, 1, 1, 0, "nowhere")
         ("NVIDIA H100 PCIe", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA L4", None),
+        ("RTX 4090", "rtx4090"),
+        ("A100-80", "a100-80gb"),
+        ("h2000", None),
+        ("a100-40gbx", None),
         ("a100", None),
     ],
 )
@@ -94,6 +98,25 @@ def test_no_plan_beats_the_peak(name, key):
     assert [row.gpus for row in found.scaling["images_per_gpu"]] == [8 << i for i in range(10)]
 
 
+def test_scaling_reaches_4096_from_any_number_of_gpus():
+    found = plan(XL, Request(GPUS["h100"], gpus=3, global_batch=384))
+    assert [row.gpus for row in found.scaling["images_per_gpu"]] == [3, *(8 << i for i in range(10))]
+
+
+def test_a_run_of_which_not_one_image_fits_is_refused_with_what_would_help():
+    small = dataclasses.replace(GPUS["h100"], memory=4 * 2**30)
+    with pytest.raises(ConfigError, match=r"a --zero stage above 0, or a GPU with more memory"):
+        plan(XL, Request(small, gpus=8, zero=0))
+    with pytest.raises(ConfigError, match=r"give a GPU with more memory, or a smaller model or input"):
+        plan(XL.replace(input_size=2048), Request(GPUS["h100"], zero=3))
+
+
+def test_each_part_is_shown_at_its_most():
+    found = plan(XL, Request(GPUS["a100-40gb"]))
+    assert found.memory.gradients == 0 and found.memory_parts["gradients"] > 0
+    assert all(found.memory_parts[name] >= value for name, value in vars(found.memory).items())
+
+
 def test_it_splits_a_step_until_it_fits():
     found = plan(DIT.replace(input_size=64), Request(GPUS["a100-40gb"], gpus=8, global_batch=1024))
     assert found.accumulation > 1 and found.fits
@@ -117,6 +140,7 @@ def test_a_measured_gpu_is_planned_by_its_measurement(monkeypatch):
         ({"zero": 4}, "ZeRO stage"),
         ({"gpus": 2048}, "multiple of 2048"),
         ({"gpus": 0}, "gpus is 0"),
+        ({"epochs": 0}, "epochs is 0"),
     ],
 )
 def test_an_impossible_plan_is_refused(fields, words):
@@ -162,6 +186,9 @@ def test_an_unlisted_gpu_goes_by_its_figures(capsys):
         (["--gpu", "h100", "--gpus", "7"], "multiple of 7"),
         (["--gpu", "h100", "--zero", "5"], "--zero"),
         (["--gpu", "h100", "--gpu-memory", "0"], "--gpu-memory is 0"),
+        (["--gpu", "h100", "--gpu-memory", "1e300"], "--gpu-memory is 1e+300"),
+        (["--gpu", "h100", "--gpu-memory", "1"], "this run can't be"),
+        (["--gpu", "h100", "--epochs", "1e308"], "epochs is 1e+308"),
         (["--gpu", "h100", "--network", "0"], "--network is 0"),
         (["--gpu", "h100", "--epochs", "-1"], "--epochs"),
         ([], "--gpu"),
