@@ -169,6 +169,10 @@ class Profiler:
             f"profiled steps {first} to {self._profiling.last} on rank {self._rank}: {where}; "
             "images_per_second is null wherever profiling slowed the run"
         )
+        if self._mode == "torch" and written is not None:
+            from mpdit.report.trace import trace_report  # here, as it takes the ranges' names from this module
+
+            self._say(f"\n{trace_report(written).text}\n")
 
     def _stop(self) -> None:
         """End what is being recorded, if anything is; after an error too."""
