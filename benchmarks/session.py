@@ -17,7 +17,15 @@ from results import FORMAT, PARTS, Journal, peaks, skip
 
 ROUNDS, SECONDS, LEAST = {"cuda": 30, "cpu": 5}, {"cuda": 20.0, "cpu": 6.0}, {"cuda": 5, "cpu": 3}
 
+FITS = " fits"
+"""Behind the name of a larger case, why a smaller one is left out."""
+
 Row = dict[str, Any]
+
+
+def _fitted(outcome: Outcome) -> bool:
+    """Whether there was room for it, in this case or in a larger one."""
+    return bool(outcome.samples) or (outcome.skipped or "").endswith(FITS)
 
 
 class Run:
@@ -59,10 +67,11 @@ class Run:
         spared: dict[str, Outcome] = {}
         larger = self._outcomes.get(case.smaller_than or "")
         if self.setting.largest and larger is not None:
-            fitted = {way for way in ways if way in larger and larger[way].samples}
+            fitted = {way for way in ways if way in larger and _fitted(larger[way])}
+            spared = {way: Outcome(skipped=f"{case.smaller_than}{FITS}") for way in fitted}
             if fitted >= set(ways):
-                return {way: Outcome(skipped=f"{case.smaller_than} fits") for way in ways}
-            spared = {way: Outcome(skipped=f"{case.smaller_than} fits") for way in fitted - {OURS}}
+                return spared
+            spared.pop(OURS, None)
         assert self._clocks is not None
         clock, least = self._clocks[case.on_gpu], LEAST[self.setting.device]
         duel = Duel(case, clock, self.rounds, self.seconds, min(least, self.rounds), quick, until)
