@@ -13,8 +13,8 @@ from mpdit_kernels.command import write_atomically
 from mpdit_kernels.hardware import find_gpu
 from mpdit_kernels.timing import Times
 
-FORMAT = "mpdit-bench-1"
-PARTS = ("kernels", "block", "forward", "step", "sampling", "optimizer", "loader")
+from mpdit.report.results import PARTS
+
 SAME = ("gpu", "cpu", "threads", "torch", "triton", "python", "driver", "power limit", "highest sm clock")
 """Of a machine: figures are merged only where these agree."""
 

@@ -13,7 +13,9 @@ import pytest_benchmark
 import setting as settings
 from harness import NO_TIME, OURS, Case, Duel, Outcome, clocks, release
 from mpdit_kernels import timing
-from results import FORMAT, PARTS, Journal, peaks, skip
+from results import Journal, peaks, skip
+
+from mpdit.report.results import FORMAT, PARTS
 
 ROUNDS, SECONDS, LEAST = {"cuda": 30, "cpu": 5}, {"cuda": 20.0, "cpu": 6.0}, {"cuda": 5, "cpu": 3}
 

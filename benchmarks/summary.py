@@ -7,11 +7,11 @@ from typing import Any
 
 from mpdit_kernels.command import aligned
 
+from mpdit.report.results import RATES
+
 Row = dict[str, Any]
 
 HEAD = ("way", "median", "20 % - 80 %", "images/s", "times ours", "MFU", "of matmul", "of copy", "memory", "reserved")
-RATES = {"bf16": ("bf16", "matmul"), "fp16": ("bf16", "matmul"), "fp32": ("fp32", "matmul32")}
-"""By a row's dtype, which peak and which ceiling its products are held against; none are known for TF32."""
 
 
 def tables(benchmarks: Sequence[Row], mpdit: Row) -> str:

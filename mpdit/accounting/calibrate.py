@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from mpdit_kernels.command import aligned
 from mpdit_kernels.hardware import Gpu, find_gpu
 
-from mpdit.accounting.efficiency import MEASURED, Efficiency, measured
+from mpdit.accounting.efficiency import ATTENTION, LINK, MEASURED, Efficiency, measured
 from mpdit.accounting.roofline import step_time
 from mpdit.errors import DataError, UserError
 from mpdit.files import write_atomically
@@ -35,8 +35,6 @@ LEAST_ERROR = 0.05
 """No prediction is called better than this."""
 LEAST_STEP = 0.2
 """Of the longest step's roofline: shorter steps are bound by launches, which no roofline foretells."""
-ATTENTION = 0.3
-"""Of products' rate, that attention's short ones are taken to reach."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def calibrate(results: Results) -> tuple[Gpu, Efficiency, list[Step]] | None:
     ours = (OURS, *PRESETS)  # ways of another model in our code bear its name
     rows = [row for row in results.rows if row.part == "step" and row.way.partition(",")[0] in ours]
     products = ceilings["matmul"] / gpu.flops
-    share = Efficiency(products, ATTENTION * products, ceilings["copy"] / gpu.bandwidth, 0.7, 1.0, 0.0, "")
+    share = Efficiency(products, ATTENTION * products, ceilings["copy"] / gpu.bandwidth, LINK, 1.0, 0.0, "")
     if not results.on_gpu:  # fp32 products, at the rate measured for them
         share = dataclasses.replace(share, matmul=1.0, attention=ATTENTION)
     fastest: dict[tuple[str, int], tuple[float, str]] = {}

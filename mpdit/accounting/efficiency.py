@@ -40,6 +40,9 @@ class Efficiency:
     measured: bool = False
 
 
+ATTENTION, LINK = 0.3, 0.7
+"""Share of products' rate that attention's short ones are taken to reach, and of a link that collectives do."""
+
 _PUBLISHED = {(8, 0): (0.87, "271 TFLOP/s"), (9, 0): (0.80, "794 TFLOP/s")}
 """Share that large bf16 products reach in public measurements on A100 and H100."""
 
@@ -53,7 +56,7 @@ def efficiency(gpu: Gpu) -> Efficiency:
     products = f"large bf16 products at {text}, as published" if text else "large products at 75 % of the datasheet"
     source = f"no step has been measured on {gpu.name}: {products}; assumed are memory at 85 %, links at 70 %, and "
     source += "20 % for what these leave out"
-    return Efficiency(share, 0.3 * share, 0.85, 0.7, 1.2, 0.3, source)
+    return Efficiency(share, ATTENTION * share, 0.85, LINK, 1.2, 0.3, source)
 
 
 def measured() -> dict[str, dict[str, Any]]:

@@ -18,7 +18,7 @@ OURS = "ours"
 """The contender that every other of its case is held against."""
 
 _FAMILY = FORMAT.rpartition("-")[0]
-_RATES = {"bf16": ("bf16", "matmul"), "fp16": ("bf16", "matmul"), "fp32": ("fp32", "matmul32")}
+RATES = {"bf16": ("bf16", "matmul"), "fp16": ("bf16", "matmul"), "fp32": ("fp32", "matmul32")}
 """By a row's dtype, the datasheet peak and the measured ceiling of its products; TF32 has neither."""
 
 
@@ -247,7 +247,7 @@ def _row(entry: Fields, rates: dict[str, float]) -> Row:
             gate.at_least_0(name)
     if ratio:
         ratio.one_of("to", (OURS,))
-    peak, ceiling = (rates.get(name) for name in _RATES.get(dtype, ("", "")))
+    peak, ceiling = (rates.get(name) for name in RATES.get(dtype, ("", "")))
     return Row(
         part=info.one_of("part", PARTS),
         case=info.text("case"),
