@@ -12,12 +12,15 @@ help:  ## list these commands
 
 install: $(INSTALLED)  ## make .venv with everything the main job and the tests need
 
-# DS_BUILD_OPS=0: DeepSpeed's C++ and CUDA operators are compiled on first use, not at installation.
+# DS_BUILD_OPS=0: DeepSpeed's C++ and CUDA operators are compiled on first use, not at installation. torch-fidelity comes
+# without what it depends on: its Inception, all we use, needs no torchvision, and one that isn't built for this very torch
+# (PyPI's beside a CPU build) breaks diffusers.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.11 ..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps torch-fidelity
 	@touch $@
 
 demo: $(INSTALLED)  ## train on the embedded digits, then judge the samples (about five minutes on two CPU cores)
