@@ -129,14 +129,18 @@ _INDEX_BASE = 1023 << 10  # index of 1.0: the exponent bias above those 10 bits
 
 
 def _to_normal(words: Tensor) -> Tensor:
+    # In place, and by index_select, where it can be: on a CPU this is half of the noise's time.
     table, slope = _quantiles(words.device)
+    sign = (words >> 31).int().bitwise_left_shift_(31)
     # One bit is the sign. The other 31, as an odd numerator over 2**33, are a probability in (0, 1/2); the float64 of
     # the numerator is exact and holds octave, sub-interval and remainder as bit fields.
-    numerator = ((words << 1) & _LOW | 1).double().view(torch.int64)
-    index = (numerator >> _INDEX_SHIFT) - _INDEX_BASE
-    remainder = (numerator & (1 << _INDEX_SHIFT) - 1).float()
-    lower_tail = table[index] + slope[index] * remainder
-    return lower_tail * (1 - 2 * (words >> 31))
+    numerator = (words << 1).bitwise_and_(_LOW).bitwise_or_(1).double().view(torch.int64)
+    index = (numerator >> _INDEX_SHIFT).sub_(_INDEX_BASE).flatten()
+    remainder = numerator.bitwise_and_((1 << _INDEX_SHIFT) - 1).float()
+    lower_tail = slope.index_select(0, index).view(words.shape).mul_(remainder)
+    lower_tail += table.index_select(0, index).view(words.shape)
+    lower_tail.view(torch.int32).bitwise_xor_(sign)
+    return lower_tail
 
 
 @functools.cache
