@@ -1,0 +1,130 @@
+"""The autoencoder: what it encodes and decodes, its hash, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mpdit.errors import ConfigError
+from mpdit.vae import SIGNED, UNIT, VAE, pixel_range_of
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    module = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=3,
+    )
+    path: Path = tmp_path_factory.mktemp("vae") / "pipeline" / "vae"
+    module.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("pixel_range", [SIGNED, UNIT])
+def test_encode_is_the_posterior_of_diffusers(folder: Path, images: torch.Tensor, pixel_range: Any) -> None:
+    from diffusers import AutoencoderKL
+
+    vae = VAE.load(str(folder), pixel_range=pixel_range)
+    assert (vae.channels, vae.factor, vae.latent_side(16)) == (3, 2, 8)
+    low, high = pixel_range
+    posterior = AutoencoderKL.from_pretrained(folder).encode(images / 255 * (high - low) + low).latent_dist
+    moments = vae.encode(images)
+    assert moments.shape == (2, 6, 8, 8) and moments.dtype == torch.float32
+    torch.testing.assert_close(moments, torch.cat([posterior.mean, posterior.std], 1))
+
+
+def test_decode_rounds_as_the_published_samples(folder: Path) -> None:
+    vae = VAE.load(str(folder))
+    latents = 20 * torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        pixels = vae._module.decode(latents).sample
+    images = vae.decode(latents)
+    assert images.shape == (2, 16, 16, 3) and images.dtype == torch.uint8
+    expected = torch.clamp(127.5 * pixels + 128.0, 0, 255).permute(0, 2, 3, 1).to(torch.uint8)
+    assert torch.equal(images, expected)
+    assert images.min() == 0 and images.max() == 255
+    # The same picture when white is 1 and black 0: (1 + x) / 2.
+    unit = VAE.load(str(folder), pixel_range=UNIT)
+    halved = torch.clamp(127.5 * (2 * pixels - 1) + 128.0, 0, 255).permute(0, 2, 3, 1).to(torch.uint8)
+    assert (unit.decode(latents).int() - halved.int()).abs().max() <= 1
+
+
+def test_the_hash_is_of_the_weights_alone(folder: Path, tmp_path: Path) -> None:
+    vae = VAE.load(str(folder))
+    assert VAE.load(str(folder.parent)).sha256 == vae.sha256  # a pipeline's folder
+    assert VAE.load(str(folder), dtype="bf16").sha256 == vae.sha256
+    with torch.no_grad():
+        next(vae._module.parameters()).view(-1)[0] += 1
+    vae._module.save_pretrained(tmp_path / "other")
+    assert VAE.load(str(tmp_path / "other")).sha256 != vae.sha256
+    assert json.loads(json.dumps(vae.decoder_metadata())) == vae.decoder_metadata()
+
+
+def test_bf16_is_near_fp32(folder: Path, images: torch.Tensor) -> None:
+    exact, rounded = (VAE.load(str(folder), dtype=dtype).encode(images) for dtype in ("fp32", "bf16"))
+    assert rounded.dtype == torch.float32
+    assert 0 < (exact - rounded).abs().max() < 0.1 * exact.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("NOWHERE", "does not exist"),
+        ("EMPTY", "is no folder of an AutoencoderKL"),
+        ("OTHER", "holds a UNet2DModel"),
+        ("BROKEN", "can't be loaded as an AutoencoderKL"),
+    ],
+)
+def test_what_is_no_vae(folder: Path, tmp_path: Path, name: str, message: str) -> None:
+    for other in ("EMPTY", "OTHER", "BROKEN"):
+        (tmp_path / other).mkdir()
+    (tmp_path / "OTHER" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    (tmp_path / "BROKEN" / "config.json").write_text((folder / "config.json").read_text())
+    (tmp_path / "BROKEN" / "diffusion_pytorch_model.safetensors").write_bytes(b"rubbish")
+    with pytest.raises(ConfigError, match=message):
+        VAE.load(str(tmp_path / name))
+
+
+def test_what_does_not_fit(folder: Path) -> None:
+    vae = VAE.load(str(folder))
+    vae.check_channels(3)
+    with pytest.raises(ConfigError, match="has 3 latent channels and the model 4"):
+        vae.check_channels(4)
+    with pytest.raises(ConfigError, match="image size 15 is not a multiple of 2"):
+        vae.latent_side(15)
+    with pytest.raises(ConfigError, match="fp32, bf16"):
+        VAE.load(str(folder), dtype="fp8")  # type: ignore[arg-type]
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
+    with pytest.raises(ConfigError, match=r"pip install 'mpdit\[vae\]'"):
+        VAE.load("owner/name")
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({}, SIGNED),
+        ({"decoder": {"range": [0, 1]}}, UNIT),
+        ({"decoder": {"range": [1, 0]}}, SIGNED),
+        ({"decoder": {"range": "no"}}, SIGNED),
+    ],
+)
+def test_pixel_range_of_weights(data: dict[str, Any], expected: Any) -> None:
+    assert pixel_range_of(data) == expected
