@@ -20,7 +20,7 @@ PixelRange = tuple[float, float]
 SIGNED: PixelRange = (-1.0, 1.0)
 """Pixels as Stable Diffusion's VAE was trained on them, and as DiT, SiT and MPDiT encode them."""
 UNIT: PixelRange = (0.0, 1.0)
-"""Pixels as EDM2 and REPA encode them."""
+"""Pixels as EDM2 encodes them; REPA, whose files are the same, encodes them as SIGNED."""
 
 DECODER_KIND = "diffusers_vae"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -87,6 +87,10 @@ class VAE:
         layout = torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
         nn.Module.to(vae._module, device=device, memory_format=layout)  # type: ignore[call-overload]
         return vae
+
+    def save(self, folder: str | Path) -> None:
+        """Write it as diffusers' AutoencoderKL.from_pretrained, and `load`, read it."""
+        self._module.save_pretrained(folder)
 
     @property
     def device(self) -> torch.device:

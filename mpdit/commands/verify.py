@@ -1,40 +1,106 @@
-"""`mpdit verify`: is a packed data set whole?"""
+"""`mpdit verify`: is a data set whole, and is it what training takes it for?"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from mpdit.commands.arguments import whole
 from mpdit.commands.outcome import Outcome
+from mpdit.errors import ConfigError
 
-SUMMARY = "check a packed data set from the first byte to the last"
+if TYPE_CHECKING:
+    from mpdit.data.verify import VerifyReport
+
+SUMMARY = "check a data set from the first byte to the last"
 DESCRIPTION = (
-    "Read every byte of a packed data set and check manifest, sizes, hashes, checksums, labels, values and statistics. "
+    "Read every byte of a data set and check it: manifest, sizes, hashes and checksums of packed latents; whole files "
+    "of other projects' formats, which have no checksums; shapes, values, labels and statistics of both. Counts the "
+    "classes, and puts the measured statistics beside the normalisation in use. "
     "Exit code 0 and a report when it is sound, 2 and the first thing wrong when not."
 )
 
+_MOST_LISTED = 20
+_IMBALANCED = 2  # times as many samples in the largest class as in the smallest; ImageNet has 1.8
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", metavar="DATA", type=Path, help="folder with manifest.json")
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        type=Path,
+        help="packed latents (a folder with manifest.json), or MPDiT's, fast-DiT's, EDM2's, REPA's or LightningDiT's",
+    )
+    parser.add_argument(
+        "--data-scale",
+        default="auto",
+        metavar="X",
+        help="what the latents of another project's files were multiplied by (default: auto, as the format or their "
+        "std says)",
+    )
+    parser.add_argument(
+        "--normalization",
+        choices=("auto", "paper", "measured"),
+        default="auto",
+        help="constants to compare the statistics with (default: auto, those training would use)",
+    )
+    parser.add_argument(
+        "--num-classes",
+        type=whole(1),
+        metavar="N",
+        help="classes of another project's files (default: one more than the highest label)",
+    )
 
 
 def run(args: argparse.Namespace) -> Outcome:
     from tqdm import tqdm
 
+    from mpdit.data.open import open_latents
     from mpdit.data.verify import verify
 
-    with tqdm(desc="verifying", unit="rec", disable=None, file=sys.stderr, leave=False) as bar:
-        report = verify(args.data, progress=lambda done: bar.update(done - bar.n))
-    fewest, most = min(report.class_counts), max(report.class_counts)
+    dataset = open_latents(
+        args.data, scale=args.data_scale, normalization=args.normalization, num_classes=args.num_classes
+    )
+    if args.num_classes not in (None, dataset.manifest.num_classes):
+        raise ConfigError(f"--num-classes is {args.num_classes}, but {args.data} is packed: leave it out")
+    with tqdm(desc="verifying", total=len(dataset), unit="rec", disable=None, file=sys.stderr, leave=False) as bar:
+        report = verify(dataset, progress=lambda done: bar.update(done - bar.n))
+    return Outcome(_text(args.data, report), {"path": str(args.data), **report.to_dict()})
+
+
+def _text(data: Path, report: VerifyReport) -> str:
+    where = f"{report.shards} shard(s)" if report.checksums else f"the files of {report.format}"
     lines = [
-        f"sound: {args.data}",
-        f"samples: {report.num_samples} in {report.shards} shard(s), {report.bytes / 1e6:.1f} MB",
-        f"classes: {len(report.class_counts)}, of {fewest} to {most} samples",
+        f"sound: {data}",
+        f"samples: {report.num_samples} in {where}, {report.bytes / 1e6:.1f} MB",
+        *_classes(report),
         f"mean of the channels: {_channels(report.statistics.mean)}; in use {_channels(report.normalization.mean)}",
         f"std of the channels: {_channels(report.statistics.std)}; in use {_channels(report.normalization.std)}",
     ]
-    return Outcome("\n".join(lines), {"path": str(args.data), **report.to_dict()})
+    if not report.normalization_suits:
+        lines.append(
+            "warning: the normalisation in use does not suit these latents: train with --normalization measured, or "
+            "check their scale and encoder"
+        )
+    if not report.checksums:
+        lines.append("checksums: the format has none; `mpdit convert` packs the data with them")
+    return "\n".join(lines)
+
+
+def _classes(report: VerifyReport) -> list[str]:
+    fewest, most = min(report.class_counts), max(report.class_counts)
+    lines = [
+        f"classes: {len(report.class_counts)}, of {fewest} to {most} samples, in the median {report.median_count:g}"
+    ]
+    if empty := report.empty_classes:
+        more = ", ..." if len(empty) > _MOST_LISTED else ""
+        lines.append(f"empty classes: {len(empty)} ({', '.join(map(str, empty[:_MOST_LISTED]))}{more})")
+    least = min(count for count in report.class_counts if count)
+    if most > _IMBALANCED * least:
+        lines.append(f"imbalanced: {most / least:.1f} times as many samples in the largest class as in the smallest")
+    return lines
 
 
 def _channels(values: tuple[float, ...]) -> str:

@@ -1,8 +1,11 @@
-"""Data: packed latents on disk, one global order over them, batches ahead of training, and the embedded digits."""
+"""Data: latents on disk, one global order over them, batches ahead of training, and the embedded digits."""
 
+from mpdit.data.convert import convert_latents
+from mpdit.data.dataset import LatentDataset
 from mpdit.data.latents import PackedLatents
 from mpdit.data.loaders import Batch, Loader, LoaderKind, make_loader
-from mpdit.data.manifest import LatentSpec, Manifest, Normalization
+from mpdit.data.manifest import DatasetInfo, LatentSpec, Manifest, Normalization
+from mpdit.data.open import open_latents
 from mpdit.data.order import BatchPlan, GlobalOrder
 from mpdit.data.posterior import to_latents
 from mpdit.data.verify import VerifyReport, verify
@@ -11,7 +14,9 @@ from mpdit.data.writer import PackedWriter, write_packed
 __all__ = [
     "Batch",
     "BatchPlan",
+    "DatasetInfo",
     "GlobalOrder",
+    "LatentDataset",
     "LatentSpec",
     "Loader",
     "LoaderKind",
@@ -20,7 +25,9 @@ __all__ = [
     "PackedLatents",
     "PackedWriter",
     "VerifyReport",
+    "convert_latents",
     "make_loader",
+    "open_latents",
     "to_latents",
     "verify",
     "write_packed",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -46,7 +47,8 @@ class PartialFile:
 
     def discard(self) -> None:
         """Remove the file unless it was published."""
-        self._stream.close()
+        with contextlib.suppress(OSError):  # closing flushes, which a full disk refuses once more
+            self._stream.close()
         self._partial.unlink(missing_ok=True)
 
 
@@ -70,3 +72,9 @@ def lock_folder(folder: Path) -> int:
         os.close(lock)
         raise DataError(f"{folder} {problem}: give another folder, or delete this one first")
     return lock
+
+
+def close_all(descriptors: list[int]) -> None:
+    """Close file descriptors, and forget them."""
+    while descriptors:
+        os.close(descriptors.pop())

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mpdit.data.dataset import LatentDataset
+from mpdit.data.files import close_all
 from mpdit.data.manifest import LatentSpec, Manifest, Normalization, StoredFile
 from mpdit.data.records import INDEX_DTYPE, VALUE_DTYPE, crc32, find_defect
 from mpdit.errors import DataError
@@ -19,7 +21,7 @@ __all__ = ["LatentSpec", "Manifest", "Normalization", "PackedLatents", "StoredFi
 _REMEDY = "copy or write the data set again"
 
 
-class PackedLatents:
+class PackedLatents(LatentDataset):
     """A packed data set opened for reading; the format is described in mpdit/data/manifest.py.
 
     Opening reads the manifest and the index only (about 10 MB for 1.28 million records) and checks every file's
@@ -29,15 +31,17 @@ class PackedLatents:
     Safe to read from several threads. Raises DataError for whatever is missing, damaged or implausible.
     """
 
+    manifest: Manifest
+
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest = Manifest.load(self.path)
         index = _read_index(self.path, self.manifest)
-        self.labels: NDArray[np.int64] = index["label"].astype(np.int64)
+        self._labels: NDArray[np.int64] = index["label"].astype(np.int64)
         self._checksums: NDArray[np.uint32] = index["crc32"].copy()
         self._starts = np.cumsum([0, *(shard.records for shard in self.manifest.shards)])
         self._files: list[int] = []
-        self._closer = weakref.finalize(self, _close, self._files)
+        self._closer = weakref.finalize(self, close_all, self._files)
         for shard in self.manifest.shards:
             self._files.append(_open(self.path, shard))
 
@@ -50,8 +54,9 @@ class PackedLatents:
         """Close the shards; this happens by itself when the data set is no longer used."""
         self._closer()
 
-    def __len__(self) -> int:
-        return self.manifest.num_samples
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        return self._labels
 
     def read(
         self, indices: NDArray[np.int64], out: NDArray[np.float16] | None = None
@@ -81,7 +86,7 @@ class PackedLatents:
         defect = find_defect(moments)
         if defect:
             raise self._error(indices[defect[0]], defect[1])
-        return moments, self.labels[indices]
+        return moments, self._labels[indices]
 
     def _error(self, index: int, what: str) -> DataError:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -119,8 +124,3 @@ def _open(folder: Path, stored: StoredFile) -> int:
         os.close(descriptor)
         raise DataError(f"{path} has {size} bytes, the manifest says {stored.bytes}: truncated or altered; {_REMEDY}")
     return descriptor
-
-
-def _close(descriptors: list[int]) -> None:
-    while descriptors:
-        os.close(descriptors.pop())

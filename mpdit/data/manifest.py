@@ -111,8 +111,8 @@ class LatentSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest(LatentSpec):
-    """A LatentSpec together with what was written: the parsed manifest.json."""
+class DatasetInfo(LatentSpec):
+    """What is known of a data set, packed or not: its records, how many, and their statistics."""
 
     num_samples: int
     posterior_noise: bool
@@ -121,8 +121,6 @@ class Manifest(LatentSpec):
     """The constants training uses."""
     statistics: Normalization
     """The constants measured on these records."""
-    index: StoredFile
-    shards: tuple[StoredFile, ...]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,17 +130,6 @@ class Manifest(LatentSpec):
                 raise DataError(f"{name} has {count} channels, the latents have {self.channels}")
         if not all(self.normalization.std):
             raise DataError(f"normalization std {self.normalization.std} must be above zero in every channel")
-        for stored, record_bytes in (
-            (self.index, INDEX_DTYPE.itemsize),
-            *((s, self.record_bytes) for s in self.shards),
-        ):
-            if stored.records < 1 or stored.bytes != stored.records * record_bytes:
-                raise DataError(f"{stored.file} can't hold {stored.records} records in {stored.bytes} bytes")
-        held = sum(shard.records for shard in self.shards)
-        if not self.num_samples == self.index.records == held:
-            raise DataError(
-                f"num_samples is {self.num_samples}, the index has {self.index.records} records, the shards {held}"
-            )
 
     def metadata(self) -> dict[str, Any]:
         """What a weight file must carry about its data, in JSON types, so that samples can be decoded without it."""
@@ -165,6 +152,32 @@ class Manifest(LatentSpec):
             raise DataError(
                 f"the data has {self.num_classes} classes, the model {config.num_classes}: "
                 f"set the model's num_classes to {self.num_classes}"
+            )
+
+    def to_json(self) -> str:
+        """All fields as one JSON object, the same text for the same data."""
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(DatasetInfo):
+    """A DatasetInfo together with the files of a packed data set: the parsed manifest.json."""
+
+    index: StoredFile
+    shards: tuple[StoredFile, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for stored, record_bytes in (
+            (self.index, INDEX_DTYPE.itemsize),
+            *((s, self.record_bytes) for s in self.shards),
+        ):
+            if stored.records < 1 or stored.bytes != stored.records * record_bytes:
+                raise DataError(f"{stored.file} can't hold {stored.records} records in {stored.bytes} bytes")
+        held = sum(shard.records for shard in self.shards)
+        if not self.num_samples == self.index.records == held:
+            raise DataError(
+                f"num_samples is {self.num_samples}, the index has {self.index.records} records, the shards {held}"
             )
 
     def to_json(self) -> str:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from mpdit import rng
 from mpdit.data.loaders import Batch
-from mpdit.data.manifest import Manifest, Normalization
+from mpdit.data.manifest import DatasetInfo, Normalization
 
 
-def to_latents(batch: Batch, manifest: Manifest, seed: int, device: torch.device | str) -> Tensor:
+def to_latents(batch: Batch, manifest: DatasetInfo, seed: int, device: torch.device | str) -> Tensor:
     """Latents fp32 [b, C, H, W], drawn and normalised on `device`.
 
     Of two variants one is chosen by a fair coin; mean + std * noise is drawn from the posterior (the noise is left

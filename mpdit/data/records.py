@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,13 +13,21 @@ try:
 except ImportError:
     from zlib import crc32
 
-__all__ = ["INDEX_DTYPE", "VALUE_DTYPE", "ChannelStatistics", "crc32", "find_defect"]
+__all__ = ["INDEX_DTYPE", "VALUE_DTYPE", "ChannelStatistics", "crc32", "find_defect", "index_entries"]
 
 VALUE_DTYPE = np.dtype("<f2")
 INDEX_DTYPE = np.dtype([("label", "<i4"), ("crc32", "<u4")])
 
 # Bit patterns of fp16: from here up infinity and NaN, of either sign as the sign bit is read; the sign bit alone is -0.
 _NOT_FINITE, _NEGATIVE_NOT_FINITE, _NEGATIVE_ZERO = 0x7C00, 0xFC00, 0x8000
+
+
+def index_entries(moments: NDArray[np.float16], labels: NDArray[Any]) -> NDArray[np.void]:
+    """The index of records fp16 [B, V, 2C, H, W] with labels int [B]."""
+    entries = np.empty(len(moments), INDEX_DTYPE)
+    entries["label"] = labels
+    entries["crc32"] = [crc32(record) for record in moments]
+    return entries
 
 
 def find_defect(moments: NDArray[np.float16]) -> tuple[int, str] | None:
@@ -56,6 +67,18 @@ class ChannelStatistics:
         self._mean += mean.sum(axis=others, dtype=np.float64)
         self._mean_squared += np.square(mean).sum(axis=others, dtype=np.float64)
         self._variance += np.square(std).sum(axis=others, dtype=np.float64)
+
+    def sums(self) -> dict[str, Any]:
+        """What was gathered, in JSON types that keep every bit, for `merge`."""
+        sums = {"mean": self._mean, "mean_squared": self._mean_squared, "variance": self._variance}
+        return {"count": self._count} | {name: values.tolist() for name, values in sums.items()}
+
+    def merge(self, sums: Mapping[str, Any]) -> None:
+        """Count in what another gathered; merged in the same order, the result is the same to the last bit."""
+        self._count += sums["count"]
+        self._mean += sums["mean"]
+        self._mean_squared += sums["mean_squared"]
+        self._variance += sums["variance"]
 
     @property
     def has_noise(self) -> bool:

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from mpdit.data.files import PartialFile, lock_folder
 from mpdit.data.latents import PackedLatents
 from mpdit.data.manifest import INDEX_NAME, MANIFEST_NAME, LatentSpec, Manifest, Normalization
-from mpdit.data.records import INDEX_DTYPE, VALUE_DTYPE, ChannelStatistics, crc32, find_defect
+from mpdit.data.records import VALUE_DTYPE, ChannelStatistics, find_defect, index_entries
 from mpdit.errors import DataError
 from mpdit.files import sync_to_disk
 
@@ -62,9 +62,7 @@ class PackedWriter:
         labels_B = self._check_labels(np.asarray(labels))
         values = self._check_moments(np.asarray(moments), len(labels_B))
         self._statistics.add(values)
-        entries = np.empty(len(values), INDEX_DTYPE)
-        entries["label"] = labels_B
-        entries["crc32"] = [crc32(record) for record in values]
+        entries = index_entries(values, labels_B)
         done = 0
         while done < len(values):
             if not self._shards or self._shards[-1].records == self._shard_records:

@@ -1,0 +1,84 @@
+"""Packing latents that lie in other formats."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from mpdit.data.dataset import LatentDataset
+from mpdit.data.latents import PackedLatents
+from mpdit.data.manifest import INDEX_NAME, LatentSpec
+from mpdit.data.normalization import NormalizationMode
+from mpdit.data.open import open_latents
+from mpdit.data.records import INDEX_DTYPE
+from mpdit.data.writer import PackedWriter
+from mpdit.errors import ConfigError, DataError
+
+_CHUNK_BYTES = 1 << 24
+_LEFT_BY_A_WRITER = re.compile(rf"({re.escape(INDEX_NAME)}|shard-\d+\.bin|.+\.partial)")
+
+
+def convert_latents(
+    source: str | Path,
+    out: str | Path,
+    *,
+    scale: str | float = "auto",
+    normalization: NormalizationMode = "auto",
+    shard_records: int | None = None,
+    num_classes: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> PackedLatents:
+    """Pack the data set at `source`, in any format that `open_latents` knows, into the folder `out`.
+
+    Records are the same bit for bit as those read from the source, in the same order; the statistics are measured on
+    all of them. Where the constants in use are the measured ones, they become those of the whole. The manifest's
+    `source` tells format, factor and path. A conversion that was killed starts over. `progress` is called with
+    the number of samples done, now and then.
+
+    Raises ConfigError or DataError as `open_latents` does, for an `out` that holds other files, and for a disk with
+    too little room, before anything is written.
+    """
+    out = Path(out)
+    dataset = open_latents(source, scale=scale, normalization=normalization, num_classes=num_classes)
+    info = dataset.manifest
+    try:
+        if num_classes not in (None, info.num_classes):
+            raise ConfigError(f"num_classes is {num_classes}, but {source} is packed with {info.num_classes} classes")
+        _check_out(out, len(dataset) * (info.record_bytes + INDEX_DTYPE.itemsize))
+        fields = {field.name: getattr(info, field.name) for field in dataclasses.fields(LatentSpec)}
+        fields["source"] = _origin(dataset)
+        constants = None if info.normalization == info.statistics else info.normalization
+        with PackedWriter(out, LatentSpec(**fields), normalization=constants, shard_records=shard_records) as writer:
+            chunk = max(1, _CHUNK_BYTES // info.record_bytes)
+            for start in range(0, len(dataset), chunk):
+                writer.add(*dataset.read(np.arange(start, min(start + chunk, len(dataset)))))
+                if progress:
+                    progress(writer.num_samples)
+    finally:
+        dataset.close()
+    return PackedLatents(out)
+
+
+def _origin(dataset: LatentDataset) -> dict[str, object]:
+    if isinstance(dataset, PackedLatents):
+        return dict(dataset.manifest.source)
+    stated = {name: value for name, value in dataset.manifest.source.items() if name != "statistics"}
+    return {**stated, "path": str(dataset.path)}
+
+
+def _check_out(out: Path, nbytes: int) -> None:
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out {out} is a file: give a new or empty folder")
+    if out.is_dir():
+        foreign = [path.name for path in out.iterdir() if not _LEFT_BY_A_WRITER.fullmatch(path.name)]
+        if foreign:
+            raise ConfigError(f"out {out} holds {min(foreign)}: give a new or empty folder")
+    at = next(path for path in (out, *out.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(at).free
+    if free < nbytes:
+        raise DataError(f"{at} has {free / 1e9:.1f} GB free and {nbytes / 1e9:.1f} GB are needed: give another out")

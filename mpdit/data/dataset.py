@@ -1,0 +1,41 @@
+"""What training, loaders and tools ask of a data set of latents, whatever files it lies in."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdit.data.manifest import DatasetInfo
+
+
+class LatentDataset(ABC):
+    """Labelled latents with random access. `open_latents` opens one of whichever format a path holds."""
+
+    path: Path
+    manifest: DatasetInfo
+
+    def __len__(self) -> int:
+        return self.manifest.num_samples
+
+    @property
+    @abstractmethod
+    def labels(self) -> NDArray[np.int64]:
+        """int64 [N], of every sample."""
+
+    @abstractmethod
+    def read(
+        self, indices: NDArray[np.int64], out: NDArray[np.float16] | None = None
+    ) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
+        """Moments fp16 [B, V, 2C, H, W] and labels int64 [B] of the samples with these indices, int64 [B].
+
+        Posterior means before stds, of latents that are not multiplied by any factor. Fills `out`, C-contiguous and
+        of that shape, when given. Safe to call from several threads. Raises DataError, naming file and sample, for
+        whatever can't be read, is damaged, or holds NaN, infinity or a negative std.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of files and threads; this happens by itself when the data set is no longer used."""

@@ -1,0 +1,64 @@
+"""Opening latents in whichever format a path holds them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from mpdit.data.dataset import LatentDataset
+from mpdit.data.foreign import EDM2Latents, LightningDiTLatents, NpyPairs, Options, parse_scale
+from mpdit.data.foreign.edm2 import find_edm2
+from mpdit.data.foreign.lightningdit import find_lightningdit
+from mpdit.data.foreign.npy_pairs import find_pairs
+from mpdit.data.latents import PackedLatents
+from mpdit.data.manifest import MANIFEST_NAME
+from mpdit.data.normalization import NormalizationMode, choose_normalization
+from mpdit.errors import ConfigError, DataError
+
+
+def open_latents(
+    path: str | Path,
+    *,
+    scale: str | float = "auto",
+    normalization: NormalizationMode = "auto",
+    num_classes: int | None = None,
+) -> LatentDataset:
+    """The data set at `path`: packed, npy pairs (MPDiT, fast-DiT), EDM2 or REPA, LightningDiT, known by its files.
+
+    scale: what the stored latents of a foreign format were multiplied by, a number or its text; "auto" takes what the
+        format has, and measures where it is open (npy pairs).
+    normalization: "auto" takes the constants that come with the data (packed, LightningDiT) or else
+        `choose_normalization`'s choice, "paper" and "measured" replace them.
+    num_classes: of a foreign format, where it is more than the highest label says; npy pairs then open without
+        reading every label. Packed data know theirs.
+
+    Raises ConfigError for an argument that isn't understood or would have no effect, DataError when there is no data
+    set or it is damaged.
+    """
+    path = Path(path)
+    options = Options(parse_scale(scale), normalization, num_classes)
+    if (path / MANIFEST_NAME).is_file():
+        return _open_packed(path, options)
+    if folder := find_edm2(path):
+        return EDM2Latents(folder, options)
+    if find_lightningdit(path):
+        return LightningDiTLatents(path, options)
+    if pair := find_pairs(path):
+        return NpyPairs(*pair, options)
+    raise DataError(
+        f"{path} holds no data set: looked for {MANIFEST_NAME} (packed), dataset.json in it, in vae-sd/ or in a .zip "
+        "(EDM2, REPA), *.safetensors (LightningDiT) and features/ beside labels/ (MPDiT, fast-DiT); check the path"
+    )
+
+
+def _open_packed(path: Path, options: Options) -> PackedLatents:
+    if options.scale is not None:
+        raise ConfigError(
+            f"data_scale is {options.scale:g}, but {path} is packed, and packed latents are multiplied by no factor: "
+            "leave data_scale out"
+        )
+    dataset = PackedLatents.open(path)
+    if options.normalization != "auto":
+        constants = choose_normalization(options.normalization, dataset.manifest.statistics)
+        dataset.manifest = dataclasses.replace(dataset.manifest, normalization=constants)
+    return dataset
