@@ -12,8 +12,10 @@ from mpdit.version import __version__
 
 if TYPE_CHECKING:
     from mpdit.config import ModelConfig, StageSpec
+    from mpdit.interop.diffusers_folder import save_diffusers
+    from mpdit.interop.official import load_official, save_official
     from mpdit.model import MPDiT, create_model
-    from mpdit.model.convert import from_official, load_official
+    from mpdit.model.convert import from_official, to_official
     from mpdit.presets import PRESETS
     from mpdit.sampling import sample
     from mpdit.weights import load_weights, save_weights
@@ -25,7 +27,10 @@ _HOME = {
     "MPDiT": "mpdit.model",
     "create_model": "mpdit.model",
     "from_official": "mpdit.model.convert",
-    "load_official": "mpdit.model.convert",
+    "to_official": "mpdit.model.convert",
+    "save_diffusers": "mpdit.interop.diffusers_folder",
+    "load_official": "mpdit.interop.official",
+    "save_official": "mpdit.interop.official",
     "sample": "mpdit.sampling",
     "load_weights": "mpdit.weights",
     "save_weights": "mpdit.weights",
@@ -42,7 +47,10 @@ __all__ = [
     "load_official",
     "load_weights",
     "sample",
+    "save_diffusers",
+    "save_official",
     "save_weights",
+    "to_official",
 ]
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -17,8 +20,37 @@ def sync_to_disk(path: Path) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file that is there whole or not at all, also after a crash."""
+    with new_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary name to write a file under: it replaces `path` when the block ends well, and is removed if not."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    sync_to_disk(partial)
-    os.replace(partial, path)
+    try:
+        yield partial
+        sync_to_disk(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_to_disk(path.parent)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """As `new_file`, for a folder that does not exist or is empty: what a killed attempt left is cleared first."""
+    path = path.resolve()
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for written in (*partial.rglob("*"), partial):
+            sync_to_disk(written)
+        os.replace(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     sync_to_disk(path.parent)

@@ -35,13 +35,33 @@ def save_weights(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
-    description = {"format": FORMAT, "model": config.to_dict(), **metadata}
+    description = describe(config, metadata)
     weights_tmp, config_tmp = folder / ".model.safetensors.tmp", folder / ".config.json.tmp"
-    save_file(tensors, weights_tmp, metadata={"format": "pt"})
+    try:
+        save_file(tensors, weights_tmp, metadata={"format": "pt"})
+    except SafetensorError as error:  # what it makes of a full disk
+        weights_tmp.unlink(missing_ok=True)
+        raise CheckpointError(f"{folder / 'model.safetensors'} can't be written: {error}") from error
     config_tmp.write_text(json.dumps(description, indent=2) + "\n")
     for tmp, name in ((weights_tmp, "model.safetensors"), (config_tmp, "config.json")):
         sync_to_disk(tmp)
         os.replace(tmp, folder / name)
+
+
+def describe(config: ModelConfig, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json holds; `parse_description` reads it."""
+    return {"format": FORMAT, "model": config.to_dict(), **metadata}
+
+
+def parse_description(description: Any, where: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model's configuration and the metadata of a `describe`; CheckpointError, naming `where`, if it is none."""
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise CheckpointError(f'{where} is not a description of mpdit weights: expected "format": "{FORMAT}"')
+    if not isinstance(description.get("model"), dict):
+        raise CheckpointError(f'{where} lacks the model\'s configuration under "model"')
+    _check_data(where, description.get("data", {}))
+    metadata = {name: value for name, value in description.items() if name not in ("format", "model")}
+    return ModelConfig.from_dict(description["model"]), metadata
 
 
 def load_weights(path: str | Path) -> tuple[MPDiT, dict[str, Any]]:
@@ -53,9 +73,8 @@ def load_weights(path: str | Path) -> tuple[MPDiT, dict[str, Any]]:
     Raises:
         CheckpointError: nothing there, or a file that is damaged, of another format, or not of this model.
     """
-    folder = _weights_folder(Path(path))
-    description = _read_description(folder / "config.json")
-    config = ModelConfig.from_dict(description.pop("model"))
+    folder = weights_folder(Path(path))
+    config, metadata = parse_description(_read_json(folder / "config.json"), folder / "config.json")
     weights = folder / "model.safetensors"
     try:
         tensors = load_file(weights)
@@ -71,10 +90,11 @@ def load_weights(path: str | Path) -> tuple[MPDiT, dict[str, Any]]:
             f"{_shape(found.get(name))}, expected {_shape(expected.get(name))}"
         )
     model.load_state_dict(tensors)
-    return model.eval(), description
+    return model.eval(), metadata
 
 
-def _weights_folder(path: Path) -> Path:
+def weights_folder(path: Path) -> Path:
+    """The folder that holds model.safetensors and config.json; CheckpointError, naming what was looked for, if none."""
     if path.suffix == ".safetensors" and path.is_file():
         if path.name != "model.safetensors":
             raise CheckpointError(f"{path} must be named model.safetensors, with its config.json beside it")
@@ -89,26 +109,20 @@ def _weights_folder(path: Path) -> Path:
     raise CheckpointError(f"{path} holds no weights: expected {path}/model.safetensors or {path}/ema/model.safetensors")
 
 
-def _read_description(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Any:
     try:
-        description = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} can't be read as JSON: {error}") from error
-    if not isinstance(description, dict) or description.pop("format", None) != FORMAT:
-        raise CheckpointError(f'{path} is not a description of mpdit weights: expected "format": "{FORMAT}"')
-    if not isinstance(description.get("model"), dict):
-        raise CheckpointError(f'{path} lacks the model\'s configuration under "model"')
-    _check_data(path, description.get("data", {}))
-    return description
 
 
-def _check_data(path: Path, data: Any) -> None:
+def _check_data(where: str | Path, data: Any) -> None:
     """What samples are decoded by must have the form that `save_weights` was given."""
     normalization = data.get("normalization", {}) if isinstance(data, dict) else None
     lists = normalization.values() if isinstance(normalization, dict) else (None,)
     numbers = all(isinstance(x, list) and all(isinstance(value, int | float) for value in x) for x in lists)
     if not numbers or (normalization and normalization.keys() != {"mean", "std"}):
-        raise CheckpointError(f'{path} has no valid "data": expected an object with "normalization" {{"mean", "std"}}')
+        raise CheckpointError(f'{where} has no valid "data": expected an object with "normalization" {{"mean", "std"}}')
 
 
 def _shape(shape: torch.Size | None) -> str:

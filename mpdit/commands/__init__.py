@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Protocol
 
-from mpdit.commands import account, evaluate, plan, report, sample, verify
+from mpdit.commands import account, convert, evaluate, extract, plan, report, sample, verify
 from mpdit.commands.outcome import Outcome
 
 
@@ -28,8 +28,10 @@ class Command(Protocol):
 COMMANDS: dict[str, Command] = {
     "account": account,
     "plan": plan,
+    "extract": extract,
     "sample": sample,
     "evaluate": evaluate,
     "verify": verify,
+    "convert": convert,
     "report": report,
 }

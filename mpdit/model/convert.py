@@ -1,17 +1,14 @@
-"""Official state dicts to ours: MPDiT with two, three or more stages, DiT and SiT. Only the head count is not in them.
+"""Official state dicts to ours and back: MPDiT with two, three or more stages, DiT and SiT.
 
-Every tensor keeps its shape and layout; only names change. `official_names` is the whole map, so it also serves the
-way back and the gradients.
+Only the head count is not in them. Every tensor keeps its shape and layout; only names change. `official_names` is the
+whole map, so it also serves the way back and the gradients. Files are mpdit.interop.official's.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import pickle
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,23 +64,22 @@ def from_official(state_dict: Mapping[str, Tensor], num_heads: int, convention: 
     return model
 
 
-def load_official(path: str | Path, num_heads: int, which: str = "ema", convention: Convention = "mpdit") -> MPDiT:
-    """`from_official` of a checkpoint file: a state dict, or a dict that holds one as "ema" or "model".
+def to_official(model: MPDiT) -> dict[str, Tensor]:
+    """The way back: an official state dict of copies on the CPU, with the fixed position tables that those hold.
 
-    Nothing but tensors, plain containers and argparse.Namespace (the official "args") is unpickled. Raises
-    CheckpointError when the file can't be read so, or lacks the entry `which`.
+    `from_official` of it gives the same parameters bit for bit. The names are the official ones for any number of
+    stages; which shapes the official codes have a class for is `mpdit.interop.official.official_model_name`.
+
+    Raises:
+        CheckpointError: the model has parts that no official code has names for.
     """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path} can't be read as a checkpoint of tensors: {reason}") from error
-    if isinstance(checkpoint, dict) and {"model", "ema"} & checkpoint.keys():
-        if which not in checkpoint:
-            raise CheckpointError(f"{path} has no entry {which!r}: it holds {', '.join(map(str, checkpoint))}")
-        checkpoint = checkpoint[which]
-    return from_official(checkpoint, num_heads, convention)
+    config = model.config
+    _check_expressible(config)
+    names = official_names(config)
+    state = {names[ours]: value.detach().cpu().clone().contiguous() for ours, value in model.named_parameters()}
+    for name, stage in zip(_position_names(len(config.stages)), config.stages, strict=True):
+        state[name] = sincos_position(config.width, config.input_size // stage.patch)[None]
+    return state
 
 
 def official_names(config: ModelConfig) -> dict[str, str]:
@@ -131,6 +127,13 @@ def _suffix(level: int, stages: int) -> str:
     return "" if stages <= 2 else f"_lvl{level}"
 
 
+def _position_names(stages: int) -> list[str]:
+    """The position tables, coarse to fine; with two stages the plain name is the finer one's."""
+    if stages == 2:
+        return ["pos_embed_downsampled", "pos_embed"]
+    return [f"pos_embed{_suffix(level, stages) if level else ''}" for level in range(stages)]
+
+
 def _block_list(level: int, stages: int) -> str:
     if stages == 1:
         return "blocks"
@@ -155,8 +158,7 @@ def _infer_config(tensors: Mapping[str, Tensor], num_heads: int, convention: Con
     for level in range(1, levels):
         rows, _ = _shape(tensors, f"upsampler{_suffix(level, levels)}.proj.weight", 2)
         patches.append(patches[-1] // max(1, math.isqrt(rows // width)))
-    coarse_position = "pos_embed_downsampled" if levels == 2 else "pos_embed"
-    grid = math.isqrt(_shape(tensors, coarse_position, 3)[1])
+    grid = math.isqrt(_shape(tensors, _position_names(levels)[0], 3)[1])
     table_rows, table_width = _shape(tensors, "y_embedder.embedding_table.weight", 2)
     shared = "time_modulation.1.weight" in tensors
     fno = "t_embedder.fc0.weight" in tensors
@@ -190,6 +192,19 @@ def _infer_config(tensors: Mapping[str, Tensor], num_heads: int, convention: Con
         raise
     except ValueError as error:
         raise CheckpointError(f"state dict describes no valid model: {error}") from error
+
+
+def _check_expressible(config: ModelConfig) -> None:
+    """CheckpointError unless `from_official` would build this configuration from the official names."""
+    problem = None
+    if len(config.stages) > 1 and config.transition != "linear_linear":
+        problem = f"transition {config.transition!r} (theirs is linear_linear)"
+    elif (config.class_conditioning, config.modulation) not in (("tokens", "shared"), ("added", "per_block")):
+        problem = f"class_conditioning {config.class_conditioning!r} with modulation {config.modulation!r}"
+    elif not any(stage.blocks for stage in config.stages):
+        problem = "no transformer blocks"
+    if problem:
+        raise CheckpointError(f"the official codes have no model with {problem}: keep it in mpdit's own format")
 
 
 def _strip_prefixes(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:

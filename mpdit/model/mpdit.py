@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mpdit.config import ModelConfig
 from mpdit.errors import ConfigError
+from mpdit.interop.hub import Pretrained
 from mpdit.model.blocks import Block, FinalLayer, Stream
 from mpdit.model.embed import ClassTokens, InputStage, grid_of
 from mpdit.model.layout import Images, Latents, Layout, check_images
@@ -29,7 +30,7 @@ class Stage(nn.Module):
         self.blocks = module_list(blocks)
 
 
-class MPDiT(nn.Module):
+class MPDiT(Pretrained, nn.Module):
     """Multi-patch diffusion transformer (MPDiT, section 3): predicts the flow-matching velocity of noisy latents.
 
     With one stage, added class conditioning and per-block modulation it is DiT (SiT with convention="sit").

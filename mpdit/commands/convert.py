@@ -1,0 +1,228 @@
+"""`mpdit convert`: models and latents from and to other projects' formats."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpdit.commands.arguments import whole
+from mpdit.commands.outcome import Outcome
+from mpdit.commands.outputs import check_new_folder
+from mpdit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mpdit.model import MPDiT
+
+SUMMARY = "convert checkpoints and latents from and to other projects' formats"
+DESCRIPTION = (
+    "Convert an official MPDiT, DiT or SiT checkpoint (.pt) to a weights folder; a training run or weights folder to "
+    "an official checkpoint or a diffusers pipeline; or latents extracted by MPDiT, fast-DiT, EDM2, REPA or "
+    "LightningDiT to a packed data set. What SOURCE is, is found by looking at it. OUT is there whole or not at all."
+)
+
+_CHECKPOINT_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+_OPTIONS = {
+    "official checkpoint as SOURCE": ("num_heads", "which", "convention"),
+    "--to latents": ("scale", "normalization", "num_classes", "shard_records"),
+    "--to diffusers": ("vae",),
+}
+"""The options by the one kind of conversion that reads them."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        type=Path,
+        help="an official checkpoint (.pt, .pth, .ckpt, .bin), a training run's or weights folder, or latents",
+    )
+    parser.add_argument(
+        "out",
+        metavar="OUT",
+        type=Path,
+        help="folder to write, new or empty; with --to official also a new file that ends in .pt or .pth",
+    )
+    parser.add_argument(
+        "--to",
+        choices=("weights", "official", "diffusers", "latents"),
+        help="weights: model.safetensors and config.json; official: a checkpoint that the official codes load; "
+        "diffusers: a pipeline folder; latents: a packed data set "
+        "(default: weights for a checkpoint, latents for data; a model of ours needs it)",
+    )
+    official = parser.add_argument_group("official checkpoint as SOURCE")
+    official.add_argument(
+        "--num-heads", type=whole(1), metavar="N", help="attention heads (default: those that the checkpoint names)"
+    )
+    official.add_argument("--which", choices=("ema", "model"), help="which of its weights to take (default: ema)")
+    official.add_argument(
+        "--convention",
+        choices=("mpdit", "sit"),
+        help="sit: weights trained with t = 1 as data (default: sit if the checkpoint names a SiT, else mpdit)",
+    )
+    latents = parser.add_argument_group("--to latents")
+    latents.add_argument(
+        "--scale",
+        metavar="FACTOR",
+        help="what the latents in SOURCE were multiplied by: 1, 0.18215, ... or auto: as the format has it, or by the "
+        "std measured (default: auto)",
+    )
+    latents.add_argument(
+        "--normalization",
+        choices=("auto", "paper", "measured"),
+        help="constants to train with; auto: those that come with SOURCE, else the paper's where they suit the data "
+        "(default: auto)",
+    )
+    latents.add_argument(
+        "--num-classes", type=whole(1), metavar="N", help="number of classes (default: by the highest label)"
+    )
+    latents.add_argument(
+        "--shard-records", type=whole(1), metavar="N", help="records in a shard (default: as many as make 1 GiB)"
+    )
+    diffusers = parser.add_argument_group("--to diffusers")
+    diffusers.add_argument(
+        "--vae",
+        metavar="PATH_OR_HUB_ID",
+        help="the AutoencoderKL to put into the pipeline (default: none, the pipeline then makes latents)",
+    )
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    if not args.source.exists():
+        raise ConfigError(f"{args.source} does not exist: give a checkpoint, a run, a weights folder or latents")
+    checkpoint = args.source.is_file() and args.source.suffix.lower() in _CHECKPOINT_SUFFIXES
+    target = args.to or _deduce(args.source, checkpoint)
+    _refuse_unread(args, {"official checkpoint as SOURCE"} if checkpoint else set(), f"--to {target}")
+    return _pack(args) if target == "latents" else _convert_model(args, checkpoint, target)
+
+
+def _deduce(source: Path, checkpoint: bool) -> str:
+    if checkpoint:
+        return "weights"
+    if source.name == "model.safetensors" or any((source / sub / "model.safetensors").is_file() for sub in ("", "ema")):
+        raise ConfigError(f"{source} holds a model's weights: say what to make of them, --to official or diffusers")
+    return "latents"
+
+
+def _refuse_unread(args: argparse.Namespace, kinds: set[str], target: str) -> None:
+    """ConfigError for an option that this conversion would not read."""
+    for kind, names in _OPTIONS.items():
+        given = [name for name in names if getattr(args, name) is not None]
+        if given and kind not in kinds | {target}:
+            option = "--" + given[0].replace("_", "-")
+            raise ConfigError(f"{option} has no effect on {args.source} {target}: it is for {kind}, leave it out")
+
+
+def _convert_model(args: argparse.Namespace, checkpoint: bool, target: str) -> Outcome:
+    from mpdit.files import new_folder
+    from mpdit.interop.diffusers_folder import save_diffusers
+    from mpdit.interop.official import official_model_name, read_official, save_official
+    from mpdit.weights import load_weights, save_weights
+
+    to_file = target == "official" and args.out.suffix.lower() in (".pt", ".pth")
+    if to_file and args.out.exists():
+        raise ConfigError(f"OUT {args.out} exists: give a new file, nothing is overwritten")
+    check_new_folder(args.out.parent / f"{args.out.name}.partial" if to_file else args.out, "OUT")
+    if checkpoint:
+        model, metadata = read_official(args.source, args.num_heads, args.which or "ema", args.convention)
+    else:
+        model, metadata = load_weights(args.source)
+    made = args.out
+    if target == "weights":
+        with new_folder(args.out) as partial:
+            save_weights(partial, model.state_dict(), model.config, metadata)
+    elif target == "official":
+        made = args.out if to_file else args.out / "official.pt"
+        save_official(made, model, metadata=metadata)
+    else:
+        save_diffusers(args.out, model, metadata, args.vae)
+    figures = {
+        "source": str(args.source),
+        "to": target,
+        "out": str(made),
+        "official_name": official_model_name(model.config),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "model": model.config.to_dict(),
+        "data": metadata.get("data"),
+        "training": metadata.get("training"),
+    }
+    return Outcome("\n".join([*_describe(model, figures), *_advice(model, figures)]), figures)
+
+
+def _describe(model: MPDiT, figures: dict[str, Any]) -> list[str]:
+    config = model.config
+    stages = ", ".join(f"{stage.blocks} of patch {stage.patch}" for stage in config.stages)
+    name = figures["official_name"] or "a model of no official name"
+    lines = [
+        f"{figures['to']}: {figures['out']}",
+        f"{name}: blocks {stages}; width {config.width}, {config.heads} heads, {config.num_classes} classes, "
+        f"{figures['parameters'] / 1e6:.2f} M parameters, convention {config.convention}",
+    ]
+    constants = (figures["data"] or {}).get("normalization")
+    if constants:
+        lines.append(f"latents: mean {_numbers(constants['mean'])}; std {_numbers(constants['std'])}")
+    return lines
+
+
+def _advice(model: MPDiT, figures: dict[str, Any]) -> list[str]:
+    """What the files can't say: where the model does not yet do what one would expect of it."""
+    advice = []
+    official = (figures["training"] or {}).get("official")
+    if official == "DiT" and model.config.convention == "mpdit":
+        advice.append(
+            "note: if these are a SiT's weights, convert with --convention sit; DiT's own predict noise at integer "
+            "times, which no sampler here integrates: fine-tune from them"
+        )
+    if not figures["data"]:
+        advice.append('note: no constants are known to decode its latents by: add "data" to config.json')
+    if figures["to"] == "official" and not figures["official_name"]:
+        advice.append("note: the official codes' scripts have no name for this shape; their classes take it by args")
+    return advice
+
+
+def _pack(args: argparse.Namespace) -> Outcome:
+    from tqdm import tqdm
+
+    from mpdit.data.convert import convert_latents
+
+    if args.out.resolve().is_relative_to(args.source.resolve()):
+        raise ConfigError(f"OUT {args.out} is inside {args.source}, which is being read: give a folder elsewhere")
+    with tqdm(desc="packing", unit="rec", disable=None, file=sys.stderr, leave=False) as bar:
+        packed = convert_latents(
+            args.source,
+            args.out,
+            scale=args.scale or "auto",
+            normalization=args.normalization or "auto",
+            shard_records=args.shard_records,
+            num_classes=args.num_classes,
+            progress=lambda done: bar.update(done - bar.n),
+        )
+    manifest = packed.manifest
+    packed.close()
+    figures = {
+        "source": str(args.source),
+        "to": "latents",
+        "out": str(args.out),
+        "samples": manifest.num_samples,
+        "shards": len(manifest.shards),
+        "bytes": sum(shard.bytes for shard in manifest.shards),
+        "shape": list(manifest.record_shape),
+        "num_classes": manifest.num_classes,
+        "posterior_noise": manifest.posterior_noise,
+        "data": manifest.metadata(),
+        "statistics": {"mean": list(manifest.statistics.mean), "std": list(manifest.statistics.std)},
+        "origin": dict(manifest.source),
+    }
+    lines = [
+        f"latents: {args.out}",
+        f"samples: {manifest.num_samples} of {manifest.num_classes} classes in {len(manifest.shards)} shard(s)",
+        f"mean of the channels: {_numbers(manifest.statistics.mean)}; in use {_numbers(manifest.normalization.mean)}",
+        f"std of the channels: {_numbers(manifest.statistics.std)}; in use {_numbers(manifest.normalization.std)}",
+    ]
+    return Outcome("\n".join(lines), figures)
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.4g}" for value in values)

@@ -1,0 +1,1 @@
+"""Models in other projects' forms: official checkpoints, diffusers pipelines, the hub."""

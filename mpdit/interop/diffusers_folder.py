@@ -1,0 +1,113 @@
+"""A model as a diffusers pipeline folder, code included.
+
+    model_index.json                                 the components and where their code is
+    pipeline.py                                      MPDiTPipeline
+    transformer/transformer_mpdit.py                 MPDiTTransformer2DModel, which needs mpdit installed
+    transformer/{config.json, diffusion_pytorch_model.safetensors}
+    scheduler/scheduler_config.json                  FlowMatchEulerDiscreteScheduler with our Euler's times
+    vae/                                             AutoencoderKL, if one is given
+
+diffusers runs code from a folder only when told to, therefore
+    DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from mpdit.errors import CheckpointError, ConfigError
+from mpdit.files import new_folder
+from mpdit.model import MPDiT
+from mpdit.vae import VAE, pixel_range_of
+
+_CODE = Path(__file__).parent
+_PIPELINE, _TRANSFORMER = "pipeline", "transformer_mpdit"
+
+_CARD = """---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+tags: [mpdit]
+---
+
+A multi-patch diffusion transformer (MPDiT, Dao et al., CVPR 2026), exported by mpdit. `pip install 'mpdit[vae]'`, then
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("FOLDER", custom_pipeline="FOLDER", trust_remote_code=True)
+images = pipeline(class_labels=[0, 1], guidance_scale=1.5, num_inference_steps=250).images
+```
+
+`trust_remote_code=True` runs the two Python files of this folder: pipeline.py and transformer/transformer_mpdit.py.
+"""
+
+
+def save_diffusers(
+    folder: str | Path, model: MPDiT, metadata: Mapping[str, Any], vae: str | Path | None = None
+) -> None:
+    """Write a pipeline folder that gives the images of `mpdit.sample` with method "euler".
+
+    Args:
+        folder: new or empty; it is there whole or not at all.
+        model: in any mode; its parameters are stored in their dtype.
+        metadata: as `mpdit.load_weights` returns it, with the constants that latents are normalised by.
+        vae: folder or hub id of the AutoencoderKL to put in; without one the pipeline makes latents, or is given a VAE
+            by who loads it.
+
+    Raises:
+        ConfigError: diffusers is missing, the folder is not empty, or the VAE can't be loaded or has other channels.
+        CheckpointError: the metadata lacks the constants, or the disk is full.
+    """
+    try:
+        import diffusers
+
+        from mpdit.interop.transformer_mpdit import MPDiTTransformer2DModel
+    except ImportError as error:
+        raise ConfigError(f"a diffusers pipeline needs diffusers ({error}): pip install 'mpdit[vae]'") from error
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConfigError(f"{folder} is not an empty folder: give a new one, nothing is overwritten")
+    data = metadata.get("data") or {}
+    transformer = MPDiTTransformer2DModel(model.config.to_dict(), *_constants(data, model), list(pixel_range_of(data)))
+    transformer.mpdit = model
+    scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
+    autoencoder = None
+    if vae is not None:
+        autoencoder = VAE.load(str(vae), pixel_range=pixel_range_of(data))
+        autoencoder.check_channels(model.config.channels)
+    index = {
+        "_class_name": [_PIPELINE, "MPDiTPipeline"],
+        "_diffusers_version": diffusers.__version__,
+        "transformer": [_TRANSFORMER, "MPDiTTransformer2DModel"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "vae": ["diffusers", "AutoencoderKL"] if autoencoder else [None, None],
+    }
+    try:
+        with new_folder(folder) as partial:
+            transformer.save_pretrained(partial / "transformer")
+            shutil.copyfile(_CODE / f"{_TRANSFORMER}.py", partial / "transformer" / f"{_TRANSFORMER}.py")
+            scheduler.save_pretrained(partial / "scheduler")
+            if autoencoder:
+                autoencoder.save(partial / "vae")
+            shutil.copyfile(_CODE / f"{_PIPELINE}.py", partial / f"{_PIPELINE}.py")
+            (partial / "README.md").write_text(_CARD)
+            (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    except SafetensorError as error:  # what it makes of a full disk
+        raise CheckpointError(f"{folder} can't be written: {error}") from error
+
+
+def _constants(data: Mapping[str, Any], model: MPDiT) -> tuple[list[float], list[float]]:
+    normalization = data.get("normalization") or {}
+    mean, std = normalization.get("mean", []), normalization.get("std", [])
+    if not len(mean) == len(std) == model.config.channels:
+        raise CheckpointError(
+            f"the weights' config.json gives {len(mean)} means and {len(std)} stds of latents for "
+            f"{model.config.channels} channels: without these constants no image can be decoded"
+        )
+    return list(mean), list(std)
