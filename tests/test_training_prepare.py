@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import latent_formats
 import numpy as np
 import pytest
 import torch
@@ -82,6 +83,35 @@ def test_a_missing_truncated_or_altered_data_set_is_refused(tmp_path: Path, pack
     shard.unlink()
     with pytest.raises(UserError, match=shard.name):
         _prepare(tmp_path / "out", *arguments)
+
+
+def _foreign(tmp_path: Path, name: str = "data") -> list[str]:
+    path = latent_formats.write_pairs(tmp_path / name, latent_formats.draw(24), latent_formats.labels_of(24))
+    return ["--data", str(path), "--model", "MPDiT-Digits/4-2", "--override", "input_size=8"]
+
+
+def test_other_projects_files_are_trained_on_where_they_lie(tmp_path: Path) -> None:
+    data = _foreign(tmp_path)
+    run = _prepare(tmp_path / "out", *data)
+    assert (run.model.channels, run.model.num_classes) == (4, 3)
+    assert run.describe()["data"]["decoder"]["kind"] == "diffusers_vae"
+    same = _prepare(tmp_path / "out", *data, "--data-scale", "1", "--normalization", "paper")
+    assert same.identity == run.identity, "what was measured may be given"
+    for other in (["--data-scale", "0.9"], ["--normalization", "measured"], ["--override", "num_classes=7"]):
+        changed = _prepare(tmp_path / "out", *data, *other)
+        assert changed.identity["data"] != run.identity["data"]
+    assert changed.manifest.num_classes == 7
+
+
+def test_what_describes_other_data_is_refused_where_it_has_no_effect(tmp_path: Path, packed: PackedLatents) -> None:
+    for option in (["--data-scale", "0.18215"], ["--normalization", "measured"], ["--data-scale", "x"]):
+        with pytest.raises(ConfigError, match="data_scale"):
+            _prepare(tmp_path / "out", *option)
+    data = ["--data", str(packed.path), "--model", "MPDiT-Digits/4-2", "--override", "input_size=8"]
+    with pytest.raises(ConfigError, match="is packed"):
+        _prepare(tmp_path / "out", *data, "--data-scale", "0.18215")
+    with pytest.raises(ConfigError, match="constants are for 4 channels, and the latents have 3"):
+        _prepare(tmp_path / "out", *data, "--normalization", "paper")
 
 
 class TestFolder:

@@ -23,6 +23,11 @@ MOST_IMAGES = 1 << 16
 """Images of a micro step beyond which nobody asks."""
 
 
+def usual_network(gpu: Gpu) -> float:
+    """Bytes a second of one GPU to other nodes, one direction: an HDR adapter each for A100, else NDR."""
+    return 25e9 if gpu.capability == (8, 0) else 50e9
+
+
 @dataclass(frozen=True)
 class Request:
     """What is to be planned.

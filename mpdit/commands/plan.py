@@ -57,11 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    from mpdit.accounting.planner import IMAGENET, Request, plan
+    from mpdit.accounting.planner import IMAGENET, Request, plan, usual_network
     from mpdit.accounting.planner_text import text
 
     gpu = _gpu(args)
-    network = args.network if args.network is not None else 25.0 if gpu.capability == (8, 0) else 50.0
+    network = args.network if args.network is not None else usual_network(gpu) / 1e9
     if not 0 < network < _LARGEST:
         raise ConfigError(f"--network is {network:g}: give GB/s above 0 and below {_LARGEST:g}")
     request = Request(

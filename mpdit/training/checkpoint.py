@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import Any
 
 from mpdit.errors import CheckpointError
 from mpdit.files import sync_to_disk, write_atomically
-from mpdit.training.run import Run, compare
+from mpdit.training.run import CHECKPOINT_NAME, Run, compare
 from mpdit.training.world import World, barrier, gather
 
 FORMAT = "mpdit-checkpoint-1"
@@ -141,7 +140,7 @@ def load(engine: Any, checkpoint: Checkpoint, run: Run) -> None:
 def _committed(folder: Path) -> list[Path]:
     """Checkpoint folders, oldest first."""
     found = folder.iterdir() if folder.is_dir() else iter(())
-    return sorted((path for path in found if re.fullmatch(r"step-\d{8,}", path.name)), key=_step)
+    return sorted((path for path in found if CHECKPOINT_NAME.fullmatch(path.name)), key=_step)
 
 
 def _step(folder: Path) -> int:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mpdit.config import ModelConfig
+from mpdit.data.foreign import parse_scale
+from mpdit.data.normalization import NormalizationMode
 from mpdit.errors import ConfigError
 from mpdit.flow import FlowConfig, LossWeight, TimeSampler
 from mpdit.presets import preset
@@ -44,12 +46,31 @@ class TrainConfig:
     override: tuple[str, ...] = _option(
         (), "FIELD=VALUE of the model's configuration, VALUE as JSON or text; may be repeated: --override width=64"
     )
-    data: str = _option(DIGITS, "folder of packed latents, or 'digits' for the embedded handwritten digits")
+    data: str = _option(
+        DIGITS,
+        "folder of packed latents, or of MPDiT's, fast-DiT's, EDM2's, REPA's or LightningDiT's own files, or 'digits' "
+        "for the embedded handwritten digits",
+    )
+    data_scale: str = _option(
+        "auto",
+        "what the latents of another project's files were multiplied by, as in 0.18215; auto: what the format has, or "
+        "for npy pairs what their std says",
+    )
+    normalization: NormalizationMode = _option(
+        "auto",
+        "constants the latents are normalised by: the paper's, or those measured on them; auto: those that come with "
+        "the data, or else the paper's if they suit",
+    )
     out: str = _option("", "folder of the run; named after data and settings under runs/ when not given")
     resume: str = _option(
         "auto",
         "'auto' continues from the newest checkpoint in --out, if there is one; 'never' wants an empty --out; "
         "a checkpoint's folder continues from that one",
+    )
+    init_from: str = _option(
+        "",
+        "weights that a fresh run starts from, all but the classes' where their number differs: a run's folder, a "
+        "folder with model.safetensors, or an official checkpoint (.pt); drawn by the seed when not given",
     )
     seed: int = _option(0, "seed of the initial weights, the order and all noise", minimum=0, below=2**63)
     loader: Loader = _option("dali", "what feeds the data; both give the same batches bit for bit")
@@ -114,6 +135,18 @@ class TrainConfig:
     profile_steps: str = _option("10:12", "first and last step that is profiled, counted from 1")
     profile_ranks: str = _option("0", "ranks that are profiled, as in 0,3, or 'all'")
 
+    dry_run: bool = _option(
+        False, "check everything and read a batch, print settings, plan and data, then stop; nothing is written"
+    )
+    plan_gpu: str = _option(
+        "",
+        "GPU that --dry-run plans for, as in mpdit plan --gpu; this machine's when not given, and a100-40gb where "
+        "there is none that is known",
+    )
+    plan_gpus: int = _option(
+        0, "GPUs that --dry-run plans for when it is one process; 0 plans for the ranks of this launch", minimum=0
+    )
+
     def __post_init__(self) -> None:
         kinds = get_type_hints(TrainConfig)
         for field in dataclasses.fields(self):
@@ -123,6 +156,8 @@ class TrainConfig:
             if bounds := field.metadata["bounds"]:
                 _check_numbers(field.name, value, field.default, *bounds)
         _ = self.flow, self.model_overrides, self.profiling
+        if self.data == DIGITS and (parse_scale(self.data_scale) is not None or self.normalization != "auto"):
+            raise ConfigError("data_scale and normalization are for other data than the digits: give --data too")
 
     @classmethod
     def create(cls, **given: Any) -> TrainConfig:

@@ -16,6 +16,7 @@ from mpdit.errors import ConfigError
 from mpdit.model import MPDiT
 from mpdit.training.optimizers import build_optimizer
 from mpdit.training.run import Run
+from mpdit.training.world import choose_accelerator
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Trainer:
 
 
 def build_trainer(run: Run, device: torch.device) -> Trainer:
-    """Build the model from the run's seed and hand it to DeepSpeed, with the run's optimiser.
+    """Build the model from the run's seed or initial weights and hand it to DeepSpeed, with the run's optimiser.
 
     Raises ConfigError when DeepSpeed refuses the configuration, or this machine the optimiser or the attention that
     was asked for.
@@ -66,6 +67,8 @@ def build_trainer(run: Run, device: torch.device) -> Trainer:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = MPDiT(run.model)
+    if run.initial is not None:
+        run.initial.copy_to(model)
     model.checkpointing = config.checkpointing
     optimizer = build_optimizer(config, model.parameters(), device, run.ds)
     with _deepspeed_errors(config.ds_config):
@@ -74,12 +77,19 @@ def build_trainer(run: Run, device: torch.device) -> Trainer:
     return Trainer(engine, optimizer, device)
 
 
-def check_deepspeed(run: Run) -> None:
-    """Let DeepSpeed judge the values it alone knows, before anything is written. Raises ConfigError."""
+def check_deepspeed(run: Run, connected: bool = True) -> None:
+    """Let DeepSpeed judge the values it alone knows, before anything is written. Raises ConfigError.
+
+    A process that is not connected to the other ranks is to DeepSpeed the only one.
+    """
+    choose_accelerator()
     from deepspeed.runtime.config import DeepSpeedConfig
 
+    ds = copy.deepcopy(run.ds)
+    if not connected:
+        ds["train_batch_size"] = run.plan.micro_batch * run.plan.accumulation
     with _deepspeed_errors(run.config.ds_config):
-        DeepSpeedConfig(copy.deepcopy(run.ds))
+        DeepSpeedConfig(ds)
 
 
 @contextmanager

@@ -120,6 +120,8 @@ def _open_folder(run: Run, resumed: checkpoint.Checkpoint | None) -> None:
         file=sys.stderr,
         flush=True,
     )
+    if run.initial is not None:
+        print("\n".join([f"initial weights: {run.initial.source}", *run.initial.notes]), file=sys.stderr, flush=True)
 
 
 def _log(run: Run, trainer: Trainer, log: MetricsLog, step: int, loss: float, speed: float) -> None:

@@ -18,9 +18,9 @@ _GRACE_SECONDS = 6
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `launch/train.py` with these arguments (the command line's by default) and return its exit code.
 
-    0 after training, 2 after bad input. Bad input mostly fails every rank alike: rank 0 says so at once, the others
-    wait to be ended by the launcher. One that isn't has met something of its own, a damaged record for example, and
-    says so itself.
+    0 after training or a dry run, 2 after bad input. Bad input mostly fails every rank alike: rank 0 says so at once,
+    the others wait to be ended by the launcher. One that isn't has met something of its own, a damaged record for
+    example, and says so itself.
     """
     world = World()
     try:
@@ -30,6 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from mpdit.training.run import prepare
 
             run = prepare(sys.argv[1:] if arguments is None else arguments, world)
+        if run.config.dry_run:
+            from mpdit.training.dry_run import sections
+
+            for section in sections(run):
+                if not world.rank:
+                    print(section, end="\n\n", flush=True)
+            return 0
         from mpdit.training.loop import train
 
         train(run)

@@ -14,26 +14,32 @@ from typing import Any
 
 import torch
 from mpdit_kernels import dispatch
+from mpdit_kernels.hardware import GPUS, Gpu, find_gpu
 
 from mpdit.config import ModelConfig
+from mpdit.data.dataset import LatentDataset
 from mpdit.data.digits import VERSION, build_digits
-from mpdit.data.latents import PackedLatents
-from mpdit.data.manifest import Manifest
+from mpdit.data.manifest import DatasetInfo
+from mpdit.data.open import open_latents
 from mpdit.data.order import BatchPlan
 from mpdit.errors import ConfigError, DataError
 from mpdit.training.arguments import parse_arguments
 from mpdit.training.config import DIGITS, TrainConfig
 from mpdit.training.deepspeed_config import arguments_from, complete, read_ds_config, zero_stage
+from mpdit.training.initial import GIVEN_LATER, InitialWeights, load_initial, recorded_digest, weights_digest
 from mpdit.training.world import World
 
 FORMAT = "mpdit-run-1"
+CHECKPOINT_NAME = re.compile(r"step-\d{8,}")
+"""Of a committed checkpoint's folder in OUT/checkpoints."""
 
-_CASUAL = {"ds_config", "model", "override", "data", "out", "resume"} | {
+_CASUAL = {"ds_config", "model", "override", "data", "data_scale", "normalization", "out", "resume"} | {
     *("loader", "gpu_stage", "accumulation", "checkpointing", "progress", "tensorboard", "wandb"),
     *("log_every", "sample_every", "sample_steps", "sample_guidance", "checkpoint_every", "keep"),
-    *("profile", "profile_steps", "profile_ranks"),
+    *("profile", "profile_steps", "profile_ranks", "init_from", "dry_run", "plan_gpu", "plan_gpus"),
 }
-"""Fields a run may be continued with changed: they don't decide what is learnt (model and data are compared whole)."""
+"""Fields a run may be continued with changed: they don't decide what is learnt (model, data and initial weights are
+compared whole)."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +49,17 @@ class Run:
     config: TrainConfig
     model: ModelConfig
     ds: dict[str, Any]
-    dataset: PackedLatents
+    dataset: LatentDataset
     plan: BatchPlan
     world: World
     out: Path
     identity: dict[str, Any]
     """What decides the weights, flat, in JSON types; a folder holds only one identity."""
+    initial: InitialWeights | None = None
+    """What a fresh start begins from, other than the seed's weights."""
 
     @property
-    def manifest(self) -> Manifest:
+    def manifest(self) -> DatasetInfo:
         return self.dataset.manifest
 
     @property
@@ -80,10 +88,11 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
             embedded digits may have been prepared in the user's cache.
     """
     given = parse_arguments(arguments)
+    world = _planned_world(given, world)
     ds = read_ds_config(given["ds_config"])
     given |= arguments_from(ds, given, world.size)
     config = TrainConfig.create(**given)
-    config = config.replace(precision=_precision(config.precision, world))
+    config = config.replace(precision=_precision(config, world))
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("--wandb needs the wandb package: pip install 'mpdit[wandb]', or leave --wandb out")
     if config.profile == "none" and (unread := given.keys() & {"profile_steps", "profile_ranks"}):
@@ -94,7 +103,7 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
         config = config.replace(global_batch=-(-config.global_batch // parts) * parts)
     plan = BatchPlan(config.global_batch, world.size, world.rank, config.accumulation)
     config.model_config({})
-    dataset = _embedded_digits() if config.data == DIGITS else PackedLatents.open(config.data)
+    dataset = _open_data(config)
     manifest = dataset.manifest
     model = config.model_config({"channels": manifest.channels, "num_classes": manifest.num_classes})
     manifest.check_model(model)
@@ -103,7 +112,18 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
     if not config.out:
         config = config.replace(out=_default_folder(config, identity, world.size, zero_stage(ds)))
     check_folder(Path(config.out), identity, config.resume)
-    return Run(config, model, ds, dataset, plan, world, Path(config.out), identity)
+    initial = load_initial(config.init_from, model, manifest) if "init_from" in identity and _is_fresh(config) else None
+    return Run(config, model, ds, dataset, plan, world, Path(config.out), identity, initial)
+
+
+def planned_gpu(config: TrainConfig) -> Gpu | None:
+    """The GPU that --plan-gpu names, for a dry run; None when it is not given. ConfigError for one not listed."""
+    if not config.plan_gpu:
+        return None
+    gpu = find_gpu(config.plan_gpu)
+    if gpu is None:
+        raise ConfigError(f"plan_gpu {config.plan_gpu!r} is not one of {', '.join(GPUS)}: choose one of them")
+    return gpu
 
 
 def check_folder(out: Path, identity: Mapping[str, Any], resume: str) -> None:
@@ -133,7 +153,18 @@ def compare(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {theirs.get(name)} there, {ours.get(name)} here" for name in names)
 
 
-def _embedded_digits() -> PackedLatents:
+def _open_data(config: TrainConfig) -> LatentDataset:
+    if config.data == DIGITS:
+        return _embedded_digits()
+    return open_latents(
+        config.data,
+        scale=config.data_scale,
+        normalization=config.normalization,
+        num_classes=config.model_overrides.get("num_classes"),
+    )
+
+
+def _embedded_digits() -> LatentDataset:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mpdit", f"digits-{VERSION}")
     try:
         return build_digits(folder)
@@ -145,7 +176,7 @@ def _embedded_digits() -> PackedLatents:
         ) from error
 
 
-def _identity(config: TrainConfig, model: ModelConfig, manifest: Manifest) -> dict[str, Any]:
+def _identity(config: TrainConfig, model: ModelConfig, manifest: DatasetInfo) -> dict[str, Any]:
     training = {name: value for name, value in config.to_dict().items() if name not in _CASUAL}
     if config.lr_schedule == "constant":
         del training["steps"]  # such a run may be made longer
@@ -153,7 +184,31 @@ def _identity(config: TrainConfig, model: ModelConfig, manifest: Manifest) -> di
         **training,
         **{f"model.{name}": value for name, value in model.to_dict().items()},
         "data": f"{manifest.kind} {_digest(manifest.to_json())}",
+        **_origin(config),
     }
+
+
+def _origin(config: TrainConfig) -> dict[str, str]:
+    """The digest of the weights a run starts from, if any: what it was when the run began, where that is known."""
+    if not config.init_from or (config.dry_run and config.init_from == GIVEN_LATER):
+        return {}
+    known = recorded_digest(Path(config.out), config.init_from) if config.out and not _is_fresh(config) else None
+    return {"init_from": known or weights_digest(config.init_from)}
+
+
+def _is_fresh(config: TrainConfig) -> bool:
+    """Whether no checkpoint will be continued, so that initial weights are needed."""
+    folder = Path(config.out, "checkpoints")
+    committed = folder.is_dir() and any(CHECKPOINT_NAME.fullmatch(path.name) for path in folder.iterdir())
+    return config.resume == "never" or (config.resume == "auto" and not committed)
+
+
+def _planned_world(given: Mapping[str, Any], world: World) -> World:
+    """A dry run of one process may stand for the first of --plan-gpus ranks."""
+    gpus = given.get("plan_gpus", 0)
+    if not given.get("dry_run") or world.size > 1 or gpus < 1:
+        return world
+    return World(size=gpus, local_size=gpus)
 
 
 def _default_folder(config: TrainConfig, identity: Mapping[str, Any], world_size: int, stage: int) -> str:
@@ -167,11 +222,15 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _precision(wanted: str, world: World) -> str:
-    gpu = torch.cuda.is_available()
-    supported = gpu and torch.cuda.get_device_capability(world.local_rank)[0] >= 8
-    if wanted == "auto":
+def _precision(config: TrainConfig, world: World) -> str:
+    planned = planned_gpu(config) if config.dry_run else None
+    gpu = planned is not None or torch.cuda.is_available()
+    capability = (
+        planned.capability if planned else torch.cuda.get_device_capability(world.local_rank) if gpu else (0, 0)
+    )
+    supported = capability[0] >= 8
+    if config.precision == "auto":
         return "bf16" if supported else "fp32"
-    if wanted == "bf16" and gpu and not supported:
+    if config.precision == "bf16" and gpu and not supported:
         raise ConfigError("precision is bf16, which this GPU lacks: give --precision fp32")
-    return wanted
+    return config.precision

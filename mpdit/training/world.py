@@ -23,7 +23,13 @@ class World:
 
     @classmethod
     def from_environment(cls) -> World:
-        """From RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE (DeepSpeed) or LOCAL_WORLD_SIZE (torchrun)."""
+        """From RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE (DeepSpeed) or LOCAL_WORLD_SIZE (torchrun), or from srun.
+
+        Of SLURM's variables those of a job step of several tasks count, and only where no launcher has set its own: a
+        plain command in a batch script or an interactive shell has only the job's, and is alone.
+        """
+        if not {"RANK", "WORLD_SIZE"} & os.environ.keys() and _number("SLURM_STEP_NUM_TASKS", 1) > 1:
+            return cls._from_srun()
         size = _number("WORLD_SIZE", 1)
         return cls(
             rank=_number("RANK", 0),
@@ -31,6 +37,21 @@ class World:
             local_rank=_number("LOCAL_RANK", 0),
             local_size=_number("LOCAL_SIZE", _number("LOCAL_WORLD_SIZE", size)),
         )
+
+    @classmethod
+    def _from_srun(cls) -> World:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                raise ConfigError(f"srun started several ranks but {name} is not set: use launch/slurm.sh, or set it")
+        size = _number("SLURM_STEP_NUM_TASKS", 1)
+        nodes = max(1, _number("SLURM_STEP_NUM_NODES", 1))
+        return cls(_number("SLURM_PROCID", 0), size, _number("SLURM_LOCALID", 0), -(-size // nodes))
+
+
+def choose_accelerator() -> None:
+    """Tell DeepSpeed, before it is imported, that it computes on the CPU where there is no GPU."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def set_threads(world: World) -> None:
@@ -44,8 +65,7 @@ def set_threads(world: World) -> None:
 
 def connect(world: World) -> torch.device:
     """Join the ranks through DeepSpeed and return this rank's device; a rank alone needs no free port."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    choose_accelerator()
     for name, value in (("RANK", world.rank), ("WORLD_SIZE", world.size), ("LOCAL_RANK", world.local_rank)):
         os.environ.setdefault(name, str(value))
     if world.size == 1:

@@ -1,0 +1,163 @@
+"""Fine-tuning: the weights that a fresh run starts from instead of its seed's."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpdit.config import ModelConfig
+from mpdit.data.manifest import DatasetInfo, Normalization
+from mpdit.errors import CheckpointError
+from mpdit.interop.official import read_official
+from mpdit.model import MPDiT
+from mpdit.weights import load_weights, weights_folder
+
+GIVEN_LATER = "???"
+"""The value of `init_from` in a configuration file that leaves it to the command line; a dry run does without."""
+
+_TABLE = "classes.table.weight"
+_MAY_DIFFER = ("input_size", "num_classes")
+"""Positions are computed from the first, and only the class table depends on the second."""
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """Weights of a model like the run's, on the CPU."""
+
+    source: str
+    state: dict[str, Tensor]
+    """By the names of MPDiT.state_dict(); emptied by `copy_to`, so that they aren't kept while training."""
+    notes: tuple[str, ...]
+    """What a user should know of how they are used, a line each."""
+
+    def copy_to(self, model: MPDiT) -> None:
+        """Replace the fresh weights of `model`; of a class table of another size only the null class, its last row."""
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                value = self.state.pop(name)
+                if value.shape == parameter.shape:
+                    parameter.copy_(value)
+                else:
+                    parameter[-1].copy_(value[-1])
+
+
+def weights_digest(source: str) -> str:
+    """SHA-256, in hex, of the file that holds the weights of `source`. CheckpointError when there is none."""
+    if source == GIVEN_LATER:
+        raise CheckpointError("init_from is still to be given: add --init-from with the weights to start from")
+    path = Path(source)
+    file = path if _is_official(path) else weights_folder(path) / "model.safetensors"
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"init_from {source} can't be read: {error}") from error
+
+
+def recorded_digest(out: Path, source: str) -> str | None:
+    """The digest that the run in `out` wrote down when it was started from `source`, whatever is there by now."""
+    try:
+        described = json.loads((out / "config.json").read_text())
+        digest = described["identity"]["init_from"]
+        return str(digest) if described["training"]["init_from"] == source else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def load_initial(source: str, config: ModelConfig, data: DatasetInfo) -> InitialWeights:
+    """Load and check weights for a model of `config` that is to be trained on `data`.
+
+    A run's folder gives its EMA, an official checkpoint its entry "ema" or, being a plain state dict, itself.
+
+    Raises:
+        CheckpointError: nothing there, damaged, not finite, or of a model that differs in more than input_size and
+            num_classes.
+    """
+    path = Path(source)
+    model, metadata = _read_official(path, config) if _is_official(path) else load_weights(path)
+    _check_fit(source, model.config, config)
+    state = {name: value.detach() for name, value in model.named_parameters()}
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise CheckpointError(f"init_from {source} holds NaN or infinity in {name}: give weights of a sound run")
+    notes = [_classes(source, model.config, config), _normalization(source, metadata, data)]
+    return InitialWeights(source, state, tuple(note for note in notes if note))
+
+
+def _is_official(path: Path) -> bool:
+    return path.is_file() and path.suffix != ".safetensors"
+
+
+def _read_official(path: Path, config: ModelConfig) -> tuple[MPDiT, dict[str, Any]]:
+    """Heads and convention, which no shape shows, are the file's where it says them, else the run's."""
+    try:
+        return read_official(path)
+    except CheckpointError:
+        return read_official(path, config.heads, convention=config.convention)
+
+
+def _check_fit(source: str, theirs: ModelConfig, ours: ModelConfig) -> None:
+    there, here = _compared(theirs), _compared(ours)
+    for name in {**here, **there}:
+        if there.get(name) != here.get(name):
+            raise CheckpointError(
+                f"init_from {source} has {name} {there.get(name)} and this run's model {here.get(name)}: give the "
+                f"--model and --override it was trained with; only {' and '.join(_MAY_DIFFER)} may differ"
+            )
+
+
+def _compared(config: ModelConfig) -> dict[str, Any]:
+    """The fields that decide what the weights mean, without those that this configuration doesn't read."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)}
+    unread = {
+        "class_tokens": config.class_conditioning == "added",
+        "time_width": config.time_embedding == "sinusoidal",
+        "transition": len(config.stages) == 1,
+        "skip": len(config.stages) == 1,
+    }
+    fields["stages"] = [[stage.patch, stage.blocks] for stage in config.stages]
+    return {name: value for name, value in fields.items() if name not in _MAY_DIFFER and not unread.get(name)}
+
+
+def _classes(source: str, theirs: ModelConfig, ours: ModelConfig) -> str:
+    if theirs.num_classes == ours.num_classes:
+        return ""
+    return (
+        f"{source} has {theirs.num_classes} classes and this run {ours.num_classes}: they start afresh, "
+        "the null class is kept"
+    )
+
+
+def _normalization(source: str, metadata: Mapping[str, Any], data: DatasetInfo) -> str:
+    """A warning where the weights know latents of another offset or scale: training can mend that, but unasked."""
+    written = metadata.get("data", {}).get("normalization")
+    if not written:
+        return f"{source} does not say how its latents were normalised: make sure that these are alike"
+    theirs, ours = Normalization(**written), data.normalization
+    if _alike(theirs, ours):
+        return ""
+    return (
+        f"warning: {source} was trained on latents normalised by mean {_round(theirs.mean)} and std "
+        f"{_round(theirs.std)}, this data is normalised by mean {_round(ours.mean)} and std {_round(ours.std)}: "
+        "what the model knows is shifted, so normalise alike unless it is meant"
+    )
+
+
+def _alike(theirs: Normalization, ours: Normalization) -> bool:
+    """Whether latents normalised by either differ by less than a hundredth of their std."""
+    if len(theirs.mean) != len(ours.mean):
+        return False
+    rows = zip(theirs.mean, theirs.std, ours.mean, ours.std, strict=True)
+    return all(abs(a - b) <= 0.01 * t and abs(s - t) <= 0.01 * t for a, s, b, t in rows)
+
+
+def _round(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:.3g}" for value in values)

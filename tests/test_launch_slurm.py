@@ -1,0 +1,156 @@
+"""launch/slurm.sh against a srun and a scontrol of our own, and ranks as SLURM's variables give them."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from deepspeed.launcher.runner import fetch_hostfile
+from training_runs import REPOSITORY, TINY, ds_config, free_port
+
+from mpdit.errors import ConfigError
+from mpdit.training.world import World
+
+SCRIPT = REPOSITORY / "launch" / "slurm.sh"
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of commands, first on PATH, that has a scontrol; the environment of a job; the repository as folder."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    _command(
+        commands / "scontrol",
+        f'echo "scontrol $*" >> {tmp_path}/calls\n[ "$1" != show ] || printf "node-7\\nnode-8\\n"',
+    )
+    for name in (*LAUNCHER_VARIABLES, "PYTHON", "SRUN", *(name for name in os.environ if name.startswith("SLURM_"))):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHON", sys.executable)
+    # A batch script's own: the job's tasks, of which it is none.
+    for name, value in {"JOB_ID": "81234", "JOB_NODELIST": "node-[7-8]", "NTASKS": "16", "PROCID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.chdir(REPOSITORY)
+    return commands
+
+
+def _command(path: Path, body: str) -> None:
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(0o755)
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # SLURM runs a copy, so the script must not look beside itself.
+    return subprocess.run(
+        ["bash", "-s", "--", *arguments],
+        input=SCRIPT.read_text(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_one_task_a_gpu_is_started_with_the_arguments(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _command(cluster / "srun", 'printf "%q " "$@"; echo "$MASTER_ADDR $MASTER_PORT"; exit 3')
+    monkeypatch.setenv("SRUN", "--cpu-bind=cores --mpi=none")
+    done = _run("--config", "launch/imagenet256_xl.yaml", "--out", "a b")
+    assert done.returncode == 3, "as srun says"
+    assert shlex.split(done.stdout) == [
+        *("--kill-on-bad-exit=1", "--cpus-per-task=8", "--cpu-bind=cores", "--mpi=none"),
+        *(sys.executable, "launch/train.py", "--config", "launch/imagenet256_xl.yaml", "--out", "a b"),
+        *("node-7", "21234"),
+    ]
+
+
+def test_the_job_requeues_itself_when_told_that_time_is_up(cluster: Path, tmp_path: Path) -> None:
+    _command(cluster / "srun", f"touch {tmp_path}/started; while [ ! -f {tmp_path}/end ]; do sleep 0.05; done; exit 7")
+    script = tmp_path / "script.sh"
+    script.write_text(SCRIPT.read_text())
+    job = subprocess.Popen(["bash", str(script), "--help"], stderr=subprocess.PIPE, text=True)
+    _wait_for(tmp_path / "started")
+    job.send_signal(signal.SIGUSR1)
+    while "requeue" not in (tmp_path / "calls").read_text():
+        assert job.poll() is None
+        time.sleep(0.02)
+    assert job.poll() is None, "the step goes on until SLURM ends it"
+    (tmp_path / "end").touch()
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 7
+    assert "back into the queue" in errors
+    assert "scontrol requeue 81234" in (tmp_path / "calls").read_text()
+
+
+def _wait_for(path: Path) -> None:
+    for _ in range(1000):
+        if path.exists():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{path} did not come")
+
+
+def test_wrong_use_is_one_line_and_exit_code_2(cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = _run()
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "no arguments" in done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert "submit from the repository's folder" in _run("--help").stderr
+    monkeypatch.delenv("SLURM_JOB_ID")
+    done = _run("--help")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "this is no SLURM job" in done.stderr
+
+
+def test_two_tasks_meet_and_train(cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun as it is on two nodes of one task each, both of them here."""
+    _command(
+        cluster / "srun",
+        "while [[ $1 == --* ]]; do shift; done\n"
+        "export MASTER_ADDR=127.0.0.1 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NUM_NODES=2 SLURM_LOCALID=0\n"
+        'SLURM_PROCID=1 "$@" & first=$!\nSLURM_PROCID=0 "$@" || exit; wait $first',
+    )
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    out = tmp_path / "out"
+    done = _run("--ds_config", ds_config(2), *TINY, "--steps", "2", "--warmup", "0", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "over 2 ranks" in done.stderr
+    assert (out / "checkpoints" / "step-00000002" / "manifest.json").exists()
+
+
+def test_ranks_are_those_of_the_step(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert World.from_environment() == World(), "a command in the batch script is alone"
+    for name, value in {"STEP_NUM_TASKS": "15", "STEP_NUM_NODES": "2", "PROCID": "9", "LOCALID": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with pytest.raises(ConfigError, match="MASTER_ADDR is not set: use launch/slurm"):
+        World.from_environment()
+    monkeypatch.setenv("MASTER_ADDR", "node-7")
+    with pytest.raises(ConfigError, match="MASTER_PORT is not set"):
+        World.from_environment()
+    monkeypatch.setenv("MASTER_PORT", "21234")
+    assert World.from_environment() == World(rank=9, size=15, local_rank=1, local_size=8)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert World.from_environment() == World(), "an interactive shell is a step of one task"
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "15")
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert World.from_environment() == World(rank=3, size=4, local_rank=0, local_size=4), "a launcher's own go first"
+
+
+def test_the_example_of_a_hostfile_is_one() -> None:
+    assert fetch_hostfile(str(REPOSITORY / "launch" / "hostfile.example")) == {"worker-1": 8, "worker-2": 8}
