@@ -59,11 +59,6 @@ def run_parts(job: Job, parts: int, *, processes: int = 1, device: str = "auto",
     processes have been ended; finished parts stay. KeyboardInterrupt on SIGINT and SIGTERM.
     """
     world = World.from_environment()
-    if world.size > 1 and processes > 1:
-        raise ConfigError(
-            f"{processes} processes are asked for in each of a launcher's {world.size} ranks: ask for one, or start "
-            "without the launcher"
-        )
     devices = choose_devices(device, processes, world)
     todo = job.todo()
     total = sum(job.size(part) for part in range(parts))
@@ -85,7 +80,15 @@ def run_parts(job: Job, parts: int, *, processes: int = 1, device: str = "auto",
 
 
 def choose_devices(device: str, processes: int, world: World | None = None) -> list[torch.device]:
-    """A device for each process: its own GPU, or the CPU for all. ConfigError when there are too few GPUs."""
+    """A device for each process: its own GPU, or the CPU for all.
+
+    ConfigError when there are too few GPUs, or a launcher has started processes and more are asked for.
+    """
+    if world and world.size > 1 and processes > 1:
+        raise ConfigError(
+            f"{processes} processes are asked for in each of a launcher's {world.size} ranks: ask for one, or start "
+            "without the launcher"
+        )
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cpu" or (device == "auto" and not gpus):
         return [torch.device("cpu")] * processes

@@ -1,0 +1,89 @@
+"""Decoding ahead of the encoder: threads read, decode and crop images while it works on those before."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdit.extraction.crop import decode_image
+from mpdit.extraction.listing import BrokenImage, ImageList
+
+_BATCHES_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A batch of images side by side in the list, less the broken ones."""
+
+    images: NDArray[np.uint8]
+    """[B, H, W, 3]."""
+    indices: NDArray[np.int64]
+    """Of each in the list, [B]."""
+    broken: list[tuple[int, str]]
+    """Index and reason of those left out."""
+    decode_seconds: float
+    """That threads spent on this batch, all together."""
+    waited_seconds: float
+    """That the reader of the batches waited for it."""
+
+
+class Decoder:
+    """Threads that decode images of a list; they let go of the interpreter's lock while PIL decodes and resizes."""
+
+    def __init__(self, images: ImageList, size: int, workers: int) -> None:
+        self._images, self._size, self._workers = images, size, workers
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+
+    def batches(self, start: int, stop: int, batch: int) -> Iterator[Decoded]:
+        """The images start .. stop - 1 of the list, `batch` at a time, decoded ahead in bounded memory.
+
+        Batches are cut at the same places whatever is broken. DataError when the source can't be read.
+        """
+        ahead = _BATCHES_AHEAD + 2 * self._workers // batch
+        waiting: deque[list[Future[tuple[NDArray[np.uint8] | str, float]]]] = deque()
+        first = start
+        try:
+            for begin in range(start, stop, batch):
+                waiting.append([self._pool.submit(self._decode, i) for i in range(begin, min(begin + batch, stop))])
+                if len(waiting) > ahead:
+                    yield _collect(first, waiting.popleft())
+                    first += batch
+            while waiting:
+                yield _collect(first, waiting.popleft())
+                first += batch
+        finally:
+            for futures in waiting:
+                for future in futures:
+                    future.cancel()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def _decode(self, index: int) -> tuple[NDArray[np.uint8] | str, float]:
+        """Pixels, or why there are none, and the seconds that took."""
+        started = time.perf_counter()
+        try:
+            result: NDArray[np.uint8] | str = decode_image(self._images.read(index), self._size)
+        except BrokenImage as error:
+            result = str(error)
+        return result, time.perf_counter() - started
+
+
+def _collect(first: int, futures: list[Future[tuple[NDArray[np.uint8] | str, float]]]) -> Decoded:
+    started = time.perf_counter()
+    results = [future.result() for future in futures]
+    waited = time.perf_counter() - started
+    whole = [(index, pixels) for index, (pixels, _) in enumerate(results, first) if not isinstance(pixels, str)]
+    return Decoded(
+        images=np.stack([pixels for _, pixels in whole]) if whole else np.empty((0, 0, 0, 3), np.uint8),
+        indices=np.array([index for index, _ in whole], np.int64),
+        broken=[(index, reason) for index, (reason, _) in enumerate(results, first) if isinstance(reason, str)],
+        decode_seconds=sum(seconds for _, seconds in results),
+        waited_seconds=waited,
+    )

@@ -1,0 +1,126 @@
+"""Decoding and ADM's centre crop: the pixels that are encoded, or why there are none."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from extraction_data import encoded, pixels
+from PIL import Image
+
+from mpdit.extraction.crop import center_crop, decode_image
+from mpdit.extraction.listing import BrokenImage
+
+BOX, BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "halved", "resized", "corner"),
+    [
+        (150, 97, [(75, 48)], (50, 32), (9, 0)),  # 97 >= 64 is halved once; 32 / 48 of 75 is 50
+        (97, 401, [(48, 200)], (32, 133), (0, 50)),  # 200 / 1.5 = 133.33, and (133 - 32) // 2 = 50
+        (640, 128, [(320, 64), (160, 32)], (160, 32), (64, 0)),  # twice, to the size itself
+        (33, 63, [], (32, 61), (0, 14)),  # below twice the size: bicubic alone
+        (32, 32, [], (32, 32), (0, 0)),
+        (20, 10, [], (64, 32), (16, 0)),  # enlarged
+    ],
+)
+def test_center_crop_is_that_of_adm(
+    width: int, height: int, halved: list[tuple[int, int]], resized: tuple[int, int], corner: tuple[int, int]
+) -> None:
+    image = Image.fromarray(pixels(1, width, height))
+    cropped = center_crop(image, 32)
+    for size in halved:
+        image = image.resize(size, BOX)
+    left, top = corner
+    expected = np.asarray(image.resize(resized, BICUBIC))[top : top + 32, left : left + 32]
+    assert cropped.shape == (32, 32, 3) and cropped.dtype == np.uint8
+    np.testing.assert_array_equal(cropped, expected)
+
+
+def test_halving_is_the_mean_of_two_by_two_pixels() -> None:
+    image = pixels(2, 64, 64)
+    means = image.astype(float).reshape(32, 2, 32, 2, 3).mean(axis=(1, 3))
+    np.testing.assert_allclose(
+        center_crop(Image.fromarray(image), 32), means, atol=1.01
+    )  # rows and columns are rounded one after the other
+
+
+SQUARE = pixels(3, 32, 32)
+GREY = SQUARE[..., 0]
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF", "JPEG"])
+def test_formats(format: str) -> None:
+    options: dict[str, object] = {"lossless": True} if format == "WEBP" else {}
+    decoded = decode_image(encoded(SQUARE, format, **options), 32)
+    if format in ("GIF", "JPEG"):
+        assert np.abs(decoded.astype(int) - SQUARE).mean() < 25
+    else:
+        np.testing.assert_array_equal(decoded, SQUARE)
+
+
+def test_modes_become_rgb_as_pil_converts_them() -> None:
+    three = np.repeat(GREY[..., None], 3, axis=2)
+    alpha = np.dstack([SQUARE, np.zeros_like(GREY)])  # invisible, and still its colours: alpha is dropped
+    palette = Image.fromarray(SQUARE).quantize(32)
+    sixteen = GREY.astype(np.uint16) * 256 + 77
+    cases = [
+        (encoded(GREY), three),
+        (encoded(np.dstack([GREY, GREY])), three),
+        (encoded(alpha), SQUARE),
+        (encoded(palette), np.asarray(palette.convert("RGB"))),
+        (encoded(palette, transparency=3), np.asarray(palette.convert("RGB"))),
+        (encoded(palette, "GIF"), np.asarray(palette.convert("RGB"))),
+        (encoded(Image.fromarray(GREY > 99)), np.repeat((GREY > 99)[..., None] * np.uint8(255), 3, axis=2)),
+        (encoded(sixteen), three),
+        (encoded(sixteen, "TIFF"), three),
+        (b"P5 32 32 65535\n" + sixteen.astype(">u2").tobytes(), three),
+        (encoded(Image.fromarray(SQUARE).convert("CMYK"), "TIFF"), SQUARE),
+    ]
+    for data, expected in cases:
+        np.testing.assert_array_equal(decode_image(data, 32), expected)
+    cmyk = decode_image(encoded(Image.fromarray(SQUARE).convert("CMYK"), "JPEG", quality=95), 32)
+    assert np.abs(cmyk.astype(int) - SQUARE).mean() < 25
+
+
+def test_orientation_is_not_applied_as_adm_does_not() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain, turned = (encoded(SQUARE, "JPEG", **options) for options in ({}, {"exif": exif}))
+    np.testing.assert_array_equal(decode_image(plain, 32), decode_image(turned, 32))
+
+
+def test_the_first_of_several_frames() -> None:
+    frames = [Image.fromarray(np.full((32, 32), value, np.uint8)) for value in (10, 200)]
+    assert (decode_image(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), 32) == 10).all()
+
+
+def _png(width: int, height: int, data: bytes = b"") -> bytes:
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+
+
+BROKEN = {
+    "no image": (b"hello", "is no image that can be decoded"),
+    "jpeg cut": (encoded(SQUARE, "JPEG")[:400], "can't be decoded"),
+    "png cut": (encoded(SQUARE)[:300], "can't be decoded"),
+    "webp cut": (encoded(SQUARE, "WEBP")[:80], "decoded"),
+    "png damaged": (encoded(SQUARE)[:200] + b"\0\0\0\0" + encoded(SQUARE)[204:], "can't be decoded"),
+    "png of no size": (_png(0, 5), "decoded"),
+    "bomb": (_png(60_000, 60_000), "can't be decoded: Image size .* exceeds limit"),
+    "thread": (_png(1, 200_000, b"\0\1\2\3" * 200_000), "too long and thin"),
+    "float": (encoded(Image.fromarray(GREY.astype(np.float32)), "TIFF"), "floating-point"),
+    "32 bits": (encoded(Image.fromarray(GREY.astype(np.int32) << 12), "TIFF"), "32-bit"),
+}
+
+
+@pytest.mark.parametrize(("data", "message"), BROKEN.values(), ids=BROKEN.keys())
+def test_broken_images_say_why(data: bytes, message: str) -> None:
+    with pytest.raises(BrokenImage, match=message):
+        decode_image(data, 32)
