@@ -1,25 +1,39 @@
-"""`mpdit evaluate`: the figures of a trained model."""
+"""`mpdit evaluate`: the figures of samples, or of a model of the digits."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
-from mpdit.commands.arguments import add_sampler, add_weights, load_model, sampler
+from mpdit.commands.arguments import add_sampler, load_model, pick_device, sampler, whole
 from mpdit.commands.outcome import Outcome
 from mpdit.commands.outputs import check_file
+from mpdit.errors import CheckpointError, ConfigError
 from mpdit.evaluation.sampler import DIGITS_SAMPLER
 
-SUMMARY = "measure a trained model of the digits"
+SUMMARY = "measure samples by FID and its kin, or a trained model of the digits"
 DESCRIPTION = (
-    "Measure a model of the embedded digits: class agreement (guided samples under a classifier trained on the real "
-    "digits) and Frechet distance (unguided samples against the real set, in pixels). The figures and the "
-    "protocol they were measured by are written to evaluation.json too."
+    "Measure images against a reference: FID, sFID, Inception Score, precision and recall, as ADM's evaluator defines "
+    "them. Or make such a reference of images (--write-reference). Or measure a model of the embedded digits: class "
+    "agreement (guided samples under a classifier trained on the real digits) and Frechet distance (unguided samples "
+    "against the real set, in pixels). The figures and the protocol they were measured by are written to "
+    "evaluation.json too."
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_weights(parser)
+    parser.add_argument(
+        "weights",
+        metavar="RUN_OR_WEIGHTS_OR_SAMPLES",
+        type=Path,
+        help="images: a folder that `mpdit sample` wrote, a folder of images (any depth), or an npz with arr_0. "
+        "Or a model of the digits: a training run's folder (its EMA weights), a folder with model.safetensors and "
+        "config.json, or the model.safetensors itself",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is cuda where there is one (default: auto)"
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -27,19 +41,136 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where to write figures and protocol as JSON "
         "(default: evaluation.json in the folder given, or beside the file)",
     )
+    group = parser.add_argument_group("images")
+    group.add_argument(
+        "--reference",
+        type=Path,
+        metavar="REF",
+        help="what to measure images against: ADM's reference npz (mu, sigma, mu_s, sigma_s, arr_0), a folder of "
+        "images, or an npz of them (default: none)",
+    )
+    group.add_argument(
+        "--write-reference",
+        type=Path,
+        metavar="REF.npz",
+        help="make ADM's reference npz of the images instead of measuring them (default: none)",
+    )
+    group.add_argument(
+        "--image-size",
+        type=whole(1),
+        metavar="N",
+        help="crop the images of a reference's folder to N x N pixels, as `mpdit extract` does (default: none is "
+        "cropped, they must be of one size)",
+    )
+    group.add_argument(
+        "--inception",
+        type=Path,
+        metavar="FILE",
+        help="weights of torch-fidelity's Inception (default: torch hub's cache, filled by a download where empty)",
+    )
     add_sampler(parser, DIGITS_SAMPLER)
 
 
 def run(args: argparse.Namespace) -> Outcome:
+    if _is_model(args.weights):
+        return _measure_model(args)
+    if args.write_reference is not None:
+        return _write_reference(args)
+    return _measure_images(args)
+
+
+def _measure_model(args: argparse.Namespace) -> Outcome:
     from mpdit.evaluation.digits import check_digits, evaluate_digits
 
     settings = sampler(args)
+    for name in ("reference", "write_reference", "image_size", "inception"):
+        if getattr(args, name) is not None:
+            raise ConfigError(
+                f"{_option(name)} is for images, and {args.weights} is a model: draw images from it first, `mpdit "
+                f"sample {args.weights} --out DIR`, then evaluate DIR"
+            )
     model, metadata = load_model(args)
     check_digits(metadata)
-    folder = args.weights if args.weights.is_dir() else args.weights.parent
-    out = args.out or folder / "evaluation.json"
-    check_file(out)
+    out = _out(args)
     result = evaluate_digits(model, metadata, settings, progress=True)
     result.save(out)
     text = f"{result}\nclassifier on held-out real digits: {result.classifier_accuracy:.3f}\nwritten to {out}"
     return Outcome(text, result.to_dict())
+
+
+def _measure_images(args: argparse.Namespace) -> Outcome:
+    from mpdit.evaluation.adm import check_comparable, evaluate_images
+    from mpdit.evaluation.image_sets import open_images
+    from mpdit.evaluation.inception import Inception
+    from mpdit.evaluation.reference import Reference
+
+    if args.reference is None:
+        if not args.weights.exists():
+            raise ConfigError(f"{args.weights} does not exist: give images, a run's folder or a folder of weights")
+        raise ConfigError(
+            f"{args.weights} holds no weights: to measure images give --reference REF.npz as well, to measure a model "
+            "a run's folder or a folder with model.safetensors and config.json"
+        )
+    _refuse_sampler(args)
+    out, device = _out(args), pick_device(args.device)
+    samples, reference = open_images(args.weights), Reference(args.reference, args.image_size)
+    check_comparable(samples, reference)
+    inception = Inception(args.inception, device)
+    result = evaluate_images(samples, reference, inception, batch=args.batch, progress=True)
+    result.save(out)
+    return Outcome(f"{result}\n{len(samples)} samples against {args.reference}; written to {out}", result.to_dict())
+
+
+def _write_reference(args: argparse.Namespace) -> Outcome:
+    from mpdit.evaluation.image_sets import open_images
+    from mpdit.evaluation.inception import Inception
+    from mpdit.evaluation.reference import write_reference
+
+    path = args.write_reference
+    for name in ("reference", "out"):
+        if getattr(args, name) is not None:
+            raise ConfigError(f"--write-reference measures nothing, so it doesn't go with {_option(name)}")
+    _refuse_sampler(args)
+    check_file(path, "--write-reference")
+    if path.suffix != ".npz" or path.exists():
+        reason = "exists: nothing is overwritten, so give a new name" if path.exists() else "must end in .npz"
+        raise ConfigError(f"--write-reference {path} {reason}")
+    device = pick_device(args.device)
+    images = open_images(args.weights, args.image_size)
+    inception = Inception(args.inception, device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figures = write_reference(images, path, inception, batch=args.batch, label="reference")
+    text = f"statistics of {figures['images']} images and {figures['kept_images']} of them: {path}"
+    return Outcome("\n".join([text, *(f"warning: {warning}" for warning in figures["warnings"])]), figures)
+
+
+def _is_model(path: Path) -> bool:
+    from mpdit.weights import weights_folder
+
+    try:
+        weights_folder(path)
+    except CheckpointError:
+        return path.suffix == ".safetensors"  # what is wrong with it is told when it is loaded
+    return True
+
+
+def _out(args: argparse.Namespace) -> Path:
+    """Where the figures go, checked before the work."""
+    folder: Path = args.weights if args.weights.is_dir() else args.weights.parent
+    out: Path = args.out or folder / "evaluation.json"
+    check_file(out)
+    return out
+
+
+def _refuse_sampler(args: argparse.Namespace) -> None:
+    """ConfigError for settings of the sampler: images are drawn already. --batch is theirs too."""
+    asked = sampler(args)
+    for field in dataclasses.fields(asked):
+        if field.name != "batch" and getattr(asked, field.name) != getattr(DIGITS_SAMPLER, field.name):
+            raise ConfigError(
+                f"{_option(field.name)} is for models, and {args.weights} holds images, drawn already: leave it out"
+            )
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,286 @@
+"""Sets of images: every kind of folder and npz gives the same pixels in the same order, and bad ones are told."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import mpdit
+from mpdit import cli
+from mpdit.errors import DataError
+from mpdit.evaluation.image_sets import ImageSet, list_images, open_images
+from mpdit.evaluation.npz import NpzReader, new_npz
+from mpdit.extraction.crop import decode_image
+from mpdit.weights import save_weights
+
+
+def pictures(count: int = 7, side: int = 6, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+
+
+def write_folder(folder: Path, images: np.ndarray, name: str = "{:06d}.png") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(folder / name.format(index))
+    return folder
+
+
+def read(images: ImageSet, batch: int = 3) -> np.ndarray:
+    parts = list(images.batches(batch))
+    assert all(len(part) == batch for part in parts[:-1])
+    return np.concatenate(parts)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7, 100])
+@pytest.mark.parametrize("kind", ["folder", "arr_0", "images", "compressed", "sample folder", "sample npz"])
+def test_the_same_pixels_in_the_same_order(kind: str, batch: int, tmp_path: Path) -> None:
+    expected = pictures()
+    path = tmp_path / "set"
+    if kind == "folder":
+        write_folder(path, expected)
+    elif kind == "sample folder":
+        write_folder(path / "images", expected)
+        write_folder(path, pictures(1, 40), "grid.png")
+        (path / "protocol.json").write_text('{"steps": 4}')
+    elif kind == "sample npz":
+        write_folder(path, pictures(1, 40), "grid.png")
+        np.savez(path / "samples.npz", images=expected, classes=np.arange(7), protocol=json.dumps({"steps": 4}))
+    else:
+        path = tmp_path / "set.npz"
+        save: Any = np.savez_compressed if kind == "compressed" else np.savez
+        save(path, **{"images" if kind == "images" else "arr_0": expected, "classes": np.arange(7)})
+    images = open_images(path)
+    assert len(images) == 7 and images.size == (6, 6)
+    assert images.protocol == ({"steps": 4} if kind.startswith("sample") else None)
+    np.testing.assert_array_equal(read(images, batch), expected)
+    np.testing.assert_array_equal(read(images, batch), expected)  # as often as asked
+
+
+def test_a_tree_in_the_order_of_its_paths(tmp_path: Path) -> None:
+    expected = pictures(5)
+    names = ("a/b/2.png", "a/b.PNG", "a0.png", "b/1.png", "b/c/d/3.png")
+    for name, image in zip(names, expected, strict=True):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / name)
+    write_folder(tmp_path / ".hidden", pictures(2, 9))
+    write_folder(tmp_path, pictures(1, 9), ".{}.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "b" / "loop").symlink_to(tmp_path)
+    (tmp_path / "evaluation.json").write_text("{}")
+    assert [str(file.relative_to(tmp_path)) for file in list_images(tmp_path)] == list(names)
+    np.testing.assert_array_equal(read(open_images(tmp_path)), expected)
+
+
+def test_linked_class_folders_are_read(tmp_path: Path) -> None:
+    write_folder(tmp_path / "elsewhere", pictures(2))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "n01440764").symlink_to(tmp_path / "elsewhere")
+    assert len(open_images(tmp_path / "set")) == 2
+
+
+def test_grey_palette_and_alpha_become_rgb(tmp_path: Path) -> None:
+    colour = pictures(1)[0]
+    grey = colour[..., 0]
+    see_through = np.dstack([colour, np.full((6, 6), 128, np.uint8)])
+    Image.fromarray(grey).save(tmp_path / "0.png")
+    Image.fromarray(see_through).save(tmp_path / "1.png")
+    Image.fromarray(colour).quantize(4).save(tmp_path / "2.png")
+    images = open_images(tmp_path)
+    pixels = read(images)
+    np.testing.assert_array_equal(pixels[0], np.repeat(grey[..., None], 3, axis=2))
+    np.testing.assert_array_equal(pixels[1], colour)
+    assert len(np.unique(pixels[2].reshape(-1, 3), axis=0)) <= 4
+    assert images.notes == (f"1 of 3 images in {tmp_path} have an alpha channel, which is ignored",)
+
+    np.savez(tmp_path / "grey.npz", images=np.stack([grey] * 3))
+    np.savez(tmp_path / "one.npz", arr_0=np.stack([grey] * 3)[..., None])
+    for name in ("grey.npz", "one.npz"):
+        np.testing.assert_array_equal(read(open_images(tmp_path / name), 2)[2], pixels[0])
+
+
+def test_jpegs_are_decoded_as_pil_decodes_them(tmp_path: Path) -> None:
+    Image.fromarray(pictures(1, 16)[0]).save(tmp_path / "a.JPEG", quality=90)
+    Image.fromarray(pictures(1, 16, 1)[0]).convert("CMYK").save(tmp_path / "b.jpg")
+    pixels = read(open_images(tmp_path))
+    for name, image in zip(("a.JPEG", "b.jpg"), pixels, strict=True):
+        np.testing.assert_array_equal(image, np.asarray(Image.open(tmp_path / name).convert("RGB")))
+
+
+def test_all_broken_images_are_counted_and_the_first_named(tmp_path: Path) -> None:
+    write_folder(tmp_path, pictures(12))
+    for index in (1, 5, 6, 7, 8, 9, 10):
+        file = tmp_path / f"{index:06d}.png"
+        file.write_bytes(file.read_bytes()[:60])  # the header is whole
+    images = open_images(tmp_path)
+    seen = []
+    with pytest.raises(DataError, match=r"7 images in .* \(000001\.png, .*000008\.png, \.\.\.\) can't be decoded"):
+        seen.extend(images.batches(2))
+    assert seen == []
+    for index in (0, 3):
+        (tmp_path / f"{index:06d}.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"2 images in .* \(000000\.png, 000003\.png\) can't be read as images"):
+        open_images(tmp_path)
+
+
+def test_images_of_two_sizes(tmp_path: Path) -> None:
+    write_folder(tmp_path / "a", pictures(3))
+    Image.fromarray(pictures(1, 8)[0][:, :5]).save(tmp_path / "b.png")
+    with pytest.raises(DataError, match=r"differ in size .*a/000000\.png 6 x 6 and b\.png 5 x 8"):
+        open_images(tmp_path)
+
+
+def test_sixteen_bits_keep_their_upper_eight_and_unknown_ranges_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((6, 6), 40_000, np.uint16)).save(tmp_path / "deep.png")
+    assert (read(open_images(tmp_path)) == 40_000 >> 8).all()
+    Image.fromarray(np.full((6, 6), 0.5, np.float32)).save(tmp_path / "float.tiff", "TIFF")
+    (tmp_path / "float.tiff").rename(tmp_path / "float.png")
+    with pytest.raises(DataError, match=r"1 images in .* \(float\.png\) can't be decoded"):
+        read(open_images(tmp_path))
+
+
+def test_cropping_is_that_of_extraction(tmp_path: Path) -> None:
+    sizes = ((40, 30), (17, 60), (8, 8))
+    for index, (height, width) in enumerate(sizes):
+        Image.fromarray(pictures(1, 60, index)[0][:height, :width]).save(tmp_path / f"{index}.png")
+    images = open_images(tmp_path, crop=8)
+    assert images.size == (8, 8) and images.cropped
+    for index, pixels in enumerate(read(images, 2)):
+        np.testing.assert_array_equal(pixels, decode_image((tmp_path / f"{index}.png").read_bytes(), 8))
+    np.savez(tmp_path / "x.npz", arr_0=pictures())
+    assert len(open_images(tmp_path / "x.npz", crop=6)) == 7
+    with pytest.raises(DataError, match="are 6 x 6 pixels and an npz isn't cropped"):
+        open_images(tmp_path / "x.npz", crop=8)
+
+
+@pytest.mark.parametrize("kind", ["png", "npz", "both"])
+def test_what_mpdit_sample_writes(tmp_path: Path, kind: str) -> None:
+    model = mpdit.create_model("MPDiT-Digits/4-2", stages=((8, 1), (4, 1)), width=16, heads=2)
+    data = {"kind": "digits", "normalization": {"mean": [0.3] * 4, "std": [0.4] * 4}}
+    save_weights(tmp_path / "model", model.state_dict(), model.config, {"data": data})
+    out = tmp_path / "out"
+    arguments = ["sample", tmp_path / "model", "--out", out, "--num", 5, "--steps", 2, "--format", kind]
+    assert cli.main([str(argument) for argument in arguments]) == 0
+    images = open_images(out)
+    assert len(images) == 5 and images.size == (32, 32)
+    assert images.protocol is not None and images.protocol["steps"] == 2
+    pixels = read(images)
+    if kind != "npz":
+        files = [np.asarray(Image.open(out / "images" / f"{i:06d}.png").convert("RGB")) for i in range(5)]
+        np.testing.assert_array_equal(pixels, files)
+    if kind == "png":
+        (out / "images" / "000004.png").unlink()
+        with pytest.raises(DataError, match="holds 4 images, and their protocol says 5"):
+            open_images(out)
+        (out / "protocol.json").unlink()
+        (out / ".parts").mkdir()
+        with pytest.raises(DataError, match="unfinished samples: repeat the `mpdit sample` command"):
+            open_images(out)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "empty", "texts", "sampled"])
+def test_no_images(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a")
+    (tmp_path / "sampled" / "images").mkdir(parents=True)
+    (tmp_path / "sampled" / "protocol.json").write_text("{}")
+    write_folder(tmp_path / "sampled", pictures(1), "grid.png")
+    with pytest.raises(DataError, match=f"{name}.* (does not exist|holds no images)"):
+        open_images(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"mu": np.zeros(3)}, "holds no images: expected arr_0"),
+        ({}, "holds no images"),
+        ({"arr_0": pictures().astype(np.float32) / 255}, "float32 of shape .*uint8"),
+        ({"arr_0": pictures()[..., :2]}, r"uint8 of shape \(7, 6, 6, 2\)"),
+        ({"arr_0": np.zeros((7, 6, 6, 4), np.uint8)}, r"\(7, 6, 6, 4\)"),
+        ({"arr_0": np.zeros((0, 6, 6, 3), np.uint8)}, "at least one image"),
+        ({"arr_0": np.uint8(3)}, "a number"),
+        ({"arr_0": np.asfortranarray(pictures())}, "Fortran"),
+        ({"arr_0": np.array([{}], dtype=object)}, "object of shape"),
+        ({"arr_0": pictures(), "protocol": "{"}, "is no JSON"),
+        ({"arr_0": pictures(), "protocol": "[3]"}, "is list, not an object"),
+        ({"arr_0": pictures(), "protocol": np.array({}, dtype=object)}, "damaged or no npz"),
+    ],
+)
+def test_wrong_npz(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(DataError, match=message):
+        open_images(tmp_path / "x.npz")
+
+
+def test_no_npz_at_all(tmp_path: Path) -> None:
+    for name, content in (("text.npz", b"hello"), ("empty.npz", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"{name} is damaged or no npz"):
+            open_images(tmp_path / name)
+
+
+@pytest.mark.parametrize("place", [0.3, 0.6, 0.95])
+def test_damaged_pixels_in_an_npz(tmp_path: Path, place: float) -> None:
+    file = tmp_path / "x.npz"
+    np.savez(file, arr_0=pictures(40))
+    content = bytearray(file.read_bytes())
+    content[int(len(content) * place)] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"x\.npz is damaged"):
+        read(open_images(file), 8)
+    file.write_bytes(content[: int(len(content) * place)])
+    with pytest.raises(DataError, match="is damaged or no npz"):
+        open_images(file)
+
+
+@pytest.mark.parametrize("claimed", [6, 8])
+def test_npz_of_another_length_than_its_header_says(tmp_path: Path, claimed: int) -> None:
+    stream = io.BytesIO()
+    header = {"descr": "|u1", "fortran_order": False, "shape": (claimed, 6, 6, 3)}
+    np.lib.format.write_array_header_1_0(stream, header)
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("arr_0.npy", stream.getvalue() + pictures(7).tobytes())
+    with pytest.raises(DataError, match="goes on after" if claimed == 6 else "ends in row"):
+        read(open_images(tmp_path / "x.npz"))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff"])
+def test_damaged_protocol_beside_images(tmp_path: Path, text: str) -> None:
+    write_folder(tmp_path / "images", pictures(1))
+    (tmp_path / "protocol.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=r"protocol\.json"):
+        open_images(tmp_path)
+
+
+def test_npz_written_in_parts_is_numpys(tmp_path: Path) -> None:
+    images = pictures(9)
+    with new_npz(tmp_path / "x.npz") as npz:
+        with npz.rows("arr_0", images.shape, np.uint8) as write:
+            write(images[:4])
+            write(images[4:])
+        npz.array("mu", np.arange(3.0))
+        npz.array("text", np.array("{}"))
+        assert not (tmp_path / "x.npz").exists()
+    with np.load(tmp_path / "x.npz", allow_pickle=False) as file:
+        np.testing.assert_array_equal(file["arr_0"], images)
+        assert file["mu"].tolist() == [0, 1, 2] and str(file["text"]) == "{}"
+    assert NpzReader(tmp_path / "x.npz").keys == ("arr_0", "mu", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
+
+
+@pytest.mark.parametrize("rows", [3, 5])
+def test_npz_of_too_few_or_many_rows_is_not_written(tmp_path: Path, rows: int) -> None:
+    with (
+        pytest.raises(ValueError, match="rows came"),
+        new_npz(tmp_path / "x.npz") as npz,
+        npz.rows("arr_0", (4, 6, 6, 3), np.uint8) as write,
+    ):
+        write(pictures(rows))
+    assert list(tmp_path.iterdir()) == []
