@@ -28,7 +28,7 @@ demo: $(INSTALLED)  ## train on the embedded digits, then judge the samples (abo
 	$(BIN)/mpdit evaluate $(DEMO)
 
 test: $(INSTALLED)  ## run the tests (minutes), without those of make nightly
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist loadfile
 
 nightly: $(INSTALLED)  ## run the tests left out there: real training, and the kernels on wide drawn sets (long)
 	$(BIN)/python -m pytest -m slow

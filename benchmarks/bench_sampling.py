@@ -1,15 +1,14 @@
 """Guided sampling: Euler steps from noise to latents, with our sampler and in a CUDA graph.
 
-A graph holds one guided step with its tensors in fixed places, and is replayed for every time. The official sampler is
-run as its sample.py does: fp32 with TF32, without autocast. It evaluates the model once less than it counts steps, and
-is told one more, so that all evaluate it equally often.
+A graph holds one guided evaluation of the model, and is replayed for every time. The official sampler is run as its
+sample.py does: fp32 with TF32, without autocast. It evaluates the model once less than it counts steps, and is told one
+more, so that all evaluate it equally often.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +21,7 @@ from setting import Setting
 from torch import Tensor
 
 import mpdit
+from mpdit.inference import SamplingModel
 from mpdit.presets import PRESETS
 
 GUIDANCE = 1.5
@@ -50,7 +50,7 @@ def test_sampling(duel: Callable[[], None]) -> None:
 class State:
     """Our model, and what it starts from."""
 
-    model: mpdit.MPDiT
+    model: mpdit.MPDiT | SamplingModel
     noise: Tensor
     classes: Tensor
     theirs: Any = None
@@ -93,64 +93,19 @@ def our_team(preset: str, images: int, setting: Setting, name: str | None = None
         return Built(lambda: [partial(run, STEPS[setting.device])], lambda: [run(JUDGED_STEPS)])
 
     def graphed(state: State) -> Built:
-        graph = GraphedEuler(state)
-        return Built(lambda: [partial(graph.sample, STEPS[setting.device])], lambda: [graph.sample(JUDGED_STEPS)])
+        replayed = replace(state, model=SamplingModel(state.model, "bf16", graphed=True, strict=True))
+
+        def run(steps: int) -> Tensor:
+            with use("auto"):
+                return replayed.sample(steps)
+
+        return Built(lambda: [partial(run, STEPS[setting.device])], lambda: [run(JUDGED_STEPS)])
 
     ways = {zoo.label("ours", name): plain}
     if setting.on_gpu:
         ways[zoo.label("ours, CUDA graph", name)] = graphed
     make = lambda: State.of(zoo.new_model(preset, setting), images, setting)  # noqa: E731
     return sampling_team(preset, images, setting, make, ways, setting.dtype)
-
-
-class GraphedEuler:
-    """One guided Euler step, captured: the latents, the time's row and the step's length lie in fixed tensors.
-
-    What autocast would cast anew in every replay, the weights of the blocks' products, is in bf16 already.
-    """
-
-    WARM = 3
-
-    def __init__(self, state: State) -> None:
-        self._noise, self._model = state.noise, copy.deepcopy(state.model)
-        for block in (block for stage in self._model.stages for block in stage.blocks):
-            block.attention.to(torch.bfloat16)
-            block.mlp.to(torch.bfloat16)
-        nulls = torch.full_like(state.classes, self._model.config.null_class)
-        self._labels = torch.cat([state.classes, nulls])
-        self._x = state.noise.clone()
-        self._dt = torch.zeros((), device=self._x.device)
-        self._row = self._rows(1).clone()
-        # Without autocast's cache: what is cast outside of the capture would be freed under the graph.
-        autocast = torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
-        with torch.no_grad(), use("auto"), autocast:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # what is compiled, chosen or allocated once must be before the capture
-                for _ in range(self.WARM):
-                    self._step()
-            torch.cuda.current_stream().wait_stream(side)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._step()
-
-    def _rows(self, steps: int) -> Tensor:
-        times = torch.linspace(1, 0, steps + 1, device=self._x.device)[:-1]
-        with torch.no_grad(), use("auto"), torch.autocast("cuda", torch.bfloat16):
-            return self._model.prepare_time(times)
-
-    def _step(self) -> None:
-        velocity = self._model.velocity(torch.cat([self._x, self._x]), self._row, self._labels)
-        conditional, unconditional = velocity.float().chunk(2)
-        self._x.add_(self._dt * (unconditional + GUIDANCE * (conditional - unconditional)))
-
-    def sample(self, steps: int) -> Tensor:
-        self._x.copy_(self._noise)
-        self._dt.fill_(-1 / steps)
-        for row in self._rows(steps).split(1):
-            self._row.copy_(row)
-            self._graph.replay()
-        return self._x.clone()
 
 
 def official_team(preset: str, images: int, setting: Setting) -> Team:

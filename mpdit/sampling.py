@@ -67,6 +67,7 @@ def sample(
 
     model is an MPDiT, or any callable (x, t [B], y int64 [B]) -> velocity like x. It runs in eval mode and is left in
     the mode it was in. For fixed steps an MPDiT computes the modulations of all times in one call before the loop.
+    mpdit.inference.SamplingModel around it chooses the precision and, on a GPU, replays CUDA graphs.
 
     What `steps` counts depends on the method:
     - "euler", order 1: `steps` evaluations, at t = 1, 1 - 1/steps, ..., 1/steps;

@@ -54,24 +54,29 @@ def _sample(run: Path, out: Path, *options: str) -> dict[str, np.ndarray]:
 
 def test_sample_writes_grid_and_arrays(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "samples"
-    arrays = _sample(run, out, "--num", "12", "--seed", "4", "--guidance", "2")
+    arrays = _sample(run, out, "--num", "12", "--seed", "4", "--guidance", "2", "--latents")
     assert capsys.readouterr().out.startswith("12 images in ")
-    assert sorted(path.name for path in out.iterdir()) == ["grid.png", "samples.npz"]
+    assert sorted(path.name for path in out.iterdir()) == ["grid.png", "latents.npy", "protocol.json", "samples.npz"]
     assert Image.open(out / "grid.png").width == 4 + 10 * 68
-    assert arrays["images"].shape == (12, 32, 32) and arrays["images"].dtype == np.uint8
+    assert arrays["arr_0"].shape == (12, 32, 32) and arrays["arr_0"].dtype == np.uint8
     assert arrays["classes"].tolist() == [*range(10), 0, 1]
     protocol = json.loads(str(arrays["protocol"]))
+    assert protocol == json.loads((out / "protocol.json").read_text())
     assert protocol["training"] == {"step": 3}
     assert (protocol["method"], protocol["steps"], protocol["guidance"], protocol["seed"]) == ("euler", 2, 2, 4)
     # The latents are stored as the encoder makes them: normalised again they are the pictures.
-    normalised = (torch.from_numpy(arrays["latents"]) - 0.3) / 0.4
-    np.testing.assert_array_equal(decode(normalised, DIGITS), arrays["images"])
+    normalised = (torch.from_numpy(np.load(out / "latents.npy")) - 0.3) / 0.4
+    np.testing.assert_array_equal(decode(normalised, DIGITS), arrays["arr_0"])
 
 
 def test_image_i_is_keyed_by_seed_and_i(run: Path, tmp_path: Path) -> None:
-    few, many = (_sample(run, tmp_path / n, "--num", n, "--batch", b)["latents"] for n, b in (("3", "2"), ("8", "5")))
+    def latents(name: str, *options: str) -> np.ndarray:
+        _sample(run, tmp_path / name, "--latents", *options)
+        return np.load(tmp_path / name / "latents.npy")
+
+    few, many = latents("few", "--num", "3", "--batch", "2"), latents("many", "--num", "8", "--batch", "5")
     np.testing.assert_allclose(few, many[:3], atol=1e-5)
-    assert not np.allclose(few, _sample(run, tmp_path / "other", "--num", "3", "--seed", "1")["latents"], atol=1e-2)
+    assert not np.allclose(few, latents("other", "--num", "3", "--seed", "1"), atol=1e-2)
 
 
 def test_classes_asked_for(run: Path, tmp_path: Path) -> None:
@@ -85,16 +90,15 @@ def test_many_classes_are_drawn_at_random_by_key(tmp_path: Path) -> None:
     many = _sample(weights, tmp_path / "many", "--num", "60")
     assert few["classes"].tolist() == many["classes"][:20].tolist()
     assert len(set(many["classes"])) > 50 and many["classes"].max() > 900
-    assert many["images"].shape == (60, 16, 16, 3)  # the preview
+    assert many["arr_0"].shape == (60, 16, 16, 3)  # the preview
 
 
 @pytest.mark.parametrize("method", ["euler", "heun", "dopri5", "sde"])
 def test_methods(run: Path, tmp_path: Path, method: str) -> None:
     out = tmp_path / "out"
     arguments = ["sample", str(run), "--out", str(out), "--num", "2", "--steps", "40", "--tolerance", "1e-2"]
-    assert cli.main([*arguments, "--method", method]) == 0
-    with np.load(out / "samples.npz") as file:
-        assert np.isfinite(file["latents"]).all()
+    assert cli.main([*arguments, "--method", method, "--latents"]) == 0
+    assert np.isfinite(np.load(out / "latents.npy")).all()
 
 
 def test_sample_json(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,12 +94,13 @@ def load_model(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The model of `add_weights`' arguments on its device, and its metadata."""
     from mpdit.weights import load_weights
 
-    device = _device(args.device)
+    device = pick_device(args.device)
     model, metadata = load_weights(args.weights)
     return model.to(device), metadata
 
 
-def _device(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
+    """The device of --device; ConfigError when it can't be used here."""
     import torch
 
     if name == "auto":
@@ -147,7 +148,12 @@ def add_sampler(parser: argparse.ArgumentParser, defaults: Sampler) -> None:
     )
     add("tolerance", "absolute and relative error dopri5 keeps to; the other methods go by steps alone", type=number)
     add("seed", "of the noise; image i is keyed by (seed, i)", type=whole(0))
-    add("batch", "images per call, as memory allows; not part of the result", type=whole(1))
+    add("batch", "images per call, as memory allows; not part of the result, but for round-off", type=whole(1))
+    add(
+        "precision",
+        "what the model computes in; auto: bf16 on a GPU, fp32 on a CPU. tf32 is what DiT's scripts sample in",
+        choices=("auto", "fp32", "tf32", "bf16"),
+    )
 
 
 def sampler(args: argparse.Namespace) -> Sampler:

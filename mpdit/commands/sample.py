@@ -3,93 +3,134 @@
 from __future__ import annotations
 
 import argparse
-import json
-import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mpdit.commands.arguments import add_sampler, add_weights, load_model, sampler, whole
+from mpdit.commands.arguments import add_sampler, add_weights, pick_device, sampler, whole
 from mpdit.commands.outcome import Outcome
 from mpdit.commands.outputs import check_new_folder
 from mpdit.errors import ConfigError
 from mpdit.evaluation.sampler import Sampler
 
+if TYPE_CHECKING:
+    from mpdit.sample_set import DrawReport
+
 SUMMARY = "draw samples from a trained model"
 DESCRIPTION = (
-    "Draw samples and write DIR/grid.png (a picture of the first 100) and DIR/samples.npz (images uint8, latents as "
-    "the encoder makes them, classes, and the protocol they were drawn by). Digits are decoded; other latents are "
-    "shown as a linear preview at latent resolution."
+    "Draw samples into DIR: samples.npz (arr_0, uint8 images as ADM's evaluator reads them; classes; the protocol they "
+    "were drawn by), or images/*.png with classes.npy, or both; grid.png (the first 100); protocol.json. A VAE decodes "
+    "them (--vae); digits need none; without, other latents are shown as a linear preview. What is killed goes on "
+    "where it was when the command is repeated, and a larger --num continues a finished set. The bytes don't depend on "
+    "the number of processes. Works under a launcher too (RANK, WORLD_SIZE), on nodes that share DIR."
 )
-_IN_GRID = 100
-_FEW_CLASSES = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_weights(parser)
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder to write, new or empty (required)"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder to write: new, empty, or holding the samples of this very protocol to go on with (required)",
     )
     parser.add_argument("--num", type=whole(1), default=100, help="number of images (default: 100)")
     parser.add_argument(
-        "--classes",
-        type=whole(0),
-        nargs="+",
-        metavar="CLASS",
-        help="classes to draw in turn "
-        f"(default: all in turn up to {_FEW_CLASSES} classes, else random, keyed by seed and image)",
+        "--classes", type=whole(0), nargs="+", metavar="CLASS", help="classes to draw (default: all of the model's)"
     )
-    add_sampler(parser, Sampler(guidance=1.5))
+    parser.add_argument(
+        "--labels",
+        choices=("auto", "random", "balanced"),
+        default="auto",
+        help="random: uniformly, keyed by seed and image, as ADM, DiT, SiT and MPDiT draw the labels of their FID; "
+        "balanced: the classes in turn, equally many of each, which lowers FID a little; auto: balanced with --classes "
+        "and up to 16 classes, else random (default: auto)",
+    )
+    parser.add_argument(
+        "--gpus",
+        type=whole(1),
+        default=1,
+        metavar="N",
+        help="processes, each with a GPU of its own; without GPUs processes on the CPU (default: 1)",
+    )
+    group = parser.add_argument_group("images")
+    group.add_argument(
+        "--vae",
+        metavar="PATH_OR_HUB_ID",
+        help="AutoencoderKL that decodes the latents, such as stabilityai/sd-vae-ft-ema (default: none)",
+    )
+    group.add_argument("--vae-dtype", choices=("fp32", "bf16"), help="what it computes in (default: fp32)")
+    group.add_argument("--decode-batch", type=whole(1), metavar="N", help="images it decodes at a time (default: 16)")
+    group.add_argument(
+        "--format", choices=("npz", "png", "both"), default="npz", help="how images are written (default: npz)"
+    )
+    group.add_argument(
+        "--latents",
+        action="store_true",
+        help="also write latents.npy, fp32 [N, C, S, S], as the encoder makes them (default: no)",
+    )
+    add_sampler(parser, Sampler(guidance=1.5, precision="auto"))
+    parser.add_argument(
+        "--cuda-graph",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="replay the model's kernels from CUDA graphs; auto: on GPUs, where they can be captured (default: auto)",
+    )
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    import numpy as np
-    import torch
+    from mpdit.sample_set import DrawOptions, draw
+    from mpdit.sample_set.draw import holds_samples
 
-    from mpdit.evaluation.generate import generate
-    from mpdit.images import decode, denormalize, save_sample_grid
-
-    check_new_folder(args.out)
-    settings = sampler(args)
-    model, metadata = load_model(args)
-    data = metadata.get("data", {})
-    decode(torch.zeros(1, model.config.channels, 2, 2), data)  # data that can't be decoded fails before the work
-    classes = _choose(args.num, args.classes, model.config.num_classes, args.seed)
-    started = time.perf_counter()
-    latents = generate(model, classes, settings, label="samples")
-    seconds = time.perf_counter() - started
-
-    protocol = {"weights": str(args.weights), "training": metadata.get("training"), **settings.protocol()}
-    args.out.mkdir(parents=True, exist_ok=True)
-    np.savez(
-        args.out / "samples.npz",
-        images=decode(latents, data),
-        latents=denormalize(latents, data).numpy(),
-        classes=np.array(classes),
-        protocol=json.dumps(protocol),
+    if not holds_samples(args.out):
+        check_new_folder(args.out)
+    if args.vae is None:
+        for name in ("vae_dtype", "decode_batch"):
+            if getattr(args, name) is not None:
+                raise ConfigError(f"--{name.replace('_', '-')} is of the VAE, and there is none: give --vae too")
+    if args.gpus == 1:
+        pick_device(args.device)
+    options = DrawOptions(
+        images=args.num,
+        sampler=sampler(args),
+        classes=args.classes,
+        labels=args.labels,
+        vae=args.vae,
+        vae_dtype=args.vae_dtype or "fp32",
+        decode_batch=args.decode_batch or DrawOptions.decode_batch,
+        files=args.format,
+        latents=args.latents,
+        processes=args.gpus,
+        device=args.device,
+        cuda_graph={"auto": None, "on": True, "off": False}[args.cuda_graph],
     )
-    save_sample_grid(args.out / "grid.png", latents[:_IN_GRID], data, classes=classes[:_IN_GRID])
-    figures = {
-        "out": str(args.out),
-        "images": len(classes),
-        "seconds": round(seconds, 3),
-        "images_per_second": round(len(classes) / seconds, 3),
-        "protocol": protocol,
+    report = draw(args.weights, args.out, options)
+    if report is None:  # another rank's report is printed
+        return Outcome(f"this rank's part of {args.out} is done", {"out": str(args.out)})
+    return Outcome(_text(report), _figures(report))
+
+
+def _text(report: DrawReport) -> str:
+    files = [report.out / "grid.png"]
+    kind = report.protocol["files"]["format"]
+    files += [report.out / "samples.npz"] * (kind != "png") + [report.out / "images"] * (kind != "npz")
+    places = ", ".join(map(str, files))
+    if not report.drawn:
+        first = f"{report.images} images were there already: {places}"
+    else:
+        rate = f"{report.seconds:.1f} s, {report.drawn / report.seconds:.2f} images/s"
+        now = "" if report.drawn == report.images else f" ({report.drawn} of them now)"
+        first = f"{report.images} images{now} in {rate}: {places}"
+    return "\n".join([first, *(f"note: {remark}" for remark in report.remarks)])
+
+
+def _figures(report: DrawReport) -> dict[str, object]:
+    return {
+        "out": str(report.out),
+        "images": report.images,
+        "drawn": report.drawn,
+        "seconds": round(report.seconds, 3),
+        "images_per_second": round(report.drawn / report.seconds, 3) if report.drawn else None,
+        "notes": list(report.remarks),
+        "protocol": report.protocol,
     }
-    text = f"{len(classes)} images in {seconds:.1f} s: {args.out / 'grid.png'}, {args.out / 'samples.npz'}"
-    return Outcome(text, figures)
-
-
-def _choose(num: int, asked: list[int] | None, num_classes: int, seed: int) -> list[int]:
-    """A class for each image, the same for image i whatever the number of images."""
-    if asked:
-        for label in asked:
-            if label >= num_classes:
-                raise ConfigError(f"--classes {label} is not one of the model's: choose from 0 .. {num_classes - 1}")
-        return [asked[i % len(asked)] for i in range(num)]
-    if num_classes <= _FEW_CLASSES:
-        return [i % num_classes for i in range(num)]
-    import torch
-
-    from mpdit.rng import Stream, bits
-
-    words = bits(seed, Stream.SAMPLE_CLASS, torch.arange(num), 1)[:, 0]
-    return (words * num_classes >> 32).tolist()  # unbiased to num_classes / 2**32

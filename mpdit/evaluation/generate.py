@@ -3,34 +3,44 @@
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
 from mpdit import rng
+from mpdit.evaluation.progress import bar
 from mpdit.evaluation.sampler import Sampler
-from mpdit.model import MPDiT
+from mpdit.inference import for_sampling
 from mpdit.sampling import sample
 
 
 def generate(
-    model: MPDiT, classes: Sequence[int] | Tensor, sampler: Sampler, *, first: int = 0, label: str | None = None
+    model: nn.Module,
+    classes: Sequence[int] | Tensor,
+    sampler: Sampler,
+    *,
+    first: int = 0,
+    label: str | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Normalised latents fp32 [N, C, S, S] on the CPU, one per entry of `classes`, drawn on the model's device.
 
     Image i meets the noise keyed by (sampler.seed, first + i) whatever its batch, so a set can be drawn in parts, and
-    sets that must not share noise differ by `first`. With `label` a progress bar of that name runs on stderr where
-    that is a terminal. ConfigError as `mpdit.sample`.
+    sets that must not share noise differ by `first`. The model is an MPDiT, or one prepared by `for_sampling`, which
+    is worth it where this is called more than once. With `label` a progress bar of that name runs on stderr where
+    that is a terminal; `progress` is told the images' worth of steps done since it was last called. ConfigError as
+    `mpdit.sample` and `for_sampling`.
     """
-    config, device = model.config, next(model.parameters()).device
+    model = for_sampling(model, sampler.precision)
+    config: Any = model.config
+    device = next(model.parameters()).device
     labels = torch.as_tensor(classes, dtype=torch.int64)
     shape = (config.channels, config.input_size, config.input_size)
     latents = torch.empty(len(labels), *shape)
-    hidden = True if label is None else None  # None: hidden unless stderr is a terminal
-    with tqdm(total=len(labels), desc=label, unit="img", disable=hidden, file=sys.stderr, leave=False) as bar:
+    with bar(label, len(labels)) as shown:
+        counter = _Counter(lambda count: (shown.update(count), progress and progress(count)))
         for start in range(0, len(labels), sampler.batch):
             chunk = labels[start : start + sampler.batch].to(device)
             positions = torch.arange(first + start, first + start + len(chunk), device=device)
@@ -47,12 +57,21 @@ def generate(
                 positions=positions,
                 atol=sampler.tolerance,
                 rtol=sampler.tolerance,
-                progress=functools.partial(_show, bar, start, len(chunk)),
+                progress=functools.partial(counter.step, start, len(chunk)),
             )
-            _show(bar, start, len(chunk), 1, 1)  # dopri5 stops before its most steps
+            counter.step(start, len(chunk), 1, 1)  # dopri5 stops before its most steps
     return latents
 
 
-def _show(bar: tqdm, start: int, size: int, done: int, total: int) -> None:
-    """Move the bar to `done` of `total` steps of the batch of `size` images from `start` on."""
-    bar.update(start + size * done // total - bar.n)
+class _Counter:
+    """Steps of batches as images' worth of work."""
+
+    def __init__(self, tell: Callable[[int], object]) -> None:
+        self._tell, self._told = tell, 0
+
+    def step(self, start: int, size: int, done: int, total: int) -> None:
+        """`done` of `total` steps of the batch of `size` images from `start` on."""
+        reached = start + size * done // total
+        if reached > self._told:
+            self._tell(reached - self._told)
+            self._told = reached

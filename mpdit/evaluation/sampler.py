@@ -25,6 +25,8 @@ class Sampler:
     seed: int = 0
     batch: int = 100
     """Images per call; the result depends on it by round-off only (method "dopri5": within the tolerance)."""
+    precision: str = "fp32"
+    """What the model computes in: fp32, tf32, bf16 or auto, see mpdit.inference.choose_precision."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.batch, int) or self.batch < 1:

@@ -1,0 +1,76 @@
+"""What a sample set refuses before the work, what it remarks, and which classes it shows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sample_sets import draw, save_model, save_vae
+
+from mpdit.sample_set import Labels
+
+
+def test_a_preview_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(tmp_path / "weights", {"kind": "diffusers_vae", "vae": "stabilityai/sd-vae-ft-ema"})
+    assert draw(tmp_path, tmp_path / "out", "--num", "5", vae=False) == 0
+    out = capsys.readouterr().out
+    assert "note: these are linear previews at latent resolution (16 x 16)" in out
+    assert "the weights name stabilityai/sd-vae-ft-ema" in out
+    assert json.loads((tmp_path / "out" / "protocol.json").read_text())["decoder"]["kind"] == "preview"
+
+
+MISTAKES = {
+    "channels": ({"channels": 3}, None, [], "has 3 latent channels and the model 4"),
+    "factor": ({}, {"kind": "diffusers_vae", "vae": "a/b", "factor": 8}, [], "enlarges latents 2 times"),
+    "no vae": (None, None, [], "does not exist: give a folder"),
+    "class": ({}, None, ["--classes", "40"], "--classes 40 is not one of the model's"),
+    "device": ({}, None, ["--device", "abacus"], "device 'abacus' can't be used"),
+    "graph": ({}, None, ["--cuda-graph", "on"], "CUDA graphs need a GPU"),
+    "tf32": ({}, None, ["--precision", "tf32"], "tf32 needs a GPU"),
+    "one device": ({}, None, ["--gpus", "2", "--device", "cuda:1"], "is one device"),
+}
+
+
+@pytest.mark.parametrize(("vae", "decoder", "options", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistakes_are_found_before_the_work(
+    vae: dict[str, Any] | None,
+    decoder: dict[str, Any] | None,
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    save_model(tmp_path / "weights", decoder)
+    if vae is not None:
+        save_vae(tmp_path / "vae", **vae)
+    assert draw(tmp_path, tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_of_a_vae_without_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(tmp_path / "weights")
+    assert draw(tmp_path, tmp_path / "out", "--decode-batch", "3", vae=False) == 2
+    assert "--decode-batch is of the VAE, and there is none" in capsys.readouterr().err
+
+
+def test_random_labels_are_uniform_and_keyed_by_image() -> None:
+    labels = Labels.choose(1000, None, "auto", 3)
+    drawn = labels.of(0, 50_000)
+    assert labels.order == "random" and drawn.min() == 0 and drawn.max() == 999
+    counts = drawn.bincount(minlength=1000).double()
+    assert 850 < ((counts - 50) ** 2 / 50).sum() < 1150  # chi-square of 999 degrees of freedom, 3.4 sigma
+    assert torch.equal(labels.of(700, 900), drawn[700:900])
+    assert not torch.equal(Labels.choose(1000, None, "auto", 4).of(0, 50), drawn[:50])
+
+
+def test_balanced_labels_and_classes_asked_for() -> None:
+    assert Labels.choose(1000, None, "balanced", 0).of(0, 5000).bincount().tolist() == [5] * 1000
+    assert Labels.choose(10, None, "auto", 0).of(8, 12).tolist() == [8, 9, 0, 1]
+    assert Labels.choose(1000, [7, 3, 3], "auto", 0).of(1, 5).tolist() == [3, 3, 7, 3]
+    some = Labels.choose(1000, [7, 3], "random", 0)
+    assert set(some.of(0, 100).tolist()) == {3, 7} and some.protocol() == {"order": "random", "classes": [7, 3]}
