@@ -25,7 +25,7 @@ NOT_RUN = ("make install", ". .venv/bin/activate")
 """What set up the environment that this test runs in."""
 IMAGES = {"/data/imagenet/train": "images", "stabilityai/sd-vae-ft-ema": "vae"}
 """What the page names, and what takes its place."""
-SMALLER = {"--gpus": "1", "--num": "12", "--steps": "2"}
+SMALLER = {"--gpus": "1", "--num": "6", "--steps": "2"}
 """Options' values made small."""
 TINY = shlex.split(
     "--override width=32 --override heads=2 --override stages=[[4,1],[2,1]] --override class_tokens=2 --steps 2 "
@@ -51,7 +51,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with what the page takes for granted: images, a VAE, latents of another project, hosts, a reference."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "launch").symlink_to(REPOSITORY / "launch")
-    extraction_data.write_tree(tmp_path / "images", extraction_data.some_files())
+    extraction_data.write_tree(tmp_path / "images", extraction_data.some_files({"ant": 3, "bee": 4, "cat": 2}))
     extraction_data.save_vae(tmp_path / "vae")
     latents = latent_formats.draw(6)
     latent_formats.write_pairs(tmp_path / "features", latents, latent_formats.labels_of(6))
@@ -92,9 +92,9 @@ def test_every_command_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> 
             _mine(place)
 
     dataset = PackedLatents.open(place / "latents" / "imagenet256")
-    assert dataset.manifest.record_shape == (1, 8, 32, 32) and len(dataset) == 18
+    assert dataset.manifest.record_shape == (1, 8, 32, 32) and len(dataset) == 9
     with np.load(place / "samples" / "samples.npz") as samples:
-        assert samples["arr_0"].shape == (12, 256, 256, 3)
+        assert samples["arr_0"].shape == (6, 256, 256, 3)
     result = json.loads((place / "samples" / "evaluation.json").read_text())
     assert {"fid", "sfid", "inception_score", "precision", "recall"} <= result.keys()
     for folder in ("runs/finetune/ema", "weights/ours"):
@@ -122,4 +122,6 @@ def _training(command: str) -> list[str]:
     if words[0] == BATCH_SCRIPT:
         return ["bash", *words[words.index("launch/slurm.sh") :], *TINY]
     assert words[0] == "deepspeed", command
+    if "--dry-run" in words or "--init-from" in words:  # without the launcher, whose seconds two others take
+        return [sys.executable, *words[1:], *TINY]
     return [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port()), *words[1:], *TINY]
