@@ -19,7 +19,7 @@ from harness import Built, Case, Team, Unavailable
 from setting import Setting
 from torch.utils.data import DataLoader, Dataset
 
-from mpdit.data import BatchPlan, GlobalOrder, make_loader, write_packed
+from mpdit.data import BatchPlan, GlobalOrder, make_loader, to_latents, write_packed
 from mpdit.errors import ConfigError
 
 WORKERS = 2
@@ -32,6 +32,7 @@ def cases(setting: Setting) -> Iterator[Case]:
         samples = 32 * images
         ways: dict[str, Any] = {"ours": partial(packed, "torch", images, setting)}
         ways["ours, DALI"] = partial(packed, "dali", images, setting)
+        ways["ours, latents drawn on the CPU"] = partial(drawn, images)
         ways[f"torch DataLoader, .npy pairs, {WORKERS} workers"] = partial(pairs, images)
         team = Team(ways, partial(Data.write, samples), dtype="fp16")
         yield Case("loader", f"loader, {images} samples of 4x32x32 a batch, {samples} in cached files", [team], images)
@@ -95,6 +96,24 @@ def packed(kind: str, images: int, setting: Setting, data: Data) -> Built:
         return {"same": same and np.array_equal(batch.labels.cpu(), data.labels[where])}
 
     return Built(partial(steady, loader, data), check=check)
+
+
+def drawn(images: int, data: Data) -> Built:
+    """All the way on the CPU: the posterior's noise drawn and the latents normalised, which a GPU does otherwise."""
+    order, plan, manifest = GlobalOrder(len(data.means), seed=0), BatchPlan(images), data.dataset.manifest
+    make = partial(make_loader, data.dataset, order, plan, kind="torch", stop_step=1 << 30)
+
+    def check() -> dict[str, Any]:
+        with make() as fresh:
+            latents = to_latents(next(fresh), manifest, seed=0, device="cpu")
+        mean, std = (
+            torch.tensor(values)[:, None, None] for values in (manifest.normalization.mean, manifest.normalization.std)
+        )
+        wanted = torch.from_numpy(data.means[order.indices(plan.positions(0))]).float()
+        noise = latents * std + mean - wanted  # of std 1
+        return {"error": abs(float(noise.std()) - 1), "allowed": 0.01}
+
+    return Built(partial(steady, (to_latents(batch, manifest, 0, "cpu") for batch in make()), data), check=check)
 
 
 def pairs(images: int, data: Data) -> Built:

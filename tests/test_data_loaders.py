@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpdit.data import BatchPlan, GlobalOrder, make_loader, write_packed
+from mpdit.data import BatchPlan, GlobalOrder, loaders, make_loader, write_packed
 from mpdit.data.loaders import Batch
 from mpdit.errors import ConfigError, DataError
 
@@ -203,3 +203,25 @@ def test_memory_stays_flat(tmp_path):
             sizes = [resident() for _ in loader]
         # 64 samples are 1 MB: keeping a tenth of what passed would show as 30 MB.
         assert sizes[-1] - sizes[100] < 16 << 20
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_more_threads_read_when_files_are_not_cached(dataset, monkeypatch, cached):
+    """Cached files are read by one thread, as two would wait for Python's lock; others by several at once."""
+    positioned_read, reading, most, fetched = os.preadv, 0, 0, 0
+
+    def read(*arguments):
+        nonlocal reading, most, fetched
+        reading, fetched = reading + 1, fetched + (0 if cached else dataset.manifest.record_bytes)
+        most = max(most, reading)
+        time.sleep(0 if cached else 0.002)
+        reading -= 1
+        return positioned_read(*arguments)
+
+    monkeypatch.setattr(os, "preadv", read)
+    monkeypatch.setattr(loaders, "_bytes_fetched", lambda: fetched)
+    order = GlobalOrder(len(dataset), 0)
+    with make_loader(dataset, order, BatchPlan(12), kind="torch", stop_step=20) as loader:
+        got = list(loader)
+    assert (most == 1) if cached else (1 < most <= 4)
+    assert_same(got, batches(dataset, stop=20))

@@ -19,6 +19,8 @@ from mpdit.errors import DataError
 __all__ = ["LatentSpec", "Manifest", "Normalization", "PackedLatents", "StoredFile"]
 
 _REMEDY = "copy or write the data set again"
+_CACHED_BYTES = 1 << 18
+"""Records are looked through while they are in a core's cache."""
 
 
 class PackedLatents(LatentDataset):
@@ -72,20 +74,21 @@ class PackedLatents(LatentDataset):
         memory = moments.reshape(-1).view(np.uint8).data
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         offsets = (indices - self._starts[shards]) * nbytes
-        wanted = zip(shards.tolist(), offsets.tolist(), self._checksums[indices].tolist(), strict=True)
-        for row, (shard, offset, checksum) in enumerate(wanted):
-            record = memory[row * nbytes : (row + 1) * nbytes]
-            try:
-                got = os.preadv(self._files[shard], (record,), offset)
-            except OSError as error:
-                raise self._error(indices[row], f"can't be read ({error})") from error
-            if got != nbytes:
-                raise self._error(indices[row], "lies past the end of the file: the shard is truncated")
-            if crc32(record) != checksum:
-                raise self._error(indices[row], f"has CRC-32 {crc32(record):08x}, not {checksum:08x}: it was altered")
-        defect = find_defect(moments)
-        if defect:
-            raise self._error(indices[defect[0]], defect[1])
+        wanted = list(zip(shards.tolist(), offsets.tolist(), self._checksums[indices].tolist(), strict=True))
+        step = max(1, _CACHED_BYTES // nbytes)
+        for start in range(0, len(wanted), step):
+            for row, (shard, offset, checksum) in enumerate(wanted[start : start + step], start):
+                record = memory[row * nbytes : (row + 1) * nbytes]
+                try:
+                    got = os.preadv(self._files[shard], (record,), offset)
+                except OSError as error:
+                    raise self._error(indices[row], f"can't be read ({error})") from error
+                if got != nbytes:
+                    raise self._error(indices[row], "lies past the end of the file: the shard is truncated")
+                if (found := crc32(record)) != checksum:
+                    raise self._error(indices[row], f"has CRC-32 {found:08x}, not {checksum:08x}: it was altered")
+            if defect := find_defect(moments[start : start + step]):
+                raise self._error(indices[start + defect[0]], defect[1])
         return moments, self._labels[indices]
 
     def _error(self, index: int, what: str) -> DataError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import resource
 import sys
 import threading
 from abc import abstractmethod
@@ -24,7 +25,6 @@ from mpdit.errors import ConfigError
 LoaderKind = Literal["dali", "torch"]
 
 _BATCHES_AHEAD = 4
-_READ_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,11 @@ def make_loader(
 
 
 class TorchLoader(Loader):
-    """Reads a few batches ahead in background threads, each into memory of its own."""
+    """Reads a few batches ahead in background threads, each into memory of its own.
+
+    One thread at a time while files are cached, as two would wait for Python's lock; one more, up to a thread a
+    batch, whenever a good part of a batch has come from a disk.
+    """
 
     def __init__(
         self, dataset: LatentDataset, order: GlobalOrder, plan: BatchPlan, steps: range, pin_memory: bool
@@ -98,7 +102,9 @@ class TorchLoader(Loader):
         self._memory = _Memory((plan.micro_batch, *dataset.manifest.record_shape), pin_memory)
         self._todo: Iterator[tuple[int, int]] = ((step, micro) for step in steps for micro in range(plan.accumulation))
         self._ahead: deque[Future[Batch]] = deque()
-        self._threads = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="mpdit-read")
+        self._threads = ThreadPoolExecutor(_BATCHES_AHEAD, thread_name_prefix="mpdit-read")
+        self._reading = threading.Semaphore(1)
+        self._readers = 1
         self._read_ahead(_BATCHES_AHEAD)
 
     def __next__(self) -> Batch:
@@ -122,11 +128,26 @@ class TorchLoader(Loader):
             self._ahead.append(self._threads.submit(self._read, step, micro))
 
     def _read(self, step: int, micro: int) -> Batch:
+        with self._reading:
+            before = _bytes_fetched()
+            batch = self._read_now(step, micro)
+            fetched = _bytes_fetched() - before
+            if fetched > batch.moments.nbytes // 4 and self._readers < _BATCHES_AHEAD:
+                self._readers += 1
+                self._reading.release()
+            return batch
+
+    def _read_now(self, step: int, micro: int) -> Batch:
         positions = self._plan.positions(step, micro)
         indices = self._order.indices(positions)
         moments = self._memory.take()
         _, labels = self._dataset.read(indices, out=moments.numpy())
         return Batch(moments, *(torch.from_numpy(array) for array in (labels, indices, positions)))
+
+
+def _bytes_fetched() -> int:
+    """What this thread has had to fetch from disks so far, in blocks of 512 bytes."""
+    return 512 * resource.getrusage(resource.RUSAGE_THREAD).ru_inblock
 
 
 class _Memory:
