@@ -7,6 +7,8 @@ import zlib
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as launch/train.py does; the runs in the tests inherit it
+# Test files run side by side; and how many threads share a product decides its last bits.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -168,7 +168,7 @@ def broken(change: Any) -> Any:
         (json.dumps({"traceEvents": broken(event("kernel", "k", 0, 1, bytes=[]))}).encode(), "is not a trace"),
         (json.dumps({"traceEvents": broken({**STEP[1], "args": 3})}).encode(), "is not a trace"),
         (json.dumps({"traceEvents": STEP[-3:]}).encode(), "holds no range of a training step"),
-        (gzip.compress(b'{"traceEvents": []}')[:-9], "can't be read"),
+        (gzip.compress(b'{"traceEvents": []}', mtime=0)[:-9], "can't be read"),
         (b"\x1f\x8b\x08\x00garbage-garbage", "can't be read"),
         (b"[" * 100_000, "is not JSON"),
     ],

@@ -132,9 +132,14 @@ def interrupted_at(monkeypatch: pytest.MonkeyPatch, image: int, error: BaseExcep
                 raise error
         return make(*args, first=first, **rest)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(job, "generate", fail)
-        yield
+    # A command in the background, as these tests may be, starts with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(job, "generate", fail)
+            yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -147,9 +147,13 @@ def test_backward_is_outside_autocast(helpers: Any, monkeypatch: pytest.MonkeyPa
 def test_loaders_give_the_samples_themselves(helpers: Any) -> None:
     (case,) = cases(helpers, "loader", batches=(8,))
     ways = [way for way in case.ways if "DALI" not in way]  # which need not be there
-    assert len(ways) == 2
-    for outcome in judged(helpers, case, ways).values():
-        assert outcome.gate == {"same": True} and outcome.failed is None
+    assert len(ways) == 3
+    for way, outcome in judged(helpers, case, ways).items():
+        assert outcome.failed is None
+        if "drawn" in way:
+            assert 0 < outcome.gate["error"] < outcome.gate["allowed"]
+        else:
+            assert outcome.gate == {"same": True}
 
 
 def test_ways_share_parameters(helpers: Any) -> None:

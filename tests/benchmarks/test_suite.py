@@ -49,7 +49,9 @@ def suite(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         (bench / "bench_toy.py").write_text(TOY)
         (folder / "pytest.ini").write_text("[pytest]\naddopts = --import-mode=importlib\n")
     command = [sys.executable, "-m", "pytest", "benchmarks", "-p", "no:cacheprovider", *arguments]
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # Not a worker of the tests' own pytest-xdist, beside which pytest-benchmark times nothing.
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=100, check=False)
 
 
