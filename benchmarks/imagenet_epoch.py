@@ -1,4 +1,4 @@
-"""One epoch of a data set of ImageNet's size, through a loader: start-up, speed and memory. Takes under a minute.
+"""One epoch of a data set of ImageNet's size, through a loader: start-up, speed and memory. Takes a minute or two.
 
     python benchmarks/imagenet_epoch.py [--loader torch] [--samples 1281167]
 

@@ -205,23 +205,23 @@ def test_memory_stays_flat(tmp_path):
         assert sizes[-1] - sizes[100] < 16 << 20
 
 
-@pytest.mark.parametrize("cached", [True, False])
-def test_more_threads_read_when_files_are_not_cached(dataset, monkeypatch, cached):
-    """Cached files are read by one thread, as two would wait for Python's lock; others by several at once."""
-    positioned_read, reading, most, fetched = os.preadv, 0, 0, 0
+@pytest.mark.parametrize(("patience", "expected"), [(60.0, 1), (1e-4, 4)])
+def test_more_threads_read_when_records_are_waited_for(dataset, monkeypatch, patience, expected):
+    """Cached files are read by one thread, as two would wait for Python's lock; slow ones by several at once."""
+    positioned_read, reading, most = os.preadv, 0, 0
 
-    def read(*arguments):
-        nonlocal reading, most, fetched
-        reading, fetched = reading + 1, fetched + (0 if cached else dataset.manifest.record_bytes)
+    def slow(*arguments):
+        nonlocal reading, most
+        reading += 1
         most = max(most, reading)
-        time.sleep(0 if cached else 0.002)
+        time.sleep(0.005)
         reading -= 1
         return positioned_read(*arguments)
 
-    monkeypatch.setattr(os, "preadv", read)
-    monkeypatch.setattr(loaders, "_bytes_fetched", lambda: fetched)
+    monkeypatch.setattr(os, "preadv", slow)
+    monkeypatch.setattr(loaders, "_WAITING", patience)
     order = GlobalOrder(len(dataset), 0)
     with make_loader(dataset, order, BatchPlan(12), kind="torch", stop_step=20) as loader:
         got = list(loader)
-    assert (most == 1) if cached else (1 < most <= 4)
+    assert most == expected
     assert_same(got, batches(dataset, stop=20))

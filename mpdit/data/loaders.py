@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import resource
 import sys
 import threading
+import time
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterator
@@ -25,6 +25,8 @@ from mpdit.errors import ConfigError
 LoaderKind = Literal["dali", "torch"]
 
 _BATCHES_AHEAD = 4
+_WAITING = 1e-4
+"""Seconds a record that a thread may spend waiting; more is a disk's or a network's time, not Python's lock's."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class TorchLoader(Loader):
     """Reads a few batches ahead in background threads, each into memory of its own.
 
     One thread at a time while files are cached, as two would wait for Python's lock; one more, up to a thread a
-    batch, whenever a good part of a batch has come from a disk.
+    batch, whenever one has waited for the disk.
     """
 
     def __init__(
@@ -129,10 +131,10 @@ class TorchLoader(Loader):
 
     def _read(self, step: int, micro: int) -> Batch:
         with self._reading:
-            before = _bytes_fetched()
+            wall, own = time.perf_counter(), time.thread_time()
             batch = self._read_now(step, micro)
-            fetched = _bytes_fetched() - before
-            if fetched > batch.moments.nbytes // 4 and self._readers < _BATCHES_AHEAD:
+            waited = time.perf_counter() - wall - (time.thread_time() - own)
+            if waited > _WAITING * len(batch.labels) and self._readers < _BATCHES_AHEAD:
                 self._readers += 1
                 self._reading.release()
             return batch
@@ -143,11 +145,6 @@ class TorchLoader(Loader):
         moments = self._memory.take()
         _, labels = self._dataset.read(indices, out=moments.numpy())
         return Batch(moments, *(torch.from_numpy(array) for array in (labels, indices, positions)))
-
-
-def _bytes_fetched() -> int:
-    """What this thread has had to fetch from disks so far, in blocks of 512 bytes."""
-    return 512 * resource.getrusage(resource.RUSAGE_THREAD).ru_inblock
 
 
 class _Memory:
