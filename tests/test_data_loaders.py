@@ -225,3 +225,10 @@ def test_more_threads_read_when_records_are_waited_for(dataset, monkeypatch, pat
         got = list(loader)
     assert most == expected
     assert_same(got, batches(dataset, stop=20))
+
+
+def test_as_many_threads_read_as_the_disk_makes_wait(dataset, monkeypatch):
+    monkeypatch.setattr(loaders, "_BATCHES_AHEAD", 3)
+    order = GlobalOrder(len(dataset), 0)
+    with make_loader(dataset, order, BatchPlan(12), kind="torch", stop_step=0) as loader:
+        assert [loader._adapt(waited) for waited in (True, True, True, False, False, False)] == [1, 1, 0, -1, -1, 0]

@@ -94,7 +94,7 @@ class TorchLoader(Loader):
     """Reads a few batches ahead in background threads, each into memory of its own.
 
     One thread at a time while files are cached, as two would wait for Python's lock; one more, up to a thread a
-    batch, whenever one has waited for the disk.
+    batch, whenever one has waited for the disk, and one less when one has not.
     """
 
     def __init__(
@@ -107,6 +107,7 @@ class TorchLoader(Loader):
         self._threads = ThreadPoolExecutor(_BATCHES_AHEAD, thread_name_prefix="mpdit-read")
         self._reading = threading.Semaphore(1)
         self._readers = 1
+        self._adapting = threading.Lock()
         self._read_ahead(_BATCHES_AHEAD)
 
     def __next__(self) -> Batch:
@@ -130,14 +131,24 @@ class TorchLoader(Loader):
             self._ahead.append(self._threads.submit(self._read, step, micro))
 
     def _read(self, step: int, micro: int) -> Batch:
-        with self._reading:
-            wall, own = time.perf_counter(), time.thread_time()
+        self._reading.acquire()
+        wall, own = time.perf_counter(), time.thread_time()
+        change = 0
+        try:
             batch = self._read_now(step, micro)
             waited = time.perf_counter() - wall - (time.thread_time() - own)
-            if waited > _WAITING * len(batch.labels) and self._readers < _BATCHES_AHEAD:
-                self._readers += 1
-                self._reading.release()
+            change = self._adapt(waited > _WAITING * len(batch.labels))
             return batch
+        finally:
+            for _ in range(1 + change):
+                self._reading.release()
+
+    def _adapt(self, waited: bool) -> int:
+        """One thread more that may read, or one less, within limits: the change."""
+        with self._adapting:
+            before, wanted = self._readers, self._readers + (1 if waited else -1)
+            self._readers = min(max(wanted, 1), _BATCHES_AHEAD)
+            return self._readers - before
 
     def _read_now(self, step: int, micro: int) -> Batch:
         positions = self._plan.positions(step, micro)
