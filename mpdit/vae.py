@@ -23,6 +23,7 @@ UNIT: PixelRange = (0.0, 1.0)
 """Pixels as EDM2 encodes them; REPA, whose files are the same, encodes them as SIGNED."""
 
 DECODER_KIND = "diffusers_vae"
+_RGB = 3
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -64,7 +65,7 @@ class VAE:
         """The AutoencoderKL in a folder, in the "vae" folder of a pipeline's folder, or of a hub id.
 
         Raises ConfigError when diffusers is missing, when nothing is there that it can load, or when it is another
-        kind of autoencoder.
+        kind of autoencoder, or one of images that are not RGB.
         """
         try:
             from diffusers import AutoencoderKL
@@ -82,6 +83,9 @@ class VAE:
                 f"vae {name!r} can't be loaded as an AutoencoderKL ({reason[0]}): give a folder that diffusers saved, "
                 "or a hub id such as stabilityai/sd-vae-ft-ema where the hub can be reached"
             ) from error
+        for field in ("in_channels", "out_channels"):
+            if (planes := getattr(module.config, field)) != _RGB:
+                raise ConfigError(f"vae {name!r} has {field} {planes}: give one of RGB images, which have {_RGB}")
         vae = cls(module, name, dtype, pixel_range)
         # Convolutions of a GPU's tensor cores want channels last.
         layout = torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format

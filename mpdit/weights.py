@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mpdit.config import ModelConfig
-from mpdit.errors import CheckpointError
+from mpdit.errors import CheckpointError, ConfigError
 from mpdit.files import sync_to_disk
 from mpdit.model import MPDiT
 
@@ -64,6 +67,44 @@ def parse_description(description: Any, where: str | Path) -> tuple[ModelConfig,
     return ModelConfig.from_dict(description["model"]), metadata
 
 
+def check_flow(metadata: Mapping[str, Any]) -> None:
+    """ConfigError if the weights that this metadata, as `load_weights` returns it, belongs to predict no velocity."""
+    training = metadata.get("training")
+    if isinstance(training, Mapping) and training.get("objective") == "noise":
+        raise ConfigError(
+            "these weights predict noise, as DiT's were trained: they can be fine-tuned with --init-from, not sampled"
+        )
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str | Path) -> None:
+    """CheckpointError, naming `where` and the first such tensor, if one holds NaN or infinity."""
+    for name, value in tensors.items():
+        if not value.sum().isfinite() and not value.isfinite().all():  # a sum is quicker, but may overflow
+            raise CheckpointError(f"{where} holds NaN or infinity in {name}: give weights of a sound run")
+
+
+def load_tensors(path: str | Path) -> Any:
+    """What a file of torch.save holds, on the CPU, tensors read as they are used.
+
+    Nothing but tensors, plain containers and argparse.Namespace (the "args" of the official codes) is unpickled.
+    CheckpointError for a file that is none, is damaged or holds anything else. Torch's own words are not passed on:
+    they advise to unpickle whatever it is.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
+    except Exception as error:  # an unpickler that is fed foreign bytes raises almost anything
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused:
+            raise CheckpointError(
+                f"{path} holds a {refused[1]}, not tensors, plain containers and argparse.Namespace alone: it was not "
+                "unpickled, as that could run any code; have its maker save the state dict alone"
+            ) from error
+        raise CheckpointError(f"{path} is no checkpoint of tensors, or is truncated or damaged") from error
+
+
 def load_weights(path: str | Path) -> tuple[MPDiT, dict[str, Any]]:
     """The model of a weights folder, of a run's folder (its EMA) or of a .safetensors file with its config.json beside.
 
@@ -71,7 +112,7 @@ def load_weights(path: str | Path) -> tuple[MPDiT, dict[str, Any]]:
         The model in evaluation mode on the CPU, and config.json without the model's part.
 
     Raises:
-        CheckpointError: nothing there, or a file that is damaged, of another format, or not of this model.
+        CheckpointError: nothing there, or a file that is damaged, not finite, of another format, or not of this model.
     """
     folder = weights_folder(Path(path))
     config, metadata = parse_description(_read_json(folder / "config.json"), folder / "config.json")
@@ -89,6 +130,7 @@ def load_weights(path: str | Path) -> tuple[MPDiT, dict[str, Any]]:
             f"{weights} does not fit {folder / 'config.json'}: {name} has shape "
             f"{_shape(found.get(name))}, expected {_shape(expected.get(name))}"
         )
+    check_finite(tensors, weights)
     model.load_state_dict(tensors)
     return model.eval(), metadata
 

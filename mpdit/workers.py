@@ -9,6 +9,7 @@ any number of nodes that see the same folder.
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import queue
@@ -18,12 +19,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from tqdm import tqdm
 
 from mpdit.errors import ConfigError, UserError
+from mpdit.evaluation.progress import bar
 from mpdit.training.world import World
 
 Report = Callable[[int], object]
@@ -33,10 +35,15 @@ DoPart = Callable[[int, Report], None]
 
 _POLL_SECONDS = 1.0
 _LEAVE_SECONDS = 10.0
+_REMIND_SECONDS = 300.0
 
 
 class Job(Protocol):
     """What is shared out; it must be picklable, as each process gets a copy."""
+
+    @property
+    def out(self) -> Path:
+        """The folder that the parts lie in."""
 
     def todo(self) -> list[int]:
         """The parts that are not finished, in order, by what is on the disk."""
@@ -53,29 +60,29 @@ def run_parts(job: Job, parts: int, *, processes: int = 1, device: str = "auto",
 
     With `processes` above 1 that many are started here, each on a GPU of its own where `device` is "cuda" or "auto"
     finds any, and handed one part after another. Under a launcher (WORLD_SIZE above 1) rank r of w does parts r, r + w,
-    ... and rank 0, to which True is returned, waits for the others' parts.
+    ... and rank 0, to which True is returned, shows its own progress and then waits for the others' parts, saying so.
 
     Raises ConfigError for more processes than GPUs or both ways at once, and any UserError of a part, after the other
     processes have been ended; finished parts stay. KeyboardInterrupt on SIGINT and SIGTERM.
     """
     world = World.from_environment()
     devices = choose_devices(device, processes, world)
-    todo = job.todo()
-    total = sum(job.size(part) for part in range(parts))
+    todo = [part for part in job.todo() if part % world.size == world.rank]
+    total = sum(job.size(part) for part in range(world.rank, parts, world.size))
     begun = total - sum(job.size(part) for part in todo)
-    bar = tqdm(total=total, initial=begun, desc=label, unit=unit, disable=None, file=sys.stderr, smoothing=0.1)
-    with _interruptible(), bar:
-        if processes > 1 and len(todo) > 1:
-            _spawn(job, todo, devices[: len(todo)], bar.update)
-            return True
-        _share_threads(world.local_size)
-        mine = [part for part in todo if part % world.size == world.rank]
-        if mine:
-            do = job.open(devices[0])
-            for part in mine:
-                do(part, bar.update)
+    shown = None if world.rank else label if world.size == 1 else f"{label}, rank 0 of {world.size}"
+    with _interruptible():
+        with bar(shown, total, unit, initial=begun, leave=True) as progress:
+            if processes > 1 and len(todo) > 1:
+                _spawn(job, todo, devices[: len(todo)], progress.update)
+                return True
+            _share_threads(world.local_size)
+            if todo:
+                do = job.open(devices[0])
+                for part in todo:
+                    do(part, progress.update)
         if world.rank == 0 and world.size > 1:
-            _await(job, bar, total)
+            _await(job, world.size)
     return world.rank == 0
 
 
@@ -181,10 +188,19 @@ def _work(job: Job, device: str, processes: int, tasks: Any, reports: Any, paren
         reports.put(_Failure(traceback.format_exc(), None))
 
 
-def _await(job: Job, bar: tqdm, total: int) -> None:
-    """Until the other ranks' parts are there too; the launcher ends us if one of them fails."""
+def _await(job: Job, ranks: int) -> None:
+    """Until the other ranks' parts are there too; most launchers end us if one of them fails."""
+    told = -math.inf
     while todo := job.todo():
-        bar.update(total - sum(job.size(part) for part in todo) - bar.n)
+        if time.monotonic() - told >= _REMIND_SECONDS:
+            told = time.monotonic()
+            owners = ", ".join(map(str, sorted({part % ranks for part in todo})))
+            print(
+                f"waiting for {len(todo)} part{'s' * (len(todo) > 1)} of other ranks ({owners}) in {job.out}: if they "
+                "have ended, end this command and repeat it",
+                file=sys.stderr,
+                flush=True,
+            )
         time.sleep(_POLL_SECONDS)
 
 

@@ -23,6 +23,10 @@ class Files:
     bad: int = -1
     how: str = "user"
 
+    @property
+    def out(self) -> Path:
+        return self.folder
+
     def todo(self) -> list[int]:
         return [part for part in range(self.parts) if not self._path(part).exists()]
 
@@ -57,6 +61,10 @@ class Slow:
     """Four parts that take a minute each; who is at work leaves a file with its process id as its name."""
 
     folder: Path
+
+    @property
+    def out(self) -> Path:
+        return self.folder
 
     def todo(self) -> list[int]:
         return [0, 1, 2, 3]

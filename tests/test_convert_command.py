@@ -88,6 +88,19 @@ def test_a_bare_dit_is_told_what_it_is_good_for(tmp_path, capsys):
     assert data["normalization"] == {"mean": [0.0] * 4, "std": [1 / 0.18215] * 4}
     assert cli.main(["convert", str(tmp_path / "DiT.pt"), str(tmp_path / "no")]) == 2
     assert "attention heads" in capsys.readouterr().err and not (tmp_path / "no").exists()
+    assert mpdit.load_weights(tmp_path / "out")[1]["training"]["objective"] == "noise"
+    arguments = [str(tmp_path / "DiT.pt"), str(tmp_path / "no"), "--num-heads", str(HEADS), "--to", "diffusers"]
+    assert cli.main(["convert", *arguments]) == 2
+    assert "predict noise" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+def test_weights_with_nan_are_not_converted(tmp_path, capsys):
+    state = Golden("two_stage").group("param")
+    state["final_layer.linear.bias"][0] = torch.inf
+    torch.save(state, tmp_path / "a.pt")
+    assert cli.main(["convert", str(tmp_path / "a.pt"), str(tmp_path / "out"), "--num-heads", str(HEADS)]) == 2
+    assert "holds NaN or infinity in final_layer.linear.bias" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["out.pt", "out", "deep/er/out.pth"])
@@ -130,7 +143,10 @@ REFUSED = {
     "weights without a goal": (["run", "out"], "say what to make of them, --to official or diffusers"),
     "one file of weights": (["run/ema/model.safetensors", "out"], "say what to make of them"),
     "no data either": (["empty", "out"], "holds no data set"),
-    "an option of another kind": (["a.pt", "out", "--scale", "1"], "--scale has no effect .*: it is for --to latents"),
+    "an option of another kind": (
+        ["a.pt", "out", "--data-scale", "1"],
+        "--data-scale has no effect .*: it is for --to latents",
+    ),
     "a vae for weights": (["a.pt", "out", "--vae", "x"], "--vae has no effect .* for --to diffusers"),
     "heads for a run": (["run", "out", "--to", "official", "--num-heads", "2"], "--num-heads has no effect"),
     "heads for data": (["pairs", "out", "--num-heads", "2"], "it is for official checkpoint as SOURCE"),
@@ -147,7 +163,7 @@ REFUSED = {
     "OUT below a file": (["run", "full/mine/out.pt", "--to", "official"], "can't be written"),
     "OUT inside the data": (["pairs", "pairs/packed"], "is inside pairs, which is being read"),
     "another VAE": (["run", "out", "--to", "diffusers", "--vae", "empty"], "vae 'empty'"),
-    "scale that is none": (["pairs", "out", "--scale", "much"], "scale"),
+    "scale that is none": (["pairs", "out", "--data-scale", "much"], "--data-scale is 'much'"),
 }
 
 

@@ -99,7 +99,7 @@ def test_nothing_is_written_where_it_should_not_be(source: Path, tmp_path: Path,
         convert_latents(tmp_path / "packed", tmp_path / "out", num_classes=9)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 0))
-    with pytest.raises(DataError, match=r"0\.0 GB free and 0\.0 GB are needed"):
+    with pytest.raises(DataError, match=r"\d+ B free and \d+\.\d kB are needed"):
         convert_latents(source, tmp_path / "out")
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -123,9 +123,25 @@ def test_verify_reads_every_sample_of_every_format(form: str, tmp_path: Path, ca
     assert out.startswith(f"sound: {path}\nsamples: 23 in the files of {form}, ")
     assert "\nclasses: 3, of 7 to 8 samples, in the median 8\n" in out
     assert "\nchecksums: the format has none" in out
+    factor = "divided by 0.18215 (given)" if form == "npy pairs" else "multiplied by no factor (given)"
+    assert f"\nsource: format {form}, latents {factor}, pixels in " in out
     assert "warning" not in out
     whole = convert_latents(path, tmp_path / "packed").manifest.statistics
     assert verify(path).statistics == whole, "of all samples, though opening measures two"
+
+
+def test_the_scale_found_is_told(tmp_path: Path, capsys: Any) -> None:
+    path = WRITERS["npy pairs"](tmp_path / "data")
+    told = "source: format npy pairs, latents divided by 0.18215 (found by their std), pixels in -1..1"
+    assert cli.main(["verify", str(path), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["source"]["scale"], report["pixel_range"]) == (
+        0.18215,
+        [-1, 1],
+    ) and f"source: {report['origin']}" == told
+    for command in (["convert", str(path), str(tmp_path / "packed")], ["verify", str(tmp_path / "packed")]):
+        assert cli.main(command) == 0
+        assert f"\n{told}\n" in capsys.readouterr().out
 
 
 def test_verify_names_what_opening_did_not_see(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:

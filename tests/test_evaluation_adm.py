@@ -193,10 +193,10 @@ def test_wrong_references(tmp_path: Path, arrays: dict[str, Any], message: str) 
 @pytest.mark.parametrize(
     ("samples", "reference", "message"),
     [
-        ((3, 2), (9, 2), r"samples .*3 image\(s\), but precision and recall .*at least 4"),
-        ((9, 2), (3, 2), r"reference .*3 image\(s\)"),
+        ((3, 2), (9, 2), r"samples .*3 images, but precision and recall .*at least 4"),
+        ((9, 2), (3, 2), r"reference .*3 images"),
         ((9, 2), (9, 4), "are 2 x 2 pixels and the reference's images .* 4 x 4"),
-        ((1, 2), None, r"1 image\(s\), but a covariance needs at least 2"),
+        ((1, 2), None, r"1 image, but a covariance needs at least 2"),
     ],
 )
 def test_sets_that_can_not_be_compared(
@@ -281,6 +281,12 @@ def test_from_files_to_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert itself["fid"] == pytest.approx(0, abs=1e-3) and (itself["precision"], itself["recall"]) == (1, 1)
     assert not (tmp_path / "real" / "evaluation.json").exists()
 
+    for index in (1, 2):
+        write_npz(tmp_path / f"set.{index}.npz", real[:, :, ::-1] // index)
+        assert run(tmp_path / f"set.{index}.npz", "--reference", tmp_path / "new" / "ref.npz", *inception) == 0
+    first, second = (json.loads((tmp_path / f"set.{index}.evaluation.json").read_text()) for index in (1, 2))
+    assert first["fid"] != second["fid"] and not (tmp_path / "evaluation.json").exists()
+
 
 MISTAKES = {
     "no reference": (["DRAWN"], "holds no weights: to measure images give --reference"),
@@ -294,9 +300,9 @@ MISTAKES = {
     "other size": (["DRAWN", "--reference", "LARGE.npz"], "4 x 4 pixels and the reference's images"),
     "too few": (["FEW.npz", "--reference", "REF.npz"], "precision and recall with k = 3 need at least 4"),
     "damaged": (["RUBBISH.npz", "--reference", "REF.npz"], "RUBBISH.npz is damaged or no npz"),
-    "broken image": (["BROKEN", "--reference", "REF.npz"], "1 images in"),
+    "broken image": (["BROKEN", "--reference", "REF.npz"], "1 image in"),
     "no weights": (["DRAWN", "--reference", "REF.npz", "--inception", "NOWHERE"], "NOWHERE can't be read"),
-    "weights rubbish": (["DRAWN", "--reference", "REF.npz", "--inception", "RUBBISH.npz"], "as a file of tensors"),
+    "weights rubbish": (["DRAWN", "--reference", "REF.npz", "--inception", "RUBBISH.npz"], "is no checkpoint"),
     "device": (["DRAWN", "--reference", "REF.npz", "--device", "abacus"], "device 'abacus'"),
     "out a folder": (["DRAWN", "--reference", "REF.npz", "--out", "EMPTY"], "EMPTY is a folder"),
     "both": (["DRAWN", "--reference", "REF.npz", "--write-reference", "NEW.npz"], "doesn't go with --reference"),
@@ -342,6 +348,6 @@ def test_a_full_disk_leaves_no_reference(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DataError, match=r"ref\.npz can't be written \(No space left on device\): make room and repeat"):
         write_reference(open_images(tmp_path / "x.npz"), tmp_path / "ref.npz", KnownFeatures(), batch=4)
     assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]

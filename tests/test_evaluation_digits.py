@@ -125,6 +125,13 @@ def test_an_exact_flow_passes_and_the_protocol_is_kept(
     assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
 
 
+def test_samples_that_are_not_finite(latents: tuple[Tensor, Tensor, dict[str, Any]]) -> None:
+    data, labels, metadata = latents
+    oracle: Any = Oracle(data * float("inf"), labels)
+    with pytest.raises(DataError, match="image 0 came out as NaN or infinity: the model's weights have diverged"):
+        evaluate_digits(oracle, metadata, guided=10, unguided=10)
+
+
 def test_wrong_classes_are_caught(latents: tuple[Tensor, Tensor, dict[str, Any]]) -> None:
     data, labels, metadata = latents
     result = evaluate_digits(Oracle(data, (labels + 1) % 10), metadata, guided=100, unguided=100)  # type: ignore[arg-type]

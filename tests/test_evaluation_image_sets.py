@@ -141,7 +141,7 @@ def test_sixteen_bits_keep_their_upper_eight_and_unknown_ranges_are_refused(tmp_
     assert (read(open_images(tmp_path)) == 40_000 >> 8).all()
     Image.fromarray(np.full((6, 6), 0.5, np.float32)).save(tmp_path / "float.tiff", "TIFF")
     (tmp_path / "float.tiff").rename(tmp_path / "float.png")
-    with pytest.raises(DataError, match=r"1 images in .* \(float\.png\) can't be decoded"):
+    with pytest.raises(DataError, match=r"1 image in .* \(float\.png\) can't be decoded"):
         read(open_images(tmp_path))
 
 

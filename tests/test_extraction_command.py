@@ -22,7 +22,7 @@ from mpdit import cli
 from mpdit.data import PackedLatents, verify
 from mpdit.data.files import PartialFile
 from mpdit.data.normalization import PAPER
-from mpdit.errors import ConfigError
+from mpdit.errors import ConfigError, DataError
 from mpdit.extraction import extract as extraction
 from mpdit.extraction.extract import ExtractOptions, ExtractReport, extract
 from mpdit.extraction.sources import list_images
@@ -296,7 +296,7 @@ def test_broken_images_are_listed_and_left_out(
     assert cli.main(command) == 0  # again: nothing to do, and the same told
     text = capsys.readouterr().out
     assert "skipped: 5 broken images" in text and "dog/a.png is no image" in text and "finished before" in text
-    assert "classes without a sample: 1 (dog)" in text
+    assert "\nwarning: 1 class is without a sample (dog)\n" in text
 
 
 def test_nothing_but_broken_images(vae: str, tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ def test_room_is_asked_for_before_the_work(
         free = 1000
 
     monkeypatch.setattr(extraction.shutil, "disk_usage", lambda path: Usage)
-    with pytest.raises(ValueError, match=r"needs 0\.0 GB for 18 images .* are free"):
+    with pytest.raises(ValueError, match=r"needs 1\.1 MB for 18 images, and 1\.0 kB are free"):
         extract(images, tmp_path / "new" / "out", vae, OPTIONS)
     assert list(tmp_path.iterdir()) == []
 
@@ -420,9 +420,24 @@ def test_bf16_is_near_fp32_and_recorded(whole: Path, images: Path, vae: str, tmp
 
 def test_values_beyond_fp16_name_the_image(images: Path, tmp_path: Path) -> None:
     loud = str(save_vae(tmp_path / "vae", scale=1e6))
-    with pytest.raises(ValueError, match=r"image ant/0.jpg can't be stored as fp16 moments: .*infinite"):
+    with pytest.raises(ValueError, match=r"image ant/0.jpg can't be stored as fp16 moments, .*infinite"):
         extract(images, tmp_path / "out", loud, OPTIONS)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {".parts"}
+    with pytest.raises(ValueError, match=r"NaN or infinite; check the VAE$"):
+        extract(images, tmp_path / "out", loud, OPTIONS)
+    with pytest.raises(ValueError, match=r"or encode in fp32$"):
+        extract(images, tmp_path / "bf16", loud, ExtractOptions(**{**vars(OPTIONS), "dtype": "bf16"}))
+    with pytest.raises(DataError, match=r"out is an unfinished extraction: repeat the command"):
+        verify(tmp_path / "out")
+
+
+def test_images_that_changed_in_size_are_noticed(vae: str, tmp_path: Path) -> None:
+    tree = write_tree(tmp_path / "t", {"a/1.png": encoded(pixels(1)), "a/2.png": encoded(pixels(2))})
+    assert extract(tree, tmp_path / "out", vae, OPTIONS)
+    assert extract(tree, tmp_path / "out", vae, OPTIONS)
+    (tree / "a" / "2.png").write_bytes(encoded(pixels(3, 50)))
+    with pytest.raises(DataError, match="listing_sha256 is"):
+        extract(tree, tmp_path / "out", vae, OPTIONS)
 
 
 def test_images_that_vanish_are_broken_and_archives_stop_the_job(vae: str, tmp_path: Path) -> None:

@@ -80,7 +80,8 @@ def test_zip(tmp_path: Path, method: int) -> None:
     _check(list_images(nested), "data/train/")
 
 
-def test_zip_written_as_a_stream(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_zip_written_as_a_stream(tmp_path: Path, method: int) -> None:
     class Pipe(io.RawIOBase):  # sizes and checksum come after the data where a zip can't go back
         def __init__(self, path: Path) -> None:
             self._file = open(path, "wb")  # noqa: SIM115
@@ -94,10 +95,16 @@ def test_zip_written_as_a_stream(tmp_path: Path) -> None:
         def flush(self) -> None:
             self._file.flush()
 
-    with zipfile.ZipFile(Pipe(tmp_path / "s.zip"), "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(Pipe(tmp_path / "s.zip"), "w", method) as archive:
         for name, data in FILES.items():
             archive.writestr(name, data)
-    _check(list_images(tmp_path / "s.zip"))
+    images = list_images(tmp_path / "s.zip")
+    _check(images)
+    raw = bytearray((tmp_path / "s.zip").read_bytes())
+    raw[int(images.offset[1]) + 80] ^= 0xFF
+    (tmp_path / "s.zip").write_bytes(raw)
+    with pytest.raises(BrokenImage, match=r"checksum|decompressed"):
+        images.read(1)
 
 
 def test_folder_of_zips(tmp_path: Path) -> None:
@@ -142,6 +149,55 @@ def test_webdataset_shards(tmp_path: Path) -> None:
     assert list_images(tmp_path / "one.tar").names == ["sub/k1.png", "k0.jpg"]
 
 
+def test_other_images_of_a_webdataset_key_are_no_samples(tmp_path: Path) -> None:
+    files = {"s0.jpg": IMAGE, "s0.seg.png": IMAGE, "s0.cls": b"1", "p.1.png": IMAGE, "p.1.cls": b"0"}
+    write_tree(tmp_path, {"t.tar": tar_bytes(files | {"p.2.png": IMAGE, "p.2.json": b'{"label": 0}'})})
+    images = list_images(tmp_path / "t.tar")
+    assert images.names == ["p.1.png", "p.2.png", "s0.jpg"] and images.labels.tolist() == [0, 0, 1]
+    assert images.ignored.files == [("s0.seg.png", "lies beside s0.jpg, the image of its key")]
+    assert len(list_images(tmp_path / "t.tar", "one")) == 4
+    for pair in (("s0.jpg", "s0.png"), ("s0.a.jpg", "s0.b.jpg")):
+        write_tree(tmp_path, {"t.tar": tar_bytes(dict.fromkeys(pair, IMAGE) | {"s0.cls": b"1"})})
+        with pytest.raises(DataError, match=r"2 images of the key s0 .* choose other classes"):
+            list_images(tmp_path / "t.tar")
+        assert len(list_images(tmp_path / "t.tar", "archive")) == 2
+
+
+def test_labels_are_not_read_for_other_classes(tmp_path: Path) -> None:
+    files = {"cat/s0.png": IMAGE, "cat/s0.json": b'{"label": "tabby"}', "dog/s1.png": IMAGE, "dataset.json": b"{}"}
+    write_tree(tmp_path, {"t.tar": tar_bytes(files)})
+    for source in (tmp_path / "t.tar", write_zip(tmp_path / "z.zip", files), write_tree(tmp_path / "tree", files)):
+        with pytest.raises(DataError, match="other classes"):
+            list_images(source)
+        assert list_images(source, "folder").class_names == ("cat", "dog")
+        assert list_images(source, "one").labels.tolist() == [0, 0]
+
+
+def test_class_folders_without_images_in_archives(tmp_path: Path) -> None:
+    for members, message in (
+        ({"d/a/1.png": IMAGE, "d/b/note.txt": b"x"}, r"1 class folder without an image \(b\)"),
+        ({"a/1.png": IMAGE, "b/": b"", "c/": b""}, r"2 class folders without an image \(b, c\)"),
+        ({"docs/x.txt": b"x", "d/": b"", "d/a/": b"", "d/a/1.png": IMAGE, "d/a/meta/x.txt": b"x"}, None),
+    ):
+        sources = [write_zip(tmp_path / "z.zip", members)]
+        if not any(name.endswith("/") for name in members):
+            sources.append(write_tree(tmp_path, {"t.tar": tar_bytes(members)}) / "t.tar")
+        for source in sources:
+            if message is None:
+                assert list_images(source).class_names == ("a",)
+            else:
+                with pytest.raises(DataError, match=message):
+                    list_images(source)
+    stream = io.BytesIO(tar_bytes({"./a/1.png": IMAGE}))
+    with tarfile.open(fileobj=stream, mode="a") as archive:
+        for name in (".", "./a", "./b"):
+            member = tarfile.TarInfo(name)
+            member.type = tarfile.DIRTYPE
+            archive.addfile(member)
+    with pytest.raises(DataError, match=r"1 class folder without an image \(b\)"):
+        list_images(write_tree(tmp_path, {"d.tar": stream.getvalue()}) / "d.tar")
+
+
 def test_a_tar_for_each_class(tmp_path: Path) -> None:
     classes = {name: tar_bytes({f"{name}_{i}.JPEG": IMAGE for i in range(2)}) for name in ("n01440764", "n01443537")}
     images = list_images(write_tree(tmp_path / "tars", {f"{name}.tar": data for name, data in classes.items()}))
@@ -182,7 +238,7 @@ def test_labels_of_edm(tmp_path: Path) -> None:
     ("document", "message"),
     [
         ({"labels": LABELS["labels"][:2]}, "00001/c.png has no label"),
-        ({"labels": [*LABELS["labels"], ["../up.png", 0], ["gone.png", 1]]}, "2 images that are not there .*up.png"),
+        ({"labels": [*LABELS["labels"], ["../up.png", 0], ["gone.png", 1]]}, "2 images not there .*up.png"),
         ({"labels": [["00000/a.png", -1], *LABELS["labels"]]}, None),  # the last of two counts, as in EDM's dict
         ({"labels": [*LABELS["labels"], ["00000/a.png", -1]]}, "label of 00000/a.png .* -1"),
         ({"labels": [*LABELS["labels"], ["00000/a.png", 1.5]]}, "1.5 is no whole number"),

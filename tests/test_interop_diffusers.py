@@ -27,7 +27,7 @@ CASES = [(4, 1.5, (0.0, 1.0)), (50, 3.0, (0.2, 0.7)), (7, 1.0, (0.0, 1.0)), (1, 
 LOAD_AND_DRAW = """
 import json, sys
 import numpy as np, torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 
 folder, out, cases = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 noise = torch.from_numpy(np.load(out + "/noise.npy"))
@@ -61,6 +61,10 @@ except ValueError as error:
     told.append(str(error))
 half = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, torch_dtype=torch.bfloat16)
 half.set_progress_bar_config(disable=True)
+pipe.vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
+pipe.save_pretrained(out + "/again")
+again = DiffusionPipeline.from_pretrained(out + "/again", custom_pipeline=out + "/again", trust_remote_code=True)
+arrays["again"] = again([1, 10, 3], num_inference_steps=cases[0][0], latents=noise, output_type="latent").images
 arrays["bf16"] = half([1, 10, 3], num_inference_steps=2, latents=noise, output_type="latent").images
 np.savez(out + "/drawn.npz", told=told, **{name: np.asarray(value) for name, value in arrays.items()})
 """
@@ -143,6 +147,12 @@ def test_bf16_weights_keep_latents_in_fp32(model, exported, drawn):
     assert drawn["bf16"].dtype == np.float32
     difference = np.abs(drawn["bf16"] - expected).max() / np.abs(expected).max()
     assert 1e-5 < difference < 0.1
+
+
+def test_a_pipeline_saved_again_keeps_its_code(exported, drawn):
+    for name in ("pipeline.py", "transformer/transformer_mpdit.py"):
+        assert (exported / "again" / name).read_bytes() == (exported / "pipeline" / name).read_bytes()
+    np.testing.assert_array_equal(drawn["again"], drawn[f"{None}/0"])
 
 
 def test_wrong_arguments_are_told(drawn):

@@ -46,7 +46,7 @@ def test_a_repository_is_taken_from_the_hubs_cache(model, tmp_path, monkeypatch)
     loaded = mpdit.MPDiT.from_pretrained("owner/name", **options)
     assert torch.equal(loaded.final.weight, model.final.weight) and loaded.metadata == METADATA
     with pytest.raises(
-        CheckpointError, match="owner/other is no folder here and can't be loaded from the hub"
+        CheckpointError, match="owner/other is no folder here, and the hub can't be reached or holds no such model"
     ) as error:
         mpdit.MPDiT.from_pretrained("owner/other", **options)
     assert "\n" not in str(error.value)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import pickle
 import resource
 import signal
@@ -119,6 +120,8 @@ def test_a_sit_is_known_by_its_name_and_a_scale_by_its_kind(tmp_path):
         model, metadata = read_official(tmp_path / "x.pt")
         assert model.config.convention == convention
         assert metadata["data"]["normalization"] == {"mean": [0.0] * 4, "std": [1 / 0.18215] * 4}
+        assert metadata["training"].get("objective") == (None if convention == "sit" else "noise")
+    assert "objective" not in read_official(tmp_path / "x.pt", convention="mpdit")[1]["training"]  # so it was said
     torch.save({"ema": Golden("two_stage").group("param"), "args": XL}, tmp_path / "x.pt")
     data = read_official(tmp_path / "x.pt", HEADS)[1]["data"]
     assert data["normalization"] == {"mean": list(PAPER.mean), "std": list(PAPER.std)}
@@ -168,7 +171,7 @@ def without_heads(state):
 
 
 BAD = {
-    "no heads": (without_heads, "how many attention heads its model has: give num_heads: published.* 384 have 6"),
+    "no heads": (without_heads, "how many attention heads its model has: give --num-heads 6, as published.* 384"),
     "a name of another width": (lambda state: {"ema": state, "args": XL}, "how many attention heads"),
     "true is no number": (lambda state: {"ema": state, "args": argparse.Namespace(num_heads=True)}, "how many"),
     "an empty entry": (lambda state: {"ema": None, "model": state}, "the entry 'ema' of .* is a NoneType"),
@@ -223,10 +226,30 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     try:
         with pytest.raises(CheckpointError, match=r"x\.pt can't be written .* is the disk full\?"):
             mpdit.save_official(path, small())
+        with pytest.raises(CheckpointError, match="is the disk full"):
+            mpdit.save_official(tmp_path / "new" / "er" / "x.pt", small())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert [file.name for file in tmp_path.iterdir()] == ["x.pt"] and path.read_text() == "before"
+
+
+def test_weights_that_are_all_nan_are_said_to_be(tmp_path):
+    state = {name: torch.full_like(value, torch.nan) for name, value in mpdit.to_official(small()).items()}
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="holds NaN or infinity in"):
+        mpdit.load_official(tmp_path / "x.pt", 6)
+
+
+def test_torchs_advice_to_unpickle_is_not_passed_on(tmp_path):
+    path = tmp_path / "x.pt"
+    for content in (torch.nn.Linear(1, 1), {"x": Runs(os.system, "true")}):
+        torch.save(content, path)
+        with pytest.raises(CheckpointError, match=r"holds a (torch\.nn\S+Linear|posix\.system), not tensors"):
+            mpdit.load_official(path)
+    path.write_bytes(pickle.dumps(content))
+    with pytest.raises(CheckpointError, match="is no checkpoint of tensors, or is truncated or damaged"):
+        mpdit.load_official(path)
 
 
 def test_averages_of_another_model_are_refused(tmp_path):

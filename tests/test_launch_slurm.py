@@ -15,7 +15,7 @@ from deepspeed.launcher.runner import fetch_hostfile
 from training_runs import REPOSITORY, TINY, ds_config, free_port
 
 from mpdit.errors import ConfigError
-from mpdit.training.world import World
+from mpdit.training.world import World, connect
 
 SCRIPT = REPOSITORY / "launch" / "slurm.sh"
 LAUNCHER_VARIABLES = (
@@ -137,13 +137,13 @@ def test_ranks_are_those_of_the_step(cluster: Path, monkeypatch: pytest.MonkeyPa
     assert World.from_environment() == World(), "a command in the batch script is alone"
     for name, value in {"STEP_NUM_TASKS": "15", "STEP_NUM_NODES": "2", "PROCID": "9", "LOCALID": "1"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
+    world = World.from_environment()
+    assert world == World(rank=9, size=15, local_rank=1, local_size=8)
     with pytest.raises(ConfigError, match="MASTER_ADDR is not set: use launch/slurm"):
-        World.from_environment()
+        connect(world)
     monkeypatch.setenv("MASTER_ADDR", "node-7")
     with pytest.raises(ConfigError, match="MASTER_PORT is not set"):
-        World.from_environment()
-    monkeypatch.setenv("MASTER_PORT", "21234")
-    assert World.from_environment() == World(rank=9, size=15, local_rank=1, local_size=8)
+        connect(world)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     assert World.from_environment() == World(), "an interactive shell is a step of one task"
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "15")

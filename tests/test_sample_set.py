@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -202,7 +203,7 @@ def test_too_little_room_is_said_before_the_work(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert draw(made, tmp_path / "out", "--num", str(10**12)) == 2
-    assert "GB are free: make room" in capsys.readouterr().err
+    assert "B are free: make room" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -216,6 +217,65 @@ def test_a_damaged_part_is_drawn_again(made: Path, tmp_path: Path, monkeypatch: 
     second.write_bytes(second.read_bytes()[:-5])
     assert draw(made, out, "--num", "10") == 0
     assert contents(out) == contents(made / "once")
+
+
+@pytest.mark.parametrize("batches", [("2", "1"), ("7", "9")])
+def test_continued_with_another_batch(
+    batches: tuple[str, str], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half done, finished, then grown: parts stay, bits move by round-off, and each environment names its batch."""
+    out, (batch, decode_batch) = tmp_path / "out", batches
+    options = ("--batch", batch, "--decode-batch", decode_batch)
+    with interrupted_at(monkeypatch, 4, KeyboardInterrupt()):
+        assert draw(made, out, "--num", "6") == 130
+    first = out / ".parts" / "00000000-00000004.npz"
+    before = first.stat().st_mtime_ns
+    with interrupted_at(monkeypatch, 4, KeyboardInterrupt()):
+        assert draw(made, out, "--num", "6", *options) == 130
+    assert first.stat().st_mtime_ns == before
+    assert draw(made, out, "--num", "6", *options) == 0
+    assert draw(made, out, "--num", "10", *options) == 0
+    protocol = json.loads((out / "protocol.json").read_text())
+    assert protocol["part_images"] == 4 and "batch" not in protocol
+    used = [(environment["batch"], environment["decode_batch"]) for environment in protocol["environments"]]
+    assert sorted(used) == sorted([(4, 3), (min(int(batch), 4), int(decode_batch))])
+    with np.load(out / "samples.npz") as changed, np.load(made / "once" / "samples.npz") as whole:
+        assert np.abs(changed["arr_0"].astype(int) - whole["arr_0"]).max() <= 1
+    np.testing.assert_allclose(np.load(out / "latents.npy"), np.load(made / "once" / "latents.npy"), atol=1e-4)
+
+
+def test_a_smaller_batch_gives_the_same_bytes_at_any_number_of_processes(made: Path, tmp_path: Path) -> None:
+    for name, processes in (("one", "1"), ("two", "2")):
+        assert draw(made, tmp_path / name, "--num", "4", "--format", "npz") == 0  # parts of 4
+        assert draw(made, tmp_path / name, "--num", "10", "--format", "npz", "--batch", "3", "--gpus", processes) == 0
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_samples_that_are_not_finite(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert draw(made, tmp_path / "out", "--num", "10", "--guidance", "1e38") == 2
+    error = capsys.readouterr().err
+    assert f"image 0 came out as NaN or infinity: the weights {made / 'weights'} have diverged" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_set_is_not_continued(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert draw(made, out, "--num", "6", "--format", "npz") == 0
+    whole = (out / "samples.npz").read_bytes()
+    (out / "samples.npz").write_bytes(whole[:3000] + bytes([whole[3000] ^ 1]) + whole[3001:])
+    assert draw(made, out, "--num", "10", "--format", "npz") == 2
+    assert "samples.npz is damaged: delete the folder and repeat the command" in capsys.readouterr().err
+    assert not (out / ".parts").exists()
+    shutil.rmtree(out)
+    assert draw(made, out, "--num", "10", "--format", "npz") == 0
+
+
+def test_under_srun(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("SLURM_PROCID", rank)
+        assert draw(made, tmp_path / "out", "--num", "10") == 0
+    assert contents(tmp_path / "out") == contents(made / "once")
 
 
 @pytest.mark.parametrize("form", ["npz", "png", "both"])
@@ -256,7 +316,6 @@ OTHER_PROTOCOLS = {
     "steps": (["--steps", "3"], "steps: 2 there, 3 here"),
     "seed": (["--seed", "1"], "seed: 0 there, 1 here"),
     "guidance": (["--guidance", "1.5"], "guidance: 2.0 there, 1.5 here"),
-    "batch": (["--batch", "5"], "batch: 4 there, 5 here"),
     "labels": (["--labels", "balanced"], 'labels.order: "random" there, "balanced" here'),
     "precision": (["--precision", "bf16"], 'precision: "fp32" there, "bf16" here'),
     "vae": (["--vae-dtype", "bf16"], 'decoder.dtype: "fp32" there, "bf16" here'),

@@ -52,6 +52,16 @@ def test_mistakes_are_found_before_the_work(
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_that_predict_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save_model(tmp_path / "weights") / "config.json"
+    description = json.loads(path.read_text())
+    description["training"] = {"objective": "noise"}
+    path.write_text(json.dumps(description))
+    assert draw(tmp_path, tmp_path / "out", vae=False) == 2
+    assert "these weights predict noise" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_options_of_a_vae_without_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_model(tmp_path / "weights")
     assert draw(tmp_path, tmp_path / "out", "--decode-batch", "3", vae=False) == 2

@@ -83,7 +83,7 @@ def test_arguments_go_before_the_file(tmp_path: Path) -> None:
     [
         (
             "learning_rate: 1e-4",
-            "unknown key 'learning_rate'",
+            "unknown key 'learning_rate': did you mean 'lr'?",
         ),
         ("global_bach: 4", "unknown key 'global_bach': did you mean 'global_batch'"),
         ("zzzz: 4", "unknown key 'zzzz': launch/train.py --help lists"),

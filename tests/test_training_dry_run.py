@@ -32,7 +32,8 @@ def imagenet(tmp_path_factory: pytest.TempPathFactory) -> dict[int, PackedLatent
     for side in (32, 64):
         means = rng.normal(0, 4, (12, 4, side, side)).astype(np.float32)
         stds = np.full_like(means, 0.1)
-        sets[side] = write_packed(folder / str(side), means, labels, stds, num_classes=1000, kind=f"imagenet{8 * side}")
+        about = {"kind": f"imagenet{8 * side}", "source": {"images": "train"}, "decoder": {"range": [-1, 1]}}
+        sets[side] = write_packed(folder / str(side), means, labels, stds, num_classes=1000, **about)
     return sets
 
 
@@ -62,6 +63,7 @@ def test_every_shipped_file_passes(
     assert f"{8 if path.stem != 'single_gpu_24gb' else 1} x " in out
     assert f"x 4 x {side} x {side}, labels" in out
     assert "bf16" in out
+    assert "images train, pixels in -1..1\n" in out
     assert sorted(path.name for path in here.iterdir()) == ["launch"], "nothing is written"
 
 
@@ -107,7 +109,7 @@ def test_a_machine_without_names_plans_for_the_launchs_ranks(
     [
         (["--plan-gpu", "abacus"], "plan_gpu 'abacus' is not one of a100-40gb"),
         (["--plan-gpus", "-1"], "plan_gpus is -1"),
-        (["--plan-gpus", "7", "--global-batch", "64"], "not divisible by 7 ranks"),
+        (["--plan-gpus", "7", "--global-batch", "64"], "for example 70 (the number of ranks is that of plan_gpus)"),
         (["--data", "nowhere"], "nowhere"),
         (["--model", "MPDiT-B/4-2"], "4x16x16"),
         (["--init-from", "nowhere"], "nowhere does not exist"),

@@ -173,9 +173,9 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
         "empty": "empty holds no weights",
         "none": "none does not exist",
         "evil.pt": "evil.pt",
-        "text.pt": "text.pt can't be read",
+        "text.pt": "text.pt is no checkpoint",
         "short": "can't be read as safetensors",
-        "nan": "nan holds NaN or infinity in final.bias",
+        "nan": r"nan/model\.safetensors holds NaN or infinity in final\.bias",
         "???": "still to be given: add --init-from",
     }.items():
         with pytest.raises(UserError, match=message) as error:

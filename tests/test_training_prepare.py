@@ -105,7 +105,7 @@ def test_other_projects_files_are_trained_on_where_they_lie(tmp_path: Path) -> N
 
 def test_what_describes_other_data_is_refused_where_it_has_no_effect(tmp_path: Path, packed: PackedLatents) -> None:
     for option in (["--data-scale", "0.18215"], ["--normalization", "measured"], ["--data-scale", "x"]):
-        with pytest.raises(ConfigError, match="data_scale"):
+        with pytest.raises(ConfigError, match=r"data.scale"):
             _prepare(tmp_path / "out", *option)
     data = ["--data", str(packed.path), "--model", "MPDiT-Digits/4-2", "--override", "input_size=8"]
     with pytest.raises(ConfigError, match="is packed"):

@@ -64,6 +64,15 @@ def test_decode_rounds_as_the_published_samples(folder: Path) -> None:
     assert (unit.decode(latents).int() - halved.int()).abs().max() <= 1
 
 
+@pytest.mark.parametrize("field", ["in_channels", "out_channels"])
+def test_a_vae_of_other_images_than_rgb_is_refused(field: str, tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, **{field: 1}).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"has {field} 1: give one of RGB images, which have 3$"):
+        VAE.load(str(tmp_path))
+
+
 def test_the_hash_is_of_the_weights_alone(folder: Path, tmp_path: Path) -> None:
     vae = VAE.load(str(folder))
     assert VAE.load(str(folder.parent)).sha256 == vae.sha256  # a pipeline's folder

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mpdit
-from mpdit.errors import CheckpointError
+from mpdit.errors import CheckpointError, ConfigError
+from mpdit.weights import check_finite, check_flow
 
 
 @pytest.fixture
@@ -54,7 +55,15 @@ def truncate(saved):
     path.write_bytes(path.read_bytes()[:-10])
 
 
+def put(saved, value):
+    tensors = load_file(saved / "model.safetensors")
+    tensors["final.bias"][3] = value
+    save_file(tensors, saved / "model.safetensors")
+
+
 BAD = {
+    "NaN": (lambda saved: put(saved, torch.nan), r"model\.safetensors holds NaN or infinity in final\.bias"),
+    "infinity": (lambda saved: put(saved, -torch.inf), r"holds NaN or infinity in final\.bias"),
     "truncated": (truncate, "can't be read as safetensors"),
     "no description": (lambda saved: (saved / "config.json").unlink(), "config.json can't be read"),
     "not JSON": (lambda saved: (saved / "config.json").write_text("{"), "can't be read as JSON"),
@@ -78,6 +87,17 @@ def test_damage_is_one_clear_error(saved, damage, message):
     with pytest.raises(ValueError, match=message) as error:
         mpdit.load_weights(saved)
     assert "\n" not in str(error.value)
+
+
+def test_a_finite_tensor_may_sum_to_infinity():
+    check_finite({"a": torch.full((3,), 60000.0, dtype=torch.float16)}, "here")
+
+
+def test_noise_is_no_flow():
+    with pytest.raises(ConfigError, match="fine-tuned with --init-from, not sampled"):
+        check_flow({"training": {"official": "DiT", "objective": "noise"}})
+    for metadata in ({}, {"training": 3}, {"training": {"official": "SiT"}}, {"training": {"step": 4}}):
+        check_flow(metadata)
 
 
 def test_missing_path(tmp_path):

@@ -16,6 +16,7 @@ from part_files import Files
 
 from mpdit import workers
 from mpdit.errors import ConfigError, DataError
+from mpdit.evaluation import progress
 from mpdit.workers import choose_devices, run_parts
 
 
@@ -67,7 +68,9 @@ def test_a_launchers_ranks_do_their_own_parts(tmp_path: Path, monkeypatch: pytes
         run_parts(Files(tmp_path), 6, processes=2, device="cpu", label="test")
 
 
-def test_rank_0_waits_for_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_0_waits_for_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(workers, "_POLL_SECONDS", 0.01)
     waits: list[float] = []
@@ -79,6 +82,51 @@ def test_rank_0_waits_for_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(time, "sleep", sleep)
     assert run_parts(Files(tmp_path), 6, device="cpu", label="test")
     assert len(waits) == 3
+    error = capsys.readouterr().err
+    assert f"waiting for 3 parts of other ranks (1) in {tmp_path}: if they have ended" in error
+    assert error.count("\n") == 1, "said once in five minutes"
+
+
+def test_rank_0_reminds_that_it_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(workers, "_REMIND_SECONDS", 0)
+    monkeypatch.setattr(
+        time, "sleep", lambda _: (tmp_path / f"part-{Files(tmp_path).todo()[0]}").write_text("another rank's")
+    )
+    assert run_parts(Files(tmp_path), 6, device="cpu", label="test")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" of other")[0] for line in lines] == [
+        "waiting for 3 parts",
+        "waiting for 2 parts",
+        "waiting for 1 part",
+    ]
+
+
+def test_a_log_gets_a_line_a_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with progress.bar("samples", 1000, initial=100) as shown:
+        for _ in range(8):
+            now[0] += 20
+            shown.update(10)
+    assert capsys.readouterr().err.splitlines() == [
+        "samples: 130/1000 img, 0.50 img/s, 29:00 left",
+        "samples: 160/1000 img, 0.50 img/s, 28:00 left",
+    ]
+
+
+def test_sruns_ranks_need_no_meeting_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    for rank, first in (("1", False), ("0", True)):
+        monkeypatch.setenv("SLURM_PROCID", rank)
+        assert run_parts(Files(tmp_path), 6, device="cpu", label="test") == first
+    assert not Files(tmp_path).todo()
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ DESCRIPTION = (
 _CHECKPOINT_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 _OPTIONS = {
     "official checkpoint as SOURCE": ("num_heads", "which", "convention"),
-    "--to latents": ("scale", "normalization", "num_classes", "shard_records"),
+    "--to latents": ("data_scale", "normalization", "num_classes", "shard_records"),
     "--to diffusers": ("vae",),
 }
 """The options by the one kind of conversion that reads them."""
@@ -60,11 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     official.add_argument(
         "--convention",
         choices=("mpdit", "sit"),
-        help="sit: weights trained with t = 1 as data (default: sit if the checkpoint names a SiT, else mpdit)",
+        help="of weights that predict a velocity: sit if trained with t = 1 as data, mpdit if with t = 0 (default: sit "
+        "if the checkpoint names a SiT, else mpdit, and a DiT's weights are taken to predict noise)",
     )
     latents = parser.add_argument_group("--to latents")
     latents.add_argument(
-        "--scale",
+        "--data-scale",
         metavar="FACTOR",
         help="what the latents in SOURCE were multiplied by: 1, 0.18215, ... or auto: as the format has it, or by the "
         "std measured (default: auto)",
@@ -169,11 +170,10 @@ def _describe(model: MPDiT, figures: dict[str, Any]) -> list[str]:
 def _advice(model: MPDiT, figures: dict[str, Any]) -> list[str]:
     """What the files can't say: where the model does not yet do what one would expect of it."""
     advice = []
-    official = (figures["training"] or {}).get("official")
-    if official == "DiT" and model.config.convention == "mpdit":
+    if (figures["training"] or {}).get("objective") == "noise":
         advice.append(
-            "note: if these are a SiT's weights, convert with --convention sit; DiT's own predict noise at integer "
-            "times, which no sampler here integrates: fine-tune from them"
+            "note: taken to be DiT's weights, which predict noise: they can be fine-tuned, not sampled; if they were "
+            "trained to predict a velocity, convert with --convention sit (t = 1 is data, as in SiT) or mpdit"
         )
     if not figures["data"]:
         advice.append('note: no constants are known to decode its latents by: add "data" to config.json')
@@ -193,7 +193,7 @@ def _pack(args: argparse.Namespace) -> Outcome:
         packed = convert_latents(
             args.source,
             args.out,
-            scale=args.scale or "auto",
+            scale=args.data_scale or "auto",
             normalization=args.normalization or "auto",
             shard_records=args.shard_records,
             num_classes=args.num_classes,
@@ -218,6 +218,7 @@ def _pack(args: argparse.Namespace) -> Outcome:
     lines = [
         f"latents: {args.out}",
         f"samples: {manifest.num_samples} of {manifest.num_classes} classes in {len(manifest.shards)} shard(s)",
+        f"source: {manifest.describe_source()}",
         f"mean of the channels: {_numbers(manifest.statistics.mean)}; in use {_numbers(manifest.normalization.mean)}",
         f"std of the channels: {_numbers(manifest.statistics.std)}; in use {_numbers(manifest.normalization.std)}",
     ]

@@ -18,7 +18,7 @@ DESCRIPTION = (
     "them. Or make such a reference of images (--write-reference). Or measure a model of the embedded digits: class "
     "agreement (guided samples under a classifier trained on the real digits) and Frechet distance (unguided samples "
     "against the real set, in pixels). The figures and the protocol they were measured by are written to "
-    "evaluation.json too."
+    "evaluation.json too, of X.npz to X.evaluation.json beside it."
 )
 
 
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="where to write figures and protocol as JSON "
-        "(default: evaluation.json in the folder given, or beside the file)",
+        "(default: evaluation.json in the folder given or beside model.safetensors, X.evaluation.json beside X.npz)",
     )
     group = parser.add_argument_group("images")
     group.add_argument(
@@ -156,8 +156,14 @@ def _is_model(path: Path) -> bool:
 
 def _out(args: argparse.Namespace) -> Path:
     """Where the figures go, checked before the work."""
-    folder: Path = args.weights if args.weights.is_dir() else args.weights.parent
-    out: Path = args.out or folder / "evaluation.json"
+    given: Path = args.weights
+    if given.is_dir():
+        default = given / "evaluation.json"
+    elif given.suffix == ".npz":
+        default = given.with_suffix(".evaluation.json")  # several lie in one folder
+    else:
+        default = given.with_name("evaluation.json")
+    out: Path = args.out or default
     check_file(out)
     return out
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mpdit.commands.arguments import pick_device, whole
 from mpdit.commands.outcome import Outcome
 from mpdit.commands.outputs import check_new_folder
+from mpdit.files import counted
 
 if TYPE_CHECKING:
     from mpdit.extraction.extract import ExtractReport
@@ -21,9 +22,10 @@ DESCRIPTION = (
     "centre crop, mean and std of the posterior in fp16. IMAGES is a folder tree (the top folders are the classes), "
     "a .tar or a folder of them (webdataset's .cls or .json labels, else folders, else a tar for each class), a .zip "
     "or a folder of them, or either with EDM's dataset.json. Broken images are skipped and listed in "
-    "OUT/extraction.json. Killed and started again it goes on where it was; on several nodes start it under torchrun "
-    "or srun. The same options give the same bytes whatever the number of GPUs. EXIF's orientation is not applied, as "
-    "ADM and DiT don't."
+    "OUT/extraction.json. Killed and started again it goes on where it was, and refuses if images were added, removed "
+    "or changed in size (other contents of the same size go unnoticed, but for a zip's); on several nodes start it "
+    "under torchrun or srun. The same options give the same bytes whatever the number of GPUs. EXIF's orientation is "
+    "not applied, as ADM and DiT don't."
 )
 _SHOWN = 10
 
@@ -141,18 +143,22 @@ def run(args: argparse.Namespace) -> Outcome:
 def _text(report: ExtractReport) -> str:
     manifest = report.manifest
     size = sum(shard.bytes for shard in manifest.shards) / 1e6
+    classes = "1 class" if manifest.num_classes == 1 else f"{manifest.num_classes} classes"
     lines = [
-        f"{manifest.num_samples} samples of {manifest.num_classes} classes, "
+        f"{counted(manifest.num_samples, 'sample')} of {classes}, "
         f"{'x'.join(map(str, manifest.record_shape))} fp16 each, {size:.1f} MB: {report.path}"
     ]
     if report.skipped:
-        lines.append(f"skipped: {len(report.skipped)} broken images, all listed in {report.path / 'extraction.json'}")
+        skipped = counted(len(report.skipped), "broken image")
+        lines.append(f"skipped: {skipped}, listed in {report.path / 'extraction.json'}")
         lines += [f"  {name} {reason}" for name, reason in report.skipped[:_SHOWN]]
         lines += ["  ..."] * (len(report.skipped) > _SHOWN)
     if report.ignored:
-        lines.append(f"ignored: {report.ignored} other files, the first listed there too")
+        ignored = counted(report.ignored, "other file")
+        lines.append(f"ignored: {ignored}, the first listed in {report.path / 'extraction.json'}")
     if report.empty_classes:
-        lines.append(f"classes without a sample: {len(report.empty_classes)} ({_some(report.empty_classes)})")
+        empty = "1 class is" if len(report.empty_classes) == 1 else f"{len(report.empty_classes)} classes are"
+        lines.append(f"warning: {empty} without a sample ({_some(report.empty_classes)})")
     lines.append("channel   mean measured     in use   std measured     in use")
     measured, used = manifest.statistics, manifest.normalization
     for channel, row in enumerate(zip(measured.mean, used.mean, measured.std, used.std, strict=True)):

@@ -20,8 +20,9 @@ DESCRIPTION = (
     "Draw samples into DIR: samples.npz (arr_0, uint8 images as ADM's evaluator reads them; classes; the protocol they "
     "were drawn by), or images/*.png with classes.npy, or both; grid.png (the first 100); protocol.json. A VAE decodes "
     "them (--vae); digits need none; without, other latents are shown as a linear preview. What is killed goes on "
-    "where it was when the command is repeated, and a larger --num continues a finished set. The bytes don't depend on "
-    "the number of processes. Works under a launcher too (RANK, WORLD_SIZE), on nodes that share DIR."
+    "where it was when the command is repeated, with another --batch too, and a larger --num continues a finished set. "
+    "The bytes don't depend on the number of processes; another --batch or --decode-batch may change last bits. Works "
+    "under a launcher too (srun, or RANK and WORLD_SIZE), on nodes that share DIR."
 )
 
 
@@ -115,12 +116,13 @@ def _text(report: DrawReport) -> str:
     kind = report.protocol["files"]["format"]
     files += [report.out / "samples.npz"] * (kind != "png") + [report.out / "images"] * (kind != "npz")
     places = ", ".join(map(str, files))
+    images = f"{report.images} image{'s' * (report.images > 1)}"
     if not report.drawn:
-        first = f"{report.images} images were there already: {places}"
+        first = f"{images} {'was' if report.images == 1 else 'were'} there already: {places}"
     else:
         rate = f"{report.seconds:.1f} s, {report.drawn / report.seconds:.2f} images/s"
         now = "" if report.drawn == report.images else f" ({report.drawn} of them now)"
-        first = f"{report.images} images{now} in {rate}: {places}"
+        first = f"{images}{now} in {rate}: {places}"
     return "\n".join([first, *(f"note: {remark}" for remark in report.remarks)])
 
 

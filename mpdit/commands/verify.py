@@ -75,6 +75,7 @@ def _text(data: Path, report: VerifyReport) -> str:
     lines = [
         f"sound: {data}",
         f"samples: {report.num_samples} in {where}, {report.bytes / 1e6:.1f} MB",
+        f"source: {report.origin}",
         *_classes(report),
         f"mean of the channels: {_channels(report.statistics.mean)}; in use {_channels(report.normalization.mean)}",
         f"std of the channels: {_channels(report.statistics.std)}; in use {_channels(report.normalization.std)}",

@@ -18,6 +18,7 @@ from mpdit.data.open import open_latents
 from mpdit.data.records import INDEX_DTYPE
 from mpdit.data.writer import PackedWriter
 from mpdit.errors import ConfigError, DataError
+from mpdit.files import readable_bytes
 
 _CHUNK_BYTES = 1 << 24
 _LEFT_BY_A_WRITER = re.compile(rf"({re.escape(INDEX_NAME)}|shard-\d+\.bin|.+\.partial)")
@@ -81,4 +82,5 @@ def _check_out(out: Path, nbytes: int) -> None:
     at = next(path for path in (out, *out.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(at).free
     if free < nbytes:
-        raise DataError(f"{at} has {free / 1e9:.1f} GB free and {nbytes / 1e9:.1f} GB are needed: give another out")
+        needed = readable_bytes(nbytes)
+        raise DataError(f"{at} has {readable_bytes(free)} free and {needed} are needed: give another out")

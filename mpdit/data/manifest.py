@@ -27,6 +27,9 @@ FORMAT = "mpdit-latents"
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.bin"
+PARTS_NAME = ".parts"
+JOB_NAME = "job.json"
+"""Of the folder in which an extraction keeps what is not yet put together, and of its note on the job."""
 ORIGINAL = ("original",)
 ORIGINAL_AND_FLIPPED = ("original", "flipped")
 
@@ -47,6 +50,10 @@ class Normalization:
             raise DataError(f"{len(self.mean)} channel means beside {len(self.std)} stds: give one each per channel")
         if any(value < 0 for value in self.std):
             raise DataError(f"std {self.std} of the channels must not be negative")
+
+    def __str__(self) -> str:
+        mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
+        return f"mean {mean}, std {std}"
 
 
 @dataclass(frozen=True)
@@ -131,6 +138,25 @@ class DatasetInfo(LatentSpec):
         if not all(self.normalization.std):
             raise DataError(f"normalization std {self.normalization.std} must be above zero in every channel")
 
+    @property
+    def pixel_range(self) -> tuple[float, float] | None:
+        """What black and white were to the encoder; None where it isn't stated."""
+        stated = self.decoder.get("range")
+        if not isinstance(stated, list | tuple) or [type(value) in (int, float) for value in stated] != [True, True]:
+            return None
+        return float(stated[0]), float(stated[1])
+
+    def describe_source(self) -> str:
+        """In one line: where the latents come from, the factor they were divided by, and the encoder's pixels."""
+        words = [f"{name} {self.source[name]}" for name in ("format", "images", "vae") if self.source.get(name)]
+        scale = self.source.get("scale")
+        if type(scale) in (int, float):
+            factor = "latents multiplied by no factor" if scale == 1 else f"latents divided by {scale:g}"
+            origin = self.source.get("scale_origin")
+            words.append(f"{factor} ({origin})" if origin else factor)
+        words.append("pixels in {:g}..{:g}".format(*self.pixel_range) if self.pixel_range else "pixel range not stated")
+        return ", ".join(words)
+
     def metadata(self) -> dict[str, Any]:
         """What a weight file must carry about its data, in JSON types, so that samples can be decoded without it."""
         return {
@@ -155,8 +181,9 @@ class DatasetInfo(LatentSpec):
             )
 
     def to_json(self) -> str:
-        """All fields as one JSON object, the same text for the same data."""
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        """All fields as one JSON object, the same text for the same data, whether its scale was given or found."""
+        source = {name: value for name, value in self.source.items() if name != "scale_origin"}
+        return json.dumps(dataclasses.asdict(self) | {"source": source}, indent=1) + "\n"
 
 
 @dataclass(frozen=True, kw_only=True)

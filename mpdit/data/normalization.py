@@ -37,7 +37,7 @@ def choose_normalization(mode: NormalizationMode, measured: Normalization) -> No
     if mode == "paper" or (mode == "auto" and suits(PAPER, measured)):
         return PAPER
     if not all(measured.std):
-        raise DataError(f"the latents' std is {measured.std}: a channel without spread can't be normalised")
+        raise DataError(f"the latents' statistics are {measured}: a channel without spread can't be normalised")
     return measured
 
 

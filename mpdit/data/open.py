@@ -11,7 +11,7 @@ from mpdit.data.foreign.edm2 import find_edm2
 from mpdit.data.foreign.lightningdit import find_lightningdit
 from mpdit.data.foreign.npy_pairs import find_pairs
 from mpdit.data.latents import PackedLatents
-from mpdit.data.manifest import MANIFEST_NAME
+from mpdit.data.manifest import JOB_NAME, MANIFEST_NAME, PARTS_NAME
 from mpdit.data.normalization import NormalizationMode, choose_normalization
 from mpdit.errors import ConfigError, DataError
 
@@ -45,6 +45,8 @@ def open_latents(
         return LightningDiTLatents(path, options)
     if pair := find_pairs(path):
         return NpyPairs(*pair, options)
+    if (path / PARTS_NAME / JOB_NAME).is_file():
+        raise DataError(f"{path} is an unfinished extraction: repeat the command that began it, which goes on with it")
     raise DataError(
         f"{path} holds no data set: looked for {MANIFEST_NAME} (packed), dataset.json in it, in vae-sd/ or in a .zip "
         "(EDM2, REPA), *.safetensors (LightningDiT) and features/ beside labels/ (MPDiT, fast-DiT); check the path"
@@ -54,8 +56,8 @@ def open_latents(
 def _open_packed(path: Path, options: Options) -> PackedLatents:
     if options.scale is not None:
         raise ConfigError(
-            f"data_scale is {options.scale:g}, but {path} is packed, and packed latents are multiplied by no factor: "
-            "leave data_scale out"
+            f"--data-scale is {options.scale:g}, but {path} is packed, and packed latents are multiplied by no factor: "
+            "leave --data-scale out"
         )
     dataset = PackedLatents.open(path)
     if options.normalization != "auto":

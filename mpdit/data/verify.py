@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,12 @@ class VerifyReport:
     """Measured anew on every record."""
     normalization: Normalization
     """In use for training."""
+    source: Mapping[str, Any]
+    """Where the latents come from; of foreign formats also "scale", the factor, and "scale_origin"."""
+    pixel_range: tuple[float, float] | None
+    """What black and white were to the encoder; None where it isn't stated."""
+    origin: str
+    """The same in words."""
 
     @property
     def empty_classes(self) -> tuple[int, ...]:
@@ -107,6 +113,9 @@ def verify(data: str | Path | LatentDataset, progress: Callable[[int], object] |
         class_counts=tuple(counts.tolist()),
         statistics=found,
         normalization=info.normalization,
+        source=dict(info.source),
+        pixel_range=info.pixel_range,
+        origin=info.describe_source(),
     )
 
 

@@ -23,6 +23,7 @@ from mpdit.evaluation.features import Gaussian, extract
 from mpdit.evaluation.frechet import frechet_distance
 from mpdit.evaluation.image_sets import ImageSet
 from mpdit.evaluation.inception import POOL_FEATURES, Inception, torch_fidelity_version
+from mpdit.evaluation.npz import disk
 from mpdit.evaluation.reference import Reference
 from mpdit.evaluation.scores import NEIGHBOURS, SPLIT, inception_score, precision_recall
 from mpdit.files import write_atomically
@@ -66,7 +67,8 @@ class ImagesEvaluation:
         """Write it as a JSON file, replacing an older one as a whole; folders are made where missing."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(self.to_dict(), indent=2) + "\n")
+        with disk(path):
+            write_atomically(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
 
 def check_comparable(samples: ImageSet, reference: Reference) -> None:
@@ -75,7 +77,9 @@ def check_comparable(samples: ImageSet, reference: Reference) -> None:
     for name, images in (("samples", samples), ("reference", reference.images)):
         if images is not None and len(images) < least:
             figures = f"precision and recall with k = {NEIGHBOURS} need" if least > 2 else "a covariance needs"
-            raise DataError(f"{name} {images.path}: {len(images)} image(s), but {figures} at least {least}")
+            raise DataError(
+                f"{name} {images.path}: {len(images)} image{'s' * (len(images) != 1)}, but {figures} at least {least}"
+            )
     if reference.images is not None and samples.size != reference.images.size:
         (height, width), (reference_height, reference_width) = samples.size, reference.images.size
         raise DataError(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,10 @@ from torch import Tensor
 from mpdit.data.digits import decode_digits, real_digits, reduce_digits
 from mpdit.errors import DataError
 from mpdit.evaluation.frechet import frechet_distance, gaussian_statistics
-from mpdit.evaluation.generate import generate
+from mpdit.evaluation.generate import check_finite, generate
+from mpdit.evaluation.npz import disk
 from mpdit.evaluation.sampler import DIGITS_SAMPLER, Sampler
+from mpdit.files import write_atomically
 from mpdit.images import denormalize
 from mpdit.model import MPDiT
 from mpdit.version import __version__
@@ -59,9 +60,8 @@ class DigitsEvaluation:
         """Write it as a JSON file, replacing an older one as a whole; folders are made where missing."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.tmp")
-        partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
-        os.replace(partial, path)
+        with disk(path):
+            write_atomically(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
 
 class DigitsJudge:
@@ -110,7 +110,8 @@ def evaluate_digits(
 
     `guided` samples, the classes in turn, are drawn with the sampler's guidance for the class agreement; `unguided`
     ones (the whole set's number unless given) with the real set's labels and without guidance for the Frechet
-    distance. The two sets share no noise. DataError when the model was trained on other data.
+    distance. The two sets share no noise. DataError when the model was trained on other data, or its
+    samples aren't finite.
     """
     data = check_digits(metadata)
     judge = DigitsJudge()
@@ -119,6 +120,8 @@ def evaluate_digits(
     real = judge.labels[:unguided]
     with_guidance = generate(model, asked, sampler, label="guided samples" if progress else None)
     without = generate(model, real, plain, first=guided, label="unguided samples" if progress else None)
+    for latents, first in ((with_guidance, 0), (without, guided)):
+        check_finite(latents, first, "the model's weights")
     return DigitsEvaluation(
         class_agreement=judge.class_agreement(_pixels(with_guidance, data), asked),
         frechet_distance=judge.frechet_distance(_pixels(without, data)),

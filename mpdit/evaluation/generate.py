@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mpdit import rng
+from mpdit.errors import DataError
 from mpdit.evaluation.progress import bar
 from mpdit.evaluation.sampler import Sampler
 from mpdit.inference import for_sampling
@@ -61,6 +62,16 @@ def generate(
             )
             counter.step(start, len(chunk), 1, 1)  # dopri5 stops before its most steps
     return latents
+
+
+def check_finite(latents: Tensor, first: int, weights: str) -> None:
+    """DataError when one of the latents [N, C, S, S] of images `first` and on, drawn by `weights`, isn't finite."""
+    broken = (~latents.isfinite()).flatten(1).any(1).nonzero()
+    if len(broken):
+        raise DataError(
+            f"image {first + int(broken[0])} came out as NaN or infinity: {weights} have diverged, or the guidance is "
+            "too strong: give earlier weights, or less guidance"
+        )
 
 
 class _Counter:

@@ -95,8 +95,8 @@ def _check_count(images: ImageSet) -> ImageSet:
     wanted = (images.protocol or {}).get("images")
     if isinstance(wanted, int) and wanted != len(images):
         raise DataError(
-            f"{images.path} holds {len(images)} images, and their protocol says {wanted}: repeat the `mpdit sample` "
-            "command that drew them"
+            f"{images.path} holds {len(images)} image{'s' * (len(images) > 1)}, and their protocol says {wanted}: "
+            "repeat the `mpdit sample` command that drew them"
         )
     return images
 
@@ -185,7 +185,8 @@ class _FolderImages(ImageSet):
 
     def _list(self, files: Sequence[Path]) -> str:
         names = ", ".join(str(file.relative_to(self.path)) for file in files[:_NAMED])
-        return f"{len(files)} images in {self.path} ({names}{', ...' if len(files) > _NAMED else ''})"
+        names += ", ..." if len(files) > _NAMED else ""
+        return f"{len(files)} image{'s' * (len(files) > 1)} in {self.path} ({names})"
 
 
 def list_images(folder: Path) -> list[Path]:

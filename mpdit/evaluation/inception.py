@@ -12,7 +12,6 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
-import os
 import sys
 import types
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mpdit.errors import CheckpointError, ConfigError
+from mpdit.weights import load_tensors
 
 FILE_NAME = "weights-inception-2015-12-05-6726825d.pth"
 HASH_PREFIX = "6726825d"
@@ -175,11 +175,7 @@ def _sha256(path: Path) -> str:
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        state = torch.load(os.fspath(path), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's unpickler raises what it likes for foreign bytes, IndexError for one
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} can't be read as a file of tensors: {reason}") from error
+    state = load_tensors(path)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} is no state dict: give torch-fidelity's {FILE_NAME}")
     return state

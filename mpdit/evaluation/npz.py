@@ -110,6 +110,17 @@ class NpzWriter:
 
 
 @contextlib.contextmanager
+def disk(path: Path) -> Iterator[None]:
+    """A full or failing disk, in a block that writes `path`, as a DataError that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or path} can't be written ({error.strerror or error}): make room and repeat the command"
+        ) from error
+
+
+@contextlib.contextmanager
 def new_npz(path: str | Path) -> Iterator[NpzWriter]:
     """Write an npz in one pass; it is there whole when the block is left, and not at all after an exception.
 

@@ -1,13 +1,47 @@
-"""One look for the bars of long work."""
+"""One look for the progress of long work."""
 
 from __future__ import annotations
 
 import sys
+import time
 
 from tqdm import tqdm
 
+_LINE_SECONDS = 60.0
 
-def bar(label: str | None, total: int, unit: str = "img") -> tqdm:
-    """A bar with rate and time left on stderr, where that is a terminal; none without a label."""
-    hidden = True if label is None else None  # None: hidden unless stderr is a terminal
-    return tqdm(total=total, desc=label, unit=unit, disable=hidden, file=sys.stderr, leave=False)
+
+class Lines:
+    """What stands in for a bar in a log: about every minute a line with what is done, rate and time left."""
+
+    def __init__(self, label: str, total: int, unit: str, initial: int = 0) -> None:
+        self._label, self._total, self._unit = label, total, unit
+        self._initial = self._done = initial
+        self._began = self._told = time.monotonic()
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Says nothing: what came of it is the command's to say."""
+
+    def update(self, count: int = 1) -> None:
+        self._done += count
+        now = time.monotonic()
+        if now - self._told < _LINE_SECONDS:
+            return
+        self._told = now
+        rate = (self._done - self._initial) / (now - self._began)
+        left = tqdm.format_interval((self._total - self._done) / rate) if rate else "unknown"
+        print(
+            f"{self._label}: {self._done}/{self._total} {self._unit}, {rate:.2f} {self._unit}/s, {left} left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def bar(label: str | None, total: int, unit: str = "img", *, initial: int = 0, leave: bool = False) -> tqdm | Lines:
+    """A bar with rate and time left on stderr, or lines where that is no terminal; nothing without a label."""
+    if label is not None and not sys.stderr.isatty():
+        return Lines(label, total, unit, initial)
+    hidden = label is None
+    return tqdm(total=total, initial=initial, desc=label, unit=unit, disable=hidden, file=sys.stderr, leave=leave)

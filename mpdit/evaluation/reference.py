@@ -14,7 +14,7 @@ from mpdit.errors import DataError
 from mpdit.evaluation.features import Gaussian, evenly, extract
 from mpdit.evaluation.image_sets import NPZ_KEYS, ImageSet, open_images
 from mpdit.evaluation.inception import POOL_FEATURES, SPATIAL_FEATURES, Inception
-from mpdit.evaluation.npz import NpzReader, new_npz
+from mpdit.evaluation.npz import NpzReader, disk, new_npz
 
 REFERENCE_IMAGES = 10_000
 """Images kept for precision and recall, as in ADM's reference files."""
@@ -108,12 +108,12 @@ def write_reference(
     """Write ADM's reference npz of the images: mu, sigma, mu_s, sigma_s float64 and arr_0, at most 10 000 of them.
 
     arr_0, uint8 [M, H, W, 3], are taken evenly in order. The file is there whole or not at all. Returns plain JSON
-    types: what was written and from what. DataError for fewer than 2 images, or as `extract`.
+    types: what was written and from what. DataError for fewer than 2 images, a full disk, or as `extract`.
     """
     if len(images) < 2:
         raise DataError(f"{len(images)} image in {images.path}: statistics need at least 2")
     keep = evenly(len(images), REFERENCE_IMAGES)
-    with new_npz(path) as npz:
+    with disk(Path(path)), new_npz(path) as npz:
         with npz.rows("arr_0", (len(keep), *images.size, 3), np.uint8) as write:
             features = extract(images, inception, batch=batch, keep=keep, label=label, on_kept=write)
         for name, (mu_key, sigma_key, _) in _STORED.items():

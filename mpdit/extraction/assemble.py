@@ -14,12 +14,12 @@ import numpy as np
 
 from mpdit.data.files import PartialFile
 from mpdit.data.latents import PackedLatents
-from mpdit.data.manifest import INDEX_NAME, MANIFEST_NAME, LatentSpec, Manifest, Normalization
+from mpdit.data.manifest import INDEX_NAME, MANIFEST_NAME, PARTS_NAME, LatentSpec, Manifest, Normalization
 from mpdit.data.normalization import NormalizationMode, choose_normalization
 from mpdit.data.records import INDEX_DTYPE, ChannelStatistics
 from mpdit.errors import DataError
 from mpdit.extraction.job import ExtractionJob, printable
-from mpdit.extraction.parts import PARTS_NAME, Effort, Receipt
+from mpdit.extraction.parts import Effort, Receipt
 from mpdit.files import sync_to_disk, write_atomically
 
 REPORT_NAME = "extraction.json"

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdit.errors import ConfigError, DataError
-from mpdit.extraction.listing import Found
+from mpdit.extraction.listing import UNLABELLED, Found
+from mpdit.files import counted
 
 ClassMode = Literal["auto", "label", "folder", "archive", "one"]
 
@@ -68,7 +69,7 @@ def classify(path: Path, found: Found, mode: ClassMode) -> Classes:
 
 def _by_labels(path: Path, found: Found) -> Classes:
     for name, label in zip(found.names, found.label, strict=True):
-        if label < 0:
+        if label == UNLABELLED:
             raise DataError(f"{path}: image {name} has no label, and others have: add it, or choose other classes")
     labels = np.array(found.label, np.int32)
     return tuple(str(label) for label in range(int(labels.max()) + 1)), labels
@@ -79,8 +80,8 @@ def _look_up(path: Path, found: Found, labels: Mapping[str, Any]) -> None:
     missing = labels.keys() - set(found.names)
     if missing:
         raise DataError(
-            f"{path}: dataset.json has labels for {len(missing)} images that are not there ({_some(missing)}): copy "
-            "them, or take them off its list"
+            f"{path}: dataset.json has labels for {counted(len(missing), 'image')} not there ({_some(missing)}): "
+            "copy what is missing, or take it off the list"
         )
     for index, name in enumerate(found.names):
         if name in labels:
@@ -91,16 +92,26 @@ def _look_up(path: Path, found: Found, labels: Mapping[str, Any]) -> None:
 
 
 def _by_folder(path: Path, found: Found) -> Classes:
-    if found.empty_folders:
+    if empty := [*found.empty_folders, *_empty_in_archives(found)]:
         raise DataError(
-            f"{path} has {len(found.empty_folders)} class folders without an image ({_some(found.empty_folders)}): "
-            "fill or remove them; a class without images can't be learnt"
+            f"{path} has {counted(len(empty), 'class folder')} without an image ({_some(empty)}): a class without "
+            "images can't be learnt; fill or remove what is empty"
         )
     names = tuple(sorted(set(found.folders) - {""}))
     for name, folder in zip(found.names, found.folders, strict=True):
         if not folder:
             found.ignored.add(name, "lies outside the class folders")
     return names, _number(names, found.folders)
+
+
+def _empty_in_archives(found: Found) -> set[str]:
+    """Folders beside those that are classes, of which no archive has an image."""
+    with_images = {name.rpartition("/")[0] for name, folder in zip(found.names, found.folders, strict=True) if folder}
+    beside = {folder.rpartition("/")[0] for folder in with_images}
+    above = {folder[:end] for folder in with_images for end, letter in enumerate(folder) if letter == "/"}
+    empty = found.archived_folders - with_images - above - {"", "."}
+    names = {parent_and_name[2] for folder in empty if (parent_and_name := folder.rpartition("/"))[0] in beside}
+    return names - set(found.folders)
 
 
 def _number(names: Sequence[str], values: Sequence[str]) -> NDArray[np.int32]:

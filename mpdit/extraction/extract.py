@@ -13,7 +13,15 @@ import PIL
 import torch
 
 from mpdit.data.files import lock_folder
-from mpdit.data.manifest import MANIFEST_NAME, ORIGINAL, ORIGINAL_AND_FLIPPED, LatentSpec, Normalization
+from mpdit.data.manifest import (
+    JOB_NAME,
+    MANIFEST_NAME,
+    ORIGINAL,
+    ORIGINAL_AND_FLIPPED,
+    PARTS_NAME,
+    LatentSpec,
+    Normalization,
+)
 from mpdit.data.normalization import NormalizationMode, choose_normalization
 from mpdit.data.records import INDEX_DTYPE
 from mpdit.errors import ConfigError, DataError
@@ -21,15 +29,12 @@ from mpdit.extraction.assemble import REPORT_NAME, ExtractReport, assemble, comp
 from mpdit.extraction.classes import ClassMode
 from mpdit.extraction.crop import CROP
 from mpdit.extraction.job import ExtractionJob, printable
-from mpdit.extraction.parts import PARTS_NAME
 from mpdit.extraction.sources import list_images
-from mpdit.files import write_atomically
+from mpdit.files import counted, readable_bytes, write_atomically
 from mpdit.training.world import World
 from mpdit.vae import SIGNED, VAE, PixelRange, VAEDtype
 from mpdit.version import __version__
 from mpdit.workers import choose_devices, run_parts
-
-JOB_NAME = "job.json"
 
 _BATCH_PIXELS = 64 * 256 * 256
 _POLL_SECONDS = 0.2
@@ -76,7 +81,9 @@ def extract(
     The bytes written depend on images, VAE, options that bear on the values, and the kind of device alone: not on the
     number of processes, nor on how often the job was killed and started again, which goes on where it was; only
     another `batch` may change last bits. Beside the data set lies extraction.json: what was skipped and ignored, and
-    why. A finished job is left as it is. Under a launcher rank 0 puts the parts together; the others get None.
+    why. A finished job is left as it is. Images changed since are noticed by their size (in a zip also by its
+    checksums), not by other contents of the same size. Under a launcher rank 0 puts the parts together; the others
+    get None.
 
     Raises ConfigError or DataError before anything is written for options that don't fit the VAE, images without
     classes, a folder that holds something else, or too little room; and later, finished parts staying, for a full
@@ -197,8 +204,8 @@ def _check_room(job: ExtractionJob) -> None:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise DataError(
-            f"{job.out} needs {needed / 1e9:.1f} GB for {len(job.images)} images and {free / 1e9:.1f} GB are free: "
-            "make room, or give a folder on another disk"
+            f"{job.out} needs {readable_bytes(needed)} for {counted(len(job.images), 'image')}, and "
+            f"{readable_bytes(free)} are free: make room, or give a folder on another disk"
         )
 
 

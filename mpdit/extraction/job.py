@@ -23,6 +23,7 @@ from mpdit.errors import ConfigError, DataError
 from mpdit.extraction.decoding import Decoded, Decoder
 from mpdit.extraction.listing import ImageList
 from mpdit.extraction.parts import PartWriter, Receipt, lock_part
+from mpdit.files import counted
 from mpdit.vae import VAE, PixelRange, VAEDtype
 from mpdit.workers import DoPart, Report
 
@@ -78,8 +79,8 @@ class ExtractionJob:
         if len(skipped) > self.max_skipped:
             first = "; ".join(f"{name} {reason}" for name, reason in skipped[:_NAMED])
             raise DataError(
-                f"{len(skipped)} images can't be used, more than the {self.max_skipped} that may be skipped ({first}): "
-                "check the images, or raise --max-skipped"
+                f"{counted(len(skipped), 'image')} can't be used, more than the {self.max_skipped} that may be skipped "
+                f"({first}): check the images, or raise --max-skipped"
             )
 
 
@@ -145,9 +146,9 @@ class _Encoder:
             values = moments.numpy()
             if defect := find_defect(values):
                 name = self._job.images.names[decoded.indices[defect[0]]]
+                remedy = "check the VAE" if self._job.dtype == "fp32" else "check the VAE, or encode in fp32"
                 raise DataError(
-                    f"image {printable(name)} can't be stored as fp16 moments: {defect[1]} (65504 is the largest "
-                    "number); check the VAE, or encode in fp32"
+                    f"image {printable(name)} can't be stored as fp16 moments, of 65504 at most: {defect[1]}; {remedy}"
                 )
             writer.add(values, self._job.images.labels[decoded.indices])
 

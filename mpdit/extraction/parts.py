@@ -24,12 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdit.data.files import PartialFile
-from mpdit.data.manifest import StoredFile
+from mpdit.data.manifest import PARTS_NAME, StoredFile
 from mpdit.data.records import ChannelStatistics, index_entries
 from mpdit.errors import DataError
 from mpdit.files import sync_to_disk, write_atomically
-
-PARTS_NAME = ".parts"
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -34,13 +35,15 @@ def list_images(path: str | Path, classes: ClassMode = "auto") -> ImageList:
     - A dataset.json at the top of a folder or zip gives every image its label, as EDM has it.
 
     `classes` insists on "label", "folder" or "archive"; "one" puts all images into one class. Classes by name are
-    numbered in sorted order. Hidden files and __MACOSX are left out; files that are no images are counted and named in
-    the result. Raises ConfigError for an unknown mode, DataError when there are no images or no classes, only some
-    images have one, a class folder is empty, or an archive is damaged, or compressed as a whole.
+    numbered in sorted order. Labels are read for "auto" and "label" only; of several images of a labelled key KEY.jpg
+    is taken, and KEY.seg.png ignored. Hidden files and __MACOSX are left out; files that are no images are counted and
+    named in the result. Raises ConfigError for an unknown mode, DataError when there are no images or no classes, only
+    some images have one, a label may be of several images, a class folder is empty, or an archive is damaged, or
+    compressed as a whole.
     """
     check_mode(classes)
     path = Path(path)
-    found = Found()
+    found = Found(reads_labels=classes in ("auto", "label"))
     with tqdm(desc="listing images", unit="img", disable=None, file=sys.stderr, leave=False) as bar:
         found.progress = bar.update
         if path.is_dir():
@@ -85,7 +88,7 @@ def _list_tree(path: Path, entries: Sequence[os.DirEntry[str]], found: Found) ->
             _walk(entry, entry.name, entry.name, found, ())
             if len(found.names) == before:
                 found.empty_folders.append(entry.name)
-        elif entry.name == LABELS_NAME:
+        elif entry.name == LABELS_NAME and found.reads_labels:
             _parse_labels(Path(entry.path).read_bytes(), entry.path, found)
         else:
             _add_file(entry, entry.name, "", found)
@@ -108,8 +111,14 @@ def _walk(folder: os.DirEntry[str], name: str, top: str, found: Found, above: tu
 def _add_file(entry: os.DirEntry[str], name: str, folder: str, found: Found) -> None:
     if not is_image(name):
         found.ignored.add(name, "is no image by its name")
-    elif entry.is_file() or not os.path.exists(entry.path):  # a link to nowhere is an image that can't be read
+        return
+    try:
+        status = entry.stat()
+    except OSError:  # a link to nowhere is an image that can't be read
         found.add(name, folder)
+        return
+    if stat.S_ISREG(status.st_mode):
+        found.add(name, folder, size=status.st_size)
     else:
         found.ignored.add(name, "is no file")
 
@@ -140,13 +149,19 @@ def _list_zip(path: Path, prefix: str, found: Found) -> None:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
                 name = member.filename.removeprefix("./")
-                if member.is_dir() or is_hidden(name):
+                if is_hidden(name):
                     continue
-                if name == LABELS_NAME:
+                if member.is_dir():
+                    found.note_folder(prefix + name)
+                    continue
+                if not is_image(name):
+                    found.note_folder(prefix + name.rpartition("/")[0])
+                if name == LABELS_NAME and found.reads_labels:
                     _parse_labels(archive.read(member), f"{path}/{name}", found)
                 elif is_image(name):
                     folder = name.rpartition("/")[0].rpartition("/")[2]
-                    found.add(prefix + name, folder, offset=member.header_offset, size=member.compress_size)
+                    offset, size = member.header_offset, member.compress_size
+                    found.add(prefix + name, folder, offset=offset, size=size, crc=member.CRC)
                 elif not is_label(name):
                     found.ignored.add(prefix + name, "is no image by its name")
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
@@ -161,5 +176,6 @@ def _parse_labels(text: bytes, where: str, found: Found) -> None:
         found.unlabelled = pairs is None
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(
-            f'{where} is no list of labels ({error}): it must hold {{"labels": [["folder/image.png", 5], ...]}}'
+            f'{where} is no list of labels ({error}): it must hold {{"labels": [["folder/image.png", 5], ...]}}, '
+            "unless other classes are chosen than its"
         ) from error

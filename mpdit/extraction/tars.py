@@ -9,7 +9,7 @@ from typing import IO
 
 from mpdit.errors import DataError
 from mpdit.extraction.classes import as_label
-from mpdit.extraction.listing import Found
+from mpdit.extraction.listing import IGNORED, Found
 from mpdit.extraction.names import is_hidden, is_image, is_label
 
 _GZIP_BZIP_XZ_ZSTD = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
@@ -41,15 +41,21 @@ def _list_members(file: IO[bytes], path: Path, shown: str, start: int, end: int,
             while (member := archive.next()) is not None and member.offset < end:
                 headers.clear()  # or it keeps them all
                 name = member.name.removeprefix("./")
-                if member.isdir() or is_hidden(name):
+                if is_hidden(name):
                     continue
+                if member.isdir():
+                    found.note_folder(prefix + name)
+                    continue
+                if not is_image(name):
+                    found.note_folder(prefix + name.rpartition("/")[0])
                 if not member.isreg() or member.issparse():
                     found.ignored.add(prefix + name, "is a link or no plain file")
                 elif is_image(name):
                     folder = PurePosixPath(name).parent.name
                     found.add(prefix + name, folder, offset=member.offset_data, size=member.size)
                 elif is_label(name):
-                    _read_label(file, member, name, f"{path}: {prefix}{name}", labels)
+                    if found.reads_labels:
+                        _read_label(file, member, name, f"{path}: {prefix}{name}", labels)
                 elif name.lower().endswith(".tar") and start == 0:
                     inner.append(member)
                 else:
@@ -58,7 +64,8 @@ def _list_members(file: IO[bytes], path: Path, shown: str, start: int, end: int,
     except tarfile.TarError as error:
         raise DataError(f"{path} can't be read as a tar ({shown}: {error}): it is damaged; copy it again") from error
     _check_end(file, stopped, end, path)
-    _apply_labels(found, first, len(prefix), labels)
+    if labels:
+        _apply_labels(path, found, first, len(prefix), labels)
     for member in inner:
         name = member.name.removeprefix("./")
         data = member.offset_data
@@ -94,13 +101,30 @@ def _read_label(file: IO[bytes], member: tarfile.TarInfo, name: str, shown: str,
         ) from error
 
 
-def _apply_labels(found: Found, first: int, prefix: int, labels: dict[str, int]) -> None:
-    """An image's label has its name up to the suffix, or up to the first dot, which is webdataset's key."""
-    if not labels:
-        return
+def _apply_labels(path: Path, found: Found, first: int, prefix: int, labels: dict[str, int]) -> None:
+    """Give each image the label of its key: its name up to the suffix, or up to the first dot, as webdataset has it.
+
+    A key's label is of one image, KEY.jpg: others such as KEY.seg.png are ignored. DataError when it isn't clear which.
+    """
+    samples: dict[str, list[int]] = {}
     for index in range(first, len(found.names)):
         name = found.names[index][prefix:]
         folder, slash, base = name.rpartition("/")
-        label = labels.get(name.rpartition(".")[0], labels.get(folder + slash + base.partition(".")[0]))
-        if label is not None:
-            found.label[index] = label
+        for key in (name.rpartition(".")[0], folder + slash + base.partition(".")[0]):
+            if key in labels:
+                samples.setdefault(key, []).append(index)
+                break
+    for key, images in samples.items():
+        plain = [index for index in images if found.names[index][prefix:].rpartition(".")[0] == key]
+        meant = images if len(images) == 1 else plain
+        if len(meant) != 1:
+            raise DataError(
+                f"{path} has {len(images)} images of the key {key} ({found.names[images[0]]}, "
+                f"{found.names[images[1]]}, ...) and one label: leave one of them, or choose other classes"
+            )
+        for index in images:
+            if index == meant[0]:
+                found.label[index] = labels[key]
+            else:
+                found.label[index] = IGNORED
+                found.ignored.add(found.names[index], f"lies beside {found.names[meant[0]]}, the image of its key")

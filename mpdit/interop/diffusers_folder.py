@@ -25,6 +25,7 @@ from mpdit.errors import CheckpointError, ConfigError
 from mpdit.files import new_folder
 from mpdit.model import MPDiT
 from mpdit.vae import VAE, pixel_range_of
+from mpdit.weights import check_flow
 
 _CODE = Path(__file__).parent
 _PIPELINE, _TRANSFORMER = "pipeline", "transformer_mpdit"
@@ -61,7 +62,8 @@ def save_diffusers(
             by who loads it.
 
     Raises:
-        ConfigError: diffusers is missing, the folder is not empty, or the VAE can't be loaded or has other channels.
+        ConfigError: diffusers is missing, the weights predict noise, the folder is not empty, or the VAE can't be
+            loaded or has other channels.
         CheckpointError: the metadata lacks the constants, or the disk is full.
     """
     try:
@@ -70,6 +72,7 @@ def save_diffusers(
         from mpdit.interop.transformer_mpdit import MPDiTTransformer2DModel
     except ImportError as error:
         raise ConfigError(f"a diffusers pipeline needs diffusers ({error}): pip install 'mpdit[vae]'") from error
+    check_flow(metadata)
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ConfigError(f"{folder} is not an empty folder: give a new one, nothing is overwritten")

@@ -6,6 +6,7 @@ read and written by mpdit.weights alone.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -103,13 +104,19 @@ def _is_hub_id(name: str) -> bool:
 
 def _download(repo_id: str, **options: Any) -> Path:
     hub = _hub(f"{repo_id} is no folder here, and loading it from the hub")
+    logger = logging.getLogger("huggingface_hub")  # which tells of every retry
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         return Path(hub.snapshot_download(repo_id, allow_patterns=_FILES, **options))
     except Exception as error:  # as above
         raise CheckpointError(
-            f"{repo_id} is no folder here and can't be loaded from the hub ({_first_line(error)}): give a folder with "
-            "model.safetensors and config.json, or the id of a repository that has them"
+            f"{repo_id} is no folder here, and the hub can't be reached or holds no such model "
+            f"({_first_line(error)}): give a folder with model.safetensors and config.json, or the id of a repository "
+            "that has them"
         ) from error
+    finally:
+        logger.setLevel(level)
 
 
 def _hub(what: str) -> Any:

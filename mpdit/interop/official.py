@@ -8,9 +8,9 @@ and history; the official codes read theirs by name and don't meet it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from mpdit.files import new_file
 from mpdit.model import MPDiT
 from mpdit.model.convert import from_official, to_official
 from mpdit.vae import DECODER_KIND, SIGNED
-from mpdit.weights import describe, parse_description
+from mpdit.weights import describe, load_tensors, parse_description
 
 VAE_FACTOR = 8
 SCALE = 0.18215
@@ -63,14 +63,17 @@ def read_official(
         path: a state dict, or a dict that holds one as "ema" or "model".
         num_heads: attention heads; unless given, as the file's "args" say, by themselves or by the model's name.
         which: the entry of a whole checkpoint to take; a bare state dict has none.
-        convention: see `from_official`; unless given, "sit" if the file's "args" name a SiT, else "mpdit".
+        convention: see `from_official`; unless given, "sit" if the file's "args" name a SiT, else "mpdit". To give one
+            is to say that the weights predict a velocity; a DiT's are else taken to predict noise.
 
     Returns:
         The model in training mode on the CPU, and metadata: "data" as the official codes train (the paper's constants
-        for MPDiT, the factor 0.18215 for DiT and SiT), or as the file was written with by `save_official`; "training".
+        for MPDiT, the factor 0.18215 for DiT and SiT), or as the file was written with by `save_official`; "training",
+        whose "objective" is "noise" for what `mpdit.weights.check_flow` is to refuse.
 
     Raises:
-        CheckpointError: the file can't be read so, lacks the entry, says nothing of the heads, or fits no model.
+        CheckpointError: the file can't be read so, lacks the entry, says nothing of the heads, fits no model or is not
+            finite.
     """
     checkpoint = _load(path)
     args, ours = _arguments(checkpoint), None
@@ -87,6 +90,9 @@ def read_official(
     if isinstance(checkpoint.get("train_steps"), int):
         training["step"] = checkpoint["train_steps"]
     kind = _kind(args, state)
+    training["official"] = kind
+    if kind == "DiT" and convention is None:
+        training["objective"] = "noise"
     heads = num_heads or _heads(path, args, state)
     try:
         model = from_official(state, heads, convention or ("sit" if kind == "SiT" else "mpdit"))
@@ -94,7 +100,7 @@ def read_official(
         raise CheckpointError(f"{path}: {error}") from error
     if ours:
         return model, ours[1]
-    return model, _data(model.config, args) | {"training": {"official": kind, **training}}
+    return model, _data(model.config, args) | {"training": training}
 
 
 def save_official(
@@ -135,11 +141,15 @@ def save_official(
         "args": namespace,
         "mpdit": json.loads(json.dumps(describe(model.config, metadata))),
     }
+    made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with new_file(path) as partial, partial.open("wb") as stream:
             torch.save(checkpoint, stream)
-    except RuntimeError as error:  # what torch makes of a full disk
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
         raise CheckpointError(f"{path} can't be written ({_reason(error)}): is the disk full?") from error
 
 
@@ -191,17 +201,7 @@ def official_args(config: ModelConfig) -> dict[str, Any]:
 
 
 def _load(path: str | Path) -> dict[Any, Any]:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # an unpickler that is fed foreign bytes raises almost anything
-        refused = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-        if refused:
-            raise CheckpointError(
-                f"{path} holds a {refused[1]}, not tensors, plain containers and argparse.Namespace alone: it was not "
-                "unpickled, as that could run any code; have its maker save the state dict alone"
-            ) from error
-        raise CheckpointError(f"{path} can't be read as a checkpoint of tensors: {_reason(error)}") from error
+    checkpoint = load_tensors(path)
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, expected a dict of names to tensors")
     return checkpoint
@@ -230,8 +230,8 @@ def _heads(path: str | Path, args: Mapping[str, Any], state: Mapping[Any, Any]) 
     name = _NAME.fullmatch(str(args.get("model")))
     if name and _SIZES[name[2]][0] == width:
         return _SIZES[name[2]][1]
-    known = next((f": published models of width {width} have {h}" for w, h in _SIZES.values() if w == width), "")
-    raise CheckpointError(f"{path} does not say how many attention heads its model has: give num_heads{known}")
+    known = next((f" {h}, as published models of width {w} have" for w, h in _SIZES.values() if w == width), "")
+    raise CheckpointError(f"{path} does not say how many attention heads its model has: give --num-heads{known}")
 
 
 def _data(config: ModelConfig, args: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +42,17 @@ class MPDiTPipeline(_Base):
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **options: Any) -> None:
+        """As DiffusionPipeline's, with the two files of code, which that one leaves out."""
+        super().save_pretrained(save_directory, *args, **options)
+        folder = Path(save_directory)
+        kind = type(self.transformer)
+        shutil.copyfile(__file__, folder / "pipeline.py")
+        shutil.copyfile(inspect.getfile(kind), folder / "transformer" / "transformer_mpdit.py")
+        index = json.loads((folder / "model_index.json").read_text())
+        index |= {"_class_name": ["pipeline", type(self).__name__], "transformer": ["transformer_mpdit", kind.__name__]}
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     @torch.no_grad()
     def __call__(

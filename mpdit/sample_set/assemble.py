@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mpdit.errors import DataError
-from mpdit.evaluation.npz import NpzWriter, new_npz
+from mpdit.evaluation.npz import NpzWriter, disk, new_npz
 from mpdit.evaluation.progress import bar
 from mpdit.files import new_file, write_atomically
 from mpdit.images import grid
 from mpdit.sample_set.finished import CLASSES, GRID, LATENTS, NPZ, PNGS, PROTOCOL, Finished, png_path
-from mpdit.sample_set.job import PARTS_NAME, SampleJob, disk
+from mpdit.sample_set.job import PARTS_NAME, SampleJob
 
 _IN_GRID = 100
 _PNG_THREADS = 8
@@ -91,8 +91,8 @@ def _copy_latents(job: SampleJob) -> None:
         np.lib.format.write_array_header_1_0(stream, header | {"shape": (job.images, *shape)})
         if job.kept:
             kept = np.load(job.out / LATENTS, mmap_mode="r", allow_pickle=False)
-            for first in range(0, job.kept, job.sampler.batch):
-                stream.write(np.ascontiguousarray(kept[first : first + job.sampler.batch]).data)
+            for first in range(0, job.kept, job.part_images):
+                stream.write(np.ascontiguousarray(kept[first : first + job.part_images]).data)
         for values in _in_order(job, "latents", None):
             stream.write(np.ascontiguousarray(values).data)
 
@@ -101,11 +101,11 @@ def _in_order(job: SampleJob, name: str, before: Finished | None) -> Iterator[An
     """Rows of the whole set, or without `before` of those not kept, never across the end of those kept."""
     if before and job.kept:
         first = 0
-        for rows in before.rows(job.sampler.batch, job.image_shape):
+        for rows in before.rows(job.part_images, job.image_shape):
             if first < job.kept:
                 yield rows
             first += len(rows)
-    for part in range(job.kept // job.sampler.batch, job.parts):
+    for part in range(job.kept // job.part_images, job.parts):
         with _part(job, part):
             yield from job.rows(part, name)
 
@@ -113,7 +113,7 @@ def _in_order(job: SampleJob, name: str, before: Finished | None) -> Iterator[An
 def _environments(job: SampleJob, before: Finished | None) -> list[dict[str, Any]]:
     """The different ones that the images were drawn in."""
     found: list[dict[str, Any]] = list(before.protocol["environments"]) if before and job.kept else []
-    for part in range(job.kept // job.sampler.batch, job.parts):
+    for part in range(job.kept // job.part_images, job.parts):
         with _part(job, part):
             environment = job.record(part)["environment"]
         if environment not in found:

@@ -53,7 +53,6 @@ class LatentDecoder:
             "dtype": self._vae.dtype,
             "pixel_range": list(self._vae.pixel_range),
             "rounding": "floor(clip(127.5 x + 128, 0, 255)), x in -1..1",
-            "batch": self._batch,
         }
 
     def image_shape(self, config: ModelConfig) -> tuple[int, ...]:

@@ -17,18 +17,18 @@ from typing import Any, Literal
 
 from mpdit.config import one_of
 from mpdit.errors import ConfigError, DataError
-from mpdit.evaluation.npz import NpzReader
+from mpdit.evaluation.npz import NpzReader, disk
 from mpdit.evaluation.sampler import Sampler
-from mpdit.files import write_atomically
+from mpdit.files import readable_bytes, write_atomically
 from mpdit.inference import choose_precision
 from mpdit.sample_set.assemble import assemble
 from mpdit.sample_set.decoder import PREVIEW, LatentDecoder, check_vae, named_vae
-from mpdit.sample_set.finished import FORMAT, LATENTS, Finished, check_same, identity_of
-from mpdit.sample_set.job import PARTS_NAME, SampleJob, VAEChoice, digest_of, disk, sha256_of
+from mpdit.sample_set.finished import FORMAT, LATENTS, NPZ, Finished, check_same, difference, identity_of
+from mpdit.sample_set.job import PARTS_NAME, SampleJob, VAEChoice, digest_of, sha256_of
 from mpdit.sample_set.labels import Labels
 from mpdit.training.world import World
 from mpdit.vae import VAEDtype, pixel_range_of
-from mpdit.weights import load_weights
+from mpdit.weights import check_flow, load_weights
 from mpdit.workers import choose_devices, run_parts
 
 Files = Literal["npz", "png", "both"]
@@ -44,7 +44,8 @@ class DrawOptions:
 
     images: int = 100
     sampler: Sampler = field(default_factory=Sampler)
-    """Its `batch` is a part too: what is lost when a process is killed."""
+    """Its `batch` when the set is begun is the size of a part too: what is lost when a process is killed. A set that is
+    continued with another batch keeps its parts, and a larger batch is cut to them."""
     classes: Sequence[int] | None = None
     """None: all."""
     labels: str = "auto"
@@ -83,9 +84,9 @@ def draw(weights: str | Path, out: str | Path, options: DrawOptions | None = Non
     """Draw a sample set from a run's or a weights folder into the folder `out`, going on where an earlier call was.
 
     Image i depends on weights, sampler, seed and i. The bytes written don't depend on the number of processes, nor on
-    how often the job was killed and started again; on a CPU they do on the number of threads (OMP_NUM_THREADS). More
-    images than are there continue the set, and its whole batches stay. Under a launcher rank 0 puts the parts
-    together, and the others return None.
+    how often the job was killed and started again; on a CPU they do on the number of threads (OMP_NUM_THREADS). Batches
+    move last bits, and a set may be continued with others. More images than are there continue the set, and its whole
+    parts stay. Under a launcher rank 0 puts the parts together, and the others return None.
 
     Raises ConfigError, DataError or CheckpointError before anything is written for weights, a VAE or options that
     don't fit, for a folder that holds something else or samples of another protocol, naming the difference, and for
@@ -103,9 +104,12 @@ def draw(weights: str | Path, out: str | Path, options: DrawOptions | None = Non
         if before.images == job.images:
             shutil.rmtree(out / PARTS_NAME, ignore_errors=True)
             return DrawReport(out, job.images, 0, 0.0, before.protocol, remarks) if world.rank == 0 else None
-        job.kept = before.images // job.sampler.batch * job.sampler.batch
+        job.kept = before.images // job.part_images * job.part_images
         if job.keep_latents and not (out / LATENTS).is_file():
             raise DataError(f"{out / LATENTS} is gone, so the set can't be continued: give a new folder")
+        if world.rank == 0 and (out / NPZ).is_file():
+            for _ in before.rows(job.part_images, job.image_shape):
+                pass  # damage is found before hours of drawing, not behind them
     _check_room(job)
     with _folder(job, world):
         left = sum(job.size(part) for part in job.todo())
@@ -135,6 +139,7 @@ def _plan(
         raise ConfigError(f"CUDA graphs need a GPU and the device is {device}: leave them off")
     sampler = options.sampler.replace(precision=choose_precision(options.sampler.precision, device))
     model, metadata = load_weights(weights)
+    check_flow(metadata)
     data = metadata.get("data", {})
     labels = Labels.choose(model.config.num_classes, options.classes, options.labels, sampler.seed)
     choice, vae, remarks = None, None, []
@@ -161,11 +166,14 @@ def _plan(
         "decoder": decoder.protocol(),
         "files": {"format": options.files, "latents": options.latents},
     }
+    del protocol["batch"]  # each environment names its own
+    protocol["part_images"] = _part_images(out, protocol) or sampler.batch
     job = SampleJob(
         weights=weights,
         weights_sha256=protocol["weights_sha256"],
         out=out,
         images=options.images,
+        part_images=protocol["part_images"],
         sampler=sampler,
         labels=labels,
         vae=choice,
@@ -178,6 +186,14 @@ def _plan(
         loaded=(model, vae),
     )
     return job, protocol, tuple(remarks)
+
+
+def _part_images(out: Path, protocol: Mapping[str, Any]) -> int | None:
+    """Images a part has in the folder, where it holds samples of this protocol."""
+    before = Finished.load(out)
+    found = identity_of(before.protocol) if before else (_noted(out) or ({}, 0))[0]
+    images = found.get("part_images")
+    return None if difference(found, identity_of(protocol) | {"part_images": images}) else images
 
 
 def holds_samples(out: Path) -> bool:
@@ -194,13 +210,18 @@ def _check_parts(job: SampleJob) -> None:
     """ConfigError when the folder holds finished parts of another protocol or of more images, or something else."""
     if job.out.is_dir() and any(job.out.iterdir()) and not holds_samples(job.out):
         raise ConfigError(f"--out {job.out} is not empty: give a new folder, nothing is overwritten")
+    noted = _noted(job.out)
+    if noted and any(_job_of(path) == digest_of(noted[0]) for path in (job.out / PARTS_NAME).glob("*.npz")):
+        check_same(job.out, noted[0], job.identity, noted[1], job.images)
+
+
+def _noted(out: Path) -> tuple[dict[str, Any], int] | None:
+    """Identity and number of images of the set that the folder's parts are of."""
     try:
-        note = json.loads((job.out / PARTS_NAME / _NOTE).read_text(encoding="utf-8"))
-        identity, images = note["identity"], int(note["images"])
+        note = json.loads((out / PARTS_NAME / _NOTE).read_text(encoding="utf-8"))
+        return dict(note["identity"]), int(note["images"])
     except (OSError, ValueError, KeyError, TypeError):
-        return
-    if any(_job_of(path) == digest_of(identity) for path in (job.out / PARTS_NAME).glob("*.npz")):
-        check_same(job.out, identity, job.identity, images, job.images)
+        return None
 
 
 def _job_of(path: Path) -> str | None:
@@ -219,8 +240,8 @@ def _check_room(job: SampleJob) -> None:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise DataError(
-            f"{job.out} needs {needed / 1e9:.1f} GB for {job.images} images, parts and result, and {free / 1e9:.1f} GB "
-            "are free: make room, or give a folder on another disk"
+            f"{job.out} needs {readable_bytes(needed)} for {job.images} images, parts and result, and "
+            f"{readable_bytes(free)} are free: make room, or give a folder on another disk"
         )
 
 

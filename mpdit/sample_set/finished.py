@@ -24,11 +24,13 @@ NPZ, PNGS, PROTOCOL, LATENTS, GRID, CLASSES = (
     "classes.npy",
 )
 FORMAT = "mpdit-samples-1"
-_NOT_COMPARED = {"weights", "training", "images", "environments"}
+_REDRAW = "delete the folder and repeat the command, which draws the set again"
+_NOT_COMPARED = {"weights", "training", "images", "environments", "batch"}
 
 
 def identity_of(protocol: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a protocol the images depend on: not where weights and VAE lie, which are known by their hashes."""
+    """What of a protocol the images depend on: not where weights and VAE lie, which are known by their hashes, nor
+    the batch, which only moves last bits and is noted with each environment."""
     identity = {name: value for name, value in protocol.items() if name not in _NOT_COMPARED}
     identity["decoder"] = {name: value for name, value in identity["decoder"].items() if name != "vae"}
     return json.loads(json.dumps(identity))
@@ -64,19 +66,22 @@ class Finished:
         return int(self.protocol["images"])
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """DataError unless as many images of this shape are there as the protocol says."""
+        """DataError unless as many images of this shape are there as the protocol says; reads PNGs, not the npz."""
         if (self.out / NPZ).is_file():
             found = NpzReader(self.out / NPZ).header("arr_0")
             if found != ((self.images, *shape), np.dtype(np.uint8)):
-                raise DataError(f"{self.out / NPZ} holds {found[1]} {found[0]}, not what its protocol says: remove it")
+                raise DataError(f"{self.out / NPZ} holds {found[1]} {found[0]}, not what its protocol says: {_REDRAW}")
         if self.protocol["files"]["format"] != "npz":
             for image in range(self.images):
                 _read_png(png_path(self.out, image), shape)
 
     def rows(self, count: int, shape: tuple[int, ...]) -> Iterator[NDArray[np.uint8]]:
-        """Its images, `count` at a time; all are read, so that the npz's checksum is compared."""
+        """Its images, `count` at a time; DataError for an npz whose checksum, compared at its end, shows damage."""
         if (self.out / NPZ).is_file():
-            yield from NpzReader(self.out / NPZ).rows("arr_0", count)
+            try:
+                yield from NpzReader(self.out / NPZ).rows("arr_0", count)
+            except DataError as error:
+                raise DataError(f"{self.out / NPZ} is damaged: {_REDRAW}") from error
         else:
             for first in range(0, self.images, count):
                 last = min(first + count, self.images)
@@ -99,8 +104,8 @@ def check_same(out: Path, found: Mapping[str, Any], asked: Mapping[str, Any], im
         raise ConfigError(f"--out {out} holds samples of another protocol ({differing}): give a new folder")
     if wanted < images:
         raise ConfigError(
-            f"--out {out} holds {images} images or a part of them, and --num is {wanted}: give at least as many, or a "
-            "new folder"
+            f"--out {out} holds {images} image{'s' * (images > 1)} or a part of them, and --num is {wanted}: "
+            "give at least as many, or a new folder"
         )
 
 
@@ -116,7 +121,7 @@ def _read_png(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
         with Image.open(path) as image:
             pixels = np.asarray(image)
     except (OSError, SyntaxError) as error:
-        raise DataError(f"{path} is missing or damaged ({error}): draw the set again into a new folder") from error
+        raise DataError(f"{path} is missing or damaged ({error}): {_REDRAW}") from error
     if pixels.shape != shape or pixels.dtype != np.uint8:
-        raise DataError(f"{path} has shape {pixels.shape}, not {shape}: draw the set again into a new folder")
+        raise DataError(f"{path} has shape {pixels.shape}, not {shape}: {_REDRAW}")
     return pixels

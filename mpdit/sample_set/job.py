@@ -19,8 +19,8 @@ from mpdit_kernels.backends import attention_mode
 
 from mpdit.config import ModelConfig
 from mpdit.errors import CheckpointError, ConfigError, DataError
-from mpdit.evaluation.generate import generate
-from mpdit.evaluation.npz import NpzReader, new_npz
+from mpdit.evaluation.generate import check_finite, generate
+from mpdit.evaluation.npz import NpzReader, disk, new_npz
 from mpdit.evaluation.sampler import Sampler
 from mpdit.images import denormalize
 from mpdit.inference import SamplingModel, for_sampling
@@ -54,14 +54,16 @@ class VAEChoice:
 class SampleJob:
     """What is to be drawn, how, and into which folder; see mpdit.workers.Job.
 
-    A part is one call of the sampler, `sampler.batch` images of which the last part may have fewer: so its bits don't
-    depend on who draws it, or when. `kept` images, whole parts, are in the folder's finished files already.
+    A part is `part_images` images, of which the last part may have fewer, drawn `sampler.batch` at a time: so its bits
+    don't depend on who draws it, or when, and on the batch by round-off only. `kept` images, whole parts, are in the
+    folder's finished files already.
     """
 
     weights: Path
     weights_sha256: str
     out: Path
     images: int
+    part_images: int
     sampler: Sampler
     labels: Labels
     vae: VAEChoice | None
@@ -86,12 +88,12 @@ class SampleJob:
 
     @property
     def parts(self) -> int:
-        return -(-self.images // self.sampler.batch)
+        return -(-self.images // self.part_images)
 
     def span(self, part: int) -> tuple[int, int]:
         """First image, and the one behind the last."""
-        first = part * self.sampler.batch
-        return first, min(first + self.sampler.batch, self.images)
+        first = part * self.part_images
+        return first, min(first + self.part_images, self.images)
 
     def size(self, part: int) -> int:
         first, last = self.span(part)
@@ -114,11 +116,11 @@ class SampleJob:
 
     def todo(self) -> list[int]:
         world = World.from_environment()
-        for part in range(self.kept // self.sampler.batch, self.parts):
+        for part in range(self.kept // self.part_images, self.parts):
             # Under a launcher each rank reads its own parts to the last byte: all are read again at the end.
             if part not in self._sound and self._is_done(part, whole=part % world.size == world.rank):
                 self._sound.add(part)
-        return [part for part in range(self.kept // self.sampler.batch, self.parts) if part not in self._sound]
+        return [part for part in range(self.kept // self.part_images, self.parts) if part not in self._sound]
 
     def record(self, part: int) -> dict[str, Any]:
         """What a part says of itself: the digest of its job, and the environment it was drawn in."""
@@ -173,6 +175,7 @@ class _Painter:
         first, last = job.span(part)
         with _memory(job, self._device):
             latents = generate(self._model, job.labels.of(first, last), job.sampler, first=first, progress=report)
+            check_finite(latents, first, f"the weights {job.weights}")
             images = self._decoder(latents.to(self._device))
         values = {"images": images}
         if job.keep_latents:
@@ -198,10 +201,12 @@ class _Painter:
             "kernels": dispatch.mode(),
             "attention": attention_mode(),
             "cuda_graph": isinstance(self._model, SamplingModel) and self._model.graphed,
+            "batch": min(self._job.sampler.batch, self._job.part_images),
         }
         if self._job.vae:
             import diffusers
 
+            found["decode_batch"] = self._job.vae.batch
             found["diffusers"] = diffusers.__version__
         return found if gpu else found | {"threads": torch.get_num_threads()}
 
@@ -218,23 +223,12 @@ def sha256_of(weights: Path) -> str:
 
 
 @contextlib.contextmanager
-def disk(path: Path) -> Iterator[None]:
-    """A full or failing disk as a DataError that says how to go on."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"{error.filename or path} can't be written ({error.strerror or error}): make room and repeat the command; "
-            "what is finished stays"
-        ) from error
-
-
-@contextlib.contextmanager
 def _memory(job: SampleJob, device: torch.device) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
         decode = f", or --decode-batch (now {job.vae.batch})" if job.vae else ""
         raise ConfigError(
-            f"{device} has too little memory: give a smaller --batch (now {job.sampler.batch}){decode}"
+            f"{device} has too little memory: repeat the command with a smaller --batch (now {job.sampler.batch})"
+            f"{decode}; finished parts stay"
         ) from error

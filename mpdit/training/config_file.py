@@ -19,6 +19,22 @@ from mpdit.errors import ConfigError
 from mpdit.training.config import TrainConfig, parse_override
 
 _SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_SYNONYMS = {
+    "learning_rate": "lr",
+    "batch_size": "global_batch",
+    "num_steps": "steps",
+    "max_steps": "steps",
+    "train_steps": "steps",
+    "num_epochs": "steps",
+    "epochs": "steps",
+    "ema": "ema_decay",
+    "model_name": "model",
+    "dataset": "data",
+    "data_path": "data",
+    "data_dir": "data",
+    "output_dir": "out",
+}
+"""What other projects call a field, where no likeness of letters tells."""
 _NOTHING = ("", "~", "null")
 
 
@@ -123,7 +139,7 @@ def _show(value: Any) -> str:
 
 def _hint(name: str) -> str:
     known = [field.name for field in dataclasses.fields(TrainConfig)]
-    close = difflib.get_close_matches(name, known, n=1)
+    close = [_SYNONYMS[name]] if name in _SYNONYMS else difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]!r}?" if close else "launch/train.py --help lists the fields"
 
 

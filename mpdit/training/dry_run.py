@@ -140,6 +140,7 @@ def _data(run: Run) -> str:
             "records",
             f"{' and '.join(info.variants)}, {'posterior noise' if info.posterior_noise else 'no posterior noise'}",
         ),
+        ("source", info.describe_source()),
         ("measured", _constants(info.statistics)),
         ("normalised by", f"{_constants(info.normalization)}, {fits}"),
     ]

@@ -88,7 +88,7 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
             embedded digits may have been prepared in the user's cache.
     """
     given = parse_arguments(arguments)
-    world = _planned_world(given, world)
+    started, world = world, _planned_world(given, world)
     ds = read_ds_config(given["ds_config"])
     given |= arguments_from(ds, given, world.size)
     config = TrainConfig.create(**given)
@@ -101,7 +101,12 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
     if not given.keys() & {"global_batch", "accumulation"}:  # a default must not refuse to run on, say, six GPUs
         parts = world.size
         config = config.replace(global_batch=-(-config.global_batch // parts) * parts)
-    plan = BatchPlan(config.global_batch, world.size, world.rank, config.accumulation)
+    try:
+        plan = BatchPlan(config.global_batch, world.size, world.rank, config.accumulation)
+    except ConfigError as error:
+        if world is started:
+            raise
+        raise ConfigError(f"{error} (the number of ranks is that of plan_gpus)") from error
     config.model_config({})
     dataset = _open_data(config)
     manifest = dataset.manifest

@@ -40,9 +40,6 @@ class World:
 
     @classmethod
     def _from_srun(cls) -> World:
-        for name in ("MASTER_ADDR", "MASTER_PORT"):
-            if name not in os.environ:
-                raise ConfigError(f"srun started several ranks but {name} is not set: use launch/slurm.sh, or set it")
         size = _number("SLURM_STEP_NUM_TASKS", 1)
         nodes = max(1, _number("SLURM_STEP_NUM_NODES", 1))
         return cls(_number("SLURM_PROCID", 0), size, _number("SLURM_LOCALID", 0), -(-size // nodes))
@@ -64,7 +61,13 @@ def set_threads(world: World) -> None:
 
 
 def connect(world: World) -> torch.device:
-    """Join the ranks through DeepSpeed and return this rank's device; a rank alone needs no free port."""
+    """Join the ranks through DeepSpeed and return this rank's device; a rank alone needs no free port.
+
+    ConfigError when several were started and MASTER_ADDR or MASTER_PORT doesn't say where they meet.
+    """
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if world.size > 1 and name not in os.environ:
+            raise ConfigError(f"{world.size} ranks were started but {name} is not set: use launch/slurm.sh, or set it")
     choose_accelerator()
     for name, value in (("RANK", world.rank), ("WORLD_SIZE", world.size), ("LOCAL_RANK", world.local_rank)):
         os.environ.setdefault(name, str(value))

@@ -50,7 +50,7 @@ def parse_scale(value: str | float) -> float | None:
         scale = math.nan
     if not 0 < scale < math.inf:
         raise ConfigError(
-            f"data_scale is {value!r}: give 'auto', or the factor that the stored latents were multiplied by, "
+            f"--data-scale is {value!r}: give 'auto', or the factor that the stored latents were multiplied by, "
             "for example 1 or 0.18215"
         )
     return scale
@@ -109,6 +109,9 @@ class ForeignLatents(LatentDataset):
         """The factor in latents whose statistics as they are stored these are, where none is given."""
         return 1.0
 
+    _scale_origin: ClassVar[str] = "as the format has it"
+    """How the factor is known where none is given."""
+
     def _pixel_range(self, measured: Normalization) -> PixelRange:
         """What black and white were to the encoder."""
         return SIGNED
@@ -150,6 +153,7 @@ class ForeignLatents(LatentDataset):
             source={
                 "format": self.format,
                 "scale": self.scale,
+                "scale_origin": self._scale_origin if options.scale is None else "given",
                 "statistics": "of every sample" if whole else f"of {len(sample)} samples, evenly spread",
                 **(source or {}),
             },
@@ -178,8 +182,8 @@ class ForeignLatents(LatentDataset):
         constants = Normalization(*(tuple(v / self.scale for v in values) for values in (own.mean, own.std)))
         if not suits(constants, measured):
             raise DataError(
-                f"{self.path}: the constants that come with the latents, {own}, don't suit them, measured as "
-                f"{measured}: replace the file that holds them, or choose normalization measured"
+                f"{self.path}: the constants that come with the latents ({own}) don't suit them (measured: "
+                f"{measured}): replace the file that holds them, or choose normalization measured"
             )
         return constants
 

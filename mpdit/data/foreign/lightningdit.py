@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import warnings
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,7 +172,9 @@ def _read_statistics(path: Path) -> Normalization | None:
     if not path.exists():
         return None
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what torch finds odd about a file that is refused in one line
+            stored = torch.load(path, map_location="cpu", weights_only=True)
         constants = [stored[name].double().flatten().tolist() for name in ("mean", "std")]
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, EOFError, pickle.UnpicklingError):
         raise DataError(

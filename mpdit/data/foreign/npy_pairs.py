@@ -64,6 +64,7 @@ class NpyPairs(ForeignLatents):
     """
 
     format: ClassVar[str] = "npy pairs"
+    _scale_origin: ClassVar[str] = "found by their std"
 
     def __init__(self, features: Path, labels: Path, options: Options) -> None:
         super().__init__(features)
@@ -124,7 +125,7 @@ class NpyPairs(ForeignLatents):
                 return scale
         raise DataError(
             f"{self.path}: the latents' std is {std:.3g}, neither about 4, as of Stable Diffusion's VAE, nor about "
-            f"0.8, as times {SD_SCALE}: give the factor they were multiplied by as data_scale (1 if by none)"
+            f"0.8, as times {SD_SCALE}: give the factor they were multiplied by with --data-scale (1 if by none)"
         )
 
 

@@ -1,0 +1,16 @@
+"""Sizes and numbers as messages give them."""
+
+from __future__ import annotations
+
+from mpdit.files import counted, readable_bytes
+
+
+def test_sizes_are_in_the_unit_that_suits() -> None:
+    sizes = (0, 999, 1000, 20_480, 1.3e9, 5e12, 5e15)
+    assert [readable_bytes(size) for size in sizes] == [
+        *("0 B", "999 B", "1.0 kB", "20.5 kB", "1.3 GB", "5.0 TB", "5000.0 TB")
+    ]
+
+
+def test_nouns_go_with_their_numbers() -> None:
+    assert [counted(number, "image") for number in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
