@@ -85,8 +85,24 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
         help="a training run's folder (its EMA weights), a folder with model.safetensors and config.json, "
         "or the model.safetensors itself",
     )
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Where to compute."""
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is cuda where there is one (default: auto)"
+    )
+
+
+def add_gpus(parser: argparse.ArgumentParser) -> None:
+    """How many processes share a job."""
+    parser.add_argument(
+        "--gpus",
+        type=whole(1),
+        default=1,
+        metavar="N",
+        help="processes, each with a GPU of its own; without GPUs processes on the CPU (default: 1)",
     )
 
 

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from mpdit.commands.arguments import add_sampler, load_model, pick_device, sampler, whole
+from mpdit.commands.arguments import add_device, add_sampler, load_model, pick_device, sampler, whole
 from mpdit.commands.outcome import Outcome
 from mpdit.commands.outputs import check_file
 from mpdit.errors import CheckpointError, ConfigError
@@ -31,9 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Or a model of the digits: a training run's folder (its EMA weights), a folder with model.safetensors and "
         "config.json, or the model.safetensors itself",
     )
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is cuda where there is one (default: auto)"
-    )
+    add_device(parser)
     parser.add_argument(
         "--out",
         type=Path,

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpdit.commands.arguments import pick_device, whole
+from mpdit.commands.arguments import add_device, add_gpus, pick_device, whole
 from mpdit.commands.outcome import Outcome
 from mpdit.commands.outputs import check_new_folder
 from mpdit.files import counted
@@ -54,16 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what an image's class is: label (.cls, .json, dataset.json), folder, archive (each tar or zip is a "
         "class), one (all images are of one); auto is the first of label, folder and archive there is (default: auto)",
     )
-    parser.add_argument(
-        "--gpus",
-        type=whole(1),
-        default=1,
-        metavar="N",
-        help="processes, each with a GPU of its own; without GPUs processes on the CPU (default: 1)",
-    )
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is cuda where there is one (default: auto)"
-    )
+    add_gpus(parser)
+    add_device(parser)
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16"), default="fp32", help="what the VAE computes in (default: fp32)"
     )

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpdit.commands.arguments import add_sampler, add_weights, pick_device, sampler, whole
+from mpdit.commands.arguments import add_gpus, add_sampler, add_weights, pick_device, sampler, whole
 from mpdit.commands.outcome import Outcome
 from mpdit.commands.outputs import check_new_folder
 from mpdit.errors import ConfigError
@@ -47,13 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "balanced: the classes in turn, equally many of each, which lowers FID a little; auto: balanced with --classes "
         "and up to 16 classes, else random (default: auto)",
     )
-    parser.add_argument(
-        "--gpus",
-        type=whole(1),
-        default=1,
-        metavar="N",
-        help="processes, each with a GPU of its own; without GPUs processes on the CPU (default: 1)",
-    )
+    add_gpus(parser)
     group = parser.add_argument_group("images")
     group.add_argument(
         "--vae",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,7 +36,7 @@ _Header = tuple[tuple[int, int], bool] | None
 """Height and width of an image file, and has it alpha? None when it can't be read."""
 
 
-class ImageSet:
+class ImageSet(ABC):
     """Images of one size; open_images() makes them."""
 
     path: Path
@@ -49,15 +50,16 @@ class ImageSet:
     notes: tuple[str, ...] = ()
     """What is odd about them without being wrong."""
 
+    @abstractmethod
     def __len__(self) -> int:
-        raise NotImplementedError
+        """How many."""
 
+    @abstractmethod
     def batches(self, count: int) -> Iterator[NDArray[np.uint8]]:
         """uint8 RGB [n, H, W, 3] in order, `count` images at a time, read ahead in threads.
 
         DataError for images that can't be decoded: all are tried, counted, and the first ones named.
         """
-        raise NotImplementedError
 
 
 def open_images(path: str | Path, crop: int | None = None) -> ImageSet:
