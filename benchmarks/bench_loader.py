@@ -7,6 +7,7 @@ here. Ours read packed records of posterior means and stds, twice the bytes, and
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,8 +24,11 @@ from mpdit.data import BatchPlan, GlobalOrder, make_loader, to_latents, write_pa
 from mpdit.errors import ConfigError
 
 WORKERS = 2
-BATCHES = 8
+BATCHES = 16
 """Of a turn, after as many that are not timed: they empty the queues that filled while others had their turn."""
+
+REST = 0.4
+"""Seconds before a turn, until the DataLoader's workers, whose turn may have been before, have filled their queues."""
 
 
 def cases(setting: Setting) -> Iterator[Case]:
@@ -137,6 +141,7 @@ def pairs(images: int, data: Data) -> Built:
 
 def steady(batches: Iterator[Any], data: Data) -> list[Callable[[], Any]]:
     """Calls for batches that are read while they are waited for; holds on to the data, whose folder goes with it."""
+    time.sleep(REST)
     for _ in range(BATCHES):
         next(batches)
     return [partial(next, batches)] * BATCHES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 import threading
 import time
@@ -238,6 +239,8 @@ class DaliLoader(Loader):
 
 
 def _pipeline(source: Any, device: torch.device | None) -> Any:
+    # DALI's own pool for host memory, off by default: without it each batch is copied into pages that are new.
+    os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", str(1 << 16))
     try:
         from nvidia.dali import fn, pipeline_def
     except ImportError as error:
