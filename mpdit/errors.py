@@ -1,5 +1,8 @@
 """Errors a user can mend. Entry points print their message on one line and exit with code 2."""
 
+_LONGEST = 1000
+"""Characters of a line that says what went wrong, however long what it quotes."""
+
 
 class UserError(ValueError):
     """Bad input: the message names what is wrong, where, and how to mend it."""
@@ -13,5 +16,25 @@ class DataError(UserError):
     """A dataset, shard or record is missing, damaged or does not fit the model."""
 
 
+class RecordError(DataError):
+    """One record of a data set is damaged or can't be read, while the others may be sound."""
+
+    def __init__(self, message: str, *, sample: int, file: str, offset: int | None, reason: str) -> None:
+        super().__init__(message)
+        self.sample = sample
+        """Its index in the data set."""
+        self.file = file
+        """The shard or file it lies in."""
+        self.offset = offset
+        """Where in the file it begins, in bytes; None where files hold one record each or aren't ours."""
+        self.reason = reason
+
+
 class CheckpointError(UserError):
     """A checkpoint or weight file is missing, damaged or does not fit the run."""
+
+
+def one_line(message: object) -> str:
+    """A message as a terminal is to show it: no line breaks or control characters, cut in the middle if very long."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(str(message).split()))
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"

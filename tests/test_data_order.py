@@ -62,9 +62,30 @@ def test_ranks_and_micro_steps_cover_the_step_in_order(world_size, accumulation,
     assert np.array_equal(np.concatenate(taken), np.arange(step * size, (step + 1) * size))
 
 
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 4)), min_size=1, max_size=5), st.integers(1, 3))
+def test_a_batch_that_changes_on_the_way_leaves_no_gap(legs, world_size):
+    """Each leg of the run, (steps, micro-batch), goes on at the position where the one before it ended."""
+    step, plans, taken = 0, [BatchPlan(world_size, world_size, rank) for rank in range(world_size)], []
+    for steps, micro_batch in legs:
+        position = plans[0].position(step)
+        plans = [
+            BatchPlan(world_size * micro_batch, world_size, rank, start_step=step, start_position=position)
+            for rank in range(world_size)
+        ]
+        for _ in range(steps):
+            taken += [plan.positions(step) for plan in plans]
+            step += 1
+    joined = np.concatenate(taken)
+    assert np.array_equal(joined, np.arange(len(joined)))
+    assert plans[0].position(step) == len(joined)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"global_batch": 4, "start_step": -1}, "start_step is -1: give a whole number of at least 0"),
+        ({"global_batch": 4, "start_position": -4}, "start_position is -4"),
         ({"global_batch": 10, "world_size": 3}, "10 is not divisible by 3 ranks x 1 accumulation.* example 12"),
         ({"global_batch": 8, "world_size": 2, "accumulation": 3}, "2 ranks x 3 accumulation.*multiple of 6"),
         ({"global_batch": 0}, "global_batch is 0"),

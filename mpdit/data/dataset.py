@@ -25,6 +25,11 @@ class LatentDataset(ABC):
     def labels(self) -> NDArray[np.int64]:
         """int64 [N], of every sample."""
 
+    @property
+    def digest(self) -> str:
+        """SHA-256, in hex, of some of the samples and their labels; empty where the manifest has the files' own."""
+        return ""
+
     @abstractmethod
     def read(
         self, indices: NDArray[np.int64], out: NDArray[np.float16] | None = None
@@ -32,8 +37,8 @@ class LatentDataset(ABC):
         """Moments fp16 [B, V, 2C, H, W] and labels int64 [B] of the samples with these indices, int64 [B].
 
         Posterior means before stds, of latents that are not multiplied by any factor. Fills `out`, C-contiguous and
-        of that shape, when given. Safe to call from several threads. Raises DataError, naming file and sample, for
-        whatever can't be read, is damaged, or holds NaN, infinity or a negative std.
+        of that shape, when given. Safe to call from several threads. Raises RecordError, naming file and sample, for
+        a record that can't be read, is damaged, or holds NaN, infinity or a negative std; `out` is unspecified then.
         """
 
     @abstractmethod

@@ -14,7 +14,7 @@ from mpdit.data.dataset import LatentDataset
 from mpdit.data.files import close_all
 from mpdit.data.manifest import LatentSpec, Manifest, Normalization, StoredFile
 from mpdit.data.records import INDEX_DTYPE, VALUE_DTYPE, crc32, find_defect
-from mpdit.errors import DataError
+from mpdit.errors import DataError, RecordError
 
 __all__ = ["LatentSpec", "Manifest", "Normalization", "PackedLatents", "StoredFile"]
 
@@ -67,7 +67,7 @@ class PackedLatents(LatentDataset):
     ) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
         """Moments fp16 [B, V, 2C, H, W] and labels int64 [B] of the records with these indices, int64 [B].
 
-        Fills `out`, C-contiguous and of that shape, when given. Raises DataError, naming shard, record and byte
+        Fills `out`, C-contiguous and of that shape, when given. Raises RecordError, naming shard, record and byte
         offset, for a record that can't be read, doesn't match its checksum, or holds NaN, infinity or a negative std.
         """
         shape = (len(indices), *self.manifest.record_shape)
@@ -97,12 +97,14 @@ class PackedLatents(LatentDataset):
             self._sound[indices[rows]] = True
         return moments, self._labels[indices]
 
-    def _error(self, index: int, what: str) -> DataError:
+    def _error(self, index: int, what: str) -> RecordError:
+        index = int(index)
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         record = int(index - self._starts[shard])
         path = self.path / self.manifest.shards[shard].file
         offset = record * self.manifest.record_bytes
-        return DataError(f"{path}: record {record} (sample {index}, byte {offset}) {what}; {_REMEDY}")
+        message = f"{path}: record {record} (sample {index}, byte {offset}) {what}; {_REMEDY}"
+        return RecordError(message, sample=index, file=path.name, offset=offset, reason=what)
 
 
 def _read_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:

@@ -30,6 +30,8 @@ INDEX_NAME = "index.bin"
 PARTS_NAME = ".parts"
 JOB_NAME = "job.json"
 """Of the folder in which an extraction keeps what is not yet put together, and of its note on the job."""
+MOST_CLASSES = 1_000_000
+"""Each has a name and a row in the model's table, so that a damaged label must not ask for more."""
 ORIGINAL = ("original",)
 ORIGINAL_AND_FLIPPED = ("original", "flipped")
 
@@ -98,6 +100,8 @@ class LatentSpec:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise DataError(f"{name} is {value!r:.80}: give a whole number of at least 1")
+        if self.num_classes > MOST_CLASSES:
+            raise DataError(f"num_classes is {self.num_classes}: give at most {MOST_CLASSES}, or mend the labels")
         for name in ("class_names", "variants"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.variants not in (ORIGINAL, ORIGINAL_AND_FLIPPED):

@@ -53,19 +53,25 @@ class GlobalOrder:
 class BatchPlan:
     """How a global batch is shared out: over ranks, and over the micro steps of gradient accumulation.
 
-    Step s, micro step a of rank r takes positions s*G + (a*W + r)*b + [0, b), with b = G / (W*A): at every world
-    size and accumulation a step covers the same G samples. ConfigError when the parts don't divide.
+    Step s, micro step a of rank r takes positions position(s) + (a*W + r)*b + [0, b), with b = G / (W*A): at every
+    world size and accumulation a step covers the same G samples. Step `start_step` begins at `start_position`, which is
+    start_step * G unless the steps before it had another G. ConfigError when the parts don't divide.
     """
 
     global_batch: int
     world_size: int = 1
     rank: int = 0
     accumulation: int = 1
+    start_step: int = 0
+    start_position: int = 0
 
     def __post_init__(self) -> None:
         for name in ("global_batch", "world_size", "accumulation"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: give a whole number of at least 1")
+        for name in ("start_step", "start_position"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}: give a whole number of at least 0")
         if not 0 <= self.rank < self.world_size:
             raise ConfigError(f"rank is {self.rank}: give 0 .. {self.world_size - 1} in a world of {self.world_size}")
         parts = self.world_size * self.accumulation
@@ -80,7 +86,11 @@ class BatchPlan:
         """b, the samples one rank takes in one forward pass."""
         return self.global_batch // (self.world_size * self.accumulation)
 
+    def position(self, step: int) -> int:
+        """Where step `step` begins in the global order: the samples that all ranks took in the steps before it."""
+        return self.start_position + (step - self.start_step) * self.global_batch
+
     def positions(self, step: int, micro: int = 0) -> NDArray[np.int64]:
         """Global positions int64 [b] of this rank in micro step `micro` of step `step`, both counted from 0."""
-        start = step * self.global_batch + (micro * self.world_size + self.rank) * self.micro_batch
+        start = self.position(step) + (micro * self.world_size + self.rank) * self.micro_batch
         return np.arange(start, start + self.micro_batch, dtype=np.int64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -16,7 +17,9 @@ from mpdit.errors import ConfigError
 from mpdit.flow import FlowConfig, LossWeight, TimeSampler
 from mpdit.presets import preset
 from mpdit.profiling import ProfileMode, Profiling
+from mpdit.sampling import MOST_STEPS
 
+_BEYOND = 2**63  # what is counted, is counted in 64 bits
 DIGITS = "digits"
 """The value of `data` that stands for the embedded handwritten digits."""
 
@@ -73,14 +76,24 @@ class TrainConfig:
         "folder with model.safetensors, or an official checkpoint (.pt); drawn by the seed when not given",
     )
     seed: int = _option(0, "seed of the initial weights, the order and all noise", minimum=0, below=2**63)
+    force: bool = _option(
+        False,
+        "continue a run with another data set, seed, batch, loader or other settings than it had, from the step and "
+        "the place in the order that its checkpoint has; the model and the kind of optimizer must stay",
+    )
     loader: Loader = _option("dali", "what feeds the data; both give the same batches bit for bit")
-
+    bad_records: int = _option(
+        0,
+        "records of the data set, over the whole run, that may be unreadable: each is replaced by the next that is "
+        "sound, and noted in OUT/quarantine.jsonl; one more, or with 0 the first, stops the run",
+        minimum=0,
+    )
     gpu_stage: bool = _option(False, "let DALI copy batches to the GPU in its pipeline; not yet run on a GPU")
 
     steps: int = _option(1200, "optimiser steps of the whole run", otherwise=400_000, minimum=1)
     global_batch: int = _option(64, "samples a step, over all ranks and micro steps", otherwise=1024, minimum=1)
     accumulation: int = _option(1, "micro steps a step is split into, to fit memory", minimum=1)
-    lr: float = _option(4e-3, "peak learning rate of AdamW", otherwise=2e-4, minimum=0)
+    lr: float = _option(4e-3, "peak learning rate of AdamW", otherwise=2e-4, minimum=0, below=1e6)
     lr_schedule: Schedule = _option(
         "cosine", "what follows the warm-up: constant, or down to 0 at the last step", otherwise="constant"
     )
@@ -90,6 +103,16 @@ class TrainConfig:
     )
     weight_decay: float = _option(0.01, "decoupled weight decay, scaled by the learning rate", minimum=0)
     clip: float = _option(1.0, "largest norm of the gradient; 0 does not clip", otherwise=0.0, minimum=0)
+    skip_spikes: float = _option(
+        0.0,
+        "skip a step whose gradient norm is above this many times the average norm of the steps taken; 0 skips none",
+        minimum=0,
+    )
+    max_skips: int = _option(
+        10,
+        "steps in a row that may be skipped, their loss or gradient not finite or a spike; as many stop the run",
+        minimum=1,
+    )
     ema_decay: float = _option(
         0.995, "decay a step of the average of the weights (EMA)", otherwise=0.9999, minimum=0, below=1
     )
@@ -102,10 +125,12 @@ class TrainConfig:
 
     time_sampler: TimeSampler = _option("logit_normal", "how times are drawn")
     # Neighbouring pixels of the enlarged digits are nearly equal, so noise averages out: learn at noisier times.
-    logit_mean: float = _option(1.0, "mean of the logit of the times, if logit_normal", otherwise=0.0)
-    logit_std: float = _option(1.0, "standard deviation of the logit of the times, if logit_normal")
+    logit_mean: float = _option(
+        1.0, "mean of the logit of the times, if logit_normal", otherwise=0.0, minimum=-math.inf
+    )
+    logit_std: float = _option(1.0, "standard deviation of the logit of the times, if logit_normal", minimum=0)
     loss_weight: LossWeight = _option("uniform", "weight of a time in the loss")
-    class_dropout: float = _option(0.1, "share of samples trained without their class, for guidance")
+    class_dropout: float = _option(0.1, "share of samples trained without their class, for guidance", minimum=0)
 
     precision: Precision = _option(
         "auto",
@@ -117,12 +142,19 @@ class TrainConfig:
 
     log_every: int = _option(10, "steps between lines of metrics", otherwise=100, minimum=1)
     sample_every: int = _option(400, "steps between sample grids; 0 draws none", otherwise=10_000, minimum=0)
-    sample_steps: int = _option(50, "Euler steps of a sample grid", minimum=1)
+    sample_steps: int = _option(50, "Euler steps of a sample grid", minimum=1, below=MOST_STEPS + 1)
     sample_guidance: float = _option(1.5, "guidance of a sample grid", minimum=0)
     checkpoint_every: int = _option(
         400, "steps between checkpoints; 0 saves at the end only", otherwise=5000, minimum=0
     )
     keep: int = _option(2, "newest checkpoints kept", minimum=1)
+    hang_timeout: float = _option(
+        1800.0,
+        "seconds within which a step must finish, and ten times as many for what comes between steps; else every rank "
+        "writes what it was doing to OUT/hang, and the run ends; 0 waits for ever",
+        minimum=0,
+        below=1e8,
+    )
     progress: bool = _option(True, "show a progress bar")
     tensorboard: bool = _option(True, "write TensorBoard events")
     wandb: bool = _option(False, "log to Weights & Biases (pip install 'mpdit[wandb]')")
@@ -153,8 +185,14 @@ class TrainConfig:
             value = getattr(self, field.name)
             if get_origin(kinds[field.name]) is Literal and value not in get_args(kinds[field.name]):
                 raise ConfigError(f"{field.name} is {value!r}: choose one of {', '.join(get_args(kinds[field.name]))}")
-            if bounds := field.metadata["bounds"]:
+            if kinds[field.name] in (str, bool) or field.name == "override":
+                _check_words(field.name, value, field.default)
+            elif bounds := field.metadata["bounds"]:
                 _check_numbers(field.name, value, field.default, *bounds)
+        if 0 < self.skip_spikes <= 1:
+            raise ConfigError(f"skip_spikes is {self.skip_spikes}: give a factor above 1, or 0 to skip no spikes")
+        if self.steps * self.global_batch >= _BEYOND:
+            raise ConfigError(f"{self.steps} steps of {self.global_batch} samples can't be counted: give fewer")
         _ = self.flow, self.model_overrides, self.profiling
         if self.data == DIGITS and (parse_scale(self.data_scale) is not None or self.normalization != "auto"):
             raise ConfigError("data_scale and normalization are for other data than the digits: give --data too")
@@ -211,10 +249,29 @@ def _check_numbers(name: str, value: Any, default: Any, minimum: float, below: f
     numbers, like = (tuple(value), default[0]) if several and isinstance(value, list | tuple) else ((value,), default)
     kinds = (int, float) if isinstance(like, float) else int
     fits = all(isinstance(n, kinds) and not isinstance(n, bool) and minimum <= n < below for n in numbers)
+    if fits and any(n >= _BEYOND for n in numbers if isinstance(n, int)):
+        fits, below = False, _BEYOND
     if not fits or (several and len(numbers) != len(default)):
         count = f"{len(default)} numbers" if several else "a number" if isinstance(like, float) else "a whole number"
-        limit = f"at least {minimum:g}" + ("" if below == math.inf else f" and below {below:g}")
-        raise ConfigError(f"{name} is {value!r}: give {count} of {limit}")
+        limit = "" if minimum == -math.inf else f" of at least {minimum:g}"
+        limit += "" if below == math.inf else f" and below {below:g}"
+        raise ConfigError(f"{name} is {value!r}: give {count}{limit}")
+
+
+def _check_words(name: str, value: Any, default: Any) -> None:
+    """Text that can stand for a file, several such texts, or true or false, as the default is."""
+    kind = type(default)
+    words = value if kind is tuple and isinstance(value, list | tuple) else (value,)
+    if not all(isinstance(word, bool if kind is bool else str) for word in words):
+        wanted = "true or false" if kind is bool else "text" if kind is str else "a list of texts"
+        raise ConfigError(f"{name} is {value!r}: give {wanted}")
+    for word in words:
+        try:
+            whole = isinstance(word, bool) or b"\0" not in os.fsencode(word)
+        except UnicodeEncodeError:
+            whole = False
+        if not whole:
+            raise ConfigError(f"{name} is {value!r}: give text without NUL and halves of characters")
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -224,5 +281,5 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise ConfigError(f"override {text!r} is not FIELD=VALUE: for example --override width=64")
     try:
         return name, json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return name, value

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,24 +23,33 @@ from mpdit.data.digits import VERSION, build_digits
 from mpdit.data.manifest import DatasetInfo
 from mpdit.data.open import open_latents
 from mpdit.data.order import BatchPlan
-from mpdit.errors import ConfigError, DataError
+from mpdit.data.quarantine import QUARANTINE_NAME, Quarantine
+from mpdit.errors import CheckpointError, ConfigError, DataError
 from mpdit.training.arguments import parse_arguments
 from mpdit.training.config import DIGITS, TrainConfig
 from mpdit.training.deepspeed_config import arguments_from, complete, read_ds_config, zero_stage
+from mpdit.training.identity import check_same, differences
 from mpdit.training.initial import GIVEN_LATER, InitialWeights, load_initial, recorded_digest, weights_digest
 from mpdit.training.world import World
 
 FORMAT = "mpdit-run-1"
 CHECKPOINT_NAME = re.compile(r"step-\d{8,}")
-"""Of a committed checkpoint's folder in OUT/checkpoints."""
+"""Of a checkpoint's folder in OUT/checkpoints."""
+
+MARKER = "COMMITTED"
+"""The file in a checkpoint's folder that is written last."""
 
 _CASUAL = {"ds_config", "model", "override", "data", "data_scale", "normalization", "out", "resume"} | {
-    *("loader", "gpu_stage", "accumulation", "checkpointing", "progress", "tensorboard", "wandb"),
-    *("log_every", "sample_every", "sample_steps", "sample_guidance", "checkpoint_every", "keep"),
+    *("force", "bad_records", "gpu_stage", "accumulation", "checkpointing", "progress", "tensorboard", "wandb"),
+    *("max_skips", "log_every", "sample_every", "sample_steps", "sample_guidance", "checkpoint_every", "keep"),
+    *("hang_timeout",),
     *("profile", "profile_steps", "profile_ranks", "init_from", "dry_run", "plan_gpu", "plan_gpus"),
 }
 """Fields a run may be continued with changed: they don't decide what is learnt (model, data and initial weights are
 compared whole)."""
+
+_BEFORE_A_RUN = {"hang", "profile"}
+"""What an attempt that ended before it was a run may have left in its folder."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,7 @@ class Run:
     config: TrainConfig
     model: ModelConfig
     ds: dict[str, Any]
-    dataset: LatentDataset
+    dataset: Quarantine
     plan: BatchPlan
     world: World
     out: Path
@@ -87,6 +97,13 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
         UserError: naming what is wrong, where, and how to mend it. Nothing has been written then, except that the
             embedded digits may have been prepared in the user's cache.
     """
+    try:
+        return _prepare(arguments, world)
+    except OSError as error:  # a name that is too long, a folder that may not be read, ...
+        raise ConfigError(f"{error.filename or 'input'} can't be used: {error.strerror or error}") from error
+
+
+def _prepare(arguments: Sequence[str], world: World) -> Run:
     given = parse_arguments(arguments)
     started, world = world, _planned_world(given, world)
     ds = read_ds_config(given["ds_config"])
@@ -113,12 +130,14 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
     model = config.model_config({"channels": manifest.channels, "num_classes": manifest.num_classes})
     manifest.check_model(model)
     ds = complete(ds, config, world.size)
-    identity = _identity(config, model, manifest)
+    identity = _identity(config, model, dataset)
     if not config.out:
         config = config.replace(out=_default_folder(config, identity, world.size, zero_stage(ds)))
-    check_folder(Path(config.out), identity, config.resume)
+    out = Path(config.out)
+    check_folder(out, identity, config.resume, config.force)
+    sound = Quarantine(dataset, config.bad_records, out / QUARANTINE_NAME, identity["data"], write=not config.dry_run)
     initial = load_initial(config.init_from, model, manifest) if "init_from" in identity and _is_fresh(config) else None
-    return Run(config, model, ds, dataset, plan, world, Path(config.out), identity, initial)
+    return Run(config, model, ds, sound, plan, world, out, identity, initial)
 
 
 def planned_gpu(config: TrainConfig) -> Gpu | None:
@@ -131,31 +150,32 @@ def planned_gpu(config: TrainConfig) -> Gpu | None:
     return gpu
 
 
-def check_folder(out: Path, identity: Mapping[str, Any], resume: str) -> None:
-    """ConfigError unless `out` is new, empty, or holds a run of this identity that may be continued."""
+def check_folder(out: Path, identity: Mapping[str, Any], resume: str, force: bool = False) -> None:
+    """ConfigError unless `out` is new, empty, or holds a run that may be continued: of this identity, or by force."""
     at = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not at.is_dir() or not os.access(at, os.W_OK | os.X_OK):
         raise ConfigError(f"out {out} can't be written: {at} is not a folder we may write to; give another --out")
-    if not out.exists() or not any(out.iterdir()):
+    if not out.exists() or all(path.name in _BEFORE_A_RUN for path in out.iterdir()):
         return
     if resume == "never":
         raise ConfigError(f"out {out} is not empty and resume is 'never': give another --out, or --resume auto")
     path = out / "config.json"
     try:
         theirs = json.loads(path.read_text())["identity"]
-        differences = compare(theirs, identity)
+        differences(theirs, identity)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"out {out} holds files but no run ({path} can't be read): give another --out") from None
-    if differences:
-        raise ConfigError(f"out {out} holds another run ({differences}): give another --out, or the same settings")
+    check_same(theirs, identity, f"out {out} holds", force, ConfigError)
 
 
-def compare(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    """How two identities differ, in words; empty when they don't."""
-    ours = json.loads(json.dumps(ours))
-    theirs = {"optimizer": "adamw_ema", **theirs}  # the only one there was when it was not written down
-    names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
-    return ", ".join(f"{name} {theirs.get(name)} there, {ours.get(name)} here" for name in names)
+def check_identity(run: Run, theirs: Mapping[str, Any], where: str) -> None:
+    """CheckpointError, showing the differences, when a checkpoint that lies in `where` is of another run.
+
+    With --force rank 0 says what changes instead, and only what can't be changed is an error.
+    """
+    changes = check_same(theirs, run.identity, f"{where} is of", run.config.force, CheckpointError)
+    if changes and run.world.rank == 0:
+        print(f"forced: {where} goes on with other settings: {changes}", file=sys.stderr, flush=True)
 
 
 def _open_data(config: TrainConfig) -> LatentDataset:
@@ -181,14 +201,14 @@ def _embedded_digits() -> LatentDataset:
         ) from error
 
 
-def _identity(config: TrainConfig, model: ModelConfig, manifest: DatasetInfo) -> dict[str, Any]:
+def _identity(config: TrainConfig, model: ModelConfig, dataset: LatentDataset) -> dict[str, Any]:
     training = {name: value for name, value in config.to_dict().items() if name not in _CASUAL}
     if config.lr_schedule == "constant":
         del training["steps"]  # such a run may be made longer
     return {
         **training,
         **{f"model.{name}": value for name, value in model.to_dict().items()},
-        "data": f"{manifest.kind} {_digest(manifest.to_json())}",
+        "data": f"{dataset.manifest.kind} {_digest(dataset.manifest.to_json() + dataset.digest)}",
         **_origin(config),
     }
 
@@ -203,9 +223,15 @@ def _origin(config: TrainConfig) -> dict[str, str]:
 
 def _is_fresh(config: TrainConfig) -> bool:
     """Whether no checkpoint will be continued, so that initial weights are needed."""
-    folder = Path(config.out, "checkpoints")
-    committed = folder.is_dir() and any(CHECKPOINT_NAME.fullmatch(path.name) for path in folder.iterdir())
-    return config.resume == "never" or (config.resume == "auto" and not committed)
+    return config.resume == "never" or (config.resume == "auto" and not committed_folders(Path(config.out)))
+
+
+def committed_folders(out: Path) -> list[Path]:
+    """The checkpoints' folders of a run, oldest first; whether they are sound is not looked at."""
+    folder = out / "checkpoints"
+    found = folder.iterdir() if folder.is_dir() else iter(())
+    named = (path for path in found if CHECKPOINT_NAME.fullmatch(path.name) and (path / MARKER).is_file())
+    return sorted(named, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _planned_world(given: Mapping[str, Any], world: World) -> World:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from mpdit.data.dataset import LatentDataset
 from mpdit.data.manifest import ORIGINAL, ORIGINAL_AND_FLIPPED, DatasetInfo, Normalization
 from mpdit.data.normalization import NormalizationMode, choose_normalization, suits
 from mpdit.data.records import VALUE_DTYPE, ChannelStatistics, find_defect
-from mpdit.errors import ConfigError, DataError
+from mpdit.errors import ConfigError, DataError, RecordError
 from mpdit.vae import DECODER_KIND, SIGNED, PixelRange
 
 STATISTICS_SAMPLES = 1024
@@ -80,6 +81,12 @@ class ForeignLatents(LatentDataset):
         if self._known_labels is None:
             self._known_labels = self._read_labels(np.arange(len(self)))
         return self._known_labels
+
+    @property
+    def digest(self) -> str:
+        sample, contents = self._sampled
+        labels = self._read_labels(sample) if self._known_labels is None else self._known_labels[sample]
+        return hashlib.sha256(contents + labels.tobytes()).hexdigest()
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
@@ -165,12 +172,15 @@ class ForeignLatents(LatentDataset):
         )
 
     def _measure(self, sample: NDArray[np.int64], record_shape: tuple[int, ...]) -> Normalization:
-        statistics = ChannelStatistics(record_shape[1] // 2)
+        """Statistics of these samples, whose contents are kept in mind for `digest`."""
+        statistics, digest = ChannelStatistics(record_shape[1] // 2), hashlib.sha256()
         for start in range(0, len(sample), _STATISTICS_BATCH):
             indices = sample[start : start + _STATISTICS_BATCH]
             moments = np.empty((len(indices), *record_shape), VALUE_DTYPE)
             self._read_moments(indices, moments)
             statistics.add(moments)
+            digest.update(moments.data)
+        self._sampled = sample, digest.digest()
         return Normalization(*statistics.result())
 
     def _choose(self, mode: NormalizationMode, measured: Normalization, own: Normalization | None) -> Normalization:
@@ -191,7 +201,10 @@ class ForeignLatents(LatentDataset):
         def fill(rows: slice) -> None:
             with np.errstate(over="ignore", invalid="ignore"):
                 for record, index in zip(moments[rows], indices[rows].tolist(), strict=True):
-                    self._fill(record, index)
+                    try:
+                        self._fill(record, index)
+                    except DataError as error:
+                        raise self._of_record(error, index) from error
 
         self._in_threads(fill, len(indices))
         defect = find_defect(moments)
@@ -227,8 +240,16 @@ class ForeignLatents(LatentDataset):
         for future in futures:
             future.result()
 
-    def _error(self, index: int, what: str) -> DataError:
-        return DataError(f"{self._where(index)} (sample {index}) {what}: mend or remove it")
+    def _error(self, index: int, what: str) -> RecordError:
+        message = f"{self._where(index)} (sample {index}) {what}: mend or remove it"
+        return RecordError(message, sample=index, file=self._where(index), offset=None, reason=what)
+
+    def _of_record(self, error: DataError, index: int) -> RecordError:
+        """What was found wrong while a sample was read, as an error of that sample."""
+        if isinstance(error, RecordError):
+            return error
+        message = f"{error} (sample {index})"
+        return RecordError(message, sample=index, file=self._where(index), offset=None, reason=str(error))
 
 
 def count_classes(path: Path, labels: NDArray[np.int64], given: int | None) -> int:

@@ -98,10 +98,11 @@ class NpyPairs(ForeignLatents):
         bad = (labels < 0) | (labels >= self._num_classes)
         if bad.any():
             row = int(np.argmax(bad))
-            raise DataError(
+            error = DataError(
                 f"{self._path(int(indices[row]), self._label_folder)}: label {labels[row]} is outside "
                 f"0 .. {self._num_classes - 1}: mend it or raise num_classes"
             )
+            raise self._of_record(error, int(indices[row]))
         return labels
 
     def _scan_labels(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -109,11 +110,11 @@ class NpyPairs(ForeignLatents):
 
         def fill(rows: slice) -> None:
             for row in range(rows.start, rows.stop):
-                path = self._path(int(indices[row]), self._label_folder)
-                value = parse_npy(read_file(path), path)
-                if value.size != 1 or value.dtype.kind not in "iu":
-                    raise DataError(f"{path} holds {value.dtype} {list(value.shape)}, not one whole number: mend it")
-                labels[row] = value.item()
+                index = int(indices[row])
+                try:
+                    labels[row] = _read_label(self._path(index, self._label_folder))
+                except DataError as error:
+                    raise self._of_record(error, index) from error
 
         self._in_threads(fill, len(indices))
         return labels
@@ -127,6 +128,14 @@ class NpyPairs(ForeignLatents):
             f"{self.path}: the latents' std is {std:.3g}, neither about 4, as of Stable Diffusion's VAE, nor about "
             f"0.8, as times {SD_SCALE}: give the factor they were multiplied by with --data-scale (1 if by none)"
         )
+
+
+def _read_label(path: str) -> int:
+    value = parse_npy(read_file(path), path)
+    if value.size != 1 or value.dtype.kind not in "iu":
+        raise DataError(f"{path} holds {value.dtype} {list(value.shape)}, not one whole number: mend it")
+    label: int = value.item()
+    return label
 
 
 def _paired_names(features: Path, labels: Path) -> NDArray[np.bytes_]:
