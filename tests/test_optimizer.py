@@ -15,6 +15,7 @@ from mpdit_kernels.adamw_ema.reference import adamw_ema_
 from torch import Tensor
 
 SETTINGS: dict[str, Any] = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+STATES = ("step", "exp_avg", "exp_avg_sq", "ema")
 
 
 def _parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
@@ -264,6 +265,27 @@ def test_skips_a_step_that_is_not_finite_and_remembers_it() -> None:
     restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert (int(optimizer.skipped), int(restored.skipped)) == (1, 1)
     assert "skipped" not in other.state_dict()
+
+
+def test_skips_to_the_bit_while_it_is_told_to() -> None:
+    params, steady = _parameters(), _parameters()
+    optimizer, other = AdamWEMA(params, **SETTINGS, max_norm=1.0), AdamWEMA(steady, **SETTINGS, max_norm=1.0)
+    optimizer.skip = torch.zeros((), dtype=torch.bool)
+    _train(params, optimizer, range(3))
+    _train(steady, other, range(3))
+    for average in (optimizer.state[params[0]]["ema"], other.state[steady[0]]["ema"]):
+        average[0, 0] = -0.0
+    optimizer.skip.fill_(True)
+    _train(params, optimizer, range(3, 6))
+    for mine, theirs in zip(params, steady, strict=True):
+        for ours, wanted in ((mine, theirs), *((optimizer.state[mine][k], other.state[theirs][k]) for k in STATES)):
+            assert ours.detach().numpy().tobytes() == wanted.detach().numpy().tobytes()
+    assert int(optimizer.skipped) == 0  # these are counted by who asked for them
+    assert copy.deepcopy(optimizer).skip is None
+    optimizer.skip.fill_(False)
+    _train(params, optimizer, range(6, 8))
+    _train(steady, other, range(6, 8))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(params, steady, strict=True))
 
 
 def test_writes_copies() -> None:

@@ -161,6 +161,23 @@ def test_pieces_of_a_group_stepped_one_after_another_as_zero_3_does(fake: type[t
     _assert_same(ours, params, theirs, others)
 
 
+@FAKES
+def test_nothing_changes_while_it_is_told_to_skip(fake: type[torch.optim.Optimizer]) -> None:
+    params, others = _parameters(), _parameters()
+    ours = with_ema(fake)(params, **SETTINGS, adam_w_mode=True, ema_decay=0.9)
+    theirs = with_ema(fake)(others, **SETTINGS, adam_w_mode=True, ema_decay=0.9)
+    ours.skip = torch.tensor(True)
+    for steps, skip in ((range(2), True), (range(2, 4), False), (range(4, 6), True)):
+        ours.skip.fill_(skip)
+        _train(ours, params, steps)
+        if not skip:
+            _train(theirs, others, steps)
+    for mine, other in zip(params, others, strict=True):
+        assert torch.equal(mine, other)
+        for name in ("step", "exp_avg", "exp_avg_sq", "ema"):
+            assert torch.equal(torch.as_tensor(ours.state[mine][name]), torch.as_tensor(theirs.state[other][name]))
+
+
 def test_unequal_counts_in_a_group_are_refused() -> None:
     params = _parameters()
     optimizer = with_ema(ApexLike)(params, **SETTINGS, adam_w_mode=True, ema_decay=0.9)

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,24 +19,25 @@ from mpdit.training.run import Run
 
 
 class LossMean:
-    """Mean loss over steps and ranks, summed on the device in float64 so that no step waits for it."""
+    """Mean loss over ranks and the steps that count, summed on the device in float64 so that no step waits for it."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sum = torch.zeros((), dtype=torch.float64, device=device)
-        self._count = 0
+        self._total = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, how many
 
-    def add(self, loss: torch.Tensor) -> None:
-        self._sum += loss.detach()
-        self._count += 1
+    def add(self, losses: Sequence[torch.Tensor], skip: torch.Tensor) -> None:
+        """Count the losses of a step's micro steps, unless `skip`: all scalars on the device."""
+        total, count = self._total
+        for loss in losses:
+            total = total + loss
+        self._total = torch.where(skip, self._total, torch.stack([total, count + len(losses)]))
 
     def take(self) -> float:
-        """The mean since the last call. Waits for the device and for all ranks, who must all call it."""
-        total = self._sum.clone()
+        """The mean since the last call, NaN if no step counted. Waits for the device and all ranks; all must call."""
+        total = self._total.clone()
         torch.distributed.all_reduce(total)
-        mean = total.item() / (self._count * torch.distributed.get_world_size())
-        self._sum.zero_()
-        self._count = 0
-        return mean
+        self._total.zero_()
+        loss, count = total.tolist()
+        return loss / count if count else math.nan
 
 
 class Stopwatch:
@@ -68,7 +70,7 @@ class MetricsLog:
         if not self._active:
             return
         path = run.out / "metrics.jsonl"
-        kept = _lines_until(path, start_step)
+        kept = lines_until(path, start_step)
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._elapsed = kept[-1].get("elapsed_seconds", 0.0) if kept else 0.0
         self._began = time.monotonic()
@@ -115,7 +117,8 @@ class MetricsLog:
                 self._wandb.finish(exit_code=0 if kind is None else 1)
 
 
-def _lines_until(path: Path, step: int) -> list[dict[str, Any]]:
+def lines_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """The lines, JSON objects with a "step", up to this one's; none where there is no file."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else ():
         try:

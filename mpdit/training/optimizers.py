@@ -54,12 +54,14 @@ def with_ema(base: type[Optimizer]) -> Callable[..., Optimizer]:
     The average is the state "ema", in the parameter's dtype. The step count is the state "step", a number: apex keeps
     one for a whole group, which would count every piece that ZeRO-3 steps, and DeepSpeed counts the last parameter's
     alone. Parameters of one group that are stepped together must have been stepped equally often, as always under
-    ZeRO, which makes one tensor of a group.
+    ZeRO, which makes one tensor of a group. `skip` is AdamWEMA's, but waits for the device: FusedAdam can't read it
+    there.
     """
 
     class FusedAdamEMA(base):  # type: ignore[misc, valid-type]
         def __init__(self, params: Any, *, ema_decay: float, **settings: Any) -> None:
             super().__init__(params, **settings)
+            self.skip: Tensor | None = None
             # In the groups, so that a state dict restores it, and DeepSpeed carries it along.
             self.defaults["ema_decay"] = ema_decay
             for group in self.param_groups:
@@ -71,6 +73,8 @@ def with_ema(base: type[Optimizer]) -> Callable[..., Optimizer]:
             if closure is not None:
                 with torch.enable_grad():
                     result = closure()
+            if self.skip is not None and self.skip:
+                return result
             stepped = [[param for param in group["params"] if param.grad is not None] for group in self.param_groups]
             done = []
             for group, params in zip(self.param_groups, stepped, strict=True):

@@ -178,6 +178,28 @@ def test_a_gradient_that_is_not_finite_skips_the_step(bad: float) -> None:
     assert int(optimizer.skipped) == 1
 
 
+@pytest.mark.parametrize("mode", ["triton", "reference"])
+@pytest.mark.parametrize("check", [False, True], ids=["told", "told or not finite"])
+def test_skips_while_it_is_told_to(mode: str, check: bool) -> None:
+    params, steady = _parameters(), _parameters()
+    optimizer, other = AdamWEMA(params, **SETTINGS, skip_nonfinite=check), AdamWEMA(steady, **SETTINGS)
+    optimizer.skip = torch.zeros((), dtype=torch.bool, device=DEVICE)
+    with use(mode):
+        for step, skip in ((1, False), (2, True), (3, False), (4, True)):
+            optimizer.skip.fill_(skip)
+            _give_gradients(params, step)
+            optimizer.step()
+            if not skip:
+                _give_gradients(steady, step)
+                other.step()
+                for average in (optimizer.state[params[0]]["ema"], other.state[steady[0]]["ema"]):
+                    average[0] = -0.0
+    assert int(optimizer.skipped) == 0
+    for mine, theirs in zip(params, steady, strict=True):
+        for ours, wanted in ((mine, theirs), *((optimizer.state[mine][k], other.state[theirs][k]) for k in STATES)):
+            assert ours.detach().cpu().numpy().tobytes() == wanted.detach().cpu().numpy().tobytes()
+
+
 def _compare_with_definition(values: list[Tensor], grads: list[Tensor]) -> None:
     """One step of these, views and all, by the kernel, by the reference and by the definition on contiguous copies."""
     results = []

@@ -53,8 +53,11 @@ class AdamWEMA(torch.optim.Optimizer):
             NaN among them or by an overflow of its fp32 square.
 
     Attributes:
-        skipped: how many steps were skipped, an int64 scalar, on the device from the first step on; part of the state
-            dict of an optimiser that may skip.
+        skip: None, or a tensor of one element: where it is not 0, a step changes nothing, not even its count. On the
+            device it is read there, so that who judges the gradients elsewhere, as under DeepSpeed's ZeRO, writes it in
+            place and doesn't wait. No state: it is neither saved nor copied.
+        skipped: how many steps `skip_nonfinite` skipped, an int64 scalar, on the device from the first step on; part
+            of the state dict of an optimiser that may skip.
 
     Raises:
         ValueError: a setting, of all or of one group, out of its range; at a step a parameter of less than fp32 or a
@@ -80,6 +83,7 @@ class AdamWEMA(torch.optim.Optimizer):
         # torch reads "fused" when it loads a state: `step` then returns to its parameter's device.
         super().__init__(params, {**defaults, "fused": True})
         self.max_norm, self.skip_nonfinite = max_norm, skip_nonfinite
+        self.skip: Tensor | None = None
         self.skipped = torch.zeros((), dtype=torch.int64)  # moved to the device by the first step
         self._copies: dict[Tensor, Tensor] = {}
         self._uploads = Uploads()
@@ -140,18 +144,21 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def _judge(self, batches: list[Batch]) -> tuple[Tensor | None, Tensor | None]:
         """(factor for the gradients, whether the step is taken), fp32 scalars on the device; None for not asked."""
-        if not batches or not (self.max_norm or self.skip_nonfinite):
+        if not batches:
             return None, None
         device = batches[0].params[0].device
+        wanted = None if self.skip is None else self.skip.to(device).logical_not()
+        if not (self.max_norm or self.skip_nonfinite):
+            return None, None if wanted is None else wanted.to(torch.float32)
         norms = [norm.to(device, torch.float32) for batch in batches for norm in _norms(batch.grads)]
         norm = torch.linalg.vector_norm(torch.stack(norms))
         factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0) if self.max_norm else None
-        if not self.skip_nonfinite:
-            return factor, None
-        finite = norm.isfinite()
-        self.skipped = self.skipped.to(device)  # DeepSpeed moves the weights after the optimiser is made
-        self.skipped += ~finite
-        return factor, finite.to(torch.float32)
+        if self.skip_nonfinite:
+            finite = norm.isfinite()
+            self.skipped = self.skipped.to(device)  # DeepSpeed moves the weights after the optimiser is made
+            self.skipped += ~finite
+            wanted = finite if wanted is None else wanted & finite
+        return factor, None if wanted is None else wanted.to(torch.float32)
 
     def _batches(self, params: list[Tensor]) -> list[Batch]:
         """The parameters by device and by dtypes of parameter, gradient and copy."""
@@ -203,7 +210,7 @@ class AdamWEMA(torch.optim.Optimizer):
             _fit_in(state, self.param_groups)
         super().__setstate__(state)
         absent = {"max_norm": 0.0, "skip_nonfinite": False, "skipped": torch.zeros((), dtype=torch.int64)}
-        for name, value in {**absent, "_copies": {}, "_uploads": Uploads()}.items():
+        for name, value in {**absent, "skip": None, "_copies": {}, "_uploads": Uploads()}.items():
             self.__dict__.setdefault(name, value)
 
 

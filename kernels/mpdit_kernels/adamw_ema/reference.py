@@ -81,8 +81,12 @@ def adamw_ema_(
 def step_(batch: Batch, settings: Settings, factor: Tensor | None, taken: Tensor | None) -> None:
     """The same for a batch, by torch's fused AdamW and multi-tensor functions: what CPUs train with.
 
-    `factor` and `taken` are fp32 scalars on the device or None; where taken is 0 nothing changes.
+    `factor` and `taken` are fp32 scalars on the device or None; where taken is 0 nothing changes, to the bit.
     """
+    if taken is not None and taken.device.type == "cpu":  # nothing to wait for
+        if not taken:
+            return
+        taken = None
     dtype = batch.params[0].dtype
     grads = [grad.to(dtype) for grad in batch.grads]
     if factor is not None:
@@ -107,7 +111,8 @@ def step_(batch: Batch, settings: Settings, factor: Tensor | None, taken: Tensor
     share = 1 - settings.ema_decay
     if taken is None:
         torch._foreach_lerp_(batch.emas, batch.params, share)
-    else:
-        torch._foreach_lerp_(batch.emas, batch.params, [(share * taken).to(dtype)] * len(batch.emas))
+    else:  # a share of 0 would turn an average of -0 into 0
+        for ema, moved in zip(batch.emas, torch._foreach_lerp(batch.emas, batch.params, share), strict=True):
+            torch.where(taken.bool(), moved, ema, out=ema)
     if batch.copies is not None:
         torch._foreach_copy_(batch.copies, batch.params)
