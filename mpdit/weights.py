@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mpdit.config import ModelConfig
 from mpdit.errors import CheckpointError, ConfigError
 from mpdit.files import sync_to_disk
 from mpdit.model import MPDiT
+from mpdit.tensor_file import write_tensors
 
 FORMAT = "mpdit-weights-1"
 
@@ -41,10 +42,10 @@ def save_weights(
     description = describe(config, metadata)
     weights_tmp, config_tmp = folder / ".model.safetensors.tmp", folder / ".config.json.tmp"
     try:
-        save_file(tensors, weights_tmp, metadata={"format": "pt"})
-    except SafetensorError as error:  # what it makes of a full disk
+        write_tensors(weights_tmp, tensors, {"format": "pt"})
+    except OSError as error:
         weights_tmp.unlink(missing_ok=True)
-        raise CheckpointError(f"{folder / 'model.safetensors'} can't be written: {error}") from error
+        raise CheckpointError(f"{folder / 'model.safetensors'} can't be written: {error.strerror}") from error
     config_tmp.write_text(json.dumps(description, indent=2) + "\n")
     for tmp, name in ((weights_tmp, "model.safetensors"), (config_tmp, "config.json")):
         sync_to_disk(tmp)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from mpdit.files import counted, readable_bytes
+from pathlib import Path
+
+import pytest
+
+from mpdit.files import counted, readable_bytes, sole_owner
 
 
 def test_sizes_are_in_the_unit_that_suits() -> None:
@@ -14,3 +18,13 @@ def test_sizes_are_in_the_unit_that_suits() -> None:
 
 def test_nouns_go_with_their_numbers() -> None:
     assert [counted(number, "image") for number in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
+
+
+def test_a_folder_has_one_owner_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "run"
+    with sole_owner(folder):
+        assert folder.is_dir()
+        with pytest.raises(BlockingIOError), sole_owner(folder):
+            pass
+    with sole_owner(folder):
+        pass

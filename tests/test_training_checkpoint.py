@@ -1,10 +1,11 @@
-"""Checkpoints: found, held against the run, hashed before anything is loaded."""
+"""Checkpoints: committed, found, verified, held against the run; what is broken is passed over aloud."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +13,15 @@ import pytest
 import torch
 from training_runs import ds_config
 
-from mpdit.errors import CheckpointError
+from mpdit.errors import CheckpointError, ConfigError
 from mpdit.files import write_atomically
 from mpdit.training import checkpoint
+from mpdit.training.checkpoint import Checkpoint
 from mpdit.training.run import Run, prepare
+from mpdit.training.state import read_average
 from mpdit.training.world import World
 
-
-class Engine:
-    """Stands in for DeepSpeed's: saves a file and remembers what it was asked to load."""
-
-    def __init__(self) -> None:
-        self.loaded: list[str] = []
-
-    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
-        assert not save_latest
-        (Path(folder) / tag).mkdir()
-        (Path(folder) / tag / "weights.pt").write_bytes(b"weights")
-
-    def load_checkpoint(self, folder: str, tag: str) -> None:
-        self.loaded.append(f"{folder}/{tag}")
+KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,27 +35,46 @@ def _run(out: Path, *arguments: str, ranks: int = 1, stage: int = 2) -> Run:
     return prepare(["--ds_config", ds_config(stage), "--out", str(out), *arguments], World(size=ranks))
 
 
+def _save(run: Run, step: int, ranks: int = 2) -> Checkpoint:
+    """Commit a checkpoint of one parameter [2, 3] as `ranks` ranks would, each with its half."""
+    partial = checkpoint.partial_folder(run.out, step)
+    partial.mkdir(parents=True)
+    files: dict[str, Any] = {}
+    for rank, part in enumerate(torch.arange(6.0).add(step).chunk(ranks)):
+        tensors = {f"{kind}/a/{rank * len(part)}": part for kind in KINDS}
+        files |= checkpoint.write_shard(partial, rank, tensors)
+    folder = run.out / "checkpoints" / f"step-{step:08d}"
+    position = step * run.config.global_batch
+    whole = Checkpoint(folder, step, position, step, {}, ranks, 2, run.identity, {"a": [2, 3]}, files)
+    checkpoint.commit(partial, whole, run.config.keep)
+    return whole
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     """A run with checkpoints after steps 3 and 6."""
     run = _run(tmp_path / "run")
     for step in (3, 6):
-        checkpoint.save(Engine(), run, step)
+        _save(run, step)
     (run.out / "config.json").write_text(json.dumps(run.describe()))
     return run
 
 
-def _found(run: Run) -> checkpoint.Checkpoint:
+def _found(run: Run) -> Checkpoint:
     found = checkpoint.find(run)
     assert found is not None
     return found
 
 
-def test_the_newest_is_found_and_loaded(run: Run) -> None:
-    found, engine = _found(run), Engine()
-    assert (found.step, found.position) == (6, 6 * run.config.global_batch)
-    checkpoint.load(engine, found, run)
-    assert engine.loaded == [f"{run.out}/checkpoints/step-00000006/state"]
+def _names(run: Run) -> list[str]:
+    return sorted(path.name for path in (run.out / "checkpoints").iterdir())
+
+
+def test_the_newest_is_found_with_all_that_was_written(run: Run) -> None:
+    found = _found(run)
+    assert (found.step, found.position, found.optimizer_steps) == (6, 6 * run.config.global_batch, 6)
+    average = read_average(found.shards, found.shapes)
+    assert torch.equal(average["a"], torch.arange(6.0).add(6).view(2, 3))
 
 
 def test_nothing_is_found_in_a_new_folder(tmp_path: Path) -> None:
@@ -73,64 +82,108 @@ def test_nothing_is_found_in_a_new_folder(tmp_path: Path) -> None:
 
 
 def test_the_oldest_are_removed_and_nothing_partial_stays(run: Run) -> None:
-    checkpoint.save(Engine(), run, 10)
-    assert sorted(path.name for path in (run.out / "checkpoints").iterdir()) == ["step-00000006", "step-00000010"]
+    _save(run, 10)
+    assert _names(run) == ["step-00000006", "step-00000010"]
 
 
 def test_an_unfinished_save_is_not_a_checkpoint(run: Run) -> None:
-    partial = run.out / "checkpoints" / ".step-00000009.partial"
-    partial.mkdir()
-    assert _found(run).step == 6
-    checkpoint.save(Engine(), run, 9)
+    folder = run.out / "checkpoints"
+    for name in (".step-00000009.partial", ".step-00000001.removed"):
+        (folder / name).mkdir()
+    shutil.copytree(folder / "step-00000006", folder / "step-00000009")
+    (folder / "step-00000009" / "COMMITTED").unlink()  # killed between the two
+    found = _found(run)
+    assert found.step == 6
+    checkpoint.tidy(run.out, found)
+    assert _names(run) == ["step-00000003", "step-00000006", "step-00000009.damaged"]
+    _save(run, 9)
     assert _found(run).step == 9
-    assert not partial.exists()
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "no manifest", "half a manifest"])
-def test_a_broken_one_is_passed_over_aloud(run: Run, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def _edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest and its marker with it, as nobody does by accident."""
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+    (path.parent / "COMMITTED").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "has 0 bytes": lambda folder: (folder / "rank-00001.safetensors").write_bytes(b""),
+    "does not match its SHA-256": lambda folder: _flip(folder / "rank-00001.safetensors"),
+    "is missing": lambda folder: (folder / "rank-00000.safetensors").unlink(),
+    "not a complete checkpoint": lambda folder: (folder / "manifest.json").unlink(),
+    "Expecting|Unterminated|delimiter": lambda folder: write_atomically(
+        folder / "manifest.json", (folder / "manifest.json").read_text()[:400]
+    ),
+    "it was altered": lambda folder: write_atomically(
+        folder / "manifest.json", (folder / "manifest.json").read_text().replace('"step": 6', '"step": 7')
+    ),
+    "does not match the SHA-256 in": lambda folder: (folder / "COMMITTED").write_text("0" * 64),
+    "is no shard's name": lambda folder: _edit(
+        folder / "manifest.json", lambda fields: fields["files"].update({"../../secret": {"bytes": 1}})
+    ),
+    "does not hold the tensors": lambda folder: _edit(
+        folder / "manifest.json", lambda fields: fields["files"]["rank-00000.safetensors"]["keys"].append("ema/b/0")
+    ),
+    'expected "format"': lambda folder: _edit(
+        folder / "manifest.json", lambda fields: fields.update(format="mpdit-checkpoint-1")
+    ),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_a_broken_one_is_passed_over_aloud_and_set_aside(
+    run: Run, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = run.out / "checkpoints" / "step-00000006"
-    match damage:
-        case "truncated":
-            (folder / "state" / "weights.pt").write_bytes(b"weight")
-        case "missing":
-            (folder / "state" / "weights.pt").unlink()
-        case "no manifest":
-            (folder / "manifest.json").unlink()
-        case _:
-            manifest = folder / "manifest.json"
-            manifest.write_text(manifest.read_text()[:40])
-    assert _found(run).step == 3
-    assert "step-00000006" in capsys.readouterr().err
+    DAMAGES[message](folder)
+    found = _found(run)
+    assert found.step == 3
+    told = capsys.readouterr().err
+    assert told.startswith("warning: passed over: ")
+    assert "step-00000006" in told
+    assert any(part in told for part in message.split("|"))
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.find(_run(run.out.with_name("branch"), "--resume", str(folder)))
+    checkpoint.tidy(run.out, found)
+    assert _names(run) == ["step-00000003", "step-00000006.damaged"]
+
+
+def test_a_damaged_newer_one_does_not_push_a_sound_one_out(tmp_path: Path) -> None:
+    run = _run(tmp_path / "run", "--keep", "1")
+    _save(run, 3)
+    whole = _save(run, 6)
+    assert _names(run) == ["step-00000006"]
+    shutil.copytree(whole.folder, whole.folder.with_name("step-00000009"))
+    _flip(whole.folder.with_name("step-00000009") / "rank-00000.safetensors")
+    checkpoint.tidy(run.out, _found(run))
+    _save(run, 7)
+    assert _names(run) == ["step-00000007", "step-00000009.damaged"]
 
 
 def test_a_trained_run_without_a_readable_checkpoint_is_not_started_over(run: Run) -> None:
     for folder in (run.out / "checkpoints").iterdir():
-        (folder / "state" / "weights.pt").unlink()
+        (folder / "rank-00000.safetensors").unlink()
     with pytest.raises(CheckpointError, match="no checkpoint that can be read"):
         checkpoint.find(run)
     shutil.rmtree(run.out / "checkpoints")
     (run.out / "ema").mkdir()
     with pytest.raises(CheckpointError, match="no checkpoint that can be read"):
         checkpoint.find(run)
-    (run.out / "checkpoints").mkdir()  # killed after the first export, before the first checkpoint
+    (run.out / "checkpoints").mkdir()  # killed before the first checkpoint
     assert checkpoint.find(run) is None
 
 
-def test_an_altered_one_is_refused_before_deepspeed_sees_it(run: Run) -> None:
-    (run.out / "checkpoints" / "step-00000006" / "state" / "weights.pt").write_bytes(b"weighty"[::-1])
-    engine = Engine()
-    with pytest.raises(CheckpointError, match=r"weights.pt does not match its SHA-256"):
-        checkpoint.load(engine, _found(run), run)
-    assert engine.loaded == []
-
-
-def test_other_ranks_and_other_stages_are_refused(run: Run) -> None:
-    with pytest.raises(
-        CheckpointError, match="saved by 1 ranks and this run has 2: start it with --num_accelerators 1"
-    ):
-        checkpoint.find(_run(run.out, ranks=2))
-    with pytest.raises(CheckpointError, match=r"ZeRO stage 2 and .*zero3.json has stage 3"):
-        checkpoint.find(_run(run.out, stage=3))
+def test_other_ranks_and_other_stages_may_continue(run: Run) -> None:
+    for other in (_run(run.out, stage=3), _run(run.out, stage=1)):
+        assert _found(other).step == 6
 
 
 def test_a_named_checkpoint_is_taken_into_another_folder(run: Run, tmp_path: Path) -> None:
@@ -148,8 +201,17 @@ def test_a_named_checkpoint_must_exist_and_be_of_this_run(
     run: Run, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     named = ["--resume", str(run.out / "checkpoints" / "step-00000003"), *arguments]
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises((CheckpointError, ConfigError), match=message):
         checkpoint.find(_run(tmp_path / "branch", *named))
+
+
+def test_values_that_no_shard_holds_are_missed(run: Run) -> None:
+    found = _found(run)
+    shards = dict(list(found.shards.items())[:1])
+    with pytest.raises(CheckpointError, match="3 of 6 values of ema a"):
+        read_average(shards, found.shapes)
+    with pytest.raises(CheckpointError, match="0 of 4 values of ema b"):
+        read_average(found.shards, {"b": [4]})
 
 
 def test_writing_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

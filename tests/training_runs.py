@@ -51,6 +51,11 @@ class Finished:
 
 
 def ds_config(stage: int) -> str:
+    """The repository's, or for stage 0 one that is written now."""
+    if stage == 0:
+        path = Path(_folder, "zero0.json")
+        path.write_text('{"zero_optimization": {"stage": 0}}')
+        return str(path)
     return str(REPOSITORY / "launch" / f"zero{stage}.json")
 
 
@@ -59,9 +64,11 @@ def new_folder(name: str) -> Path:
     return Path(tempfile.mkdtemp(dir=_folder), name)
 
 
-def start(out: Path, *arguments: str, ranks: int = 1, stage: int = 2) -> Finished:
+def start(
+    out: Path, *arguments: str, ranks: int = 1, stage: int = 2, script: Path = REPOSITORY / "launch" / "train.py"
+) -> Finished:
     """Train as a launcher does it, one process a rank, without the launcher's seconds."""
-    command = [sys.executable, str(REPOSITORY / "launch" / "train.py"), "--ds_config", ds_config(stage)]
+    command = [sys.executable, str(script), "--ds_config", ds_config(stage)]
     command += [*TINY, *arguments, "--out", str(out)]
     common = {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     environment = os.environ | common | {"MASTER_PORT": str(free_port())}

@@ -1,11 +1,12 @@
-"""Checkpoints that are whole or not there: DeepSpeed's files in a folder that gets its name last.
+"""Checkpoints that are whole or not there: what they are made of, how one is committed, found and verified.
 
-    checkpoints/step-00000500/manifest.json    what the checkpoint is of, and every file's size and SHA-256
-    checkpoints/step-00000500/state/...        as DeepSpeed saves them, one optimiser shard a rank
+    checkpoints/step-00000500/rank-00000.safetensors   the fragments of the run's state that a rank keeps, one file each
+    checkpoints/step-00000500/manifest.json            what the checkpoint is of; every file's size, SHA-256 and keys
+    checkpoints/step-00000500/COMMITTED                the manifest's SHA-256, written last
 
-DeepSpeed writes to final names and unpickles what it finds. So it writes into a folder with a temporary name; files
-are brought to the disk and hashed, the ranks sharing the work; the manifest follows; a rename commits. On loading,
-all hashes are compared before DeepSpeed is handed a byte. All ranks must see the same folder.
+Everything is written into a folder of a temporary name and brought to the disk; a rename gives the folder its name; the
+marker commits it. Whatever the moment a run is killed at, an older checkpoint is whole until the newer one is. Nothing
+is pickled. All ranks must see the same folder.
 """
 
 from __future__ import annotations
@@ -13,19 +14,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
 from mpdit.errors import CheckpointError
 from mpdit.files import sync_to_disk, write_atomically
-from mpdit.training.run import CHECKPOINT_NAME, Run, compare
-from mpdit.training.world import World, barrier, gather
+from mpdit.tensor_file import write_tensors
+from mpdit.training.run import CHECKPOINT_NAME, MARKER, Run, check_identity, committed_folders
+from mpdit.training.world import World, gather
 
-FORMAT = "mpdit-checkpoint-1"
-_TAG = "state"
+FORMAT = "mpdit-checkpoint-2"
+
+_LEFTOVER = re.compile(r"\.step-\d{8,}\.(partial|removed)")
 
 
 @dataclass(frozen=True)
@@ -36,28 +44,41 @@ class Checkpoint:
     step: int
     position: int
     """Samples trained on so far: where the global order continues."""
+    optimizer_steps: int
+    """Updates that AdamW has counted: steps less those that were skipped."""
+    counters: dict[str, Any]
+    """What else a run counts, in JSON types (`Guard.state`)."""
     world_size: int
     zero_stage: int
     identity: dict[str, Any]
+    shapes: dict[str, list[int]]
+    """Of every parameter."""
     files: dict[str, dict[str, Any]]
-    """Of each file, by its path in the folder: "bytes" and "sha256"."""
+    """Of each shard, by its name: "bytes", "sha256" and "keys", the names of its tensors."""
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
         """Read the manifest and check that all files are there in full. CheckpointError names what is wrong."""
-        path = folder / "manifest.json"
+        path, marker = folder / "manifest.json", folder / MARKER
         if not folder.is_dir():
             raise CheckpointError(
                 f"checkpoint {folder} does not exist: give a folder like OUT/checkpoints/step-00000500"
             )
         try:
-            fields = json.loads(path.read_text())
+            text = path.read_bytes()
+            fields = json.loads(text)
             if fields.pop("format") != FORMAT:
                 raise ValueError(f'expected "format": "{FORMAT}"')
             checkpoint = cls(folder, **fields)
-            sizes = {name: entry["bytes"] for name, entry in checkpoint.files.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            sizes = {_plain(name): entry["bytes"] for name, entry in checkpoint.files.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{folder} is not a complete checkpoint ({path}: {error})") from error
+        try:
+            expected = marker.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{folder} was never committed ({marker}: {error})") from error
+        if hashlib.sha256(text).hexdigest() != expected:
+            raise CheckpointError(f"{path} does not match the SHA-256 in {marker}: it was altered; use an older one")
         for name, size in sizes.items():
             found = (folder / name).stat().st_size if (folder / name).is_file() else None
             if found != size:
@@ -65,120 +86,149 @@ class Checkpoint:
                 raise CheckpointError(f"{folder} is damaged: {name} {state}; remove the folder to use an older one")
         return checkpoint
 
+    @property
+    def shards(self) -> dict[Path, list[str]]:
+        """Every shard's path with the keys of its tensors."""
+        return {self.folder / name: entry["keys"] for name, entry in self.files.items()}
+
 
 def find(run: Run) -> Checkpoint | None:
-    """The checkpoint to continue from, by --resume; None for a fresh start. Nothing is loaded or hashed yet.
+    """The checkpoint to continue from, by --resume, all hashes compared; None for a fresh start.
 
-    Raises CheckpointError when the checkpoint is of another run, of other ranks or of another ZeRO stage.
+    All ranks must call it; they share the hashing, and agree: what is damaged for one is passed over by all, aloud.
+    Raises CheckpointError, on every rank, when none is sound, or the one to continue from is of another run.
     """
-    resume = run.config.resume
+    resume, world = run.config.resume, run.world
     if resume == "never":
         return None
-    committed = _committed(run.out / "checkpoints")
-    if resume == "auto":
-        checkpoint = next((found for folder in reversed(committed) if (found := _try_open(folder, run.world))), None)
-        removed = (run.out / "ema").exists() and not (run.out / "checkpoints").exists()
-        if checkpoint is None and (committed or removed):
-            raise CheckpointError(
-                f"{run.out} was trained before but holds no checkpoint that can be read: "
-                "restore one, or give another --out to start afresh"
-            )
-    else:
-        checkpoint = Checkpoint.open(Path(resume))
-        newer = [folder for folder in committed if _step(folder) > checkpoint.step]
+    folders = gather(committed_folders(run.out))[0]  # as rank 0 sees them
+    if resume != "auto":
+        checkpoint, problem = _verified(Path(resume), world)
+        newer = [folder for folder in folders if checkpoint and _step(folder) > checkpoint.step]
         if newer:
-            raise CheckpointError(
-                f"{run.out} holds newer checkpoints than {resume}, up to {newer[-1].name}: "
-                "give another --out, or remove them"
+            problem = (
+                f"{run.out} holds newer checkpoints than {resume}, up to {newer[-1].name}: give another --out, or "
+                "remove them"
             )
-    if checkpoint is not None:
-        _check_fits(checkpoint, run)
-    return checkpoint
+        if checkpoint is None or problem:
+            raise CheckpointError(problem)
+        check_identity(run, checkpoint.identity, str(checkpoint.folder))
+        return checkpoint
+    for folder in reversed(folders):
+        checkpoint, problem = _verified(folder, world)
+        if checkpoint is not None:
+            check_identity(run, checkpoint.identity, str(checkpoint.folder))
+            return checkpoint
+        if world.rank == 0:
+            print(f"warning: passed over: {problem}", file=sys.stderr, flush=True)
+    removed = (run.out / "ema").exists() and not (run.out / "checkpoints").exists()
+    if gather(bool(folders) or removed)[0]:
+        raise CheckpointError(
+            f"{run.out} was trained before but holds no checkpoint that can be read: "
+            "restore one, or give another --out to start afresh"
+        )
+    return None
 
 
-def save(engine: Any, run: Run, step: int) -> None:
-    """Commit a checkpoint after `step` steps and remove the oldest beyond --keep. All ranks must call it."""
-    folder = run.out / "checkpoints" / f"step-{step:08d}"
-    partial = folder.with_name(f".{folder.name}.partial")
-    if run.world.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier()
-    engine.save_checkpoint(str(partial), tag=_TAG, save_latest=False)
-    files = _hash_together(partial, sorted(path for path in partial.rglob("*") if path.is_file()), run.world)
-    if run.world.rank == 0:
-        position = step * run.config.global_batch
-        manifest = Checkpoint(folder, step, position, run.world.size, run.zero_stage, run.identity, files)
-        fields = {"format": FORMAT} | {name: value for name, value in vars(manifest).items() if name != "folder"}
-        write_atomically(partial / "manifest.json", json.dumps(fields, indent=1) + "\n")
-        for inside in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
-            sync_to_disk(inside)
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one of the same step, or we would have loaded it
-        os.rename(partial, folder)
-        sync_to_disk(folder.parent)
-        for old in _committed(folder.parent)[: -run.config.keep]:
-            shutil.rmtree(old)
-    barrier()
+def tidy(out: Path, resumed: Checkpoint | None) -> None:
+    """Clear what killed saves have left, and set aside checkpoints that were passed over. For rank 0, before training.
 
-
-def load(engine: Any, checkpoint: Checkpoint, run: Run) -> None:
-    """Compare all hashes, the ranks sharing the work, then let DeepSpeed load. All ranks must call it.
-
-    Raises CheckpointError, the same on every rank, when a file was altered.
+    A folder that is damaged or was never committed is renamed, not removed: to step-00000500.damaged, or .damaged-2.
     """
-    paths = [checkpoint.folder / name for name in sorted(checkpoint.files)]
-    found = _hash_together(checkpoint.folder, paths, run.world)
-    for name, entry in found.items():
-        if entry != checkpoint.files[name]:
-            raise CheckpointError(
-                f"{checkpoint.folder / name} does not match its SHA-256 in the manifest: it was altered; "
-                f"remove {checkpoint.folder} to use an older one"
-            )
-    engine.load_checkpoint(str(checkpoint.folder), tag=_TAG)
+    committed = committed_folders(out)
+    for path in sorted((out / "checkpoints").iterdir()) if (out / "checkpoints").is_dir() else ():
+        if _LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path)
+        elif CHECKPOINT_NAME.fullmatch(path.name) and (
+            path not in committed or resumed is None or _step(path) > resumed.step
+        ):
+            names = (f"{path.name}.damaged{f'-{count}' if count > 1 else ''}" for count in range(1, 1000))
+            path.rename(next(path.with_name(name) for name in names if not path.with_name(name).exists()))
 
 
-def _committed(folder: Path) -> list[Path]:
-    """Checkpoint folders, oldest first."""
-    found = folder.iterdir() if folder.is_dir() else iter(())
-    return sorted((path for path in found if CHECKPOINT_NAME.fullmatch(path.name)), key=_step)
+def partial_folder(out: Path, step: int) -> Path:
+    """Where a checkpoint is written before it has its name."""
+    return out / "checkpoints" / f".step-{step:08d}.partial"
+
+
+def write_shard(partial: Path, rank: int, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Write this rank's shard and bring it to the disk; its entry in the manifest. Raises OSError."""
+    path = partial / f"rank-{rank:05d}.safetensors"
+    digest = write_tensors(path, tensors)
+    return {path.name: {"bytes": path.stat().st_size, "sha256": digest, "keys": list(tensors)}}
+
+
+def commit(partial: Path, checkpoint: Checkpoint, keep: int) -> None:
+    """Turn a folder of whole shards into `checkpoint` and remove the oldest beyond `keep`. For rank 0; raises OSError."""
+    write_manifest(partial, checkpoint)
+    publish(partial, checkpoint.folder)
+    mark(checkpoint.folder)
+    for old in committed_folders(checkpoint.folder.parents[1])[:-keep]:
+        remove(old)
+
+
+def write_manifest(partial: Path, checkpoint: Checkpoint) -> None:
+    """The manifest, whole and on the disk, and the folder's names with it."""
+    fields = {"format": FORMAT} | {name: value for name, value in asdict(checkpoint).items() if name != "folder"}
+    write_atomically(partial / "manifest.json", json.dumps(fields, indent=1) + "\n")
+
+
+def publish(partial: Path, folder: Path) -> None:
+    """Give the folder its name; a folder that has it is in the way of a repeated step, and was never whole."""
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(partial, folder)
+    sync_to_disk(folder.parent)
+
+
+def mark(folder: Path) -> None:
+    """Commit: from here on the checkpoint is there."""
+    digest = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    write_atomically(folder / MARKER, digest + "\n")
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint, first its name, so that a half removed one is never taken for one."""
+    doomed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def _verified(folder: Path, world: World) -> tuple[Checkpoint | None, str]:
+    """The checkpoint, or what is wrong with it; the same on every rank, each of which hashes its share of the files."""
+    checkpoint, problem = None, ""
+    try:
+        checkpoint = Checkpoint.open(folder)
+        for name in sorted(checkpoint.files)[world.rank :: world.size]:
+            _verify(folder / name, checkpoint.files[name])
+    except CheckpointError as error:
+        problem = str(error)
+    except OSError as error:
+        problem = f"{folder} can't be read: {error}"
+    problem = next((found for found in gather(problem) if found), "")
+    return (None if problem else checkpoint), problem
+
+
+def _verify(path: Path, entry: Mapping[str, Any]) -> None:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != entry["sha256"]:
+        raise CheckpointError(f"{path} does not match its SHA-256 in the manifest: it was altered; use an older one")
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            same = sorted(tensors.keys()) == sorted(entry["keys"])
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is no safetensors file ({error}); use an older checkpoint") from error
+    if not same:
+        raise CheckpointError(f"{path} does not hold the tensors that the manifest lists; use an older checkpoint")
+
+
+def _plain(name: str) -> str:
+    """A shard's name, which can't lead out of its folder. ValueError for another."""
+    if not re.fullmatch(r"rank-\d{5,}\.safetensors", name):
+        raise ValueError(f"file {name!r} is no shard's name")
+    return name
 
 
 def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
-
-
-def _try_open(folder: Path, world: World) -> Checkpoint | None:
-    try:
-        return Checkpoint.open(folder)
-    except CheckpointError as error:
-        if world.rank == 0:
-            print(f"warning: passed over: {error}", file=sys.stderr, flush=True)
-        return None
-
-
-def _check_fits(checkpoint: Checkpoint, run: Run) -> None:
-    if differences := compare(checkpoint.identity, run.identity):
-        raise CheckpointError(f"{checkpoint.folder} is of another run ({differences}): give the same settings")
-    if checkpoint.world_size != run.world.size:
-        raise CheckpointError(
-            f"{checkpoint.folder} was saved by {checkpoint.world_size} ranks and this run has {run.world.size}: "
-            f"start it with --num_accelerators {checkpoint.world_size}, or give another --out"
-        )
-    if checkpoint.zero_stage != run.zero_stage:
-        raise CheckpointError(
-            f"{checkpoint.folder} was saved with ZeRO stage {checkpoint.zero_stage} and {run.config.ds_config} has "
-            f"stage {run.zero_stage}: give a ds_config of stage {checkpoint.zero_stage}, or another --out"
-        )
-
-
-def _hash_together(folder: Path, paths: list[Path], world: World) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file by its path in the folder, on every rank; each rank reads its share."""
-    ours = {str(path.relative_to(folder)): _hash(path) for path in paths[world.rank :: world.size]}
-    return dict(sorted((name, entry) for part in gather(ours) for name, entry in part.items()))
-
-
-def _hash(path: Path) -> dict[str, Any]:
-    sync_to_disk(path)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,10 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or no name of a file
         raise ConfigError(f"ds_config {path} can't be read: {error}") from error
     try:
-        config = json.loads(text, object_pairs_hook=_without_duplicates)
+        config = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_number, parse_float=_number)
     except ConfigError as error:
         raise ConfigError(f"ds_config {path}: {error}") from None
     except (ValueError, RecursionError) as error:
@@ -143,7 +144,7 @@ def complete(ds: Mapping[str, Any], config: TrainConfig, world_size: int) -> dic
     full.setdefault("zero_force_ds_cpu_optimizer", False)  # offloaded states are stepped by our optimiser too
     full.setdefault("timers", {"throughput": {"enabled": False}})
     full.setdefault("log_level", "error")
-    if zero.get("stage") in (1, 2) and config.clip == 0:
+    if zero.get("stage") in (1, 2) and config.clip == 0 and not zero.get("offload_optimizer"):
         zero.setdefault("compute_grad_norm", False)
     if zero.get("stage") == 3:
         # Else DeepSpeed replaces torch's linear by one that adds the bias in a pass of its own, rounding once more.
@@ -200,6 +201,12 @@ def _contradiction(key: str, value: Any, argument: str) -> ConfigError:
 def _positive(key: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"ds_config has {key} {value!r}: give a whole number of at least 1")
+    return value
+
+
+def _number(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ConfigError(f"holds {text:.40}: give finite numbers")
     return value
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 from torch import Tensor
 
@@ -9,23 +11,35 @@ from mpdit import rng
 from mpdit.images import save_sample_grid
 from mpdit.model import MPDiT
 from mpdit.sampling import sample
+from mpdit.training.checkpoint import Checkpoint
 from mpdit.training.run import Run
+from mpdit.training.state import read_average
 from mpdit.weights import save_weights
 
 _COLUMNS = 10
 _ROWS = 8
 
 
-def export(run: Run, ema: dict[str, Tensor], step: int) -> None:
-    """Write OUT/ema, the weights that `mpdit sample` and `mpdit evaluate` read."""
+def export(run: Run, saved: Checkpoint) -> None:
+    """Write OUT/ema, the weights that `mpdit sample` and `mpdit evaluate` read, from a committed checkpoint."""
     training = {
-        "step": step,
-        "samples": step * run.config.global_batch,
+        "step": saved.step,
+        "samples": saved.position,
         "seed": run.config.seed,
         "ema_decay": run.config.ema_decay,
         "weights": "ema",
     }
-    save_weights(run.out / "ema", ema, run.model, {"data": run.manifest.metadata(), "training": training})
+    average = read_average(saved.shards, saved.shapes)
+    save_weights(run.out / "ema", average, run.model, {"data": run.manifest.metadata(), "training": training})
+
+
+def is_exported(run: Run, saved: Checkpoint) -> bool:
+    """Whether OUT/ema is this checkpoint's: a run may be killed between the two."""
+    try:
+        description = json.loads((run.out / "ema" / "config.json").read_text())
+        return (run.out / "ema" / "model.safetensors").is_file() and description["training"]["step"] == saved.step
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def draw_grid(run: Run, ema: dict[str, Tensor], step: int, device: torch.device) -> None:

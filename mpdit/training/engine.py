@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pydantic
@@ -16,6 +17,7 @@ from mpdit.errors import ConfigError
 from mpdit.model import MPDiT
 from mpdit.training.optimizers import build_optimizer
 from mpdit.training.run import Run
+from mpdit.training.state import Fragment, check_supported, fragments, restore
 from mpdit.training.world import choose_accelerator
 
 
@@ -31,10 +33,20 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    def gradient_norm(self) -> float | None:
-        """Of the last step, before clipping; None where it is not computed. Waits for the device."""
-        norm = self.engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+    def fragments(self) -> list[Fragment]:
+        """What this rank keeps of weights, moments and average, in place."""
+        return fragments(self.engine, self.optimizer)
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Of every parameter, whole."""
+        return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self.engine.module.named_parameters()}
+
+    def resume(self, files: Mapping[Path, list[str]], steps: int, optimizer_steps: int) -> None:
+        """Continue from a checkpoint's shards, of any number of ranks and ZeRO stage. All ranks must call it."""
+        restore(self.engine, self.optimizer, files, optimizer_steps)
+        engine = self.engine
+        engine.global_steps, engine.micro_steps = steps, steps * engine.gradient_accumulation_steps()
+        engine.global_samples = steps * engine.train_batch_size()
 
     def gather_ema(self, keep: bool) -> dict[str, Tensor]:
         """The averaged weights, fp32 on the CPU, under the names of MPDiT.state_dict(); empty unless `keep`.
@@ -43,6 +55,9 @@ class Trainer:
         """
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        self.fragments()  # makes the state, should no step have been taken yet
+        if self.engine.zero_optimization_stage() in (1, 2):
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
         ema = {}
         for name, param in self.engine.module.named_parameters():
             full = safe_get_full_optimizer_state(param, "ema") if self.engine.zero_optimization() else None
@@ -82,6 +97,7 @@ def check_deepspeed(run: Run, connected: bool = True) -> None:
 
     A process that is not connected to the other ranks is to DeepSpeed the only one.
     """
+    check_supported(run.ds)
     choose_accelerator()
     from deepspeed.runtime.config import DeepSpeedConfig
 

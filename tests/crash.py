@@ -1,0 +1,208 @@
+"""Kill a training run again and again, and see that it ends where an uninterrupted one does: bit for bit.
+
+    python tests/crash.py --kills 100
+
+The digits are trained by two ranks. Each attempt is the same command; the whole process group is ended by SIGKILL,
+half of the time at a random moment, half at a named point of the protocol (before or after a function of it, on either
+rank: `crash_rank.POINTS`). An attempt that gets to the end is compared with the uninterrupted run: every line of
+metrics, the exported average, every byte of the last checkpoint. Then another run is begun, until all kills are spent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from training_runs import REPOSITORY, TINY, ds_config, free_port
+
+POINTS = (
+    *("state copied", "shard written", "piece of a file written", "manifest written", "folder named", "any rename"),
+    *("any fsync", "marker written", "old one removed", "any file removed", "average exported", "leftovers cleared"),
+    *("metrics written", "step taken", "loss plotted"),
+)
+RANK_0_ALONE = set(POINTS) - {"state copied", "shard written", "piece of a file written", "any fsync", "step taken"}
+LIMIT = 180
+"""Seconds after which an attempt counts as hung."""
+
+
+@dataclass
+class Crash:
+    """A run that is to be killed, and the one it is compared with."""
+
+    folder: Path
+    ranks: int
+    stage: int
+    steps: int
+    every: int
+    randomness: random.Random
+    kills: Counter[str] = field(default_factory=Counter)
+    attempts: int = 0
+
+    def command(self, out: Path) -> list[str]:
+        arguments = [str(REPOSITORY / "tests" / "crash_rank.py"), "--ds_config", ds_config(self.stage), *TINY]
+        own = ["--steps", str(self.steps), "--checkpoint-every", str(self.every), "--keep", "2", "--precision", "fp32"]
+        return [sys.executable, *arguments, *own, "--out", str(out)]
+
+    def start(self, out: Path, crash: str = "") -> list[subprocess.Popen[str]]:
+        """One process a rank, all in one process group of their own."""
+        shared = {"WORLD_SIZE": str(self.ranks), "LOCAL_SIZE": str(self.ranks), "MASTER_PORT": str(free_port())}
+        environment = os.environ | shared | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "MPDIT_CRASH": crash}
+        processes: list[subprocess.Popen[str]] = []
+        for rank in range(self.ranks):
+            # A file takes what it prints: a pipe that nobody reads would fill up.
+            with (self.folder / f"rank-{rank}.log").open("w") as log:
+                processes.append(
+                    subprocess.Popen(
+                        self.command(out),
+                        env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                        stdout=log,
+                        stderr=log,
+                        text=True,
+                        process_group=processes[0].pid if processes else 0,
+                    )
+                )
+        return processes
+
+    def attempt(self, out: Path, crash: str = "", moment: float | None = None) -> bool:
+        """Run until it ends or is killed; whether it got to the end. RuntimeError for any other outcome."""
+        self.attempts += 1
+        processes = self.start(out, crash)
+        group, began = processes[0].pid, time.monotonic()
+        try:
+            training = None
+            while any(process.poll() is None for process in processes):
+                now = time.monotonic()
+                if training is None and "training" in (self.folder / "rank-0.log").read_text():
+                    training = now
+                # The moment is counted from the start for an eighth of all kills, else from when training begins.
+                if moment is not None and (now - began if moment < 0 else now - (training or now)) >= abs(moment):
+                    break
+                if now - began > LIMIT:
+                    raise RuntimeError(f"hung for {LIMIT} s{self.said()}")
+                time.sleep(0.01)
+        finally:
+            alive = any(process.poll() is None for process in processes)
+            if alive:
+                os.killpg(group, signal.SIGKILL)
+            codes = [process.wait() for process in processes]
+        if not any(codes) and not alive:
+            return True
+        if set(codes) - {0, -signal.SIGKILL}:
+            raise RuntimeError(f"exit codes {codes}{self.said()}")
+        return False
+
+    def said(self) -> str:
+        """What the ranks printed last."""
+        logs = [(self.folder / f"rank-{rank}.log").read_text()[-2000:] for rank in range(self.ranks)]
+        return "".join(f"\n--- rank {rank}:\n{text}" for rank, text in enumerate(logs))
+
+    def aim(self, seconds: float) -> tuple[str, str, float | None]:
+        """(kind, point, moment) of the next kill."""
+        draw = self.randomness
+        if draw.random() < 0.5:
+            if draw.random() < 0.25:
+                return "in start-up", "", -draw.uniform(0.1, 4)
+            return "at a moment", "", draw.uniform(0, seconds)
+        point = draw.choice(POINTS)
+        rank = 0 if point in RANK_0_ALONE else draw.randrange(self.ranks)
+        # Calls until it ends the run: few enough that most attempts get there, wherever they go on from.
+        most = {"piece of a file written": 60, "any fsync": 12, "any rename": 14, "any file removed": 8}
+        most |= {"metrics written": 15, "step taken": 15, "leftovers cleared": 1, "loss plotted": 1}
+        count = draw.randint(1, most.get(point, 3))
+        return point, f"{rank}|{point}|{draw.choice(['before', 'after'])}|{count}", None
+
+    def compare(self, ours: Path, theirs: Path) -> None:
+        """RuntimeError, naming what differs, unless two finished runs are the same."""
+        for what in (trajectory, average, last_checkpoint):
+            if what(ours) != what(theirs):
+                raise RuntimeError(f"{what.__name__.replace('_', ' ')} of {ours} differs from that of {theirs}")
+
+
+def trajectory(out: Path) -> list[dict[str, Any]]:
+    """Every line of metrics but for its times."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    timed = {"images_per_second", "elapsed_seconds"}
+    return [{name: value for name, value in line.items() if name not in timed} for line in lines]
+
+
+def average(out: Path) -> list[bytes]:
+    """The exported files."""
+    return [(out / "ema" / name).read_bytes() for name in ("model.safetensors", "config.json")]
+
+
+def last_checkpoint(out: Path) -> dict[str, bytes]:
+    """All files of the newest checkpoint, by name."""
+    newest = max((out / "checkpoints").glob("step-????????"))
+    return {path.name: path.read_bytes() for path in newest.iterdir()}
+
+
+def main() -> int:
+    """0 when every run that was killed ended like the uninterrupted one, else 1."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--kills", type=int, default=100, help="how often a run is killed (default: 100)")
+    parser.add_argument("--ranks", type=int, default=2, help="processes of a run (default: 2)")
+    parser.add_argument("--stage", type=int, default=2, help="ZeRO stage (default: 2)")
+    parser.add_argument("--steps", type=int, default=60, help="steps of a run (default: 60)")
+    parser.add_argument("--every", type=int, default=5, help="steps between checkpoints (default: 5)")
+    parser.add_argument("--seed", type=int, default=0, help="of the kills (default: 0)")
+    parser.add_argument("--json", type=Path, help="write the figures into this file (default: none)")
+    given = parser.parse_args()
+
+    folder = Path(tempfile.mkdtemp(prefix="mpdit-crash-"))
+    crash = Crash(folder, given.ranks, given.stage, given.steps, given.every, random.Random(given.seed))
+    began = time.monotonic()
+    whole, compared, killed = folder / "whole", 0, 0
+    if not crash.attempt(whole):
+        raise RuntimeError("the uninterrupted run did not finish")
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    seconds = lines[-1]["elapsed_seconds"]
+    print(f"uninterrupted: {len(lines)} steps in {seconds:.1f} s; {given.kills} kills follow", flush=True)
+    try:
+        while killed < given.kills or compared == 0:
+            out = folder / f"run-{compared}"
+            finished = False
+            while not finished:
+                kind, point, moment = crash.aim(seconds) if killed < given.kills else ("", "", None)
+                finished = crash.attempt(out, point, moment)
+                if not finished:
+                    killed += 1
+                    crash.kills[kind] += 1
+                    print(f"{killed:4d} {point or f'{kind} {moment:.2f} s'}", flush=True)
+            crash.compare(out, whole)
+            compared += 1
+            print(f"run {compared} ended as the uninterrupted one did, after {killed} kills in all", flush=True)
+            shutil.rmtree(out)
+    except RuntimeError as error:
+        print(f"FAILED after {killed} kills, in {folder}: {error}", flush=True)
+        return 1
+    figures = {
+        "kills": killed,
+        "attempts": crash.attempts,
+        "runs_compared": compared,
+        "ranks": given.ranks,
+        "stage": given.stage,
+        "seed": given.seed,
+        "seconds": round(time.monotonic() - began),
+        "kills_by_kind": dict(sorted(crash.kills.items())),
+    }
+    print(json.dumps(figures, indent=1))
+    if given.json:
+        given.json.write_text(json.dumps(figures, indent=1) + "\n")
+    shutil.rmtree(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""A few kills of `crash.py`, which nobody runs often enough by hand: `make nightly` has a hundred."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from crash import Crash
+
+
+@pytest.fixture(scope="module")
+def crash(tmp_path_factory: pytest.TempPathFactory) -> Crash:
+    """Two ranks, 24 steps, a checkpoint every 6, and the uninterrupted run in `whole`."""
+    crash = Crash(tmp_path_factory.mktemp("crash"), ranks=2, stage=2, steps=24, every=6, randomness=random.Random(0))
+    assert crash.attempt(crash.folder / "whole")
+    return crash
+
+
+def test_killed_within_saves_and_between_the_run_ends_the_same(crash: Crash) -> None:
+    out = crash.folder / "run"
+    # Rank 1's file is half written; the folder has its name but no marker; the average of step 18 isn't exported.
+    for crashed in ("1|piece of a file written|after|20", "0|marker written|before|1", "0|average exported|before|2"):
+        assert not crash.attempt(out, crashed), crashed
+    assert not crash.attempt(out, moment=0.3)
+    assert crash.attempt(out)
+    crash.compare(out, crash.folder / "whole")
+
+
+def test_a_difference_would_be_seen(crash: Crash) -> None:
+    for path in _altered(crash.folder / "whole"):
+        other = crash.folder / "other"
+        assert path.exists()
+        with pytest.raises(RuntimeError, match="differs from"):
+            crash.compare(other, crash.folder / "whole")
+
+
+def _altered(whole: Path) -> Iterator[Path]:
+    """Copies of a finished run, each with a bit of one file flipped."""
+    for name in ("metrics.jsonl", "ema/model.safetensors", "checkpoints/step-00000024/rank-00001.safetensors"):
+        other = whole.with_name("other")
+        shutil.rmtree(other, ignore_errors=True)
+        shutil.copytree(whole, other)
+        data = bytearray((other / name).read_bytes())
+        where = data.index(b'"loss": ') + 10 if name == "metrics.jsonl" else len(data) - 1
+        data[where] ^= 1
+        (other / name).write_bytes(data)
+        yield other / name
