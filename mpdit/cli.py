@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mpdit.commands import COMMANDS
-from mpdit.errors import UserError
+from mpdit.errors import UserError, one_line
 from mpdit.version import __version__
 
 _BAD_INPUT, _INTERRUPTED = 2, 130
@@ -25,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # Before torch loads OpenMP: threads that wait for long without sleeping make a shared CPU ten times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: names of files need not be text
     try:
         args = build_parser().parse_args(argv)
         with contextlib.redirect_stdout(sys.stderr):
@@ -70,7 +73,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _fail(message: str) -> int:
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    print("error:", one_line(message), file=sys.stderr)
     return _BAD_INPUT
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,13 +36,13 @@ class Profiling:
     @classmethod
     def parse(cls, mode: ProfileMode, steps: str, ranks: str, run_steps: int) -> Profiling:
         """From the arguments' texts, for a run of so many steps. ConfigError names the argument and its remedy."""
-        found = re.fullmatch(r"(\d+):(\d+)", steps)
+        found = re.fullmatch(r"([0-9]{1,18}):([0-9]{1,18})", steps)
         first, last = map(int, found.groups()) if found else (0, 0)
         if not 1 <= first <= last:
             raise ConfigError(
                 f"profile_steps is {steps!r}: give the first and the last step, counted from 1, as in 10:12"
             )
-        if ranks != "all" and not re.fullmatch(r"\d+(,\d+)*", ranks):
+        if ranks != "all" and not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", ranks):
             raise ConfigError(f"profile_ranks is {ranks!r}: give ranks with commas between, as in 0,3, or 'all'")
         if mode != "none" and last > run_steps:
             raise ConfigError(
@@ -74,12 +74,20 @@ class Profiler:
                     ...
 
     The device is synchronised at both ends of the window and nowhere else. When GPU memory runs out inside of the
-    context, whatever the mode, a snapshot is written and a ConfigError of one line says so; with mode "memory", up to
-    the window's end, the snapshot also tells who allocated what.
+    context, whatever the mode, a snapshot is written and a ConfigError of one line says so, with what `remedy` says if
+    it is given; with mode "memory", up to the window's end, the snapshot also tells who allocated what.
     """
 
-    def __init__(self, profiling: Profiling, folder: Path, rank: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        profiling: Profiling,
+        folder: Path,
+        rank: int,
+        device: torch.device,
+        remedy: Callable[[], str] | None = None,
+    ) -> None:
         self._profiling, self._folder, self._rank, self._device = profiling, folder, rank, device
+        self._remedy = remedy
         chosen = profiling.ranks is None or rank in profiling.ranks
         self._mode: ProfileMode = profiling.mode if chosen else "none"
         self._trace: Any = None
@@ -214,10 +222,8 @@ class Profiler:
         record = f"the snapshot {snapshot} opens at https://pytorch.org/memory_viz" if snapshot else ""
         if not recorded:  # what is there, but not who allocated it
             record += f"{'; ' if record else ''}--profile memory records who allocates it"
-        return (
-            f"GPU memory ran out on rank {self._rank}{tried}: double --accumulation for a micro-batch of half the "
-            f"size, or give --checkpointing, a higher ZeRO stage or more GPUs; `mpdit plan` tells what fits; {record}"
-        )
+        remedy = self._remedy() if self._remedy else "`mpdit plan` tells what fits"
+        return f"GPU memory ran out on rank {self._rank}{tried}: {remedy}; {record}"
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from deepspeed.launcher.runner import fetch_hostfile
 from training_runs import REPOSITORY, TINY, ds_config, free_port
 
 from mpdit.errors import ConfigError
-from mpdit.training.world import World, connect
+from mpdit.training.connect import connect
+from mpdit.training.world import World
 
 SCRIPT = REPOSITORY / "launch" / "slurm.sh"
 LAUNCHER_VARIABLES = (
@@ -72,28 +73,85 @@ def test_one_task_a_gpu_is_started_with_the_arguments(cluster: Path, monkeypatch
     done = _run("--config", "launch/imagenet256_xl.yaml", "--out", "a b")
     assert done.returncode == 3, "as srun says"
     assert shlex.split(done.stdout) == [
-        *("--kill-on-bad-exit=1", "--cpus-per-task=8", "--cpu-bind=cores", "--mpi=none"),
+        *("--kill-on-bad-exit=0", "--wait=60", "--cpus-per-task=8", "--cpu-bind=cores", "--mpi=none"),
         *(sys.executable, "launch/train.py", "--config", "launch/imagenet256_xl.yaml", "--out", "a b"),
         *("node-7", "21234"),
     ]
 
 
-def test_the_job_requeues_itself_when_told_that_time_is_up(cluster: Path, tmp_path: Path) -> None:
-    _command(cluster / "srun", f"touch {tmp_path}/started; while [ ! -f {tmp_path}/end ]; do sleep 0.05; done; exit 7")
-    script = tmp_path / "script.sh"
+STEP = """
+state={folder}
+trap 'echo USR1 >> $state/signals; [ -z "{code}" ] || touch $state/end' USR1
+touch $state/started
+until [ -f $state/end ]; do sleep 0.02; done
+exit {code}"""
+"""A srun that ends with this code when it is sent USR1; with none it goes on."""
+
+
+def _job(cluster: Path, folder: Path, code: str, state: str = "RUNNING") -> subprocess.Popen[str]:
+    """A job that has started its step, in a cluster that says this of its state."""
+    _command(cluster / "srun", STEP.format(folder=folder, code=code))
+    _command(
+        cluster / "scontrol",
+        f'echo "scontrol $*" >> {folder}/calls\n'
+        f'if [ "$1" = show ]; then echo node-7; fi\n[ "$1" != -o ] || echo "JobId=81234 JobState={state} Reason=None"',
+    )
+    script = folder / "script.sh"
     script.write_text(SCRIPT.read_text())
     job = subprocess.Popen(["bash", str(script), "--help"], stderr=subprocess.PIPE, text=True)
-    _wait_for(tmp_path / "started")
-    job.send_signal(signal.SIGUSR1)
-    while "requeue" not in (tmp_path / "calls").read_text():
-        assert job.poll() is None
-        time.sleep(0.02)
-    assert job.poll() is None, "the step goes on until SLURM ends it"
-    (tmp_path / "end").touch()
+    _wait_for(folder / "started")
+    return job
+
+
+@pytest.mark.parametrize(
+    ("told", "code", "state", "requeued"),
+    [
+        (signal.SIGUSR1, "75", "RUNNING", True),
+        (signal.SIGUSR1, "0", "RUNNING", False),  # it has just finished
+        (signal.SIGUSR1, "124", "RUNNING", False),
+        (signal.SIGTERM, "75", "RUNNING", True),  # pre-empted, with time of grace
+        (signal.SIGTERM, "75", "COMPLETING", False),  # cancelled
+    ],
+)
+def test_a_job_that_is_told_to_end_has_its_run_saved_and_queued_again(
+    cluster: Path, tmp_path: Path, told: signal.Signals, code: str, state: str, requeued: bool
+) -> None:
+    job = _job(cluster, tmp_path, code, state)
+    job.send_signal(told)
     _, errors = job.communicate(timeout=60)
-    assert job.returncode == 7
-    assert "back into the queue" in errors
+    assert job.returncode == int(code)
+    assert (tmp_path / "signals").read_text() == "USR1\n", "srun would take SIGTERM for an order to kill the ranks"
+    assert ("scontrol requeue 81234" in (tmp_path / "calls").read_text()) == requeued
+    assert ("stopped and saved: back into the queue" in errors) == requeued
+
+
+def test_a_run_that_was_stopped_without_the_job_is_queued_again_so_often(
+    cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = _job(cluster, tmp_path, "75")
+    (tmp_path / "end").touch()
+    assert "back into the queue" in job.communicate(timeout=60)[1]
+    assert (job.returncode, (tmp_path / "calls").read_text().count("requeue")) == (75, 1)
+    for name in ("end", "started"):
+        (tmp_path / name).unlink()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    monkeypatch.setenv("REQUEUES", "3")
+    job = _job(cluster, tmp_path, "75")
+    (tmp_path / "end").touch()
+    assert "not queued again, as it was 3 times" in job.communicate(timeout=60)[1]
+    assert (tmp_path / "calls").read_text().count("requeue") == 1
+
+
+def test_a_run_that_is_not_saved_in_time_is_queued_again_all_the_same(
+    cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAVING", "1")
+    job = _job(cluster, tmp_path, "")
+    job.send_signal(signal.SIGUSR1)
+    job.wait(timeout=60)
     assert "scontrol requeue 81234" in (tmp_path / "calls").read_text()
+    (tmp_path / "end").touch()  # the step, which SLURM would end
+    assert "could not be saved in 1 s" in job.communicate(timeout=60)[1]
 
 
 def _wait_for(path: Path) -> None:

@@ -1,5 +1,4 @@
-"""Training: one command line (config), everything checked first (prepare), one loop (loop)."""
+"""Training: one command line (config), everything checked first (prepare), one loop (loop).
 
-from mpdit.training.config import TrainConfig
-
-__all__ = ["TrainConfig"]
+Nothing is imported here: a rank answers to signals (stop) before it loads torch, which takes seconds.
+"""

@@ -39,7 +39,13 @@ _NOTHING = ("", "~", "null")
 
 
 class _TextLoader(yaml.BaseLoader):
-    """Scalars as text, tags ignored, keys once."""
+    """Scalars as text, tags ignored, keys once, no aliases: nested, a few of them stand for millions of values."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise ConfigError(f"line {event.start_mark.line + 1} has the alias *{event.anchor}: write its value out")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -64,7 +70,7 @@ def read_config_file(path: str | Path) -> list[str]:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or no name of a file
         raise ConfigError(f"config {path} can't be read: {error}") from error
     try:
         settings = yaml.load(text, _TextLoader)

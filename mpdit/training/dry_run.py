@@ -6,11 +6,10 @@ from collections.abc import Iterator
 
 import torch
 from mpdit_kernels.command import aligned
-from mpdit_kernels.hardware import GPUS, Gpu, find_gpu
 
 from mpdit.accounting import account
 from mpdit.accounting.memory import MEMORY_ERROR, Memory
-from mpdit.accounting.planner import Plan, Request, plan, usual_network
+from mpdit.accounting.planner import Plan, plan
 from mpdit.data.loaders import make_loader
 from mpdit.data.manifest import Normalization
 from mpdit.data.normalization import suits
@@ -20,9 +19,8 @@ from mpdit.errors import ConfigError
 from mpdit.model import MPDiT
 from mpdit.training import checkpoint
 from mpdit.training.engine import check_deepspeed
-from mpdit.training.run import Run, planned_gpu
-
-_DEFAULT_GPU = "a100-40gb"
+from mpdit.training.fitting import gpu_of, request_of
+from mpdit.training.run import Run
 
 
 def sections(run: Run) -> Iterator[str]:
@@ -38,8 +36,8 @@ def sections(run: Run) -> Iterator[str]:
     check_deepspeed(run, connected=False)
     yield _settings(run)
     yield _model(run)
-    gpu, meant = _gpu(run)
-    planned = plan(run.model, _request(run, gpu))
+    gpu, meant = gpu_of(run)
+    planned = plan(run.model, request_of(run, gpu))
     yield _plan(run, planned, meant)
     yield _data(run)
     resumed = checkpoint.find(run)
@@ -71,28 +69,6 @@ def _model(run: Run) -> str:
         ("a step", f"{found.training_flops_per_image * run.config.global_batch / 1e15:.4g} PFLOP"),
     ]
     return f"model {run.config.model}\n{_indented(rows)}"
-
-
-def _gpu(run: Run) -> tuple[Gpu, bool]:
-    """What is planned for, and whether it was named or is here."""
-    named = planned_gpu(run.config)
-    if named is None and torch.cuda.is_available():
-        named = find_gpu(torch.cuda.get_device_name(run.world.local_rank))
-    return named or GPUS[_DEFAULT_GPU], named is not None
-
-
-def _request(run: Run, gpu: Gpu) -> Request:
-    config = run.config
-    return Request(
-        gpu,
-        run.world.size,
-        config.global_batch,
-        run.zero_stage,
-        config.accumulation,
-        config.precision,
-        config.checkpointing,
-        network=usual_network(gpu),
-    )
 
 
 def _plan(run: Run, planned: Plan, meant: bool) -> str:

@@ -1,56 +1,130 @@
-"""The entry point of training: one line and exit code 2 for what the user can mend, whichever rank meets it."""
+"""The entry point of training: exit codes, and one line for whatever the user can mend, whichever rank meets it."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import re
 import sys
-import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from mpdit.errors import UserError
+from mpdit.errors import ConfigError, UserError
+from mpdit.training.output import steady_output
+from mpdit.training.stop import STOPPED, StopRequests
 from mpdit.training.world import World
+
+if TYPE_CHECKING:
+    from mpdit.training.run import Run
+
+BAD_INPUT, FAILED = 2, 1
 
 _GRACE_SECONDS = 6
 """Launchers look after their ranks every second and end them all when one has failed."""
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+_BROKEN = re.compile(
+    r"connection (was )?(closed|reset|refused)|broken pipe|timed ?out|connectFullMesh|gloo|nccl|socket", re.IGNORECASE
+)
+"""What a collective says whose partner is gone."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `launch/train.py` with these arguments (the command line's by default) and return its exit code.
 
-    0 after training or a dry run, 2 after bad input. Bad input mostly fails every rank alike: rank 0 says so at once,
-    the others wait to be ended by the launcher. One that isn't has met something of its own, a damaged record for
-    example, and says so itself.
+    0    after training or a dry run
+    1    something went wrong that is no mistake of the user's: another rank is gone, or there is a traceback
+    2    bad input, or something else the user can mend, such as a full disk: one line says what
+    75   a signal, or the loss of the launcher, ended training at a step boundary: the same command goes on from there
+    124  a rank hung (watchdog)
+    130  Ctrl-C was pressed three times: ended at once
+
+    What goes wrong mostly does for every rank alike: rank 0 says so at once, the others wait to be ended by the
+    launcher. One that isn't has met something of its own, a damaged record for example, and says so itself.
     """
-    world = World()
+    with steady_output(), StopRequests(last=arguments is None) as stop:
+        world = World()
+        try:
+            world = World.from_environment()
+            return _main(sys.argv[1:] if arguments is None else arguments, world, stop)
+        except UserError as error:
+            stop.hold()
+            if world.rank and stop.wait(_GRACE_SECONDS):
+                return BAD_INPUT  # the launcher has noticed another rank's, most likely the same
+            _say(world, str(error))
+            return BAD_INPUT
+        except RuntimeError as error:
+            # Most likely another rank is gone and this is the broken connection: let the launcher see that one first.
+            begun = stop.held
+            stop.hold()
+            if world.size == 1 or not _BROKEN.search(str(error)):
+                stop.wait(_GRACE_SECONDS if world.size > 1 else 0)
+                raise
+            # Rank 1 speaks too, since it may be rank 0 that is gone.
+            if (begun and world.rank < 2) or not stop.wait(_GRACE_SECONDS):
+                print(f"\n{_lost(world, error)}", file=sys.stderr, flush=True)
+                stop.wait(_GRACE_SECONDS)
+            return FAILED
+
+
+def _main(arguments: Sequence[str], world: World, stop: StopRequests) -> int:
+    # Only rank 0 answers --help.
+    with contextlib.redirect_stdout(io.StringIO()) if world.rank else contextlib.nullcontext():
+        from mpdit.training.run import prepare
+
+        run = prepare(arguments, world)
+    if run.config.dry_run:
+        from mpdit.training.dry_run import sections
+
+        for section in sections(run):
+            if not world.rank:
+                print(section, end="\n\n", flush=True)
+        return 0
+    stopped = _train(run, stop)
+    if not stopped:
+        return 0
+    if not world.rank:
+        print(f"\n{stopped}", file=sys.stderr, flush=True)
+    return STOPPED
+
+
+def _train(run: Run, stop: StopRequests) -> str:
+    from mpdit.training.loop import train
+
     try:
-        world = World.from_environment()
-        # Only rank 0 answers --help.
-        with contextlib.redirect_stdout(io.StringIO()) if world.rank else contextlib.nullcontext():
-            from mpdit.training.run import prepare
+        return train(run, stop)
+    except OSError as error:
+        if error.errno is None or isinstance(error, ConnectionError | TimeoutError):
+            raise
+        raise ConfigError(_told(error, run)) from error
 
-            run = prepare(sys.argv[1:] if arguments is None else arguments, world)
-        if run.config.dry_run:
-            from mpdit.training.dry_run import sections
 
-            for section in sections(run):
-                if not world.rank:
-                    print(section, end="\n\n", flush=True)
-            return 0
-        from mpdit.training.loop import train
+def _told(error: OSError, run: Run) -> str:
+    """What the system refused, where, and how to mend it."""
+    if error.errno in _FULL:
+        remedy = "make room and repeat the command to go on from the newest checkpoint"
+    elif error.errno in _FORBIDDEN:
+        remedy = "let it be written and repeat the command to go on from the newest checkpoint, or give another --out"
+    else:
+        remedy = "mend it and repeat the command to go on from the newest checkpoint"
+    return f"{error.filename or run.out}: {error.strerror or error}: {remedy}"
 
-        train(run)
-    except UserError as error:
-        if world.rank:
-            time.sleep(_GRACE_SECONDS)
-        message = " ".join(str(error).split())
-        # Behind rank 0, whose progress bar may stand on the current line.
-        line = f"\nerror: rank {world.rank}: {message}" if world.rank else f"error: {message}"
-        print(line, file=sys.stderr, flush=True)
-        return 2
-    except RuntimeError:
-        # Most likely another rank is gone and this is its broken connection: let the launcher see that one first.
-        if world.size > 1:
-            time.sleep(_GRACE_SECONDS)
-        raise
-    return 0
+
+def _lost(world: World, error: RuntimeError) -> str:
+    # "[.../gloo/transport/tcp/pair.cc:537] Connection closed by peer [10.0.0.1]:44216. This is typically ..."
+    reason = re.sub(r"^\[\S+\] ", "", str(error).strip().splitlines()[-1]).split(". ")[0]
+    return (
+        f"rank {world.rank} ends: another of the {world.size} ranks has ended or can't be reached ({reason[:200]}). "
+        "Its own message, if any, says why; one that was killed, for want of memory for example, leaves none. "
+        "Repeat the command to go on from the newest checkpoint"
+    )
+
+
+def _say(world: World, message: str) -> None:
+    message = " ".join(message.split())
+    # Behind rank 0, whose progress bar may stand on the current line.
+    line = f"\nerror: rank {world.rank}: {message}" if world.rank else f"error: {message}"
+    print(line, file=sys.stderr, flush=True)

@@ -1,13 +1,10 @@
-"""Which of the run's processes this is, and how it meets the others."""
+"""Which of the run's processes this is, and what it asks the others. Torch is imported where it is used: see stop."""
 
 from __future__ import annotations
 
 import os
-import warnings
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from mpdit.errors import ConfigError
 
@@ -47,6 +44,8 @@ class World:
 
 def choose_accelerator() -> None:
     """Tell DeepSpeed, before it is imported, that it computes on the CPU where there is no GPU."""
+    import torch
+
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -56,48 +55,30 @@ def set_threads(world: World) -> None:
 
     Ranks that each start a thread per core wait for one another most of the time.
     """
+    import torch
+
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
 
 
-def connect(world: World) -> torch.device:
-    """Join the ranks through DeepSpeed and return this rank's device; a rank alone needs no free port.
+def gather(value: Any, group: Any = None) -> list[Any]:
+    """Every rank's value (anything that can be pickled), in the order of ranks, on every rank; by training's group.
 
-    ConfigError when several were started and MASTER_ADDR or MASTER_PORT doesn't say where they meet.
+    Of a process that isn't connected, as in a dry run, its own alone.
     """
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if world.size > 1 and name not in os.environ:
-            raise ConfigError(f"{world.size} ranks were started but {name} is not set: use launch/slurm.sh, or set it")
-    choose_accelerator()
-    for name, value in (("RANK", world.rank), ("WORLD_SIZE", world.size), ("LOCAL_RANK", world.local_rank)):
-        os.environ.setdefault(name, str(value))
-    if world.size == 1:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    import torch
 
-    # DeepSpeed calls it; a newer torch wants another name, which older ones lack.
-    warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor.*deprecated", category=FutureWarning)
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator()
-    if accelerator.device_name() == "cpu":
-        # Shared-memory collectives for inference: compiled at start-up (a minute, with g++), used by nothing here.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    else:
-        accelerator.set_device(world.local_rank)
-    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
-    return torch.device(accelerator.device_name(world.local_rank))
-
-
-def gather(value: Any) -> list[Any]:
-    """Every rank's value (anything that can be pickled), in the order of ranks, on every rank."""
+    if not torch.distributed.is_initialized():
+        return [value]
     values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
+    torch.distributed.all_gather_object(values, value, group=group)
     return values
 
 
 def barrier() -> None:
     """Wait until every rank is here."""
+    import torch
+
     torch.distributed.barrier()
 
 

@@ -1,0 +1,193 @@
+"""How the ranks meet: where, for how long they wait for one another, and what is said when one doesn't come."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import re
+import socket
+import threading
+import time
+import warnings
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from mpdit.errors import ConfigError
+from mpdit.training.watchdog import PATIENCE
+from mpdit.training.world import World, choose_accelerator
+
+_MEETING_SECONDS = 600.0
+_GRACE_SECONDS = 5.0
+_RETRY_SECONDS = 0.5
+_HERE = "rank 0 is here"
+_OTHER_PORT = "give another port, as in deepspeed --master_port 29501 (MASTER_PORT elsewhere)"
+
+
+def connect(world: World, hang_timeout: float = 0, name: str = "") -> torch.device:
+    """Join the ranks through DeepSpeed and return this rank's device; a rank alone needs no free port.
+
+    Ranks wait for one another for `hang_timeout` seconds, at most ten minutes. A run's `name` keeps ranks apart that
+    have come to another run's port.
+
+    ConfigError when several ranks were started and MASTER_ADDR or MASTER_PORT doesn't say where they meet, when the
+    port is taken, and when a rank doesn't come in time.
+    """
+    for variable in ("MASTER_ADDR", "MASTER_PORT"):
+        if world.size > 1 and variable not in os.environ:
+            raise ConfigError(
+                f"{world.size} ranks were started but {variable} is not set: use launch/slurm.sh, or set it"
+            )
+    choose_accelerator()
+    for variable, value in (("RANK", world.rank), ("WORLD_SIZE", world.size), ("LOCAL_RANK", world.local_rank)):
+        os.environ.setdefault(variable, str(value))
+    limit = _longest_wait(hang_timeout)
+    # NCCL's watch over its own watchdog, 8 minutes by default.
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(limit.total_seconds())))
+    if world.size == 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    else:
+        seconds = min(hang_timeout or _MEETING_SECONDS, _MEETING_SECONDS)
+        store = _meet(world, name, timedelta(seconds=seconds))
+
+    # DeepSpeed calls it; a newer torch wants another name, which older ones lack.
+    warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor.*deprecated", category=FutureWarning)
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    _import_without_compiling()
+    accelerator = get_accelerator()
+    device = torch.device(accelerator.device_name(world.local_rank))
+    if device.type == "cpu":
+        # Shared-memory collectives for inference: compiled at start-up (a minute, with g++), used by nothing here.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        accelerator.set_device(world.local_rank)
+    backend = accelerator.communication_backend_name()
+    if world.size > 1:
+        torch.distributed.init_process_group(
+            backend,
+            store=store,
+            rank=world.rank,
+            world_size=world.size,
+            timeout=limit,
+            device_id=device if device.type == "cuda" else None,  # as DeepSpeed does it
+        )
+    deepspeed.init_distributed(dist_backend=backend, timeout=limit, verbose=False)
+    return device
+
+
+def _import_without_compiling() -> None:
+    """DeepSpeed compiles its Muon optimiser as it is imported, which loads all of torch's compiler: seconds a rank."""
+    compiler = torch.compile
+    torch.compile = lambda model=None, **_: model or (lambda function: function)  # type: ignore[assignment]
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    except ImportError:  # of another version of DeepSpeed
+        pass
+    finally:
+        torch.compile = compiler
+
+
+def extend_timeouts(hang_timeout: float) -> None:
+    """Let no group of processes, DeepSpeed's too, give up before the watchdog has told where each rank stands."""
+    groups = torch.distributed.distributed_c10d
+    for group in list(groups._world.pg_map):
+        groups._set_pg_timeout(_longest_wait(hang_timeout), group)
+
+
+def _longest_wait(hang_timeout: float) -> timedelta:
+    """Longer than the watchdog's; where it is off, long enough to debug."""
+    return timedelta(seconds=max(1800, 2 * PATIENCE * hang_timeout)) if hang_timeout else timedelta(days=7)
+
+
+def _meet(world: World, name: str, timeout: timedelta) -> Any:
+    """The store that all ranks have come to, which rank 0 keeps at MASTER_ADDR:MASTER_PORT (or torchrun does)."""
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    place = f"{address}:{port}"
+    if not port.isdigit() or not 0 < int(port) < 2**16:
+        raise ConfigError(f"MASTER_PORT is {port!r}: give a port from 1 to 65535, as in deepspeed --master_port 29501")
+    try:
+        socket.getaddrinfo(address, int(port))
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(
+            f"MASTER_ADDR {address!r} can't be found ({error}): give the name or IP address of rank 0's machine, as in "
+            "deepspeed --master_addr"
+        ) from error
+    kept_here = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if kept_here and not _is_free(int(port)):
+        raise ConfigError(_taken(place))
+    end = time.monotonic() + timeout.total_seconds()
+    if not kept_here and not _answers(address, int(port), end):
+        raise ConfigError(
+            f"there was no answer from {place} (MASTER_ADDR, MASTER_PORT) in {timeout.total_seconds():g} s: was rank 0 "
+            "started there, and is the port open between the machines?"
+        )
+    return _store(world, name, place, timeout)
+
+
+def _store(world: World, name: str, place: str, timeout: timedelta) -> Any:
+    """In a thread, since torch waits without end for a server that takes the connection and then says nothing."""
+    found: list[Any] = []
+
+    def meet() -> None:
+        try:
+            store = next(torch.distributed.rendezvous("env://", world.rank, world.size, timeout=timeout))[0]
+            store = torch.distributed.PrefixStore(f"mpdit {name}", store)
+            if world.rank == 0:
+                store.set(_HERE, "")
+            else:
+                store.wait([_HERE], timeout)
+            found.append(store)
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=meet, daemon=True)
+    thread.start()
+    thread.join(timeout.total_seconds() + _GRACE_SECONDS)
+    result = found[0] if found else None
+    if result is None or _HERE in str(result):
+        raise ConfigError(f"what answers at {place} (MASTER_ADDR, MASTER_PORT) is no rank of this run: {_OTHER_PORT}")
+    if not isinstance(result, Exception):
+        return result
+    reason = " ".join(str(result).split())
+    if "address already in use" in reason.lower():
+        raise ConfigError(_taken(place)) from result
+    if came := re.search(r"(\d+)/(\d+) clients joined", reason):
+        raise ConfigError(
+            f"only {came[1]} of {came[2]} ranks came to {place} in {timeout.total_seconds():g} s: did the others "
+            "start, and can their machines reach this address (MASTER_ADDR, MASTER_PORT)?"
+        ) from result
+    raise ConfigError(f"the ranks can't meet at {place} (MASTER_ADDR, MASTER_PORT): {reason[:200]}") from result
+
+
+def _answers(address: str, port: int, end: float) -> bool:
+    """Wait until `end` for a server to be there."""
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=max(0.1, end - time.monotonic())).close()
+            return True
+        except OSError:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(_RETRY_SECONDS)
+
+
+def _is_free(port: int) -> bool:
+    """Whether a server may listen on it, on all of this machine's addresses as torch's does."""
+    dual = socket.has_dualstack_ipv6()
+    try:
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
+    except OSError as error:
+        return error.errno != errno.EADDRINUSE  # another reason is torch's to meet
+    return True
+
+
+def _taken(place: str) -> str:
+    return (
+        f"{place}, where the ranks are to meet, is in use by another program, perhaps another run on this machine: "
+        f"{_OTHER_PORT}"
+    )

@@ -1,0 +1,95 @@
+"""What a run takes of a GPU's memory by the plan, and with which settings it would fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from mpdit_kernels.hardware import GPUS, Gpu, find_gpu
+
+from mpdit.accounting.memory import MEMORY_ERROR, memory
+from mpdit.accounting.planner import Request, usual_network
+from mpdit.training.run import Run, planned_gpu
+
+_DEFAULT_GPU = "a100-40gb"
+
+
+def gpu_of(run: Run) -> tuple[Gpu, bool]:
+    """The GPU that is planned for, and whether it was named or is here."""
+    named = planned_gpu(run.config)
+    if named is None and torch.cuda.is_available():
+        named = find_gpu(torch.cuda.get_device_name(run.world.local_rank))
+    return named or GPUS[_DEFAULT_GPU], named is not None
+
+
+def request_of(run: Run, gpu: Gpu) -> Request:
+    """The run as the planner is asked about it."""
+    config = run.config
+    return Request(
+        gpu,
+        run.world.size,
+        config.global_batch,
+        run.zero_stage,
+        config.accumulation,
+        config.precision,
+        config.checkpointing,
+        network=usual_network(gpu),
+    )
+
+
+def what_fits(run: Run) -> str:
+    """Advice for a run whose GPU memory ran out: what the plan says it takes, and the first settings that fit.
+
+    More micro steps are tried first, then checkpointing, then higher ZeRO stages. As the plan has just been wrong, or
+    something else was in the memory, what fits leaves room for the plan's error, and takes less than was predicted for
+    this run by as much.
+    """
+    gpu = _trained_on(run)
+    request = request_of(run, gpu)
+    predicted = _bytes(run, request)
+    room = min(gpu.memory, predicted) / (1 + MEMORY_ERROR)
+    planned = (
+        f"by the plan this run takes {predicted / 2**30:.2f} of {gpu.memory / 2**30:.2f} GiB on each {gpu.name}, with "
+        f"{run.plan.micro_batch} images a micro step"
+    )
+    for other in _alternatives(request):
+        if (needed := _bytes(run, other)) <= room:
+            return f"{planned}: give {_arguments(run, other)}, which takes {needed / 2**30:.2f} GiB"
+    return f"{planned}, and nothing that leaves room fits: use a smaller model, more GPUs, or GPUs with more memory"
+
+
+def _trained_on(run: Run) -> Gpu:
+    """The GPU that is here, with the memory it has; for a machine without one, what was named or the default."""
+    gpu, _ = gpu_of(run)
+    if not torch.cuda.is_available():
+        return gpu
+    name, rank = torch.cuda.get_device_name(run.world.local_rank), run.world.local_rank
+    total = torch.cuda.get_device_properties(rank).total_memory
+    return replace(find_gpu(name) or gpu, name=name, memory=total)
+
+
+def _alternatives(request: Request) -> Iterator[Request]:
+    """The same step split otherwise, cheapest in speed first."""
+    first, each = request.accumulation or 1, request.images_per_gpu
+    for zero in range(request.zero, 4 if request.gpus > 1 else request.zero + 1):
+        for checkpointing in (False, True)[request.checkpointing :]:
+            for accumulation in (count for count in range(first, each + 1) if each % count == 0):
+                yield replace(request, zero=zero, checkpointing=checkpointing, accumulation=accumulation)
+
+
+def _bytes(run: Run, request: Request) -> float:
+    accumulation = request.accumulation or 1
+    return memory(run.model, request.setting(request.images_per_gpu // accumulation, accumulation)).total
+
+
+def _arguments(run: Run, request: Request) -> str:
+    """What differs from the run, as arguments."""
+    given = []
+    if request.accumulation != run.config.accumulation:
+        given.append(f"--accumulation {request.accumulation}")
+    if request.checkpointing != run.config.checkpointing:
+        given.append("--checkpointing")
+    if request.zero != run.zero_stage:
+        given.append(f"--ds_config launch/zero{request.zero}.json")
+    return " ".join(given)

@@ -1,0 +1,110 @@
+"""A run that hangs ends, and leaves behind what every rank was doing."""
+
+from __future__ import annotations
+
+import faulthandler
+import linecache
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Self
+
+HUNG = 124
+"""Exit code of a rank that has hung, or waited for one: timeout(1)'s."""
+
+PATIENCE = 10
+"""How many times longer than a step the rest may take: building, drawing samples, saving."""
+
+_GRACE_SECONDS = 5.0
+_PACKAGE = str(Path(__file__).parents[1])
+
+
+class Watchdog:
+    """Ends the process with code HUNG when `alive` was not called for `seconds`; 0 waits for ever.
+
+    Before that, the stacks of all threads go to folder/rank-N.txt and a line on stderr says where they are. As every
+    rank waits for one that hangs, all of them report, at about the same time: each stays for some seconds after its
+    report, since launchers end the others once the first is gone.
+
+    The thread that looks needs Python's lock. Where a library never gives it back, faulthandler writes the stacks to
+    stderr, a little later, and ends the process with code 1.
+    """
+
+    def __init__(self, seconds: float, folder: Path, rank: int) -> None:
+        self._seconds, self._folder, self._rank = seconds, folder, rank
+        self.alive("starting", PATIENCE)
+        self._tick = min(1.0, seconds / 10)
+        self._ended = threading.Event()
+        self._reporting = threading.Event()
+        self._main = threading.main_thread().ident
+        self._thread = threading.Thread(target=self._watch, name="mpdit-watchdog", daemon=True)
+
+    def alive(self, doing: str, patience: float = 1) -> None:
+        """Something was finished, and this is done next, which may take `patience` times the limit."""
+        self._doing = (doing, self._seconds * patience, time.monotonic())
+
+    def __enter__(self) -> Self:
+        if self._seconds:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._reporting.is_set():
+            threading.Event().wait()  # another rank has left earlier: our report is not to be cut short
+        self._ended.set()
+        if self._seconds:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        armed, again = 0.0, 0.0  # for which limit faulthandler is set, and when it is to be set again
+        while not self._ended.wait(self._tick):
+            doing, limit, since = self._doing
+            now = time.monotonic()
+            if now - since >= limit:
+                self._reporting.set()
+                self._end(doing, limit)
+            if limit != armed or now >= again:  # not each time, as it costs a thread
+                armed, again = limit, now + limit / 20
+                faulthandler.dump_traceback_later(1.1 * limit + 2 * _GRACE_SECONDS, exit=True, file=2)
+        faulthandler.cancel_dump_traceback_later()
+
+    def _end(self, doing: str, limit: float) -> None:
+        """Report, stay for the others' sake, leave. The report may hang too, on the disk that training waits for."""
+        report = threading.Thread(target=self._report, args=(doing, limit), daemon=True)
+        report.start()
+        time.sleep(min(_GRACE_SECONDS, self._seconds))
+        report.join(_GRACE_SECONDS)
+        os._exit(HUNG)
+
+    def _report(self, doing: str, limit: float) -> None:
+        where = _place(sys._current_frames().get(self._main or 0))
+        path = self._folder / f"rank-{self._rank}.txt"
+        told = f"rank {self._rank} hangs: nothing was finished in {limit:g} s, at {doing}{where}"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with path.open("w") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S %z')} {told}\n\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+            stacks = f"the stacks of all its threads are in {path}"
+        except OSError as error:
+            faulthandler.dump_traceback(2, all_threads=True)
+            stacks = f"the stacks of all its threads stand above, as {path} can't be written ({error})"
+        os.write(2, f"\nerror: {told}; {stacks}\n".encode())
+
+
+def _place(frame: FrameType | None) -> str:
+    """Where our own code is in a stack, innermost first; "" when it isn't."""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename.startswith(_PACKAGE):
+            line = linecache.getline(code.co_filename, frame.f_lineno).strip()
+            name = Path(code.co_filename).relative_to(Path(_PACKAGE).parent)
+            return f", {name}:{frame.f_lineno} in {code.co_name}: {line}"
+        frame = frame.f_back
+    return ""

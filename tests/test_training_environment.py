@@ -1,0 +1,181 @@
+"""Faults around a run: full disks, taken ports, ranks that don't come or are killed, GPUs that are too small."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mpdit_kernels.hardware import GPUS
+from rank_processes import Ranks
+from training_runs import TINY, ds_config, free_port, new_folder
+
+from mpdit.accounting.memory import MEMORY_ERROR, Setting, memory
+from mpdit.errors import ConfigError
+from mpdit.presets import preset
+from mpdit.training import connect as connecting
+from mpdit.training import fitting, loop
+from mpdit.training.checkpoint import Checkpoint
+from mpdit.training.connect import connect
+from mpdit.training.fitting import what_fits
+from mpdit.training.main import main
+from mpdit.training.run import Run, prepare
+from mpdit.training.world import World
+
+
+def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_costs_no_checkpoint() -> None:
+    """As far as rank 0 can tell: from step 12 on no file of its may grow beyond 1800 bytes, as metrics.jsonl has."""
+    out = new_folder("run")
+    full = "import resource; time.sleep(1); resource.setrlimit(resource.RLIMIT_FSIZE, (1800, 1800))"
+    with Ranks(out, "--log-every", "1", body=f"if rank == 0 and step == 12: {full}") as run:
+        assert run.codes() == [2, 1]
+        (line,) = (line for line in run.output(0).splitlines() if line.startswith("error: "))
+        assert line.startswith(f"error: {out}: File too large: make room and repeat the command")
+        assert run.output(1).strip().startswith("rank 1 ends: another of the 2 ranks has ended or can't be reached")
+        assert run.output(1).count("\n") == 2
+        assert "Traceback" not in run.output(0) + run.output(1)
+    assert Checkpoint.open(out / "checkpoints" / "step-00000010").step == 10
+
+
+def test_a_rank_that_is_killed_ends_the_others_in_one_line() -> None:
+    out = new_folder("run")
+    with Ranks(out, body="rank == 1 and step == 4 and os.kill(os.getpid(), signal.SIGKILL)") as run:
+        assert run.codes() == [1, -9]
+        assert "Traceback" not in run.output(0)
+        assert "rank 0 ends: another of the 2 ranks has ended or can't be reached" in run.output(0)
+
+
+def test_tensorboard_on_a_full_disk_is_no_traceback() -> None:
+    """Its file, of which a thread of its own takes care, grows faster than metrics.jsonl."""
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))"
+    arguments = ("--steps", "100000", "--tensorboard", "--checkpoint-every", "0")
+    with Ranks(new_folder("run"), *arguments, ranks=1, body=f"if step == 1: {full}") as run:
+        assert run.codes() == [2]
+        assert "File too large: make room" in run.output(0)
+        assert "Traceback" not in run.output(0)
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (errno.ENOSPC, "No space left on device: make room and repeat the command"),
+        (errno.EDQUOT, "make room and repeat the command"),
+        (errno.EROFS, "Read-only file system: let it be written and repeat the command"),
+        (errno.EIO, "mend it and repeat the command"),
+    ],
+)
+def test_what_the_system_refuses_is_told_with_the_file_and_a_remedy(
+    number: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(*_: object) -> str:
+        raise OSError(number, os.strerror(number), "/disk/file")
+
+    monkeypatch.setattr(loop, "train", train)
+    assert main(["--ds_config", ds_config(2), *TINY, "--out", str(tmp_path / "out")]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: /disk/file: ")
+    assert told in errors
+    assert errors.count("\n") == 1
+
+
+PRINTS = """
+import sys
+from mpdit.training.output import steady_output
+with steady_output():
+    for line in range(10000):
+        print("line", line)
+        print("line", line, file=sys.stderr)
+    sys.stdout.flush()
+sys.exit(75)
+"""
+
+
+def test_output_that_nobody_takes_changes_nothing() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    for stdout in (writer, os.open("/dev/full", os.O_WRONLY)):
+        done = subprocess.run([sys.executable, "-c", PRINTS], stdout=stdout, stderr=stdout, check=False)
+        os.close(stdout)
+        assert done.returncode == 75
+
+
+@pytest.fixture
+def _place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where two ranks of this test would meet."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+
+
+def _refused(rank: int, name: str = "") -> str:
+    os.environ["RANK"] = str(rank)
+    with pytest.raises(ConfigError) as error:
+        connect(World(rank, 2), 0.5, name)
+    return str(error.value)
+
+
+@pytest.mark.usefixtures("_place")
+def test_ranks_that_do_not_meet_say_where_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    place = f"127.0.0.1:{os.environ['MASTER_PORT']}"
+    assert f"only 1 of 2 ranks came to {place} in 0.5 s" in _refused(0)
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    assert f"there was no answer from 127.0.0.1:{os.environ['MASTER_PORT']}" in _refused(1)
+    monkeypatch.setenv("MASTER_ADDR", "no-such-machine.invalid")
+    assert "MASTER_ADDR 'no-such-machine.invalid' can't be found" in _refused(1)
+    for port in ("x", "0", "65536", "-1"):
+        monkeypatch.setenv("MASTER_PORT", port)
+        assert f"MASTER_PORT is {port!r}: give a port" in _refused(0)
+
+
+@pytest.mark.usefixtures("_place")
+def test_a_port_of_another_program_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"]))):
+        place = f"127.0.0.1:{os.environ['MASTER_PORT']}"
+        told = _refused(0)
+        assert told.startswith(f"{place}, where the ranks are to meet, is in use by another program")
+        assert "--master_port" in told
+        # It takes connections and never says anything.
+        monkeypatch.setattr(connecting, "_GRACE_SECONDS", 0.2)
+        assert f"what answers at {place} (MASTER_ADDR, MASTER_PORT) is no rank of this run" in _refused(1)
+
+
+def _big(tmp_path: Path, batch: int, input_size: int) -> Run:
+    """MPDiT-XL on eight GPUs at ZeRO stage 1, fed with digits, of which the plan knows nothing."""
+    given = ["--ds_config", ds_config(1), "--precision", "bf16", "--plan-gpu", "rtx4090", "--global-batch", str(batch)]
+    run = prepare([*given, "--out", str(tmp_path / "out")], World(0, 8, 0, 8))
+    return replace(run, model=preset("MPDiT-XL/4-2", input_size=input_size))
+
+
+def _needed(run: Run, zero: int, micro_steps: int, checkpointing: bool = False) -> float:
+    images = run.config.global_batch // 8 // micro_steps
+    return memory(run.model, Setting(zero, 8, images, micro_steps, "bf16", checkpointing=checkpointing)).total
+
+
+def test_a_gpu_that_is_too_small_gets_the_fewest_micro_steps_that_fit(tmp_path: Path) -> None:
+    run = _big(tmp_path, 8192, 32)
+    advice = what_fits(run)
+    assert "GiB on each RTX 4090, with 1024 images a micro step: give --accumulation " in advice
+    accumulation = int(advice.split("--accumulation ")[1].split(",")[0])
+    room = GPUS["rtx4090"].memory / (1 + MEMORY_ERROR)
+    assert _needed(run, 1, accumulation) <= room < _needed(run, 1, accumulation // 2)
+
+
+def test_what_is_tried_when_more_micro_steps_are_not_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = _big(tmp_path, 64, 128)
+    monkeypatch.setattr(fitting, "MEMORY_ERROR", 0)
+
+    def advice(limit: float) -> str:
+        monkeypatch.setitem(GPUS, "rtx4090", replace(GPUS["rtx4090"], memory=limit))
+        return what_fits(run)
+
+    assert "give --accumulation 8, which" in advice(_needed(run, 1, 8))
+    assert "give --accumulation 8 --checkpointing, which" in advice(_needed(run, 1, 8, True))
+    assert "give --accumulation 8 --ds_config launch/zero2.json, which" in advice(_needed(run, 2, 8))
+    assert "nothing that leaves room fits: use a smaller model, more GPUs" in advice(2**30)
