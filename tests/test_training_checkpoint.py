@@ -174,11 +174,18 @@ def test_a_trained_run_without_a_readable_checkpoint_is_not_started_over(run: Ru
     with pytest.raises(CheckpointError, match="no checkpoint that can be read"):
         checkpoint.find(run)
     shutil.rmtree(run.out / "checkpoints")
+    assert checkpoint.find(run) is None  # killed before the first checkpoint
     (run.out / "ema").mkdir()
     with pytest.raises(CheckpointError, match="no checkpoint that can be read"):
         checkpoint.find(run)
-    (run.out / "checkpoints").mkdir()  # killed before the first checkpoint
-    assert checkpoint.find(run) is None
+
+
+def test_a_run_of_an_earlier_version_is_not_started_over(run: Run) -> None:
+    for folder in (run.out / "checkpoints").iterdir():
+        (folder / "COMMITTED").unlink()
+    (run.out / "ema").mkdir()
+    with pytest.raises(CheckpointError, match="no checkpoint that can be read"):
+        checkpoint.find(run)
 
 
 def test_other_ranks_and_other_stages_may_continue(run: Run) -> None:

@@ -121,11 +121,11 @@ def find(run: Run) -> Checkpoint | None:
             return checkpoint
         if world.rank == 0:
             print(f"warning: passed over: {problem}", file=sys.stderr, flush=True)
-    removed = (run.out / "ema").exists() and not (run.out / "checkpoints").exists()
-    if gather(bool(folders) or removed)[0]:
+    # The average is exported after the first checkpoint was committed, by earlier versions with checkpoints of theirs.
+    if gather(bool(folders) or (run.out / "ema").exists())[0]:
         raise CheckpointError(
             f"{run.out} was trained before but holds no checkpoint that can be read: "
-            "restore one, or give another --out to start afresh"
+            "restore one, or give another --out to start afresh (--init-from takes the averaged weights along)"
         )
     return None
 
@@ -159,7 +159,7 @@ def write_shard(partial: Path, rank: int, tensors: Mapping[str, Tensor]) -> dict
 
 
 def commit(partial: Path, checkpoint: Checkpoint, keep: int) -> None:
-    """Turn a folder of whole shards into `checkpoint` and remove the oldest beyond `keep`. For rank 0; raises OSError."""
+    """Turn a folder of whole shards into `checkpoint`; remove the oldest beyond `keep`. For rank 0; raises OSError."""
     write_manifest(partial, checkpoint)
     publish(partial, checkpoint.folder)
     mark(checkpoint.folder)
