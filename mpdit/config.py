@@ -131,6 +131,8 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> ModelConfig:
+        if not isinstance(fields, Mapping):
+            raise ConfigError(f"the model is {fields!r:.80}: give an object with its fields")
         check_fields(cls, fields, "model")
         for field in dataclasses.fields(cls):
             if field.default is dataclasses.MISSING and field.name not in fields:

@@ -36,5 +36,6 @@ class CheckpointError(UserError):
 
 def one_line(message: object) -> str:
     """A message as a terminal is to show it: no line breaks or control characters, cut in the middle if very long."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(str(message).split()))
+    words = " ".join(str(message).split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"

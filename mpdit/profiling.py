@@ -222,7 +222,12 @@ class Profiler:
         record = f"the snapshot {snapshot} opens at https://pytorch.org/memory_viz" if snapshot else ""
         if not recorded:  # what is there, but not who allocated it
             record += f"{'; ' if record else ''}--profile memory records who allocates it"
-        remedy = self._remedy() if self._remedy else "`mpdit plan` tells what fits"
+        remedy = (
+            self._remedy()
+            if self._remedy
+            else "double --accumulation for a micro-batch of half the size, or give --checkpointing, a higher ZeRO "
+            "stage or more GPUs; `mpdit plan` tells what fits"
+        )
         return f"GPU memory ran out on rank {self._rank}{tried}: {remedy}; {record}"
 
 

@@ -27,6 +27,8 @@ from mpdit.errors import ConfigError
 from mpdit.rng import Stream
 
 METHODS = ("euler", "heun", "dopri5", "sde")
+MOST_STEPS = 100_000
+"""Their times and modulations are tables in memory."""
 
 DIFFUSION_FORMS: dict[str, Callable[[float, float], float]] = {
     "constant": lambda t, norm: norm,
@@ -87,8 +89,10 @@ def sample(
     """
     one_of("method", method, METHODS)
     least = 2 if method == "sde" else 1
-    if not isinstance(steps, int) or steps < least:
-        raise ConfigError(f"steps is {steps!r}: {method} needs a whole number of at least {least}")
+    if not isinstance(steps, int) or not least <= steps <= MOST_STEPS:
+        raise ConfigError(
+            f"steps is {steps!r:.40}: {method} needs a whole number of at least {least} and at most {MOST_STEPS}"
+        )
     if not isinstance(noise, Tensor):
         raise ConfigError(f"noise is a {type(noise).__name__}: give a tensor [B, C, H, W], one call for each size")
     if noise.ndim < 2 or not noise.is_floating_point():

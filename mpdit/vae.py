@@ -67,14 +67,14 @@ class VAE:
         Raises ConfigError when diffusers is missing, when nothing is there that it can load, or when it is another
         kind of autoencoder, or one of images that are not RGB.
         """
+        path = Path(name)
+        if (path / "model_index.json").is_file() or (path / "vae" / "config.json").is_file():
+            path = path / "vae"
+        _check_folder(path, name)  # before the import, which takes seconds
         try:
             from diffusers import AutoencoderKL
         except ImportError as error:
             raise ConfigError(f"a VAE needs diffusers ({error}): pip install 'mpdit[vae]'") from error
-        path = Path(name)
-        if (path / "model_index.json").is_file() or (path / "vae" / "config.json").is_file():
-            path = path / "vae"
-        _check_folder(path, name)
         try:
             module = AutoencoderKL.from_pretrained(str(path) if path.is_dir() else name, low_cpu_mem_usage=False)
         except Exception as error:  # diffusers and the hub raise what they like, from OSError to KeyError

@@ -48,4 +48,5 @@ if importlib.util.find_spec("hypothesis"):
     # The same examples at every run; HYPOTHESIS_PROFILE=random draws new ones.
     hypothesis.settings.register_profile("fixed", derandomize=True)
     hypothesis.settings.register_profile("random", derandomize=False)
+    hypothesis.settings.register_profile("nightly", derandomize=False)  # tests/fuzzing.py draws a hundred times more
     hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))

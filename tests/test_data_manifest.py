@@ -40,6 +40,7 @@ MANIFEST_FIELDS = [
     "decoder",
     "index",
     "shards",
+    "sha256",
 ]
 
 
@@ -57,6 +58,29 @@ def test_manifest_fields_are_all_needed_and_typed(packed, name):
         PackedLatents.open(packed)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.update(kind="latent"),
+        lambda d: d.update(height=d["width"], width=d["height"]),  # records of the same size
+        lambda d: d["class_names"].__setitem__(0, "1"),
+        lambda d: d["normalization"]["mean"].__setitem__(0, 0.5),
+        lambda d: d["normalization"]["std"].reverse(),
+        lambda d: d.update(sha256="0" * 64),
+    ],
+)
+def test_altered_fields_that_fit_are_refused(packed, change):
+    edit_manifest(packed, change)
+    with pytest.raises(DataError, match=r"manifest.json: its fields don't match its sha256"):
+        PackedLatents.open(packed)
+
+
+def test_a_manifest_of_version_1_needs_no_checksum(packed):
+    before = PackedLatents.open(packed).manifest
+    edit_manifest(packed, lambda d: {key: value for key, value in d.items() if key != "sha256"} | {"version": 1})
+    assert PackedLatents.open(packed).manifest == before
+
+
 def _set(*path):
     *keys, value = path
 
@@ -72,7 +96,7 @@ def _set(*path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_set("version", 2), "version 2 can't be read"),
+        (_set("version", 3), "version 3 can't be read"),
         (_set("format", "other"), "format 'other'"),
         (_set("shards", 0, "file", "../data/shard-00000.bin"), "plain name"),
         (_set("shards", 0, "file", "/etc/passwd"), "plain name"),

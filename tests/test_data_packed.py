@@ -39,7 +39,7 @@ def packed(tmp_path):
 
 def edit_manifest(folder: Path, change) -> None:
     path = folder / "manifest.json"
-    document = json.loads(path.read_text())
+    document = json.loads(path.read_text()) | {"version": 1}  # which had no checksum of its own
     path.write_text(json.dumps(change(document) or document))
 
 
@@ -204,7 +204,7 @@ def test_foreign_records_that_are_no_moments_are_refused(packed, value, what):
 def test_verify_sees_shard_and_index_altered_together(packed):
     before = (packed / "manifest.json").read_text()
     rewrite(packed, 5, values=make_moments()[6])
-    document = json.loads(before)
+    document = json.loads(before) | {"version": 1}
     document["index"]["sha256"] = hashlib.sha256((packed / "index.bin").read_bytes()).hexdigest()
     (packed / "manifest.json").write_text(json.dumps(document))
     PackedLatents.open(packed).read(np.arange(RECORDS))

@@ -155,7 +155,7 @@ def test_normalisation_by_another_datas_constants_is_said(
 ) -> None:
     shutil.copytree(imagenet[32].path, here / "data")
     manifest = here / "data" / "manifest.json"
-    document = json.loads(manifest.read_text())
+    document = json.loads(manifest.read_text()) | {"version": 1}
     document["normalization"]["std"] = [0.18215] * 4
     manifest.write_text(json.dumps(document))
     code, out, _ = _main(capsys, "--config", "launch/custom.yaml", "--data", "data")

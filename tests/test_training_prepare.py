@@ -145,7 +145,7 @@ class TestFolder:
     def test_other_data_is_refused(self, out: Path, tmp_path: Path) -> None:
         shutil.copytree(_prepare(tmp_path / "elsewhere").dataset.path, tmp_path / "digits")
         manifest = tmp_path / "digits" / "manifest.json"
-        document = json.loads(manifest.read_text())
+        document = json.loads(manifest.read_text()) | {"version": 1}
         document["normalization"]["mean"][0] += 0.5
         manifest.write_text(json.dumps(document))
         arguments = ["--data", str(tmp_path / "digits"), "--model", "MPDiT-Digits/4-2"]

@@ -1,7 +1,7 @@
 """The manifest of a packed data set: what its records are, which files hold them, and that both are plausible.
 
 A packed data set is a folder of
-    manifest.json    everything below; written last, so a folder without it holds no data set
+    manifest.json    everything below, and its own SHA-256; written last, so a folder without it holds no data set
     index.bin        per record an int32 label and the CRC-32 of its bytes (8 bytes, little endian)
     shard-00000.bin  records back to back, fp16 little endian [variants, 2 * channels, height, width] each,
                      posterior means before stds; a few large files, every record at a computable offset
@@ -11,6 +11,7 @@ Nothing in it is ever unpickled.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -24,7 +25,8 @@ from mpdit.data.records import INDEX_DTYPE, VALUE_DTYPE
 from mpdit.errors import DataError
 
 FORMAT = "mpdit-latents"
-VERSION = 1
+VERSION = 2
+"""Version 1 had no checksum of the manifest itself; it is still read."""
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.bin"
 PARTS_NAME = ".parts"
@@ -211,8 +213,14 @@ class Manifest(DatasetInfo):
                 f"num_samples is {self.num_samples}, the index has {self.index.records} records, the shards {held}"
             )
 
+    @property
+    def sha256(self) -> str:
+        """In hex, of all fields. It is in the file as well, since a damaged digit may be another digit."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, "version": VERSION} | dataclasses.asdict(self), indent=1) + "\n"
+        fields = dataclasses.asdict(self) | {"sha256": self.sha256}
+        return json.dumps({"format": FORMAT, "version": VERSION} | fields, indent=1) + "\n"
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -256,10 +264,10 @@ _TYPE_NAMES = {list: "a list", str: "text", int: "a whole number", bool: "true o
 
 def _parse(document: Any) -> Manifest:
     header = _fields(document, {"format": str, "version": int}, "the manifest")
-    if header != {"format": FORMAT, "version": VERSION}:
+    if header["format"] != FORMAT or not 1 <= header["version"] <= VERSION:
         raise DataError(
             f"format {header['format']!r:.40} version {header['version']!r:.20} can't be read: "
-            f"this mpdit reads {FORMAT!r} version {VERSION}; upgrade mpdit"
+            f"this mpdit reads {FORMAT!r} up to version {VERSION}; upgrade mpdit"
         )
     values = _fields(document, _MANIFEST, "the manifest")
     for name in ("variants", "class_names"):
@@ -269,7 +277,10 @@ def _parse(document: Any) -> Manifest:
         values[name] = Normalization(**{key: tuple(_items(item, (int, float), key)) for key, item in lists.items()})
     values["index"] = StoredFile(**_fields(values["index"], _STORED_FILE, "index"))
     values["shards"] = tuple(StoredFile(**_fields(shard, _STORED_FILE, "a shard")) for shard in values["shards"])
-    return Manifest(**values)
+    manifest = Manifest(**values)
+    if header["version"] > 1 and _fields(document, {"sha256": str}, "the manifest")["sha256"] != manifest.sha256:
+        raise DataError("its fields don't match its sha256, so it was altered")
+    return manifest
 
 
 def _fields(value: Any, types: Mapping[str, type], what: str) -> dict[str, Any]:

@@ -49,7 +49,10 @@ def update_readme(path: Path, results: Sequence[Results]) -> bool:
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file; give the README to update: `mpdit report --update FILE`")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text ({error}): give the README to update") from error
     before, *rest = text.split(BEGIN)
     if len(rest) != 1 or text.count(END) != 1 or END not in rest[0]:
         raise DataError(f"{path}: has not exactly one block from {BEGIN} to {END}; put both markers where it is to be")

@@ -72,10 +72,11 @@ def connect(world: World, hang_timeout: float = 0, name: str = "") -> torch.devi
             store=store,
             rank=world.rank,
             world_size=world.size,
-            timeout=limit,
+            timeout=timedelta(seconds=_MEETING_SECONDS),
             device_id=device if device.type == "cuda" else None,  # as DeepSpeed does it
         )
     deepspeed.init_distributed(dist_backend=backend, timeout=limit, verbose=False)
+    extend_timeouts(hang_timeout)
     return device
 
 
