@@ -73,7 +73,10 @@ if runs; then
         runs || break
         sleep 1
     done
-    [ "$told" = time ] && runs || { status=0; wait "$step" || status=$?; }
+    if [ "$told" = end ] || ! runs; then
+        status=0
+        wait "$step" || status=$?
+    fi
 fi
 
 requeue() {

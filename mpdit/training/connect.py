@@ -92,6 +92,11 @@ def _import_without_compiling() -> None:
         torch.compile = compiler
 
 
+def disconnect() -> None:
+    """Leave the other ranks, once all are done. Left to Python's end, gloo's threads abort the process at times."""
+    torch.distributed.destroy_process_group()
+
+
 def extend_timeouts(hang_timeout: float) -> None:
     """Let no group of processes, DeepSpeed's too, give up before the watchdog has told where each rank stands."""
     groups = torch.distributed.distributed_c10d

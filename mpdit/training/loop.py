@@ -18,7 +18,7 @@ from mpdit.flow import flow_loss
 from mpdit.profiling import Profiler
 from mpdit.training import checkpoint, ema
 from mpdit.training.agreement import Agreement
-from mpdit.training.connect import connect, extend_timeouts
+from mpdit.training.connect import connect, disconnect, extend_timeouts
 from mpdit.training.engine import Trainer, build_trainer, check_deepspeed
 from mpdit.training.fitting import what_fits
 from mpdit.training.guard import Guard
@@ -64,6 +64,7 @@ def train(run: Run, stop: StopRequests) -> str:
         with Saver(run, trainer) as saver:
             stopped = _train(run, trainer, profile, saver, resumed, stop, watchdog)
             watchdog.alive("saving", PATIENCE)
+    disconnect()
     if run.world.rank == 0 and not stopped:
         from mpdit.plots import plot_loss  # imported by rank 0, when there is time
 

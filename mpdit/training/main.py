@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -44,30 +45,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     What goes wrong mostly does for every rank alike: rank 0 says so at once, the others wait to be ended by the
     launcher. One that isn't has met something of its own, a damaged record for example, and says so itself.
+
+    For the command line's arguments a code other than 0 is not returned: the process ends with it.
     """
     with steady_output(), StopRequests(last=arguments is None) as stop:
-        world = World()
-        try:
-            world = World.from_environment()
-            return _main(sys.argv[1:] if arguments is None else arguments, world, stop)
-        except UserError as error:
-            stop.hold()
-            if world.rank and stop.wait(_GRACE_SECONDS):
-                return BAD_INPUT  # the launcher has noticed another rank's, most likely the same
-            _say(world, str(error))
-            return BAD_INPUT
-        except RuntimeError as error:
-            # Most likely another rank is gone and this is the broken connection: let the launcher see that one first.
-            begun = stop.held
-            stop.hold()
-            if world.size == 1 or not _BROKEN.search(str(error)):
-                stop.wait(_GRACE_SECONDS if world.size > 1 else 0)
-                raise
-            # Rank 1 speaks too, since it may be rank 0 that is gone.
-            if (begun and world.rank < 2) or not stop.wait(_GRACE_SECONDS):
-                print(f"\n{_lost(world, error)}", file=sys.stderr, flush=True)
-                stop.wait(_GRACE_SECONDS)
-            return FAILED
+        code = _code(sys.argv[1:] if arguments is None else arguments, stop)
+    if code and arguments is None:
+        # At once: where other ranks are gone, what libraries do at the end may hang, or abort and change the code.
+        os._exit(code)
+    return code
+
+
+def _code(arguments: Sequence[str], stop: StopRequests) -> int:
+    world = World()
+    try:
+        world = World.from_environment()
+        return _main(arguments, world, stop)
+    except UserError as error:
+        stop.hold()
+        if world.rank and stop.wait(_GRACE_SECONDS):
+            return BAD_INPUT  # the launcher has noticed another rank's, most likely the same
+        _say(world, str(error))
+        return BAD_INPUT
+    except RuntimeError as error:
+        # Most likely another rank is gone and this is the broken connection: let the launcher see that one first.
+        begun = stop.held
+        stop.hold()
+        if world.size == 1 or not _BROKEN.search(str(error)):
+            stop.wait(_GRACE_SECONDS if world.size > 1 else 0)
+            raise
+        # Rank 1 speaks too, since it may be rank 0 that is gone.
+        if (begun and world.rank < 2) or not stop.wait(_GRACE_SECONDS):
+            print(f"\n{_lost(world, error)}", file=sys.stderr, flush=True)
+            stop.wait(_GRACE_SECONDS)
+        return FAILED
 
 
 def _main(arguments: Sequence[str], world: World, stop: StopRequests) -> int:
