@@ -94,7 +94,7 @@ def load_tensors(path: str | Path) -> Any:
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # what can't be read is refused anyway
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # that is no news
             return torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}") from error

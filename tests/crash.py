@@ -3,9 +3,11 @@
     python tests/crash.py --kills 100
 
 The digits are trained by two ranks. Each attempt is the same command; the whole process group is ended by SIGKILL,
-half of the time at a random moment, half at a named point of the protocol (before or after a function of it, on either
-rank: `crash_rank.POINTS`). An attempt that gets to the end is compared with the uninterrupted run: every line of
-metrics, the exported average, every byte of the last checkpoint. Then another run is begun, until all kills are spent.
+half of the time at a random moment, half at a named point of the protocol: before or after a function of it, on either
+rank where both call it (`crash_rank.POINTS`). After each kill the newest committed checkpoint must verify and be no
+older than the newest before, and the next attempt must continue from it; every other run keeps one checkpoint alone. An
+attempt that gets to the end is compared with the uninterrupted run: every line of metrics, the exported average, every
+byte of the last checkpoint. Then another run is begun, until all kills are spent.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +29,10 @@ from pathlib import Path
 from typing import Any
 
 from training_runs import REPOSITORY, TINY, ds_config, free_port
+
+from mpdit.errors import CheckpointError
+from mpdit.training.checkpoint import Checkpoint, verify
+from mpdit.training.run import committed_folders
 
 POINTS = (
     *("state copied", "shard written", "piece of a file written", "manifest written", "folder named", "any rename"),
@@ -47,12 +54,24 @@ class Crash:
     steps: int
     every: int
     randomness: random.Random
+    keep: int = 2
     kills: Counter[str] = field(default_factory=Counter)
     attempts: int = 0
+    continued: int = 0
+    """Attempts that went on from a checkpoint."""
 
     def command(self, out: Path) -> list[str]:
         arguments = [str(REPOSITORY / "tests" / "crash_rank.py"), "--ds_config", ds_config(self.stage), *TINY]
-        own = ["--steps", str(self.steps), "--checkpoint-every", str(self.every), "--keep", "2", "--precision", "fp32"]
+        own = [
+            "--steps",
+            str(self.steps),
+            "--checkpoint-every",
+            str(self.every),
+            "--keep",
+            str(self.keep),
+            "--precision",
+            "fp32",
+        ]
         return [sys.executable, *arguments, *own, "--out", str(out)]
 
     def start(self, out: Path, crash: str = "") -> list[subprocess.Popen[str]]:
@@ -78,6 +97,7 @@ class Crash:
     def attempt(self, out: Path, crash: str = "", moment: float | None = None) -> bool:
         """Run until it ends or is killed; whether it got to the end. RuntimeError for any other outcome."""
         self.attempts += 1
+        before = self.newest(out)
         processes = self.start(out, crash)
         group, began = processes[0].pid, time.monotonic()
         try:
@@ -97,11 +117,33 @@ class Crash:
             if alive:
                 os.killpg(group, signal.SIGKILL)
             codes = [process.wait() for process in processes]
-        if not any(codes) and not alive:
-            return True
         if set(codes) - {0, -signal.SIGKILL}:
             raise RuntimeError(f"exit codes {codes}{self.said()}")
-        return False
+        self.check_continued(out, before)
+        return not any(codes) and not alive
+
+    def newest(self, out: Path) -> Path | None:
+        """The newest committed checkpoint, all its hashes compared: CheckpointError if they don't match."""
+        folders = committed_folders(out)
+        if not folders:
+            return None
+        checkpoint = Checkpoint.open(folders[-1])
+        for name, entry in checkpoint.files.items():
+            verify(checkpoint.folder / name, entry)
+        return checkpoint.folder
+
+    def check_continued(self, out: Path, before: Path | None) -> None:
+        """RuntimeError if the attempt that has ended didn't go on from `before`, or lost a checkpoint."""
+        said, after = (self.folder / "rank-0.log").read_text(), self.newest(out)
+        begun = re.search(r"^training \S+ on \S+ from (.*) to step", said, re.MULTILINE)
+        wanted = "the start" if before is None else str(before)
+        if begun is not None and begun[1] != wanted:
+            raise RuntimeError(f"went on from {begun[1]}, not {wanted}{self.said()}")
+        self.continued += begun is not None and before is not None
+        if before is not None and (after is None or after.name < before.name):
+            raise RuntimeError(f"{before} was there before, and now the newest is {after}{self.said()}")
+        if "passed over" in said:
+            raise RuntimeError(f"a checkpoint was damaged{self.said()}")
 
     def said(self) -> str:
         """What the ranks printed last."""
@@ -118,7 +160,7 @@ class Crash:
         point = draw.choice(POINTS)
         rank = 0 if point in RANK_0_ALONE else draw.randrange(self.ranks)
         # Calls until it ends the run: few enough that most attempts get there, wherever they go on from.
-        most = {"piece of a file written": 60, "any fsync": 12, "any rename": 14, "any file removed": 8}
+        most = {"piece of a file written": 500, "any fsync": 12, "any rename": 14, "any file removed": 8}
         most |= {"metrics written": 15, "step taken": 15, "leftovers cleared": 1, "loss plotted": 1}
         count = draw.randint(1, most.get(point, 3))
         return point, f"{rank}|{point}|{draw.choice(['before', 'after'])}|{count}", None
@@ -171,11 +213,13 @@ def main() -> int:
     print(f"uninterrupted: {len(lines)} steps in {seconds:.1f} s; {given.kills} kills follow", flush=True)
     try:
         while killed < given.kills or compared == 0:
-            out = folder / f"run-{compared}"
+            out, crash.keep = folder / f"run-{compared}", 2 - compared % 2
             finished = False
             while not finished:
                 kind, point, moment = crash.aim(seconds) if killed < given.kills else ("", "", None)
                 finished = crash.attempt(out, point, moment)
+                if finished and point:
+                    print(f"     {point} was not reached", flush=True)
                 if not finished:
                     killed += 1
                     crash.kills[kind] += 1
@@ -184,12 +228,13 @@ def main() -> int:
             compared += 1
             print(f"run {compared} ended as the uninterrupted one did, after {killed} kills in all", flush=True)
             shutil.rmtree(out)
-    except RuntimeError as error:
+    except (RuntimeError, CheckpointError) as error:
         print(f"FAILED after {killed} kills, in {folder}: {error}", flush=True)
         return 1
     figures = {
         "kills": killed,
         "attempts": crash.attempts,
+        "continued_from_a_checkpoint": crash.continued,
         "runs_compared": compared,
         "ranks": given.ranks,
         "stage": given.stage,

@@ -1,6 +1,6 @@
 """A rank of a training run that kills its whole process group at one point: `crash.py` starts it, never a user.
 
-MPDIT_CRASH is "RANK POINT before|after COUNT": the COUNT-th call of a function below, on that rank, is where it ends.
+MPDIT_CRASH is RANK|POINT|before or after|COUNT: the COUNT-th call of a function below, on that rank, is where it ends.
 """
 
 from __future__ import annotations

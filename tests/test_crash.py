@@ -1,4 +1,4 @@
-"""A few kills of `crash.py`, which nobody runs often enough by hand: `make nightly` has a hundred."""
+"""A few kills of `crash.py`, and that it would notice a loss; `make nightly` runs a hundred."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def test_killed_within_saves_and_between_the_run_ends_the_same(crash: Crash) -> 
         assert not crash.attempt(out, crashed), crashed
     assert not crash.attempt(out, moment=0.3)
     assert crash.attempt(out)
+    assert crash.continued >= 3
     crash.compare(out, crash.folder / "whole")
 
 
@@ -48,3 +49,20 @@ def _altered(whole: Path) -> Iterator[Path]:
         data[where] ^= 1
         (other / name).write_bytes(data)
         yield other / name
+
+
+def test_a_lost_checkpoint_would_be_noticed(crash: Crash) -> None:
+    whole = crash.folder / "whole"
+    newest = crash.newest(whole)
+    assert newest is not None
+    log = crash.folder / "rank-0.log"
+    log.write_text(f"training MPDiT-Digits/4-2 on digits from {newest} to step 24: batch 32\n")
+    crash.check_continued(whole, newest)
+    with pytest.raises(RuntimeError, match="went on from"):
+        crash.check_continued(whole, newest.with_name("step-00000023"))
+    log.write_text("")
+    with pytest.raises(RuntimeError, match="was there before"):
+        crash.check_continued(whole, newest.with_name("step-00000030"))
+    log.write_text("warning: passed over: checkpoint\n")
+    with pytest.raises(RuntimeError, match="damaged"):
+        crash.check_continued(whole, newest)

@@ -46,7 +46,8 @@ def _save(run: Run, step: int, ranks: int = 2) -> Checkpoint:
     folder = run.out / "checkpoints" / f"step-{step:08d}"
     position = step * run.config.global_batch
     whole = Checkpoint(folder, step, position, step, {}, ranks, 2, run.identity, {"a": [2, 3]}, files)
-    checkpoint.commit(partial, whole, run.config.keep)
+    checkpoint.commit(partial, whole)
+    checkpoint.rotate(run.out, run.config.keep)
     return whole
 
 

@@ -172,7 +172,7 @@ def test_what_would_be_continued_is_said(here: Path, capsys: pytest.CaptureFixtu
     (here / "out" / "config.json").write_text(json.dumps(run.describe()))
     files = checkpoint.write_shard(partial, 0, {"weight/a/0": torch.zeros(3)})
     saved = Checkpoint(folder, 5, 5 * 64, 5, {}, 2, 2, run.identity, {"a": [3]}, files)
-    checkpoint.commit(partial, saved, keep=2)
+    checkpoint.commit(partial, saved)
     before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}
 
     code, out, _ = _main(capsys, *arguments, "--plan-gpus", "2")

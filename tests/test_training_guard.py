@@ -260,7 +260,7 @@ def test_a_step_is_settled_when_the_next_was_judged_and_ends_the_run_after_enoug
         assert not small.step(step, math.inf)
         small.guard.settle()
         assert small.guard.skipped == small.guard.in_a_row == step - 1
-    with pytest.raises(ConfigError, match=r"^3 steps in a row .* step 3, .*no checkpoint from before: lower lr"):
+    with pytest.raises(ConfigError, match=r"^3 steps in a row .* step 3, .*no checkpoint yet: lower --lr"):
         small.guard.drain()
 
     # As from a checkpoint of step 1, in another process.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,8 @@ from training_runs import ds_config
 from mpdit.data.latents import PackedLatents
 from mpdit.data.writer import write_packed
 from mpdit.errors import ConfigError, UserError
+from mpdit.training import checkpoint
+from mpdit.training.checkpoint import Checkpoint
 from mpdit.training.run import prepare
 from mpdit.training.world import World
 
@@ -173,6 +176,22 @@ class TestFolder:
 
         base = folder()
         assert base == folder("--log-every", "7"), "the same command finds its run again"
-        others = {folder("--seed", "1"), folder("--steps", "9"), folder(stage=3), folder(world=World(size=2))}
-        assert len(others | {base}) == 5
+        assert base == folder(stage=3) == folder(world=World(size=2)), "and so do other ranks and stages"
+        assert len({base, folder("--seed", "1"), folder("--steps", "9")}) == 3
         assert base.parent == Path("runs")
+
+
+def test_a_forced_run_that_was_killed_at_once_goes_on_either_way(tmp_path: Path) -> None:
+    prepared = functools.partial(_prepare, tmp_path / "run")
+    run = prepared()
+    partial = checkpoint.partial_folder(run.out, 4)
+    partial.mkdir(parents=True)
+    files = checkpoint.write_shard(partial, 0, {"weight/a/0": torch.zeros(3)})
+    folder = run.out / "checkpoints" / "step-00000004"
+    checkpoint.commit(partial, Checkpoint(folder, 4, 256, 4, {}, 1, 2, run.identity, {"a": [3]}, files))
+    forced = prepared("--seed", "7", "--force")
+    (run.out / "config.json").write_text(json.dumps(forced.describe()))  # and no checkpoint yet
+    assert prepared().identity == run.identity
+    with pytest.raises(ConfigError, match="seed 0 there, 7 here"):
+        prepared("--seed", "7")
+    assert prepared("--seed", "7", "--force").config.seed == 7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -130,15 +131,37 @@ print(launcher.is_lost(), flush=True)
 """
 """Looks after its launcher for so many seconds."""
 
-START = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
+
+def _starts(code: str, *arguments: str, then: str = "process.wait()", **options: int) -> str:
+    """Python that starts this Python with these arguments."""
+    start = f"process = subprocess.Popen([sys.executable, '-c', {code!r}, *{arguments!r}], **{options!r})"
+    return f"import os, subprocess, sys; {start}; {then}"
+
+
+ABANDON = "os._exit(0)"
+
+ADOPT = "import ctypes; ctypes.CDLL(None).prctl(36, 1);"  # PR_SET_CHILD_SUBREAPER
+"""Makes a process what PID 1 of a container may be: a supervisor, of the same session."""
+
+HERE = ["deepspeed.launcher.launch", "--world_info=", "--master_addr=", "--master_port=", "--log_level=info"]
+PDSH = ["deepspeed.launcher.launch", "--world_info=", "--node_rank=0", "--master_addr=", "--master_port="]
+MARKS = {"RANK": "0", "CROSS_RANK": "0", "CROSS_SIZE": "1"}
+
+
+def _first_look(code: str, *arguments: str, marks: bool = True) -> str:
+    """Whether a rank, somewhere below this Python, has lost its launcher when it looks first."""
+    command = [sys.executable, "-c", code, *arguments]
+    environment = os.environ | (MARKS if marks else {"RANK": "0"})
+    output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=60, check=True).stdout
+    return output.partition("\n")[0]
 
 
 @pytest.mark.parametrize("ended", ["launch.py", "command"])
-def test_a_rank_notices_the_end_of_launch_py_and_of_the_command(ended: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The command, launch.py and a rank: each starts the next and waits for it.
-    monkeypatch.setenv("RANK", "0")
-    command = [sys.executable, "-c", START, START, RANK, "deepspeed.launcher.launch", "30"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def test_a_rank_notices_the_end_of_launch_py_and_of_the_command(ended: str) -> None:
+    # The command, launch.py, a wrapper and a rank: each starts the next and waits for it.
+    launch = _starts(_starts(RANK, "30"))
+    command = [sys.executable, "-c", _starts(launch, *HERE), "deepspeed.launcher.runner"]
+    process = subprocess.Popen(command, env=os.environ | MARKS, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "False\n"
     started = psutil.Process(process.pid).children(recursive=True)
@@ -146,6 +169,23 @@ def test_a_rank_notices_the_end_of_launch_py_and_of_the_command(ended: str, monk
     assert process.stdout.readline() == "True\n"
     process.wait()
     psutil.wait_procs(started, timeout=10)
+
+
+def test_a_rank_whose_launch_py_was_killed_before_it_looked_is_lost() -> None:
+    left = _starts(f"import time; time.sleep(0.5)\n{RANK}", "0", then=ABANDON)
+    assert _first_look(left) == "True", "adopted by init"
+    assert _first_look(ADOPT + _starts(left, then="process.wait(); os.wait()")) == "True", "adopted by a supervisor"
+    assert _first_look(_starts(RANK, "--local_rank=0", "0"), marks=False) == "False", "started by torchrun"
+    assert _first_look(RANK, "--local_rank=0", "0", marks=False) == "False", "started by hand"
+
+
+def test_a_launch_py_whose_command_was_killed_is_told_from_one_of_another_node() -> None:
+    launch = _starts(f"import time; time.sleep(0.5)\n{RANK}", "0")
+    left = _starts(launch, *HERE, then=ABANDON)
+    assert _first_look(ADOPT + _starts(left, then="process.wait(); os.wait()")) == "True", "adopted by a supervisor"
+    assert _first_look(_starts(launch, *HERE), "/bin/deepspeed") == "False", "the command waits for it"
+    assert _first_look(_starts(launch, *PDSH)) == "False", "started from another node"
+    assert _first_look(_starts(launch, *HERE, process_group=0)) == "False", "typed in a shell"
 
 
 def test_a_shell_that_started_a_rank_may_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,3 +247,29 @@ def test_what_the_watchdog_lets_pass_and_what_not(tmp_path: Path) -> None:
     assert "stand above, as" in outputs["unwritable"][1]
     assert outputs["unwritable"][1].count("Thread 0x") >= 2
     assert "Thread 0x" in outputs["no lock"][1]
+
+
+def test_a_rank_that_goes_on_after_its_report_is_not_ended(tmp_path: Path) -> None:
+    reported = "path = Path(sys.argv[1], 'rank-7.txt')\nwhile not path.exists(): time.sleep(0.01)\n"
+    processes = {
+        "goes on": _watched(tmp_path / "on", reported + "dog.alive('saving', 100); time.sleep(2)"),
+        "leaves": _watched(tmp_path / "leaves", reported),
+        "fails": _watched(tmp_path / "fails", reported + "raise OSError('another rank has left')"),
+    }
+    outputs = {name: process.communicate(timeout=60) for name, process in processes.items()}
+    codes = {name: process.returncode for name, process in processes.items()}
+    assert codes == {"goes on": 0, "leaves": 0, "fails": 124}
+    for name in ("goes on", "leaves"):
+        assert outputs[name][0] == "went on\nended\n"
+        assert "rank 7 goes on: step 2 is over" in outputs[name][1]
+
+
+def test_a_rank_that_was_suspended_goes_on(tmp_path: Path) -> None:
+    process = _watched(tmp_path, "[(time.sleep(0.05), dog.alive(f'step {step}')) for step in range(60)]")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "went on\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(0.9)  # faulthandler's limit is longer
+    process.send_signal(signal.SIGCONT)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output) == (0, "ended\n")

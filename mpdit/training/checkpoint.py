@@ -25,7 +25,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mpdit.errors import CheckpointError
+from mpdit.errors import CheckpointError, one_line
 from mpdit.files import sync_to_disk, write_atomically
 from mpdit.tensor_file import write_tensors
 from mpdit.training.run import CHECKPOINT_NAME, MARKER, Run, check_identity, committed_folders
@@ -120,7 +120,7 @@ def find(run: Run) -> Checkpoint | None:
             check_identity(run, checkpoint.identity, str(checkpoint.folder))
             return checkpoint
         if world.rank == 0:
-            print(f"warning: passed over: {problem}", file=sys.stderr, flush=True)
+            print(f"warning: passed over: {one_line(problem)}", file=sys.stderr, flush=True)
     # The average is exported after the first checkpoint was committed, by earlier versions with checkpoints of theirs.
     if gather(bool(folders) or (run.out / "ema").exists())[0]:
         raise CheckpointError(
@@ -133,7 +133,8 @@ def find(run: Run) -> Checkpoint | None:
 def tidy(out: Path, resumed: Checkpoint | None) -> None:
     """Clear what killed saves have left, and set aside checkpoints that were passed over. For rank 0, before training.
 
-    A folder that is damaged or was never committed is renamed, not removed: to step-00000500.damaged, or .damaged-2.
+    A folder that is damaged or was never committed is renamed, which is said, not removed: to step-00000500.damaged,
+    or .damaged-2.
     """
     committed = committed_folders(out)
     for path in sorted((out / "checkpoints").iterdir()) if (out / "checkpoints").is_dir() else ():
@@ -143,7 +144,10 @@ def tidy(out: Path, resumed: Checkpoint | None) -> None:
             path not in committed or resumed is None or _step(path) > resumed.step
         ):
             names = (f"{path.name}.damaged{f'-{count}' if count > 1 else ''}" for count in range(1, 1000))
-            path.rename(next(path.with_name(name) for name in names if not path.with_name(name).exists()))
+            aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+            path.rename(aside)
+            why = "is set aside" if path in committed else f"was never committed (no {MARKER}) and is set aside"
+            print(f"warning: {path} {why} as {aside.name}: remove it when it is of no use", file=sys.stderr, flush=True)
 
 
 def partial_folder(out: Path, step: int) -> Path:
@@ -158,12 +162,16 @@ def write_shard(partial: Path, rank: int, tensors: Mapping[str, Tensor]) -> dict
     return {path.name: {"bytes": path.stat().st_size, "sha256": digest, "keys": list(tensors)}}
 
 
-def commit(partial: Path, checkpoint: Checkpoint, keep: int) -> None:
-    """Turn a folder of whole shards into `checkpoint`; remove the oldest beyond `keep`. For rank 0; raises OSError."""
+def commit(partial: Path, checkpoint: Checkpoint) -> None:
+    """Turn a folder of whole shards into `checkpoint`. For rank 0; raises OSError."""
     write_manifest(partial, checkpoint)
     publish(partial, checkpoint.folder)
     mark(checkpoint.folder)
-    for old in committed_folders(checkpoint.folder.parents[1])[:-keep]:
+
+
+def rotate(out: Path, keep: int) -> None:
+    """Remove the oldest checkpoints beyond `keep`. For rank 0; raises OSError."""
+    for old in committed_folders(out)[:-keep]:
         remove(old)
 
 
@@ -200,7 +208,7 @@ def _verified(folder: Path, world: World) -> tuple[Checkpoint | None, str]:
     try:
         checkpoint = Checkpoint.open(folder)
         for name in sorted(checkpoint.files)[world.rank :: world.size]:
-            _verify(folder / name, checkpoint.files[name])
+            verify(folder / name, checkpoint.files[name])
     except CheckpointError as error:
         problem = str(error)
     except OSError as error:
@@ -209,7 +217,8 @@ def _verified(folder: Path, world: World) -> tuple[Checkpoint | None, str]:
     return (None if problem else checkpoint), problem
 
 
-def _verify(path: Path, entry: Mapping[str, Any]) -> None:
+def verify(path: Path, entry: Mapping[str, Any]) -> None:
+    """CheckpointError unless a shard is what its entry in the manifest says."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != entry["sha256"]:

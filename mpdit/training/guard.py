@@ -13,6 +13,7 @@ import json
 import math
 import sys
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +105,8 @@ class Guard:
         self._run, self._engine = run, trainer.engine
         self.skipped = self.in_a_row = 0
         self.norm = math.nan
+        self.before_stop: Callable[[], None] = lambda: None
+        """Called before a run is stopped for too many skips: to let a save in progress end, so that it can be named."""
         self._skip = torch.zeros((), dtype=torch.bool, device=trainer.device)
         optimizer: Any = trainer.optimizer
         optimizer.skip = self._skip
@@ -218,14 +221,13 @@ class Guard:
             raise ConfigError(f"{self._path} can't be written ({error}): free some space, or mend it") from error
 
     def _too_many(self, step: int, reason: str) -> ConfigError:
-        last_taken = f"step-{step - self.in_a_row:08d}"
-        saved = committed_folders(self._run.out)
-        good = [folder for folder in saved if (len(folder.name), folder.name) <= (len(last_taken), last_taken)]
+        self.before_stop()
+        saved = committed_folders(self._run.out)  # all good: a step that was skipped has changed nothing
         remedy = (
-            f"the last good checkpoint is {good[-1]}: continue from it with a larger max_skips, or with --force and "
-            "a lower lr or clip"
-            if good
-            else "there is no checkpoint from before: lower lr, or set clip, and start again"
+            f"the last good checkpoint is {saved[-1]}: repeat the command with a larger --max-skips, or with --force "
+            "and a lower --lr or --clip"
+            if saved
+            else "there is no checkpoint yet: lower --lr, or set --clip, and start again"
         )
         return ConfigError(
             f"{counted(self.in_a_row, 'step')} in a row had to be skipped, the last of them step {step}, because "

@@ -98,6 +98,7 @@ def _train(
         gpu_stage=config.gpu_stage,
     )
     guard = Guard(run, trainer, start)
+    guard.before_stop = saver.wait
     if resumed is not None:
         guard.restore(resumed.counters)
     agreement = Agreement(run.world)
@@ -189,8 +190,9 @@ def _alone(run: Run) -> Iterator[None]:
 
 def _open_folder(run: Run, resumed: checkpoint.Checkpoint | None) -> None:
     try:
-        (run.out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        # First: a folder with anything else in it, but without this, would be taken for another's.
         write_atomically(run.out / "config.json", json.dumps(run.describe(), indent=2) + "\n")
+        (run.out / "checkpoints").mkdir(exist_ok=True)
     except OSError as error:
         raise ConfigError(f"out {run.out} can't be written ({error}): give another --out") from error
     checkpoint.tidy(run.out, resumed)

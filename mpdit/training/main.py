@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mpdit.errors import ConfigError, UserError
+from mpdit.errors import ConfigError, UserError, one_line
 from mpdit.training.output import steady_output
 from mpdit.training.stop import STOPPED, StopRequests
 from mpdit.training.world import World
@@ -135,7 +135,7 @@ def _lost(world: World, error: RuntimeError) -> str:
 
 
 def _say(world: World, message: str) -> None:
-    message = " ".join(message.split())
+    message = one_line(message)
     # Behind rank 0, whose progress bar may stand on the current line.
     line = f"\nerror: rank {world.rank}: {message}" if world.rank else f"error: {message}"
     print(line, file=sys.stderr, flush=True)

@@ -28,7 +28,7 @@ from mpdit.errors import CheckpointError, ConfigError, DataError
 from mpdit.training.arguments import parse_arguments
 from mpdit.training.config import DIGITS, TrainConfig
 from mpdit.training.deepspeed_config import arguments_from, complete, read_ds_config, zero_stage
-from mpdit.training.identity import check_same, differences
+from mpdit.training.identity import check_same
 from mpdit.training.initial import GIVEN_LATER, InitialWeights, load_initial, recorded_digest, weights_digest
 from mpdit.training.world import World
 
@@ -48,7 +48,7 @@ _CASUAL = {"ds_config", "model", "override", "data", "data_scale", "normalizatio
 """Fields a run may be continued with changed: they don't decide what is learnt (model, data and initial weights are
 compared whole)."""
 
-_BEFORE_A_RUN = {"hang", "profile"}
+_BEFORE_A_RUN = {"hang", "profile", ".config.json.partial"}
 """What an attempt that ended before it was a run may have left in its folder."""
 
 
@@ -132,7 +132,7 @@ def _prepare(arguments: Sequence[str], world: World) -> Run:
     ds = complete(ds, config, world.size)
     identity = _identity(config, model, dataset)
     if not config.out:
-        config = config.replace(out=_default_folder(config, identity, world.size, zero_stage(ds)))
+        config = config.replace(out=_default_folder(config, identity))
     out = Path(config.out)
     check_folder(out, identity, config.resume, config.force)
     sound = Quarantine(dataset, config.bad_records, out / QUARANTINE_NAME, identity["data"], write=not config.dry_run)
@@ -159,13 +159,23 @@ def check_folder(out: Path, identity: Mapping[str, Any], resume: str, force: boo
         return
     if resume == "never":
         raise ConfigError(f"out {out} is not empty and resume is 'never': give another --out, or --resume auto")
-    path = out / "config.json"
-    try:
-        theirs = json.loads(path.read_text())["identity"]
-        differences(theirs, identity)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"out {out} holds files but no run ({path} can't be read): give another --out") from None
+    theirs = _recorded_identity(out)
+    if theirs is None:
+        raise ConfigError(f"out {out} holds files but no run ({out / 'config.json'} can't be read): give another --out")
     check_same(theirs, identity, f"out {out} holds", force, ConfigError)
+
+
+def _recorded_identity(out: Path) -> dict[str, Any] | None:
+    """Of the run in a folder, as its newest checkpoint has it; config.json's may be of settings forced since."""
+    manifests = [folder / "manifest.json" for folder in reversed(committed_folders(out))]
+    for path in (*manifests[:1], out / "config.json"):
+        try:
+            identity = json.loads(path.read_text())["identity"]
+            if isinstance(identity, dict):
+                return identity
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+    return None
 
 
 def check_identity(run: Run, theirs: Mapping[str, Any], where: str) -> None:
@@ -242,11 +252,11 @@ def _planned_world(given: Mapping[str, Any], world: World) -> World:
     return World(size=gpus, local_size=gpus)
 
 
-def _default_folder(config: TrainConfig, identity: Mapping[str, Any], world_size: int, stage: int) -> str:
-    """A folder of its own for each combination that can't continue another's checkpoints."""
+def _default_folder(config: TrainConfig, identity: Mapping[str, Any]) -> str:
+    """A folder of its own for each run that can't continue another's checkpoints; any ranks and ZeRO stage can."""
     data = config.data if config.data == DIGITS else Path(config.data).absolute().name
     name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{data}-{config.model}")
-    return f"runs/{name}-{_digest([identity, world_size, stage, config.steps])}"
+    return f"runs/{name}-{_digest(identity)}"
 
 
 def _digest(value: Any) -> str:

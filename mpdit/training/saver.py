@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import threading
 import traceback
@@ -13,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from mpdit.errors import CheckpointError
+from mpdit.errors import CheckpointError, UserError
 from mpdit.files import sync_to_disk
 from mpdit.training import checkpoint, ema
 from mpdit.training.checkpoint import Checkpoint
@@ -97,32 +98,39 @@ class Saver:
                     copied.synchronize()
                 partial.mkdir(parents=True, exist_ok=True)
                 files = checkpoint.write_shard(partial, self._run.world.rank, tensors)
-            except OSError as error:
-                problem = _told(error, partial)
+            except Exception as error:  # whatever it is, all ranks are to know
+                problem = f"step {planned.step} could not be saved: {_told(error, partial)}"
             everywhere = gather((files, problem), self._group)
             problem = next((found for _, found in everywhere if found), "")
             if not problem and self._run.world.rank == 0:
                 whole = replace(planned, files={name: entry for part, _ in everywhere for name, entry in part.items()})
-                try:
-                    self._finish(whole)
-                except (OSError, CheckpointError) as error:
-                    problem = _told(error, partial)
+                problem = self._finish(whole)
             problem = gather(problem, self._group)[0] or problem
             if problem:
                 if self._run.world.rank == 0:
                     shutil.rmtree(partial, ignore_errors=True)
-                self._problem = CheckpointError(f"step {planned.step} could not be saved: {problem}")
-        except Exception:  # a rank that is gone, or a mistake of ours: told when training comes to wait for the save
+                self._problem = CheckpointError(problem)
+        except Exception:  # a rank that is gone: told when training comes to wait for the save
             self._problem = RuntimeError(f"saving step {planned.step} failed:\n{traceback.format_exc()}")
 
-    def _finish(self, whole: Checkpoint) -> None:
-        out = self._run.out
-        if (out / "metrics.jsonl").exists():
-            sync_to_disk(out / "metrics.jsonl")  # it must not lag behind a checkpoint
-        checkpoint.commit(checkpoint.partial_folder(out, whole.step), whole, self._run.config.keep)
-        ema.export(self._run, whole)
+    def _finish(self, whole: Checkpoint) -> str:
+        """Commit, then remove old checkpoints and export the average; what went wrong, if anything."""
+        out, said = self._run.out, f"step {whole.step} could not be saved"
+        try:
+            if (out / "metrics.jsonl").exists():
+                sync_to_disk(out / "metrics.jsonl")  # it must not lag behind a checkpoint
+            checkpoint.commit(checkpoint.partial_folder(out, whole.step), whole)
+            said = f"step {whole.step} is saved, but what follows a save went wrong"
+            checkpoint.rotate(out, self._run.config.keep)
+            ema.export(self._run, whole)
+        except Exception as error:
+            return f"{said}: {_told(error, out)}"
+        return ""
 
 
-def _told(error: OSError | CheckpointError, partial: Path) -> str:
-    what = f"{error.filename or partial}: {error.strerror or error}" if isinstance(error, OSError) else str(error)
-    return f"{what}; make room and repeat the command, which continues from the newest committed checkpoint"
+def _told(error: Exception, place: Path) -> str:
+    what = f"{error.filename or place}: {error.strerror or error}" if isinstance(error, OSError) else str(error)
+    what = what if isinstance(error, OSError | UserError) else repr(error)
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "make room" if full else "mend it"
+    return f"{what}; {remedy} and repeat the command, which continues from the newest committed checkpoint, if any"

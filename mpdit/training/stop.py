@@ -59,9 +59,13 @@ class StopRequests:
         return self._held
 
     def hold(self) -> None:
-        """From now on requests wait: training begins, or the process is about to end by itself."""
+        """From now on requests wait: training begins, or the process is about to end by itself.
+
+        `wait` is for requests after this.
+        """
         with self._lock:
             self._held = True
+            self._any.clear()
 
     def asked(self) -> list[int]:
         """For each of REASONS whether it was noted, 0 or 1: to be summed over ranks."""

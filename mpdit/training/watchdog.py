@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import linecache
 import os
@@ -19,6 +20,9 @@ PATIENCE = 10
 """How many times longer than a step the rest may take: building, drawing samples, saving."""
 
 _GRACE_SECONDS = 5.0
+_GRACE_PARTS = 20
+"""It is slept in parts, as a time in which the process is suspended is none of it."""
+
 _PACKAGE = str(Path(__file__).parents[1])
 
 
@@ -27,7 +31,8 @@ class Watchdog:
 
     Before that, the stacks of all threads go to folder/rank-N.txt and a line on stderr says where they are. As every
     rank waits for one that hangs, all of them report, at about the same time: each stays for some seconds after its
-    report, since launchers end the others once the first is gone.
+    report, since launchers end the others once the first is gone. One that goes on meanwhile, as after a suspension,
+    is let be.
 
     The thread that looks needs Python's lock. Where a library never gives it back, faulthandler writes the stacks to
     stderr, a little later, and ends the process with code 1.
@@ -54,8 +59,10 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._reporting.is_set():
-            threading.Event().wait()  # another rank has left earlier: our report is not to be cut short
+        if kind is None:
+            self.alive("ending", PATIENCE)
+        while self._reporting.is_set():  # another rank has left earlier: our report is not to be cut short
+            time.sleep(self._tick)
         self._ended.set()
         if self._seconds:
             self._thread.join()
@@ -63,25 +70,36 @@ class Watchdog:
     def _watch(self) -> None:
         armed, again = 0.0, 0.0  # for which limit faulthandler is set, and when it is to be set again
         while not self._ended.wait(self._tick):
-            doing, limit, since = self._doing
+            doing, limit, since = state = self._doing
             now = time.monotonic()
             if now - since >= limit:
                 self._reporting.set()
-                self._end(doing, limit)
+                self._end(state)
+                self._reporting.clear()
+                with contextlib.suppress(OSError):
+                    os.write(2, f"rank {self._rank} goes on: {doing} is over\n".encode())
+                armed = 0.0
+                continue
             if limit != armed or now >= again:  # not each time, as it costs a thread
                 armed, again = limit, now + limit / 20
                 faulthandler.dump_traceback_later(1.1 * limit + 2 * _GRACE_SECONDS, exit=True, file=2)
         faulthandler.cancel_dump_traceback_later()
 
-    def _end(self, doing: str, limit: float) -> None:
-        """Report, stay for the others' sake, leave. The report may hang too, on the disk that training waits for."""
-        report = threading.Thread(target=self._report, args=(doing, limit), daemon=True)
-        report.start()
-        time.sleep(min(_GRACE_SECONDS, self._seconds))
-        report.join(_GRACE_SECONDS)
-        os._exit(HUNG)
+    def _end(self, state: tuple[str, float, float]) -> None:
+        """Report, stay for the others' sake, leave. The report may hang too, on the disk that training waits for.
 
-    def _report(self, doing: str, limit: float) -> None:
+        Returns when something was finished in the meantime.
+        """
+        report = threading.Thread(target=self._report, args=(state,), daemon=True)
+        report.start()
+        for _ in range(_GRACE_PARTS):
+            time.sleep(min(_GRACE_SECONDS, self._seconds) / _GRACE_PARTS)
+        report.join(_GRACE_SECONDS)
+        if self._doing is state:
+            os._exit(HUNG)
+
+    def _report(self, state: tuple[str, float, float]) -> None:
+        doing, limit, _ = state
         where = _place(sys._current_frames().get(self._main or 0))
         path = self._folder / f"rank-{self._rank}.txt"
         told = f"rank {self._rank} hangs: nothing was finished in {limit:g} s, at {doing}{where}"
@@ -95,7 +113,8 @@ class Watchdog:
         except OSError as error:
             faulthandler.dump_traceback(2, all_threads=True)
             stacks = f"the stacks of all its threads stand above, as {path} can't be written ({error})"
-        os.write(2, f"\nerror: {told}; {stacks}\n".encode())
+        if self._doing is state:
+            os.write(2, f"\nerror: {told}; {stacks}\n".encode())
 
 
 def _place(frame: FrameType | None) -> str:

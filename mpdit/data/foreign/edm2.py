@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import weakref
 import zipfile
 from pathlib import Path
@@ -108,8 +109,11 @@ class _Zip:
         try:
             with zipfile.ZipFile(path) as archive:
                 members = sorted((os.fsencode(m.filename), m) for m in archive.infolist() if not m.is_dir())
-        except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, struct.error) as error:
             raise DataError(f"{path} can't be read as a zip ({error}): copy or write it again") from error
+        end = path.stat().st_size
+        if beyond := [m.filename for _, m in members if not 0 <= m.header_offset <= end - m.file_size]:
+            raise DataError(f"{path} ends before {beyond[0]} does: truncated or damaged; copy it again")
         compressed = [member.filename for _, member in members if member.compress_type != zipfile.ZIP_STORED]
         if compressed:
             raise DataError(f"{path}: {compressed[0]} is compressed: write the zip with stored members, as EDM2 does")
