@@ -30,8 +30,11 @@ demo: $(INSTALLED)  ## train on the embedded digits, then judge the samples (abo
 test: $(INSTALLED)  ## run the tests (minutes), without those of make nightly
 	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist loadfile
 
-nightly: $(INSTALLED)  ## run the tests left out there: real training, and the kernels on wide drawn sets (long)
+KILLS ?= 100
+nightly: $(INSTALLED)  ## what is left out there: real training, wide drawn sets, thousands of fuzzed cases, a hundred kills (long)
 	$(BIN)/python -m pytest -m slow
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/fuzz -n auto --maxprocesses 8 --dist worksteal
+	$(BIN)/python tests/crash.py --kills $(KILLS)
 
 # Needs no .venv: PYTHON must have torch, triton and pytest. Test files run side by side, the longest from the start, as
 # most of their time is compiling; drawn tests need hypothesis and are left out without it. Tuning gets its time even when

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -14,8 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from mpdit.errors import DataError
 from mpdit.files import new_file
-
-_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError)
+from mpdit.zips import ZIP_DAMAGE, open_zip
 
 
 class NpzReader:
@@ -23,34 +22,47 @@ class NpzReader:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        with self._reading("the zip"), zipfile.ZipFile(self.path) as archive:
+        with self._reading("the zip"), open_zip(self.path) as archive:
             self.keys = tuple(name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy"))
 
     def header(self, key: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
         """Shape and dtype of an array of at least one dimension in C order; DataError for one in Fortran order."""
-        with self._reading(key), zipfile.ZipFile(self.path) as archive, archive.open(f"{key}.npy") as stream:
+        with self._reading(key), open_zip(self.path) as archive, archive.open(f"{key}.npy") as stream:
             return self._header(stream, key)
 
     def array(self, key: str) -> NDArray[Any]:
         """A whole array; never unpickles."""
-        with self._reading(key), np.load(self.path, allow_pickle=False) as file:
-            return np.asarray(file[key])
+        with self._reading(key), open_zip(self.path) as archive, archive.open(f"{key}.npy") as stream:
+            shape, fortran, dtype = self._header_of(stream, key)
+            # Not by numpy, which asks for as much memory as the header says.
+            data = stream.read(math.prod(shape) * dtype.itemsize)
+            if len(data) != math.prod(shape) * dtype.itemsize or stream.read(1):
+                raise EOFError(f"it has too few or too many bytes for its shape {shape}")
+            return np.frombuffer(bytearray(data), dtype).reshape(shape, order="F" if fortran else "C")
 
     def rows(self, key: str, count: int) -> Iterator[NDArray[Any]]:
         """The array's rows in order, `count` at a time and the rest last; the zip's checksum is compared at the end."""
-        with self._reading(key), zipfile.ZipFile(self.path) as archive, archive.open(f"{key}.npy") as stream:
+        with self._reading(key), open_zip(self.path) as archive, archive.open(f"{key}.npy") as stream:
             shape, dtype = self._header(stream, key)
-            row_bytes = dtype.itemsize * int(np.prod(shape[1:]))
+            row_bytes = dtype.itemsize * math.prod(shape[1:])
+            if not row_bytes:
+                raise ValueError("its rows hold nothing")
             for start in range(0, shape[0], count):
                 size = min(count, shape[0] - start)
                 data = stream.read(size * row_bytes)
                 if len(data) != size * row_bytes:
-                    raise EOFError(f"it ends in row {start + len(data) // max(row_bytes, 1)} of {shape[0]}")
+                    raise EOFError(f"it ends in row {start + len(data) // row_bytes} of {shape[0]}")
                 yield np.frombuffer(bytearray(data), dtype).reshape(size, *shape[1:])  # bytes would be read-only
             if stream.read(1):
                 raise EOFError("it goes on after its last row")
 
     def _header(self, stream: IO[bytes], key: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        shape, fortran, dtype = self._header_of(stream, key)
+        if (fortran and len(shape) > 1) or not shape:
+            raise DataError(f"{key} in {self.path} is a number or in Fortran order: save an array in C order")
+        return shape, dtype
+
+    def _header_of(self, stream: IO[bytes], key: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
         read: dict[tuple[int, int], Callable[..., tuple[tuple[int, ...], bool, np.dtype[Any]]]] = {
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
@@ -58,10 +70,13 @@ class NpzReader:
         version = np.lib.format.read_magic(stream)
         if version not in read:
             raise DataError(f"{key} in {self.path} is in npy format {version}: save it again with numpy.savez")
-        shape, fortran, dtype = read[version](stream)
-        if (fortran and len(shape) > 1) or not shape:
-            raise DataError(f"{key} in {self.path} is a number or in Fortran order: save an array in C order")
-        return shape, dtype
+        try:
+            shape, fortran, dtype = read[version](stream)
+        except Exception as error:  # numpy raises what it meets, from ValueError to SyntaxError and tokenize's errors
+            raise ValueError(f"its header can't be read: {error}") from error
+        if dtype.hasobject or any(type(size) is not int or size < 0 for size in shape):
+            raise DataError(f"{key} in {self.path} is {dtype} of shape {shape}: save an array of plain numbers")
+        return shape, fortran, dtype
 
     @contextlib.contextmanager
     def _reading(self, what: str) -> Iterator[None]:
@@ -73,7 +88,7 @@ class NpzReader:
             raise DataError(f"{self.path} holds no {what}, only {', '.join(self.keys) or 'nothing'}") from error
         except OSError as error:
             raise DataError(f"{self.path} can't be read: {error.strerror or error}") from error
-        except _DAMAGE as error:
+        except ZIP_DAMAGE as error:
             raise DataError(f"{self.path} is damaged or no npz ({what}: {error}): make or load it again") from error
 
 

@@ -17,6 +17,7 @@ from mpdit.extraction.classes import ClassMode, check_mode, classify
 from mpdit.extraction.listing import Found, ImageList
 from mpdit.extraction.names import IMAGE_SUFFIXES, is_hidden, is_image, is_label
 from mpdit.extraction.tars import list_tar
+from mpdit.zips import ZIP_DAMAGE, open_zip
 
 LABELS_NAME = "dataset.json"
 """EDM's file of labels: {"labels": [["00000/img00000000.png", 5], ...]}."""
@@ -146,7 +147,7 @@ def _list_archives(paths: Sequence[Path], found: Found) -> None:
 def _list_zip(path: Path, prefix: str, found: Found) -> None:
     found.open(str(path), "zip", path.stem)
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_zip(path) as archive:
             for member in archive.infolist():
                 name = member.filename.removeprefix("./")
                 if is_hidden(name):
@@ -164,7 +165,9 @@ def _list_zip(path: Path, prefix: str, found: Found) -> None:
                     found.add(prefix + name, folder, offset=offset, size=size, crc=member.CRC)
                 elif not is_label(name):
                     found.ignored.add(prefix + name, "is no image by its name")
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+    except DataError:
+        raise
+    except ZIP_DAMAGE as error:
         raise DataError(f"{path} can't be read as a zip ({error}): it is damaged; copy it again") from error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tarfile
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 from mpdit.errors import DataError
 from mpdit.extraction.classes import as_label
@@ -36,10 +36,13 @@ def _list_members(file: IO[bytes], path: Path, shown: str, start: int, end: int,
     inner: list[tarfile.TarInfo] = []
     file.seek(start)
     try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
+        bounded: Any = _Bounded(file, end)
+        with tarfile.open(fileobj=bounded, mode="r:") as archive:
             headers: list[tarfile.TarInfo] = archive.members  # type: ignore[attr-defined]
             while (member := archive.next()) is not None and member.offset < end:
                 headers.clear()  # or it keeps them all
+                if not 0 <= member.size <= end - member.offset_data:
+                    raise tarfile.ReadError(f"{member.name!r:.80} lies past its end")
                 name = member.name.removeprefix("./")
                 if is_hidden(name):
                     continue
@@ -61,7 +64,9 @@ def _list_members(file: IO[bytes], path: Path, shown: str, start: int, end: int,
                 else:
                     found.ignored.add(prefix + name, "is no image by its name")
             stopped = archive.offset
-    except tarfile.TarError as error:
+    except DataError:
+        raise
+    except (tarfile.TarError, ValueError, OverflowError) as error:
         raise DataError(f"{path} can't be read as a tar ({shown}: {error}): it is damaged; copy it again") from error
     _check_end(file, stopped, end, path)
     if labels:
@@ -70,6 +75,18 @@ def _list_members(file: IO[bytes], path: Path, shown: str, start: int, end: int,
         name = member.name.removeprefix("./")
         data = member.offset_data
         _list_members(file, path, name, data, data + member.size, f"{prefix}{name}/", found)
+
+
+class _Bounded:
+    """A file as tarfile reads it, which would ask for as many bytes as a damaged header says."""
+
+    def __init__(self, file: IO[bytes], end: int) -> None:
+        self._file, self._end = file, end
+        self.tell, self.seek = file.tell, file.seek
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._end - self._file.tell())
+        return self._file.read(left if size < 0 else min(size, left))
 
 
 def _check_end(file: IO[bytes], stopped: int, end: int, path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 import weakref
 import zipfile
 from pathlib import Path
@@ -20,6 +19,7 @@ from mpdit.data.manifest import Normalization
 from mpdit.data.records import crc32
 from mpdit.errors import DataError
 from mpdit.vae import SIGNED, UNIT, PixelRange
+from mpdit.zips import ZIP_DAMAGE, open_zip
 
 LABELS_NAME = "dataset.json"
 
@@ -107,18 +107,15 @@ class _Zip:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            with zipfile.ZipFile(path) as archive:
+            with open_zip(path) as archive:
                 members = sorted((os.fsencode(m.filename), m) for m in archive.infolist() if not m.is_dir())
-        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, struct.error) as error:
+        except (OSError, *ZIP_DAMAGE) as error:
             raise DataError(f"{path} can't be read as a zip ({error}): copy or write it again") from error
-        end = path.stat().st_size
-        if beyond := [m.filename for _, m in members if not 0 <= m.header_offset <= end - m.file_size]:
-            raise DataError(f"{path} ends before {beyond[0]} does: truncated or damaged; copy it again")
         compressed = [member.filename for _, member in members if member.compress_type != zipfile.ZIP_STORED]
         if compressed:
             raise DataError(f"{path}: {compressed[0]} is compressed: write the zip with stored members, as EDM2 does")
         self._names = np.array([name for name, _ in members] or [b""])
-        self._table = np.array([(m.header_offset, m.file_size, m.CRC) for _, m in members], np.int64).reshape(-1, 3)
+        self._table = np.array([(m.header_offset, m.compress_size, m.CRC) for _, m in members], np.int64).reshape(-1, 3)
         self._descriptors = [os.open(path, os.O_RDONLY | os.O_CLOEXEC)]
         self._closer = weakref.finalize(self, close_all, self._descriptors)
 

@@ -1,0 +1,261 @@
+"""Settings of a run, right and wrong: arguments, YAML and DeepSpeed's JSON are refused in one line, or make a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import fuzz_places
+import pytest
+from fuzzing import ARGUMENT, JSON, TEXT, Files, contents, damaged_json, folder_of, fuzzed, judge, mostly
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from mpdit.config import ModelConfig
+from mpdit.data.digits import build_digits
+from mpdit.presets import PRESETS
+from mpdit.training.config import TrainConfig
+from mpdit.training.dry_run import sections
+from mpdit.training.run import Run, prepare
+from mpdit.training.world import World
+
+KINDS = get_type_hints(TrainConfig)
+ZERO2 = json.loads((Path(__file__).parents[2] / "launch" / "zero2.json").read_text())
+DATA = st.sampled_from(
+    ["packed", "pairs", "edm2", "lightning/x", "nowhere", "digits", "file", "empty", "", "packed/manifest.json"]
+)
+SOURCES = st.sampled_from(
+    ["run", "run/ema/model.safetensors", "official/whole.pt", "official/bare.pt", "???", "file", "x", ""]
+)
+FOLDERS = st.sampled_from(["out", "new/deep", "full", "file", "file/x", "empty", "..", "", "/dev/null"])
+WHOLE = st.sampled_from(["0", "1", "2", "8", "64", "1000", "9223372036854775807", "9" * 25, "9" * 4300])
+NUMBERS = st.sampled_from(
+    ["0", "1", "0.5", "0.99", "-0.0", "64", "1e-3", "1e-320", "1e30", "1e308", "1e400", "nan", "-inf"]
+)
+OVERRIDES = st.builds(
+    "{}={}".format,
+    st.sampled_from([field.name for field in dataclasses.fields(ModelConfig)]) | TEXT,
+    st.sampled_from(
+        ["64", "0", "-4", "true", "null", '"a"', "[[4,1],[2,1]]", "[[4]]", "[[4,1],7]", '[{"patch":4}]', "NaN", "1e999"]
+    )
+    | WHOLE
+    | NUMBERS
+    | JSON.map(json.dumps)
+    | ARGUMENT,
+)
+
+
+def _files(**more: bytes) -> Files:
+    return {**fuzz_places.everything(), "zero2.json": json.dumps(ZERO2).encode(), **more}
+
+
+@functools.cache
+def _cache(tmp: str) -> None:
+    """The digits, prepared before any case is watched."""
+    build_digits(Path(tmp, "mpdit", "digits-2"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        with folder_of({"zero2.json": json.dumps(ZERO2).encode()}):
+            prepare(["--ds_config", "zero2.json"], World())
+        yield
+
+
+def _value(field: dataclasses.Field[Any]) -> st.SearchStrategy[str]:
+    """What may stand for a field: mostly of its kind."""
+    kind = KINDS[field.name]
+    special = {
+        "data": DATA,
+        "init_from": SOURCES,
+        "out": FOLDERS,
+        "override": OVERRIDES,
+        "model": st.sampled_from([*PRESETS]),
+    }
+    special |= {
+        "plan_gpu": st.sampled_from(["h100", "a100-40gb", "H100", "x"]),
+        "ds_config": st.sampled_from(["zero2.json", "file"]),
+    }
+    special |= {
+        "profile_steps": st.sampled_from(["1:2", "2:1", "0:0", "1:" + "9" * 5000]),
+        "resume": st.sampled_from(["never", "run"]),
+    }
+    if field.name in special:
+        return mostly(special[field.name], ARGUMENT)
+    if get_origin(kind) is Literal:
+        return mostly(st.sampled_from(get_args(kind)), ARGUMENT)
+    return mostly(NUMBERS if kind is float else WHOLE if kind is int else TEXT, ARGUMENT | NUMBERS)
+
+
+@st.composite
+def arguments(draw: st.DrawFn) -> list[str]:
+    """Arguments of launch/train.py for small data, most of them right."""
+    line = ["--ds_config", "zero2.json", "--data", draw(mostly(st.sampled_from(["digits", "packed", "pairs"]), DATA))]
+    if line[-1] != "digits":
+        line += ["--override", "input_size=8"]
+    for field in draw(st.lists(st.sampled_from(dataclasses.fields(TrainConfig)), max_size=4)):
+        option = "--" + draw(st.sampled_from([field.name, field.name.replace("_", "-")]))
+        if KINDS[field.name] is bool:
+            line.append(
+                draw(mostly(st.sampled_from([option, option.replace("--", "--no-", 1)]), st.just(f"{option}=1")))
+            )
+            continue
+        values = [draw(_value(field)) for _ in range(2 if field.name == "betas" else 1)]
+        line += [f"{option}={values[0]}"] if draw(st.booleans()) and len(values) == 1 else [option, *values]
+    if draw(st.integers(0, 9)) == 9:
+        at = draw(st.integers(0, len(line)))
+        line[at : at + draw(st.integers(0, 1))] = [draw(ARGUMENT)]
+    return line
+
+
+def _check(line: list[str], folder: Path, world: World) -> None:
+    """Prepared twice from the same arguments, the second time with the first's config.json there, it is one run."""
+    verdict = judge(lambda: _prepared(line, world), folder)
+    run = verdict.value
+    if run is None:
+        return
+    _sound(run)
+    if run.config.resume == "auto" and not run.config.dry_run and not run.out.exists():
+        run.out.mkdir(parents=True)
+        (run.out / "config.json").write_text(json.dumps(run.describe(), allow_nan=False))
+        again = judge(lambda: _prepared(line, world), folder)
+        assert again.refusal is None, again.refusal
+        assert json.dumps(again.value.describe()) == json.dumps(run.describe())
+
+
+def _prepared(line: list[str], world: World) -> Run | None:
+    try:
+        return prepare(line, world)
+    except SystemExit as leave:
+        if leave.code:
+            raise
+        return None  # --help
+
+
+def _sound(run: Run) -> None:
+    """What training would use is finite and in range."""
+    json.dumps(run.describe(), allow_nan=False)
+    config = run.config
+    rates = [config.learning_rate(step) for step in (0, config.warmup, config.steps - 1) if step < config.steps]
+    assert all(math.isfinite(rate) and rate >= 0 for rate in rates), rates
+    assert config.steps * config.global_batch < 2**63
+    assert run.plan.micro_batch * run.plan.world_size * config.accumulation == config.global_batch
+    assert run.ds["train_batch_size"] == config.global_batch
+    if config.out:
+        assert b"\0" not in os.fsencode(config.out)
+
+
+@contextmanager
+def _place(**more: bytes) -> Iterator[Path]:
+    with folder_of(_files(**more)) as folder:
+        yield folder
+
+
+@fuzzed(sample=60, nightly=1500)
+@given(line=arguments(), ranks=st.sampled_from([1, 1, 2, 3]))
+@example(line=["--ds_config", "zero2.json"], ranks=1)
+def test_arguments_are_refused_or_make_a_run(line: list[str], ranks: int) -> None:
+    with _place() as folder:
+        _check(line, folder, World(size=ranks, local_size=ranks))
+
+
+@st.composite
+def yaml_texts(draw: st.DrawFn) -> str:
+    """A settings file: mostly lines of fields and values of their kind."""
+    lines = []
+    for field in draw(st.lists(st.sampled_from(dataclasses.fields(TrainConfig)), max_size=5)):
+        name = draw(mostly(st.sampled_from([field.name, field.name.replace("_", "-")]), TEXT))
+        value = draw(_value(field))
+        written = draw(st.sampled_from(["plain", "plain", "quoted", "list", "json"]))
+        text = {"plain": value, "quoted": json.dumps(value), "list": f"[{value}, {value}]"}.get(written)
+        lines.append(f"{name}: {draw(JSON.map(json.dumps)) if text is None else text}")
+    if draw(st.integers(0, 4)) == 0:
+        lines.insert(draw(st.integers(0, len(lines))), draw(TEXT))
+    return "\n".join(lines) + draw(st.sampled_from(["", "\n", "\n---\n", "\n..."]))
+
+
+_BOMB = "override:\n  a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
+    f"  {b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+_LOOP = "override: {width: &a [*a]}"
+
+
+@fuzzed(sample=60, nightly=1500)
+@given(text=yaml_texts())
+@example(text=_BOMB)
+@example(text=_LOOP)
+@example(text='ds_config: "a\\0b"')
+@example(text='out: "a\\0b"')
+@example(text='out: "\\ud800"')
+@example(text="")
+@example(text="override: {width: 1e400}")
+def test_files_of_settings_are_refused_or_make_a_run(text: str) -> None:
+    with _place(**{"settings.yaml": text.encode("utf-8", "surrogatepass")}) as folder:
+        _check(["--config", "settings.yaml", "--ds_config", "zero2.json"], folder, World())
+        _check(["--config", "settings.yaml"], folder, World())
+
+
+DRY = {
+    **ZERO2,
+    **{
+        "steps_per_print": 10,
+        "log_level": "error",
+        "prescale_gradients": False,
+        "timers": {},
+        "bf16": {"enabled": False},
+    },
+    **{"torch_autocast": {"enabled": False, "dtype": "bfloat16"}, "flops_profiler": {"enabled": False}},
+}
+FULL = {
+    **DRY,
+    **{"train_batch_size": 64, "gradient_accumulation_steps": 2, "train_micro_batch_size_per_gpu": 32},
+    "gradient_clipping": 1.0,
+}
+
+
+@fuzzed(sample=60, nightly=1500)
+@given(text=mostly(damaged_json(FULL), TEXT))
+@example(text='{"zero_optimization": {"stage": 1}, "zero_optimization": {"stage": 2}}')
+@example(text='{"train_batch_size": 1' + "0" * 400 + "}")
+@example(text='{"zero_optimization": {"stage": 2, "x": 1e400}}')
+@example(text='{"zero_optimization": {"": Infinity}}')
+def test_deepspeeds_settings_are_refused_or_make_a_run(text: str) -> None:
+    with folder_of({"ds.json": text.encode("utf-8", "surrogatepass")}) as folder:
+        _check(["--ds_config", "ds.json"], folder, World())
+
+
+@fuzzed(sample=10, nightly=300)
+@given(text=mostly(damaged_json(DRY), st.just("{}")), line=arguments())
+@example(text=json.dumps(ZERO2), line=["--data", "packed", "--override", "input_size=8"])
+def test_dry_runs_are_refused_or_find_nothing_wrong(text: str, line: list[str]) -> None:
+    small = [*line, "--ds_config", "ds.json", "--global-batch", "8", "--accumulation", "1", "--dry-run"]
+    with folder_of({**fuzz_places.everything(), "ds.json": text.encode("utf-8", "surrogatepass")}) as folder:
+        verdict = judge(lambda: (run := _prepared(small, World())) and [*sections(run)], folder)
+        assert verdict.refusal is not None or verdict.value is None or "found nothing wrong" in verdict.value[-1]
+
+
+@fuzzed(sample=100, nightly=1500)
+@given(fields=st.dictionaries(st.sampled_from([*KINDS]), JSON, min_size=1, max_size=3))
+def test_fields_of_any_type_are_refused_or_fit(fields: dict[str, Any]) -> None:
+    with folder_of({}) as folder:
+        config = judge(lambda: TrainConfig.create(**fields), folder).value
+        assert config is None or not contents(folder)
+
+
+@fuzzed(sample=100, nightly=1500)
+@given(text=damaged_json(json.loads(json.dumps(PRESETS["MPDiT-Digits/4-2"].to_dict()))))
+def test_descriptions_of_models_are_refused_or_fit(text: str) -> None:
+    with folder_of({}) as folder:
+        fields = json.loads(text)
+        config = judge(lambda: ModelConfig.from_dict(fields), folder).value
+        if config is not None:
+            assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
