@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def start(ranks: int, steps: int, every: int) -> dict[str, Any]:
             "WORLD_SIZE": str(ranks),
             "LOCAL_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "29781",
+            "MASTER_PORT": str(_free_port()),
         }
         command = [sys.executable, __file__, "--result", f"{folder}/result.json"]
         given = ["--ds_config", str(REPOSITORY / "launch/zero2.json"), "--steps", str(steps), "--sample-every", "0"]
@@ -94,12 +95,21 @@ def start(ranks: int, steps: int, every: int) -> dict[str, Any]:
         return times
 
 
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port
+
+
 def report(times: dict[str, Any]) -> str:
     """The figures, in words."""
     steps = list(zip(times["done"], times["done"][1:], strict=False))[WARM_UP:]
+    first, last = steps[0][0], steps[-1][1]
+    saves = sum(first <= begin and end <= last for begin, end in times["spans"])  # the last one has no step beside it
     beside = [end - begin for begin, end in steps if any(a < end and begin < b for a, b in times["spans"])]
     alone = [end - begin for begin, end in steps if not any(a < end and begin < b for a, b in times["spans"])]
-    step, saves = statistics.median(alone), len(times["calls"])
+    step = statistics.median(alone)
     call, written = statistics.median(times["calls"]), statistics.median(b - a for a, b in times["spans"])
     # A step beside a save holds the call too: the span begins within it.
     added = (sum(beside) - step * len(beside)) / saves

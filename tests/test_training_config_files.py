@@ -113,7 +113,7 @@ def test_arguments_go_before_the_file(tmp_path: Path) -> None:
         ("lr: [1", "is not YAML: line"),
         ("lr: 1\n---\nlr: 2", "is not YAML"),
         ("? [a]\n: 1", "line 1 has a key that is no name"),
-        ("lr: &a [*a]", "is not YAML"),
+        ("lr: &a [*a]", r"line 1 has the alias \*a"),
         ("lr: !!python/object/apply:os.system ['touch pwned']", "lr is a list"),
         ("config: other.yaml", "unknown key 'config'"),
     ],
