@@ -126,6 +126,7 @@ def test_a_skipped_step_is_as_if_its_update_had_not_been(tmp_path: Path) -> None
             assert (line["loss"], line["grad_norm"]) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_every_rank_skips_the_same_steps_with_everything_sharded() -> None:
     run = start(new_folder("run"), *RUN, "--accumulation", "2", ranks=2, stage=3, script=SCRIPT)
     # DeepSpeed leaves the model in parts until its next forward pass where it skips a step itself.

@@ -24,8 +24,11 @@ def _interrupted(whole: Finished) -> Path:
     ("before", "after"),
     # ZeRO stage and ranks.
     [
-        *[((2, 2), (3, 2)), ((1, 1), (0, 2))],
-        *[pytest.param(*pair, marks=pytest.mark.slow) for pair in [((3, 2), (1, 1)), ((0, 2), (2, 3))]],
+        ((2, 2), (3, 2)),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in [((3, 2), (1, 1)), ((1, 1), (0, 2)), ((0, 2), (2, 3))]
+        ),
     ],
 )
 def test_other_ranks_and_stages_go_on_with_the_same_losses(before: tuple[int, int], after: tuple[int, int]) -> None:

@@ -71,7 +71,7 @@ def test_training_lowers_the_loss() -> None:
     assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_every_zero_stage_trains_the_same(stage: int) -> None:
     assert _relative(trained("--precision", "fp32", stage=stage, ranks=2), trained("--precision", "fp32")) < 1e-5
 
@@ -80,6 +80,7 @@ def test_two_ranks_train_as_one() -> None:
     assert _relative(trained("--precision", "fp32", ranks=2), trained("--precision", "fp32")) < 1e-5
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one_in_bf16_to_a_thousandth() -> None:
     # Weight gradients are bf16 products, rounded on each rank before the sum over ranks: a fp32 bound can't hold.
     one, two = (trained("--precision", "bf16", ranks=ranks) for ranks in (1, 2))
@@ -92,7 +93,7 @@ def test_accumulation_and_recomputation_change_nothing_but_rounding() -> None:
     assert _relative(split, trained("--precision", "fp32")) < 1e-5
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(stage: int) -> None:
     whole = trained("--precision", "fp32", stage=stage, ranks=2)
     # As if it had been killed between the checkpoint of step 10 and the end.
