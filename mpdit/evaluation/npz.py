@@ -75,7 +75,7 @@ class NpzReader:
         except Exception as error:  # numpy raises what it meets, from ValueError to SyntaxError and tokenize's errors
             raise ValueError(f"its header can't be read: {error}") from error
         if dtype.hasobject or any(type(size) is not int or size < 0 for size in shape):
-            raise DataError(f"{key} in {self.path} is {dtype} of shape {shape}: save an array of plain numbers")
+            raise ValueError(f"{dtype} of shape {shape} is no array of plain numbers")
         return shape, fortran, dtype
 
     @contextlib.contextmanager
