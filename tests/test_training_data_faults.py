@@ -282,6 +282,7 @@ def test_more_bad_records_than_allowed_over_both_ranks_stop_the_run(damaged: tup
     assert f"sample {entries[1]['sample']}" in run.errors[0]
 
 
+@pytest.mark.slow
 def test_a_forced_run_goes_on_from_the_checkpoints_step_and_position(damaged: tuple[Path, set[int]]) -> None:
     folder, _ = damaged
     whole = trained(*arguments_of(folder), "--bad-records", "3", ranks=2)
