@@ -16,6 +16,7 @@ import latent_formats as formats
 import numpy as np
 import pytest
 import torch
+from descriptors import open_below
 from safetensors.torch import load_file, save_file
 
 from mpdit.data import (
@@ -439,10 +440,10 @@ def test_packed_data_have_no_scale_and_may_get_other_constants(tmp_path: Path) -
 
 def test_closing_lets_go_of_files_and_threads(tmp_path: Path) -> None:
     paths = [CASES[form].write(tmp_path / str(number)) for number, form in enumerate(("edm2 zip", "lightningdit"))]
-    before = len(os.listdir("/proc/self/fd"))
+    assert open_below(tmp_path) == 0
     kept = [open_latents(path) for path in paths]
-    assert len(os.listdir("/proc/self/fd")) == before + 6
+    assert open_below(tmp_path) == 6
     kept[0].close()
-    assert len(os.listdir("/proc/self/fd")) == before + 5
+    assert open_below(tmp_path) == 5
     del kept
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_below(tmp_path) == 0

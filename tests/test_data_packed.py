@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from descriptors import open_below
 
 from mpdit import ModelConfig
 from mpdit.data import LatentSpec, Normalization, PackedLatents, PackedWriter, verify, write_packed
@@ -262,12 +263,12 @@ def test_checksum_is_zlibs_with_and_without_isal():
 
 
 def test_closing_lets_go_of_the_files(packed):
-    before = len(os.listdir("/proc/self/fd"))
+    assert open_below(packed) == 0
     dataset = PackedLatents.open(packed)
-    assert len(os.listdir("/proc/self/fd")) == before + 3
+    assert open_below(packed) == 3
     dataset.close()
     dataset.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_below(packed) == 0
     abandoned = PackedLatents.open(packed)
     del abandoned
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_below(packed) == 0
