@@ -1,5 +1,7 @@
 """Errors a user can mend. Entry points print their message on one line and exit with code 2."""
 
+import errno
+
 _LONGEST = 1000
 """Characters of a line that says what went wrong, however long what it quotes."""
 
@@ -32,6 +34,16 @@ class RecordError(DataError):
 
 class CheckpointError(UserError):
     """A checkpoint or weight file is missing, damaged or does not fit the run."""
+
+
+def of_system(error: OSError, place: object) -> str:
+    """What the system refused a run, where (`place`, if the error names no file), and how to go on from there."""
+    remedy = "mend it and repeat the command to go on from the newest checkpoint"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        remedy = "make room and repeat the command to go on from the newest checkpoint"
+    elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        remedy = "let it be written and repeat the command to go on from the newest checkpoint, or give another --out"
+    return f"{error.filename or place}: {error.strerror or error}: {remedy}"
 
 
 def one_line(message: object) -> str:

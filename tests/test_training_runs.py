@@ -142,4 +142,5 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     assert run.code == 2
     assert len(run.errors) == 1
     assert "2 steps in a row had to be skipped" in run.errors[0]
+    assert "lower --lr" in run.errors[0]
     assert not (run.out / "checkpoints" / "step-00000020").exists()

@@ -20,7 +20,6 @@ from mpdit.training import checkpoint, ema
 from mpdit.training.agreement import Agreement
 from mpdit.training.connect import connect, disconnect, extend_timeouts
 from mpdit.training.engine import Trainer, build_trainer, check_deepspeed
-from mpdit.training.fitting import what_fits
 from mpdit.training.guard import Guard
 from mpdit.training.metrics import MetricsLog, Stopwatch
 from mpdit.training.run import Run
@@ -41,7 +40,7 @@ def train(run: Run, stop: StopRequests) -> str:
     where DeepSpeed does (`deepspeed_config.complete`) and where something is logged, saved, drawn or profiled.
 
     Raises UserError for what the user can mend: a configuration DeepSpeed refuses, a checkpoint that doesn't fit, a
-    damaged record, a loss that is no longer finite, a GPU whose memory runs out.
+    damaged record, too many steps in a row that had to be skipped, a full disk, a GPU whose memory runs out.
     """
     config = run.config
     set_threads(run.world)
@@ -50,7 +49,7 @@ def train(run: Run, stop: StopRequests) -> str:
     with (
         _alone(run),
         Watchdog(config.hang_timeout, run.out / "hang", run.world.rank) as watchdog,
-        Profiler(config.profiling, run.out / "profile", run.world.rank, device, lambda: what_fits(run)) as profile,
+        Profiler(config.profiling, run.out / "profile", run.world.rank, device, lambda: _what_fits(run)) as profile,
     ):
         resumed = checkpoint.find(run)
         watchdog.alive("building the model", PATIENCE)
@@ -172,6 +171,12 @@ def _draw(run: Run, trainer: Trainer, profile: Profiler, step: int) -> None:
 
 def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
+
+
+def _what_fits(run: Run) -> str:
+    from mpdit.training.fitting import what_fits  # the planner, which few runs need
+
+    return what_fits(run)
 
 
 @contextlib.contextmanager

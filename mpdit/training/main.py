@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import os
 import re
@@ -11,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mpdit.errors import ConfigError, UserError, one_line
+from mpdit.errors import ConfigError, UserError, of_system, one_line
 from mpdit.training.output import steady_output
 from mpdit.training.stop import STOPPED, StopRequests
 from mpdit.training.world import World
@@ -23,9 +22,6 @@ BAD_INPUT, FAILED = 2, 1
 
 _GRACE_SECONDS = 6
 """Launchers look after their ranks every second and end them all when one has failed."""
-
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 _BROKEN = re.compile(
     r"connection (was )?(closed|reset|refused)|broken pipe|timed ?out|connectFullMesh|gloo|nccl|socket", re.IGNORECASE
@@ -110,18 +106,7 @@ def _train(run: Run, stop: StopRequests) -> str:
     except OSError as error:
         if error.errno is None or isinstance(error, ConnectionError | TimeoutError):
             raise
-        raise ConfigError(_told(error, run)) from error
-
-
-def _told(error: OSError, run: Run) -> str:
-    """What the system refused, where, and how to mend it."""
-    if error.errno in _FULL:
-        remedy = "make room and repeat the command to go on from the newest checkpoint"
-    elif error.errno in _FORBIDDEN:
-        remedy = "let it be written and repeat the command to go on from the newest checkpoint, or give another --out"
-    else:
-        remedy = "mend it and repeat the command to go on from the newest checkpoint"
-    return f"{error.filename or run.out}: {error.strerror or error}: {remedy}"
+        raise ConfigError(of_system(error, run.out)) from error
 
 
 def _lost(world: World, error: RuntimeError) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 import threading
 import traceback
@@ -14,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from mpdit.errors import CheckpointError, UserError
+from mpdit.errors import CheckpointError, UserError, of_system
 from mpdit.files import sync_to_disk
 from mpdit.training import checkpoint, ema
 from mpdit.training.checkpoint import Checkpoint
@@ -129,8 +128,6 @@ class Saver:
 
 
 def _told(error: Exception, place: Path) -> str:
-    what = f"{error.filename or place}: {error.strerror or error}" if isinstance(error, OSError) else str(error)
-    what = what if isinstance(error, OSError | UserError) else repr(error)
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    remedy = "make room" if full else "mend it"
-    return f"{what}; {remedy} and repeat the command, which continues from the newest committed checkpoint, if any"
+    if isinstance(error, OSError):
+        return of_system(error, place)
+    return str(error) if isinstance(error, UserError) else repr(error)

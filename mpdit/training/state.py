@@ -8,7 +8,7 @@ ranks of any number and stage take from it what they keep.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,6 @@ class Fragment:
     values: Mapping[str, Tensor]
     """fp32 [numel] by kind: views of the optimiser's memory, so that writing to them changes the run's state."""
 
-    @property
-    def numel(self) -> int:
-        return self.values["weight"].numel()
-
 
 def check_supported(ds: Mapping[str, Any]) -> None:
     """ConfigError for ways of keeping state that fragments can't be taken from: on NVMe, or in MiCS's subgroups."""
@@ -59,11 +55,14 @@ def fragments(engine: Any, optimizer: Optimizer) -> list[Fragment]:
 
 def optimizer_steps(optimizer: Optimizer) -> int:
     """The steps AdamW has counted, for its bias correction: those that were not skipped. Waits for the device."""
-    return max((int(state["step"]) for state in optimizer.state.values() if state), default=0)
+    counts = [state["step"] for state in optimizer.state.values() if state]
+    if not counts:
+        return 0
+    return int(torch.stack(counts).max()) if isinstance(counts[0], Tensor) else max(counts)
 
 
 def restore(engine: Any, optimizer: Optimizer, files: Mapping[Path, list[str]], optimizer_steps: int) -> None:
-    """Fill this rank's state from a checkpoint's shards, given with their keys as `shard_keys` names them.
+    """Fill this rank's state from a checkpoint's shards, given with the names that `shard` gave their tensors.
 
     All ranks must call it. Raises CheckpointError for a value that no shard holds.
     """
@@ -80,14 +79,14 @@ def restore(engine: Any, optimizer: Optimizer, files: Mapping[Path, list[str]], 
         _refresh(engine)
 
 
-def shard(fragments: list[Fragment], copy: Any) -> dict[str, Tensor]:
+def shard(fragments: list[Fragment], copy: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
     """The tensors of a shard file by key; `copy` takes key and values to memory that training leaves alone."""
-    return {
-        key: copy(key, values)
+    tensors = {
+        f"{kind}/{fragment.name}/{fragment.start}": values
         for fragment in fragments
         for kind, values in fragment.values.items()
-        for key in (f"{kind}/{fragment.name}/{fragment.start}",)
     }
+    return {key: copy(key, values) for key, values in tensors.items()}
 
 
 def read_average(files: Mapping[Path, list[str]], shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
