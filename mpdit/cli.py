@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from mpdit.commands import COMMANDS
 from mpdit.errors import UserError, one_line
+from mpdit.parser import Parser
 from mpdit.version import __version__
 
 _BAD_INPUT, _INTERRUPTED = 2, 130
@@ -65,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     """argparse whose errors are UserErrors that point to the help, instead of a page of usage."""
 
     def error(self, message: str) -> NoReturn:

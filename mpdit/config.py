@@ -16,6 +16,11 @@ TimeEmbedding = Literal["fno", "sinusoidal"]
 TransitionKind = Literal["linear", "conv_transpose", "linear_linear", "linear_mlp", "linear_conv"]
 Convention = Literal["mpdit", "sit"]
 
+MOST_CLASSES = 1_000_000
+_MOST_WIDTH, _MOST_LAYERS = 1 << 16, 1000
+_MOST = {"input_size": 1 << 11, "num_classes": MOST_CLASSES, "time_layers": _MOST_LAYERS}
+"""Far beyond any model there is. A damaged file must not ask for more memory, or hours, than a wrong one would."""
+
 
 @dataclass(frozen=True)
 class StageSpec:
@@ -62,7 +67,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", _as_stages(self.stages))
         for name in ("width", "heads", "input_size", "channels", "num_classes", "time_layers", "time_width"):
-            _positive(name, getattr(self, name))
+            _positive(name, getattr(self, name), _MOST.get(name, _MOST_WIDTH))
         for name in ("skip", "learn_sigma"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: give true or false")
@@ -75,9 +80,12 @@ class ModelConfig:
         if not self.stages:
             raise ConfigError("stages is empty: give at least one (patch, blocks), for example ((4, 6), (2, 6))")
         for index, stage in enumerate(self.stages):
-            _positive(f"stages[{index}].patch", stage.patch)
-            if not isinstance(stage.blocks, int) or isinstance(stage.blocks, bool) or stage.blocks < 0:
-                raise ConfigError(f"stages[{index}].blocks is {stage.blocks!r}: give a whole number >= 0")
+            _positive(f"stages[{index}].patch", stage.patch, _MOST["input_size"])
+            blocks = stage.blocks
+            if not isinstance(blocks, int) or isinstance(blocks, bool) or not 0 <= blocks <= _MOST_LAYERS:
+                raise ConfigError(
+                    f"stages[{index}].blocks is {blocks!r}: give a whole number >= 0, of at most {_MOST_LAYERS}"
+                )
         coarsest = self.stages[0].patch
         if self.input_size % coarsest:
             raise ConfigError(
@@ -102,10 +110,10 @@ class ModelConfig:
         if self.time_embedding == "fno" and self.time_layers < 2:
             raise ConfigError(f"time_layers is {self.time_layers}: the FNO time embedding needs at least 2 layers")
         if self.class_conditioning == "tokens":
-            _positive("class_tokens", self.class_tokens)
+            _positive("class_tokens", self.class_tokens, _MOST_LAYERS)
         ratio = self.mlp_ratio
         number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
-        if not number or not 0 < ratio < math.inf or (self.width * ratio) % 1:
+        if not number or not 0 < ratio <= _MOST_LAYERS or (self.width * ratio) % 1:
             raise ConfigError(
                 f"mlp_ratio is {ratio!r}: give a number above 0 whose product with width {self.width} is whole"
             )
@@ -171,9 +179,11 @@ def _as_stages(stages: Any) -> tuple[StageSpec, ...]:
         raise ConfigError(f"stages is {stages!r}: give (patch, blocks) pairs, for example ((4, 6), (2, 6))") from error
 
 
-def _positive(name: str, value: Any) -> None:
+def _positive(name: str, value: Any, most: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{name} is {value!r}: give a whole number of at least 1")
+    if value > most:
+        raise ConfigError(f"{name} is {value!r}: give at most {most}")
 
 
 def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -42,9 +42,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     with path.open("wb", buffering=0) as file:
         _write(file.fileno(), digest, memoryview(struct.pack("<Q", len(text)) + text))
         for tensor in tensors.values():
-            _write(file.fileno(), digest, tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            _write(file.fileno(), digest, _bytes(tensor))
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256, in hex, of the names, dtypes, shapes and values of CPU tensors, in whatever order they come."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _write(descriptor: int, digest: hashlib._Hash, data: memoryview) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,6 +21,8 @@ SIGNED: PixelRange = (-1.0, 1.0)
 UNIT: PixelRange = (0.0, 1.0)
 """Pixels as EDM2 encodes them; REPA, whose files are the same, encodes them as SIGNED."""
 
+LARGEST_PIXEL = 1e6
+"""What black and white stay below; a larger one is damage."""
 DECODER_KIND = "diffusers_vae"
 _RGB = 3
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -154,10 +155,10 @@ def pixel_range_of(data: Mapping[str, Any]) -> PixelRange:
     """The pixel range that latents were encoded with, from the "data" entry of weights; -1..1 where none is named."""
     decoder = data.get("decoder")
     given = decoder.get("range") if isinstance(decoder, Mapping) else None
-    if not isinstance(given, list | tuple) or len(given) != 2:
+    if not isinstance(given, list | tuple) or [type(value) in (int, float) for value in given] != [True, True]:
         return SIGNED
-    low, high = (float(value) for value in given)
-    return (low, high) if math.isfinite(low) and math.isfinite(high) and low < high else SIGNED
+    low, high = given
+    return (float(low), float(high)) if -LARGEST_PIXEL < low < high < LARGEST_PIXEL else SIGNED
 
 
 def _check_folder(path: Path, name: str) -> None:

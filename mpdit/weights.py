@@ -7,13 +7,12 @@ import json
 import os
 import re
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,9 +20,11 @@ from mpdit.config import ModelConfig
 from mpdit.errors import CheckpointError, ConfigError
 from mpdit.files import sync_to_disk
 from mpdit.model import MPDiT
-from mpdit.tensor_file import write_tensors
+from mpdit.tensor_file import digest_of, write_tensors
+from mpdit.zips import find_damaged, is_zip
 
 FORMAT = "mpdit-weights-1"
+_LARGEST = 1e30  # of constants of latents; what is larger is damaged
 
 
 def save_weights(
@@ -43,7 +44,7 @@ def save_weights(
     description = describe(config, metadata)
     weights_tmp, config_tmp = folder / ".model.safetensors.tmp", folder / ".config.json.tmp"
     try:
-        write_tensors(weights_tmp, tensors, {"format": "pt"})
+        write_tensors(weights_tmp, tensors, {"format": "pt", "sha256": digest_of(tensors)})
     except OSError as error:
         weights_tmp.unlink(missing_ok=True)
         raise CheckpointError(f"{folder / 'model.safetensors'} can't be written: {error.strerror}") from error
@@ -64,9 +65,10 @@ def parse_description(description: Any, where: str | Path) -> tuple[ModelConfig,
         raise CheckpointError(f'{where} is not a description of mpdit weights: expected "format": "{FORMAT}"')
     if not isinstance(description.get("model"), dict):
         raise CheckpointError(f'{where} lacks the model\'s configuration under "model"')
-    _check_data(where, description.get("data", {}))
+    config = ModelConfig.from_dict(description["model"])
+    _check_metadata(where, description, config.channels)
     metadata = {name: value for name, value in description.items() if name not in ("format", "model")}
-    return ModelConfig.from_dict(description["model"]), metadata
+    return config, metadata
 
 
 def check_flow(metadata: Mapping[str, Any]) -> None:
@@ -78,9 +80,15 @@ def check_flow(metadata: Mapping[str, Any]) -> None:
         )
 
 
-def check_finite(tensors: Mapping[str, Tensor], where: str | Path) -> None:
-    """CheckpointError, naming `where` and the first such tensor, if one holds NaN or infinity."""
+def check_values(tensors: Mapping[str, Tensor], where: str | Path) -> None:
+    """CheckpointError, naming `where` and the first such tensor, unless all are plain, real and finite."""
     for name, value in tensors.items():
+        plain = value.layout == torch.strided and not value.is_quantized and not value.is_meta
+        # A view that repeats its values may claim to be of any size.
+        if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise CheckpointError(f"{where} holds {name} as a view or a tensor of another layout: save plain tensors")
+        if not value.is_floating_point():
+            raise CheckpointError(f"{where} holds {name} of {value.dtype}: weights are floating-point numbers")
         if not value.sum().isfinite() and not value.isfinite().all():  # a sum is quicker, but may overflow
             raise CheckpointError(f"{where} holds NaN or infinity in {name}: give weights of a sound run")
 
@@ -93,11 +101,16 @@ def load_tensors(path: str | Path) -> Any:
     they advise to unpickle whatever it is.
     """
     try:
+        zipped = is_zip(path)
+        if zipped and (damaged := find_damaged(path)):  # torch compares no checksums
+            raise CheckpointError(f"{path} is damaged: {damaged} does not have its CRC-32; copy or save it again")
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # that is no news
-            return torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            warnings.simplefilter("ignore")  # whatever torch finds odd: it is read, or refused below
+            return torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=zipped)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
+    except CheckpointError:
+        raise
     except Exception as error:  # an unpickler that is fed foreign bytes raises almost anything
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
@@ -121,11 +134,13 @@ def load_weights(path: str | Path) -> tuple[MPDiT, dict[str, Any]]:
     config, metadata = parse_description(_read_json(folder / "config.json"), folder / "config.json")
     weights = folder / "model.safetensors"
     try:
+        with safe_open(weights, "pt") as file:
+            stated = (file.metadata() or {}).get("sha256")
         tensors = load_file(weights)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{weights} can't be read as safetensors: {error}; export the weights again") from error
-    model = MPDiT(config)
-    expected = {name: value.shape for name, value in model.state_dict().items()}
+    with torch.device("meta"):  # before memory is asked for, whatever config.json says
+        expected = {name: value.shape for name, value in MPDiT(config).state_dict().items()}
     found = {name: value.shape for name, value in tensors.items()}
     if expected != found:
         name = min(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
@@ -133,7 +148,10 @@ def load_weights(path: str | Path) -> tuple[MPDiT, dict[str, Any]]:
             f"{weights} does not fit {folder / 'config.json'}: {name} has shape "
             f"{_shape(found.get(name))}, expected {_shape(expected.get(name))}"
         )
-    check_finite(tensors, weights)
+    if stated not in (None, digest_of(tensors)):  # files that others wrote state none
+        raise CheckpointError(f"{weights} does not match the SHA-256 in its header: it was altered; export it again")
+    check_values(tensors, weights)
+    model = MPDiT(config)
     model.load_state_dict(tensors)
     return model.eval(), metadata
 
@@ -156,18 +174,32 @@ def weights_folder(path: Path) -> Path:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} can't be read as JSON: {error}") from error
 
 
-def _check_data(where: str | Path, data: Any) -> None:
-    """What samples are decoded by must have the form that `save_weights` was given."""
-    normalization = data.get("normalization", {}) if isinstance(data, dict) else None
-    lists = normalization.values() if isinstance(normalization, dict) else (None,)
-    numbers = all(isinstance(x, list) and all(isinstance(value, int | float) for value in x) for x in lists)
-    if not numbers or (normalization and normalization.keys() != {"mean", "std"}):
-        raise CheckpointError(f'{where} has no valid "data": expected an object with "normalization" {{"mean", "std"}}')
+def _check_metadata(where: str | Path, description: Mapping[str, Any], channels: int) -> None:
+    """What samples are decoded by, and where weights come from, must have the form that `save_weights` was given."""
+    if not isinstance(description.get("training") or {}, dict):
+        raise CheckpointError(f'{where} has no valid "training": expected an object')
+    data = description.get("data", {})
+    valid = isinstance(data, dict) and isinstance(data.get("decoder") or {}, dict)
+    if valid and (normalization := data.get("normalization", {})) != {}:
+        valid = isinstance(normalization, dict) and normalization.keys() == {"mean", "std"}
+        valid = valid and all(_numbers(values, channels) for values in normalization.values())
+        valid = valid and min(normalization["std"]) > 0
+    if not valid:
+        raise CheckpointError(
+            f'{where} has no valid "data": expected an object with "normalization" {{"mean", "std"}}, finite numbers '
+            f"of {channels} channels each, std above 0"
+        )
+
+
+def _numbers(values: Any, count: int) -> bool:
+    """Whether these are so many finite numbers."""
+    kinds = isinstance(values, list) and all(type(value) in (int, float) for value in values)
+    return kinds and len(values) == count and all(abs(value) < _LARGEST for value in values)
 
 
 def _shape(shape: torch.Size | None) -> str:

@@ -8,19 +8,55 @@ import zipfile
 import zlib
 from pathlib import Path
 
+try:
+    from isal.isal_zlib import crc32  # several times faster than zlib's
+except ImportError:
+    from zlib import crc32
+
+_LOCAL_HEADER_BYTES = 30  # of a member, before its name: PKWARE's APPNOTE 4.3.7
+_MOST_DEFLATED = 1032  # times its size is what deflate can stand for
+_PIECE = 1 << 22
+
 ZIP_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError, struct.error)
 """What zipfile raises for damaged files, beside OSError; RuntimeError for encrypted ones."""
 
 
+def is_zip(path: str | Path) -> bool:
+    """Whether the file says that it is a zip, however damaged. Raises OSError."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # raised for some ends of a zip and not for others
+        return True
+
+
 def open_zip(path: str | Path) -> zipfile.ZipFile:
-    """A zip to read. One of ZIP_DAMAGE when it is none, or when a member would lie outside of it.
+    """A zip to read. One of ZIP_DAMAGE when it is none, or when a member lies outside or can't be so large.
 
     zipfile itself asks for as much memory as the table says.
     """
     archive = zipfile.ZipFile(path)
     end = os.path.getsize(path)
     for member in archive.infolist():
-        if not 0 <= member.header_offset <= end - member.compress_size:
+        inside = 0 <= member.header_offset <= end - member.compress_size
+        if not inside or member.file_size > _MOST_DEFLATED * (member.compress_size + 1):
             archive.close()
-            raise zipfile.BadZipFile(f"{member.filename} lies past the end of the file")
+            raise zipfile.BadZipFile(f"{member.filename} lies past the end of the file, or says it is too large")
     return archive
+
+
+def find_damaged(path: str | Path) -> str | None:
+    """The first member of a zip of stored members whose bytes don't have their CRC-32; None when all have.
+
+    As zipfile's testzip, at the speed of the disk instead of zlib's. Raises as `open_zip`, and OSError.
+    """
+    with open_zip(path) as archive, open(path, "rb") as file:
+        for member in archive.infolist():
+            file.seek(member.header_offset)
+            header = file.read(_LOCAL_HEADER_BYTES)
+            file.seek(sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28)), os.SEEK_CUR)
+            found, left = 0, member.compress_size
+            while left and (piece := file.read(min(left, _PIECE))):
+                found, left = crc32(piece, found), left - len(piece)
+            if left or member.compress_type != zipfile.ZIP_STORED or found != member.CRC:
+                return member.filename
+    return None

@@ -247,8 +247,8 @@ def test_npz_of_another_length_than_its_header_says(tmp_path: Path, claimed: int
     np.lib.format.write_array_header_1_0(stream, header)
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
         archive.writestr("arr_0.npy", stream.getvalue() + pictures(7).tobytes())
-    with pytest.raises(DataError, match="goes on after" if claimed == 6 else "ends in row"):
-        read(open_images(tmp_path / "x.npz"))
+    with pytest.raises(DataError, match="too few or too many bytes"):
+        open_images(tmp_path / "x.npz")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "\xff"])

@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpdit.config import ModelConfig
+from mpdit.config import MOST_CLASSES, ModelConfig
 from mpdit.data.records import INDEX_DTYPE, VALUE_DTYPE
 from mpdit.errors import DataError
+from mpdit.vae import LARGEST_PIXEL
 
 FORMAT = "mpdit-latents"
 VERSION = 2
@@ -32,8 +33,6 @@ INDEX_NAME = "index.bin"
 PARTS_NAME = ".parts"
 JOB_NAME = "job.json"
 """Of the folder in which an extraction keeps what is not yet put together, and of its note on the job."""
-MOST_CLASSES = 1_000_000
-"""Each has a name and a row in the model's table, so that a damaged label must not ask for more."""
 ORIGINAL = ("original",)
 ORIGINAL_AND_FLIPPED = ("original", "flipped")
 
@@ -150,7 +149,8 @@ class DatasetInfo(LatentSpec):
         stated = self.decoder.get("range")
         if not isinstance(stated, list | tuple) or [type(value) in (int, float) for value in stated] != [True, True]:
             return None
-        return float(stated[0]), float(stated[1])
+        low, high = stated
+        return (float(low), float(high)) if all(abs(value) < LARGEST_PIXEL for value in stated) else None
 
     def describe_source(self) -> str:
         """In one line: where the latents come from, the factor they were divided by, and the encoder's pixels."""

@@ -27,13 +27,13 @@ class NpzReader:
 
     def header(self, key: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
         """Shape and dtype of an array of at least one dimension in C order; DataError for one in Fortran order."""
-        with self._reading(key), open_zip(self.path) as archive, archive.open(f"{key}.npy") as stream:
-            return self._header(stream, key)
+        with self._reading(key), self._member(key) as (stream, size):
+            return self._header(stream, size, key)
 
     def array(self, key: str) -> NDArray[Any]:
         """A whole array; never unpickles."""
-        with self._reading(key), open_zip(self.path) as archive, archive.open(f"{key}.npy") as stream:
-            shape, fortran, dtype = self._header_of(stream, key)
+        with self._reading(key), self._member(key) as (stream, size):
+            shape, fortran, dtype = self._header_of(stream, size, key)
             # Not by numpy, which asks for as much memory as the header says.
             data = stream.read(math.prod(shape) * dtype.itemsize)
             if len(data) != math.prod(shape) * dtype.itemsize or stream.read(1):
@@ -42,27 +42,27 @@ class NpzReader:
 
     def rows(self, key: str, count: int) -> Iterator[NDArray[Any]]:
         """The array's rows in order, `count` at a time and the rest last; the zip's checksum is compared at the end."""
-        with self._reading(key), open_zip(self.path) as archive, archive.open(f"{key}.npy") as stream:
-            shape, dtype = self._header(stream, key)
+        with self._reading(key), self._member(key) as (stream, size):
+            shape, dtype = self._header(stream, size, key)
             row_bytes = dtype.itemsize * math.prod(shape[1:])
             if not row_bytes:
                 raise ValueError("its rows hold nothing")
             for start in range(0, shape[0], count):
-                size = min(count, shape[0] - start)
-                data = stream.read(size * row_bytes)
-                if len(data) != size * row_bytes:
+                rows = min(count, shape[0] - start)
+                data = stream.read(rows * row_bytes)
+                if len(data) != rows * row_bytes:
                     raise EOFError(f"it ends in row {start + len(data) // row_bytes} of {shape[0]}")
-                yield np.frombuffer(bytearray(data), dtype).reshape(size, *shape[1:])  # bytes would be read-only
+                yield np.frombuffer(bytearray(data), dtype).reshape(rows, *shape[1:])  # bytes would be read-only
             if stream.read(1):
                 raise EOFError("it goes on after its last row")
 
-    def _header(self, stream: IO[bytes], key: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        shape, fortran, dtype = self._header_of(stream, key)
+    def _header(self, stream: IO[bytes], size: int, key: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        shape, fortran, dtype = self._header_of(stream, size, key)
         if (fortran and len(shape) > 1) or not shape:
             raise DataError(f"{key} in {self.path} is a number or in Fortran order: save an array in C order")
         return shape, dtype
 
-    def _header_of(self, stream: IO[bytes], key: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    def _header_of(self, stream: IO[bytes], size: int, key: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
         read: dict[tuple[int, int], Callable[..., tuple[tuple[int, ...], bool, np.dtype[Any]]]] = {
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
@@ -74,9 +74,17 @@ class NpzReader:
             shape, fortran, dtype = read[version](stream)
         except Exception as error:  # numpy raises what it meets, from ValueError to SyntaxError and tokenize's errors
             raise ValueError(f"its header can't be read: {error}") from error
-        if dtype.hasobject or any(type(size) is not int or size < 0 for size in shape):
+        if dtype.hasobject or any(type(side) is not int or side < 0 for side in shape):
             raise ValueError(f"{dtype} of shape {shape} is no array of plain numbers")
+        if stream.tell() + math.prod(shape) * dtype.itemsize != size:
+            raise EOFError(f"its shape is {shape}, and it has too few or too many bytes")
         return shape, fortran, dtype
+
+    @contextlib.contextmanager
+    def _member(self, key: str) -> Iterator[tuple[IO[bytes], int]]:
+        """An array's .npy file and its size."""
+        with open_zip(self.path) as archive, archive.open(f"{key}.npy") as stream:
+            yield stream, archive.getinfo(f"{key}.npy").file_size
 
     @contextlib.contextmanager
     def _reading(self, what: str) -> Iterator[None]:

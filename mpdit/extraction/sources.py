@@ -6,7 +6,6 @@ import json
 import os
 import stat
 import sys
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from mpdit.extraction.classes import ClassMode, check_mode, classify
 from mpdit.extraction.listing import Found, ImageList
 from mpdit.extraction.names import IMAGE_SUFFIXES, is_hidden, is_image, is_label
 from mpdit.extraction.tars import list_tar
-from mpdit.zips import ZIP_DAMAGE, open_zip
+from mpdit.zips import ZIP_DAMAGE, is_zip, open_zip
 
 LABELS_NAME = "dataset.json"
 """EDM's file of labels: {"labels": [["00000/img00000000.png", 5], ...]}."""
@@ -132,7 +131,7 @@ def _list_archives(paths: Sequence[Path], found: Found) -> None:
                 f"{path} is compressed as a whole, so that no image in it can be read by itself: decompress it first"
             )
         try:
-            if path.suffix.lower() == ".zip" or (path.suffix.lower() != ".tar" and zipfile.is_zipfile(path)):
+            if path.suffix.lower() == ".zip" or (path.suffix.lower() != ".tar" and is_zip(path)):
                 _list_zip(path, prefix, found)
             elif path.suffix.lower() == ".tar":
                 list_tar(path, prefix, found)

@@ -18,7 +18,7 @@ from mpdit.config import Convention, ModelConfig, StageSpec
 from mpdit.errors import CheckpointError
 from mpdit.model.embed import sincos_position
 from mpdit.model.mpdit import MPDiT
-from mpdit.weights import check_finite
+from mpdit.weights import check_values
 
 _PREFIXES = ("module.", "_orig_mod.")
 _POSITIONS = re.compile(r"pos_embed(_downsampled|_lvl\d+)?")
@@ -46,7 +46,7 @@ def from_official(state_dict: Mapping[str, Tensor], num_heads: int, convention: 
         CheckpointError: a tensor is missing, unknown, not finite or of a shape that fits no model.
     """
     tensors = _strip_prefixes(state_dict)
-    check_finite(tensors, "state dict")
+    check_values(tensors, "state dict")
     config = _infer_config(tensors, num_heads, convention)
     model = MPDiT(config)
     names = official_names(config)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from mpdit.errors import ConfigError
+from mpdit.parser import Parser
 from mpdit.training.config import TrainConfig
 from mpdit.training.config_file import read_config_file
 
@@ -23,7 +24,7 @@ _METAVARS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; --help explains every argument")
 

@@ -142,7 +142,11 @@ def command_lines(draw: st.DrawFn) -> list[str]:
     for action in draw(st.lists(st.sampled_from(options), max_size=2)):
         line.append(draw(st.sampled_from(action.option_strings)))
         count = action.nargs if isinstance(action.nargs, int) else 1 if action.nargs in (None, "?") else 2
-        line += [draw(_values(action)) for _ in range(count)]
+        values = [draw(_values(action)) for _ in range(count)]
+        if count == 1 and draw(st.booleans()):
+            line[-1] += f"={values[0]}"
+        else:
+            line += values
     for _ in range(draw(st.sampled_from([0, 0, 1, 1, 1, 2]))):
         at = draw(st.integers(1, len(line)))
         change = draw(st.sampled_from(["place", "place", "argument", "number", "insert", "remove", "again"]))
@@ -152,9 +156,14 @@ def command_lines(draw: st.DrawFn) -> list[str]:
     return [*line, "--inception", "file"] if line[0] == "evaluate" else line
 
 
-@fuzzed(sample=40, nightly=1500)
+@fuzzed(sample=20, nightly=1500)
 @given(line=command_lines())
-@example(line=["verify", "packed"])
+@example(line=["convert", "packed", "\udcff"])
+@example(line=["report", "results.json", "--update", "zip/latents.zip"])
+@example(line=["sample", "run", "--out", "new", "--steps", "4611686018427387904"])
+@example(line=["verify", "pairs", "--num-classes", "4611686018427387904"])
+@example(line=["sample", "run", "--out=--"])
+@example(line=["verify", "\x1b[31m" + 5000 * "x"])
 def test_every_command_line_is_refused_or_works(line: list[str]) -> None:
     with folder_of(fuzz_places.everything()) as folder:
         before = contents(folder)

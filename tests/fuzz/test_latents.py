@@ -55,7 +55,7 @@ def _check_packed(files: Files) -> None:
             raise AssertionError(f"verified, but {read.refusal}")
 
 
-@fuzzed(sample=60, nightly=1500)
+@fuzzed(sample=30, nightly=1500)
 @given(changes=edits(fuzz_places.packed()))
 @example(changes=[Edit("copy", "shard-00000.bin", other="shard-00001.bin")])
 def test_damaged_packed_latents_are_refused_or_the_same(changes: list[Edit]) -> None:
@@ -65,8 +65,11 @@ def test_damaged_packed_latents_are_refused_or_the_same(changes: list[Edit]) -> 
 MANIFEST = json.loads(fuzz_places.packed()[MANIFEST_NAME] or b"")
 
 
-@fuzzed(sample=100, nightly=1500)
+@fuzzed(sample=50, nightly=1500)
 @given(text=damaged_json(MANIFEST))
+@example(text=json.dumps(MANIFEST | {"height": 4, "width": 16}))
+@example(text=json.dumps(MANIFEST | {"num_classes": 10**12, "class_names": []}))
+@example(text=json.dumps(MANIFEST).replace('"mean": [0.', '"mean": [1.', 1))
 def test_damaged_manifests_are_refused_or_of_the_same_data(text: str) -> None:
     _check_packed({**fuzz_places.packed(), MANIFEST_NAME: text.encode("utf-8", "surrogatepass")})
 
@@ -120,13 +123,13 @@ def _check(files: Files, place: str, plain: Any) -> None:
             assert record[:, : wanted.shape[1]].tobytes() == wanted.tobytes()
 
 
-@fuzzed(sample=40, nightly=800)
+@fuzzed(sample=20, nightly=800)
 @given(changes=edits(fuzz_places.pairs()))
 def test_damaged_npy_pairs_are_refused_or_what_the_files_say(changes: list[Edit]) -> None:
     _check(edited(fuzz_places.pairs(), changes), ".", _pairs)
 
 
-@fuzzed(sample=40, nightly=800)
+@fuzzed(sample=20, nightly=800)
 @given(changes=edits(fuzz_places.edm2()))
 def test_damaged_edm2_latents_are_refused_or_what_the_files_say(changes: list[Edit]) -> None:
     _check(edited(fuzz_places.edm2(), changes), ".", _edm2)
@@ -135,22 +138,24 @@ def test_damaged_edm2_latents_are_refused_or_what_the_files_say(changes: list[Ed
 LISTING = json.loads(fuzz_places.edm2()["dataset.json"] or b"")
 
 
-@fuzzed(sample=40, nightly=800)
+@fuzzed(sample=20, nightly=800)
 @given(text=damaged_json(LISTING))
 def test_damaged_lists_of_labels_are_refused_or_what_they_say(text: str) -> None:
     files = {**fuzz_places.edm2(), "dataset.json": text.encode("utf-8", "surrogatepass")}
     _check(files, ".", _edm2)
 
 
-@fuzzed(sample=40, nightly=800)
+@fuzzed(sample=20, nightly=800)
 @given(changes=edits(fuzz_places.edm2_zip()))
 @example(changes=[Edit("flip", "latents.zip", 14109, b"\0\x08"), Edit("flip", "latents.zip", 14147, b"\x80")])
 def test_damaged_zips_are_refused_or_what_they_say(changes: list[Edit]) -> None:
     _check(edited(fuzz_places.edm2_zip(), changes), "latents.zip", _edm2_zip)
 
 
-@fuzzed(sample=40, nightly=800)
+@fuzzed(sample=20, nightly=800)
 @given(changes=edits(fuzz_places.lightningdit()))
+@example(changes=[Edit("flip", "x/latents_stats.pt", 25, b"\0\x13")])
+@example(changes=[Edit("insert", "x/latents_rank00_shard001.safetensors", 269, b"\0\0\0\1")])
 def test_damaged_safetensors_are_refused_or_what_they_say(changes: list[Edit]) -> None:
     _check(edited(fuzz_places.lightningdit(), changes), "x", _lightningdit)
 
@@ -161,7 +166,7 @@ HEADER = {
 }
 
 
-@fuzzed(sample=60, nightly=1000)
+@fuzzed(sample=30, nightly=1000)
 @given(text=damaged_json(HEADER), statistics=st.booleans())
 def test_damaged_headers_of_safetensors_are_refused_or_what_they_say(text: str, statistics: bool) -> None:
     header = text.encode("utf-8", "surrogatepass")
@@ -175,7 +180,7 @@ def test_damaged_headers_of_safetensors_are_refused_or_what_they_say(text: str, 
 NPY = {"descr": "<f4", "fortran_order": False, "shape": (1, 4, 8, 8)}
 
 
-@fuzzed(sample=60, nightly=1000)
+@fuzzed(sample=30, nightly=1000)
 @given(
     shape=st.lists(
         st.sampled_from([0, 1, 2, 4, 8, 16, 64, -1, 2**31, 2**40, 2**63, 10**30, True, 1.0, "x", None]), max_size=6

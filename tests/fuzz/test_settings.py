@@ -160,9 +160,15 @@ def _place(**more: bytes) -> Iterator[Path]:
         yield folder
 
 
-@fuzzed(sample=60, nightly=1500)
+@fuzzed(sample=30, nightly=1500)
 @given(line=arguments(), ranks=st.sampled_from([1, 1, 2, 3]))
-@example(line=["--ds_config", "zero2.json"], ranks=1)
+@example(line=["--ds_config", "zero2.json", "--profile", "torch", "--profile-steps", "1:" + "9" * 5000], ranks=1)
+@example(line=["--ds_config", "zero2.json", "--data", "9" * 5000], ranks=1)
+@example(line=["--ds_config", "zero2.json", "--steps", "9223372036854775807"], ranks=1)
+@example(line=["--ds_config", "zero2.json", "--lr", "1e308"], ranks=1)
+@example(line=["--ds_config", "zero2.json", "--override", "stages=" + "[" * 3000], ranks=1)
+@example(line=["--ds_config", "zero2.json", "--override", "width=" + "9" * 5000], ranks=1)
+@example(line=["--ds_config", "zero2.json", "--override", "stages=[[4,1000000000]]"], ranks=1)
 def test_arguments_are_refused_or_make_a_run(line: list[str], ranks: int) -> None:
     with _place() as folder:
         _check(line, folder, World(size=ranks, local_size=ranks))
@@ -189,7 +195,7 @@ _BOMB = "override:\n  a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
 _LOOP = "override: {width: &a [*a]}"
 
 
-@fuzzed(sample=60, nightly=1500)
+@fuzzed(sample=30, nightly=1500)
 @given(text=yaml_texts())
 @example(text=_BOMB)
 @example(text=_LOOP)
@@ -197,6 +203,7 @@ _LOOP = "override: {width: &a [*a]}"
 @example(text='out: "a\\0b"')
 @example(text='out: "\\ud800"')
 @example(text="")
+@example(text="ds_config: --")
 @example(text="override: {width: 1e400}")
 def test_files_of_settings_are_refused_or_make_a_run(text: str) -> None:
     with _place(**{"settings.yaml": text.encode("utf-8", "surrogatepass")}) as folder:
@@ -222,7 +229,7 @@ FULL = {
 }
 
 
-@fuzzed(sample=60, nightly=1500)
+@fuzzed(sample=30, nightly=1500)
 @given(text=mostly(damaged_json(FULL), TEXT))
 @example(text='{"zero_optimization": {"stage": 1}, "zero_optimization": {"stage": 2}}')
 @example(text='{"train_batch_size": 1' + "0" * 400 + "}")
@@ -243,7 +250,10 @@ def test_dry_runs_are_refused_or_find_nothing_wrong(text: str, line: list[str]) 
         assert verdict.refusal is not None or verdict.value is None or "found nothing wrong" in verdict.value[-1]
 
 
-@fuzzed(sample=100, nightly=1500)
+@fuzzed(sample=50, nightly=1500)
+@example(fields={"global_batch": 10**400})
+@example(fields={"logit_std": 10**400})
+@example(fields={"out": ["a"]})
 @given(fields=st.dictionaries(st.sampled_from([*KINDS]), JSON, min_size=1, max_size=3))
 def test_fields_of_any_type_are_refused_or_fit(fields: dict[str, Any]) -> None:
     with folder_of({}) as folder:
@@ -251,7 +261,7 @@ def test_fields_of_any_type_are_refused_or_fit(fields: dict[str, Any]) -> None:
         assert config is None or not contents(folder)
 
 
-@fuzzed(sample=100, nightly=1500)
+@fuzzed(sample=50, nightly=1500)
 @given(text=damaged_json(json.loads(json.dumps(PRESETS["MPDiT-Digits/4-2"].to_dict()))))
 def test_descriptions_of_models_are_refused_or_fit(text: str) -> None:
     with folder_of({}) as folder:

@@ -1,0 +1,189 @@
+"""Damaged images and archives of them, npz files of samples and references: refused in one line, or what they say."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import fuzz_places
+import numpy as np
+from extraction_data import tar_bytes
+from fuzzing import JSON, Edit, damaged_json, edited, edits, folder_of, fuzzed, judge
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from mpdit.evaluation.image_sets import open_images
+from mpdit.evaluation.npz import NpzReader
+from mpdit.evaluation.reference import Reference
+from mpdit.extraction.crop import decode_image
+from mpdit.extraction.listing import BrokenImage
+from mpdit.extraction.sources import list_images
+
+LABELS = {"labels": [[name, index % 2] for index, name in enumerate(sorted(fuzz_places.images()))]}
+
+
+def _listed(path: Path) -> list[tuple[str, bytes | None]]:
+    """Name and contents of each image, None for a broken one; all are decoded too."""
+    images = list_images(path)
+    assert images.labels.min() >= 0 and images.labels.max() < len(images.class_names)
+    read: list[tuple[str, bytes | None]] = []
+    for index, name in enumerate(images.names):
+        try:
+            content = images.read(index)
+            read.append((name, content))
+            assert decode_image(content, 8).shape == (8, 8, 3)
+        except BrokenImage:
+            read.append((name, None))
+    return read
+
+
+@functools.cache
+def _zip() -> dict[str, bytes | None]:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in fuzz_places.images().items():
+            archive.writestr(name, content or b"")
+        archive.writestr("dataset.json", json.dumps(LABELS), zipfile.ZIP_STORED)
+    return {"images.zip": stream.getvalue()}
+
+
+@functools.cache
+def _tar() -> dict[str, bytes | None]:
+    """A webdataset shard: images with labels, one name too long for a plain header."""
+    files: dict[str, bytes] = {}
+    for number, content in enumerate(fuzz_places.images().values()):
+        key = f"{'long' * 40 if number == 2 else 'key'}{number}"
+        files |= {f"{key}.png": content or b"", f"{key}.cls": str(number).encode(), f"{key}.json": b'{"label": 1}'}
+    return {"images.tar": tar_bytes(files)}
+
+
+@fuzzed(sample=20, nightly=800)
+@given(changes=edits(_zip()))
+def test_damaged_zips_of_images_are_refused_or_sound(changes: list[Edit]) -> None:
+    with folder_of(edited(_zip(), changes)) as folder:
+        found = judge(lambda: _listed(folder / "images.zip"), folder).value
+        sound = {*fuzz_places.images().values(), None}
+        assert found is None or {content for _, content in found} <= sound  # by their checksums
+
+
+@fuzzed(sample=20, nightly=800)
+@given(changes=edits(_tar()))
+def test_damaged_tars_of_images_are_refused_or_listed(changes: list[Edit]) -> None:
+    with folder_of(edited(_tar(), changes)) as folder:
+        judge(lambda: _listed(folder / "images.tar"), folder)
+
+
+@fuzzed(sample=20, nightly=800)
+@given(
+    size=st.sampled_from([0, 1, 511, 2**31, 2**33, 2**62, 2**63, 2**64, 2**80]) | st.integers(0, 2**80),
+    kind=st.sampled_from(
+        [tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.GNUTYPE_SPARSE, b"L", b"x", b"g", b"\0"]
+    ),
+    body=st.sampled_from([b"", b"30 path=a/b.png\n", b"25 size=99999999999999999\n", b"12 size=-5\n", b"9 size=x\n"])
+    | st.binary(max_size=64),
+    name=st.sampled_from(["a.png", "a.cls", "a.json", "inner.tar", "../../a.png", "/a.png", "\0", "a\udcff.png"]),
+)
+@example(size=2**63, kind=tarfile.REGTYPE, body=b"", name="a.png")
+@example(size=2**63, kind=tarfile.REGTYPE, body=b"", name="a.cls")
+@example(size=2**31, kind=b"x", body=b"", name="a.png")
+@example(size=2**63, kind=b"L", body=b"", name="a.png")
+@example(size=12, kind=b"x", body=b"12 size=-5\n", name="a.png")
+def test_odd_headers_of_tars_are_refused_or_listed(size: int, kind: bytes, body: bytes, name: str) -> None:
+    member = tarfile.TarInfo(name)
+    member.type, member.size = kind, size
+    header = member.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+    content = header + body.ljust(512, b"\0") + (_tar()["images.tar"] or b"")
+    with folder_of({"images.tar": content}) as folder:
+        judge(lambda: _listed(folder / "images.tar"), folder)
+
+
+@fuzzed(sample=20, nightly=600)
+@given(text=damaged_json(LABELS))
+def test_odd_lists_of_labels_are_refused_or_fit(text: str) -> None:
+    with folder_of({**fuzz_places.images(), "dataset.json": text.encode("utf-8", "surrogatepass")}) as folder:
+        found = judge(lambda: _listed(folder), folder).value
+        assert found is None or all(content in fuzz_places.images().values() for _, content in found)
+
+
+@fuzzed(sample=15, nightly=600)
+@given(changes=edits(fuzz_places.images()))
+def test_damaged_images_are_refused_or_skipped(changes: list[Edit]) -> None:
+    with folder_of(edited(fuzz_places.images(), changes)) as folder:
+        judge(lambda: _listed(folder), folder)
+        judge(lambda: [batch.shape for batch in open_images(folder).batches(2)], folder)
+        judge(lambda: [batch.shape for batch in open_images(folder, 8).batches(2)], folder)
+
+
+def _arrays(path: Path) -> dict[str, bytes]:
+    """All arrays by name, by this package's reader, whole and row by row."""
+    reader = NpzReader(path)
+    arrays = {}
+    for key in reader.keys:
+        array = reader.array(key)
+        arrays[key] = array.tobytes()
+        if array.ndim and array.flags.c_contiguous and array.nbytes:
+            shape, dtype = reader.header(key)
+            rows = b"".join(part.tobytes() for part in reader.rows(key, 3))
+            assert (rows, shape, dtype) == (arrays[key], array.shape, array.dtype)
+    return arrays
+
+
+@fuzzed(sample=30, nightly=1000)
+@given(changes=edits(fuzz_places.samples()))
+def test_damaged_npz_files_are_refused_or_the_same(changes: list[Edit]) -> None:
+    with folder_of(edited(fuzz_places.samples(), changes)) as folder:
+        arrays = judge(lambda: _arrays(folder / "samples.npz"), folder).value
+        assert arrays is None or arrays.items() <= _sound_arrays().items()  # members have checksums
+        images = judge(lambda: b"".join(b.tobytes() for b in open_images(folder).batches(3)), folder).value
+        assert images is None or images == _sound_arrays()["arr_0"]
+        judge(lambda: Reference(folder / "samples.npz").notes, folder)
+
+
+@functools.cache
+def _sound_arrays() -> dict[str, bytes]:
+    with folder_of(fuzz_places.samples()) as folder, np.load(folder / "samples.npz") as file:
+        return {name: file[name].tobytes() for name in file.files}
+
+
+@fuzzed(sample=30, nightly=1000)
+@given(
+    key=st.sampled_from(["arr_0", "images", "mu", "sigma", "mu_s", "protocol", "classes"]),
+    shape=st.lists(st.sampled_from([0, 1, 2, 3, 4, 2048, -1, 2**31, 2**40, 2**62, 2**64, True, 1.0, "x"]), max_size=5),
+    dtype=st.sampled_from(["|u1", "<f8", "<f4", ">i4", "|O", "<U4", "|S1", "<c16", "|V3", "|b1", "", "[('a','<f4')]"]),
+    order=st.sampled_from([False, True, "x"]),
+    version=st.sampled_from([(1, 0), (2, 0), (3, 0), (9, 9)]),
+)
+@example(key="mu", shape=[2**40], dtype="<f8", order=False, version=(1, 0))
+@example(key="arr_0", shape=[2**62, 1, 1], dtype="|u1", order=False, version=(1, 0))
+@example(key="arr_0", shape=[2**62, 0, 0], dtype="|u1", order=False, version=(1, 0))
+@example(key="protocol", shape=[2**40], dtype="<U4", order=False, version=(1, 0))
+def test_odd_arrays_in_npz_files_are_refused(
+    key: str, shape: list[Any], dtype: str, order: Any, version: tuple[int, int]
+) -> None:
+    text = repr({"descr": dtype, "fortran_order": order, "shape": tuple(shape)}).encode() + b"\n"
+    length = len(text).to_bytes(2 if version[0] == 1 else 4, "little")
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr(f"{key}.npy", b"\x93NUMPY" + bytes(version) + length + text + bytes(range(256)))
+    with folder_of({"samples.npz": stream.getvalue()}) as folder:
+        path = folder / "samples.npz"
+        judge(lambda: _arrays(path), folder)
+        judge(lambda: [batch.shape for batch in open_images(path).batches(2)], folder)
+        judge(lambda: Reference(path).notes, folder)
+
+
+@fuzzed(sample=10, nightly=300)
+@given(protocol=JSON, beside=st.booleans())
+def test_odd_protocols_are_refused_or_kept(protocol: Any, beside: bool) -> None:
+    stream = io.BytesIO()
+    text = json.dumps(protocol)
+    arrays = {} if beside else {"protocol": np.array(text)}
+    np.savez(stream, arr_0=np.zeros((2, 4, 4, 3), np.uint8), **arrays)
+    with folder_of({"samples.npz": stream.getvalue(), "protocol.json": text.encode()}) as folder:
+        images = judge(lambda: open_images(folder), folder).value
+        assert (images is None) == (not isinstance(protocol, dict))
