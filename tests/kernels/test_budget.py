@@ -48,6 +48,7 @@ for (_, target), used in zip(jobs, ahead.usages(jobs), strict=True):
 """
 
 
+@pytest.mark.slow
 def test_attention_fits_at_its_largest_on_smaller_gpus_too() -> None:
     done = _run("-c", BEYOND)
     assert done.stdout.split("\n") == ["fits"] * 18 + [""], done.stdout + done.stderr[-2000:]
