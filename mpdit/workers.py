@@ -9,7 +9,6 @@ any number of nodes that see the same folder.
 from __future__ import annotations
 
 import contextlib
-import math
 import multiprocessing
 import os
 import queue
@@ -26,6 +25,7 @@ import torch
 
 from mpdit.errors import ConfigError, UserError
 from mpdit.evaluation.progress import bar
+from mpdit.files import counted
 from mpdit.training.world import World
 
 Report = Callable[[int], object]
@@ -189,15 +189,25 @@ def _work(job: Job, device: str, processes: int, tasks: Any, reports: Any, paren
 
 
 def _await(job: Job, ranks: int) -> None:
-    """Until the other ranks' parts are there too; most launchers end us if one of them fails."""
-    told = -math.inf
-    while todo := job.todo():
+    def missing() -> str:
+        todo = job.todo()
+        owners = ", ".join(map(str, sorted({part % ranks for part in todo})))
+        return f"{counted(len(todo), 'part')} of other ranks ({owners}) in {job.out}" if todo else ""
+
+    wait_while(missing)
+
+
+def wait_while(missing: Callable[[], str], patience: float = 0) -> None:
+    """Until nothing of other ranks is missing; what is, is said after so many seconds and then every five minutes.
+
+    Most launchers end us if one of the others fails.
+    """
+    told = time.monotonic() + patience - _REMIND_SECONDS
+    while what := missing():
         if time.monotonic() - told >= _REMIND_SECONDS:
             told = time.monotonic()
-            owners = ", ".join(map(str, sorted({part % ranks for part in todo})))
             print(
-                f"waiting for {len(todo)} part{'s' * (len(todo) > 1)} of other ranks ({owners}) in {job.out}: if they "
-                "have ended, end this command and repeat it",
+                f"waiting for {what}: if what it waits for has ended, end this command and repeat it",
                 file=sys.stderr,
                 flush=True,
             )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mpdit.errors import DataError
-from mpdit.evaluation import features, scores
+from mpdit.evaluation import features, progress, scores
 from mpdit.evaluation.features import StreamingGaussian, evenly
 from mpdit.evaluation.frechet import frechet_distance, gaussian_statistics
 from mpdit.evaluation.scores import inception_score, precision_recall
@@ -45,6 +45,18 @@ def test_blocks_of_distances_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(scores, "_BLOCK_ENTRIES", 60)
     assert precision_recall(reference, samples) == whole
     assert 0 < whole[0] < 1 and 0 < whole[1] < 1
+
+
+def test_progress_reaches_its_total(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(progress, "_LINE_SECONDS", 0.0)
+    monkeypatch.setattr(scores, "_BLOCK_ENTRIES", 600)
+    reference, samples = torch.randn(23, 4), torch.randn(31, 4)
+    precision_recall(reference, samples)
+    assert not capsys.readouterr().err
+    precision_recall(reference, samples, label="precision and recall")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 3
+    assert lines[-1].startswith("precision and recall: 2.20k/2.20k pairs, ")  # 23² + 31² + 23 x 31 = 2203
 
 
 def test_manifolds_on_a_line() -> None:

@@ -229,6 +229,24 @@ def test_more_processes_than_a_launcher_starts(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_rank_that_waits_for_rank_0_says_so(
+    images: Path, vae: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(extraction, "_PATIENCE", 0.0)
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    waiting = _in_a_child(lambda: extract(images, tmp_path / "out", vae, OPTIONS))
+    try:
+        told = ""
+        while "\n" not in told:
+            time.sleep(0.05)
+            told += capfd.readouterr().err
+        assert f"waiting for rank 0 to begin in {tmp_path / 'out'}" in told
+    finally:
+        os.kill(waiting, signal.SIGKILL)
+        _exit_code(waiting)
+
+
 def test_threads_of_torch_do_not_change_the_bytes(vae: str, tmp_path: Path) -> None:
     tree = write_tree(tmp_path / "t", {f"a/{i}.png": encoded(pixels(i, 256, 256)) for i in range(3)})
     threads = torch.get_num_threads()

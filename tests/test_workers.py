@@ -83,8 +83,19 @@ def test_rank_0_waits_for_the_others(
     assert run_parts(Files(tmp_path), 6, device="cpu", label="test")
     assert len(waits) == 3
     error = capsys.readouterr().err
-    assert f"waiting for 3 parts of other ranks (1) in {tmp_path}: if they have ended" in error
+    assert f"waiting for 3 parts of other ranks (1) in {tmp_path}: if what it waits for has ended" in error
     assert error.count("\n") == 1, "said once in five minutes"
+
+
+def test_a_short_wait_is_not_spoken_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "sleep", lambda _: clock.__setitem__(0, clock[0] + 1))
+    for lasts, said in ((19, ""), (30, "waiting for rank 0: if what it waits for has ended")):
+        end = clock[0] + lasts
+        workers.wait_while(lambda end=end: "rank 0" if clock[0] < end else "", patience=20)
+        error = capsys.readouterr().err
+        assert error.startswith(said) and error.count("\n") == bool(said)
 
 
 def test_rank_0_reminds_that_it_waits(

@@ -100,7 +100,9 @@ def evaluate_images(
     precision = recall = None
     if target.kept is not None:
         exact = torch.device("cpu") if device.type == "mps" else device  # it has no float64
-        precision, recall = precision_recall(target.kept.to(exact), found.kept.to(exact))
+        precision, recall = precision_recall(
+            target.kept.to(exact), found.kept.to(exact), label="precision and recall" if progress else None
+        )
     return ImagesEvaluation(
         fid=_frechet(found.pool, target.pool),
         sfid=_frechet(found.spatial, target.spatial),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,10 +33,11 @@ from mpdit.files import counted, readable_bytes, write_atomically
 from mpdit.training.world import World
 from mpdit.vae import SIGNED, VAE, PixelRange, VAEDtype
 from mpdit.version import __version__
-from mpdit.workers import choose_devices, run_parts
+from mpdit.workers import choose_devices, run_parts, wait_while
 
 _BATCH_PIXELS = 64 * 256 * 256
-_POLL_SECONDS = 0.2
+_PATIENCE = 20.0
+"""Seconds that rank 0 may take to begin before the others say that they wait."""
 _SLACK_BYTES = 1 << 20  # of manifest, report and receipts
 
 
@@ -213,8 +213,9 @@ def _begin(job: ExtractionJob, world: World) -> int | None:
     """Note the job in its folder, which rank 0 locks while the others wait for the note."""
     note = job.out / PARTS_NAME / JOB_NAME
     if world.rank:
-        while not note.exists() and not (job.out / MANIFEST_NAME).exists():
-            time.sleep(_POLL_SECONDS)
+        begun = (note, job.out / MANIFEST_NAME)
+        missing = f"rank 0 to begin in {job.out}"
+        wait_while(lambda: "" if any(path.exists() for path in begun) else missing, _PATIENCE)
         if note.exists():
             _check_job(job)
         return None
