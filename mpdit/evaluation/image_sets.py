@@ -6,11 +6,10 @@ import functools
 import json
 import os
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +19,7 @@ from mpdit.errors import DataError
 from mpdit.evaluation.npz import NpzReader
 from mpdit.evaluation.progress import bar
 from mpdit.extraction.crop import decode_image, to_rgb
+from mpdit.read_ahead import read_ahead
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 """Of the files that count as images, in small letters."""
@@ -31,7 +31,6 @@ _UNFINISHED = ".parts"  # what `mpdit sample` leaves while it isn't done
 _AHEAD = 3  # batches decoded before they are asked for
 _NAMED = 5  # of many files, as many are named in a message
 
-T = TypeVar("T")
 _Header = tuple[tuple[int, int], bool] | None
 """Height and width of an image file, and has it alpha? None when it can't be read."""
 
@@ -126,7 +125,7 @@ class _NpzImages(ImageSet):
     def batches(self, count: int) -> Iterator[NDArray[np.uint8]]:
         rows = self._reader.rows(self._key, count)
         with ThreadPoolExecutor(1) as pool:
-            for images in _ahead(pool, (lambda: next(rows) for _ in range(0, self._count, count))):
+            for images in read_ahead(pool, (lambda: next(rows) for _ in range(0, self._count, count)), _AHEAD):
                 images = images.reshape(*images.shape[:3], -1)
                 yield images if images.shape[3] == 3 else images.repeat(3, axis=3)
         if next(rows, None) is not None:  # reads to the end of the member, where the zip's checksum is compared
@@ -142,7 +141,7 @@ class _FolderImages(ImageSet):
             raise DataError(f"{folder} holds no images ({', '.join(SUFFIXES)}): give another folder")
         with bar("checking images", len(self._files)) as progress, ThreadPoolExecutor(_workers()) as pool:
             headers: list[_Header] = []
-            for header in _ahead(pool, (functools.partial(_header, file) for file in self._files), 1000):
+            for header in read_ahead(pool, (functools.partial(_header, file) for file in self._files), 1000):
                 headers.append(header)
                 progress.update()
         broken = [file for file, header in zip(self._files, headers, strict=True) if header is None]
@@ -163,9 +162,8 @@ class _FolderImages(ImageSet):
         broken: list[Path] = []
         with ThreadPoolExecutor(_workers()) as pool:
             chunks = [self._files[start : start + count] for start in range(0, len(self._files), count)]
-            decoded = _ahead(
-                pool, (functools.partial(_decode, file, self._crop) for file in self._files), _AHEAD * count
-            )
+            tasks = (functools.partial(_decode, file, self._crop) for file in self._files)
+            decoded = read_ahead(pool, tasks, _AHEAD * count)
             for files in chunks:
                 images = [next(decoded) for _ in files]
                 broken += [file for file, image in zip(files, images, strict=True) if image is None]
@@ -223,21 +221,6 @@ def _decode(file: Path, crop: int | None) -> NDArray[np.uint8] | None:
             return np.asarray(to_rgb(image))
     except Exception:
         return None
-
-
-def _ahead(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], T]], depth: int = _AHEAD) -> Iterator[T]:
-    """Results of the tasks in order, with `depth` of them under way or waiting."""
-    waiting: deque[Future[T]] = deque()
-    try:
-        for task in tasks:
-            waiting.append(pool.submit(task))
-            if len(waiting) > depth:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
 
 
 def _workers() -> int:

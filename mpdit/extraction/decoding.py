@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +15,12 @@ from numpy.typing import NDArray
 
 from mpdit.extraction.crop import decode_image
 from mpdit.extraction.listing import BrokenImage, ImageList
+from mpdit.read_ahead import read_ahead
 
 _BATCHES_AHEAD = 2
+
+_Result = tuple[NDArray[np.uint8] | str, float]
+"""Pixels of an image, or why there are none, and the seconds that took."""
 
 
 @dataclass(frozen=True)
@@ -45,28 +51,15 @@ class Decoder:
 
         Batches are cut at the same places whatever is broken. DataError when the source can't be read.
         """
-        ahead = _BATCHES_AHEAD + 2 * self._workers // batch
-        waiting: deque[list[Future[tuple[NDArray[np.uint8] | str, float]]]] = deque()
-        first = start
-        try:
-            for begin in range(start, stop, batch):
-                waiting.append([self._pool.submit(self._decode, i) for i in range(begin, min(begin + batch, stop))])
-                if len(waiting) > ahead:
-                    yield _collect(first, waiting.popleft())
-                    first += batch
-            while waiting:
-                yield _collect(first, waiting.popleft())
-                first += batch
-        finally:
-            for futures in waiting:
-                for future in futures:
-                    future.cancel()
+        tasks = (functools.partial(self._decode, index) for index in range(start, stop))
+        with contextlib.closing(read_ahead(self._pool, tasks, _BATCHES_AHEAD * batch + 2 * self._workers)) as results:
+            for first in range(start, stop, batch):
+                yield _collect(first, itertools.islice(results, batch))
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def _decode(self, index: int) -> tuple[NDArray[np.uint8] | str, float]:
-        """Pixels, or why there are none, and the seconds that took."""
+    def _decode(self, index: int) -> _Result:
         started = time.perf_counter()
         try:
             result: NDArray[np.uint8] | str = decode_image(self._images.read(index), self._size)
@@ -75,9 +68,9 @@ class Decoder:
         return result, time.perf_counter() - started
 
 
-def _collect(first: int, futures: list[Future[tuple[NDArray[np.uint8] | str, float]]]) -> Decoded:
+def _collect(first: int, decoded: Iterator[_Result]) -> Decoded:
     started = time.perf_counter()
-    results = [future.result() for future in futures]
+    results = list(decoded)
     waited = time.perf_counter() - started
     whole = [(index, pixels) for index, (pixels, _) in enumerate(results, first) if not isinstance(pixels, str)]
     return Decoded(
