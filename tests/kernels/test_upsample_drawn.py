@@ -9,7 +9,9 @@ from mpdit_kernels.upsample import triton_impl, upsample_tokens
 from proof import leaf, prove
 
 SIDE = st.integers(1, 3)
-DRAWN = (st.integers(1, 3), SIDE, SIDE, st.integers(1, 3), st.integers(0, 9), st.integers(16, 96), st.integers(0, 20))
+VALUES = st.just(0) | st.integers(4, 20)
+"""No fewer: the gradient of a single one is a sum that may cancel, and then its relative error says nothing."""
+DRAWN = (st.integers(1, 3), SIDE, SIDE, st.integers(1, 3), st.integers(0, 9), st.integers(16, 96), VALUES)
 SMALL = {"ROWS": 4, "TOKENS": 8, "CAP": 32, "num_warps": 4, "num_stages": 1}
 """Several programs at small shapes, and rows of several tiles."""
 
