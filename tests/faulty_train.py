@@ -1,7 +1,7 @@
 """launch/train.py with faults of the loss and the gradient, for tests of what a run makes of them.
 
 FAULTS in the environment is JSON: [[kind, position], ...], the sample by its position in the global order. "loss": its
-loss is NaN, its gradient 0; "gradient": its gradient is infinite, its loss as ever; "spike": its gradient is a million
+loss and gradient are NaN; "gradient": its gradient is infinite, its loss as ever; "spike": its gradient is a million
 times too large. After every step a rank adds a line to OUT/state-RANK.jsonl: SHA-256 of its weights, moments and
 average, of the weights that the model computes with, and the optimiser's count of steps.
 """
@@ -43,7 +43,7 @@ def _flow_loss(model: Any, latents: Any, labels: Tensor, positions: Tensor, **op
     for kind, position in FAULTS:
         here = positions == position
         if kind == "loss":
-            losses = losses.masked_fill(here, torch.nan)
+            losses = losses * torch.where(here, torch.nan, 1.0)
         elif here.any():
             losses = _Gradient.apply(losses, torch.where(here, _FACTORS[kind], 1.0))
     return losses

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -111,7 +112,11 @@ def _edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the manifest and its marker with it, as nobody does by accident."""
     fields = json.loads(path.read_text())
     change(fields)
-    path.write_text(json.dumps(fields))
+    _commit(path, json.dumps(fields))
+
+
+def _commit(path: Path, text: str) -> None:
+    path.write_text(text)
     (path.parent / "COMMITTED").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
 
 
@@ -120,8 +125,23 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "does not match its SHA-256": lambda folder: _flip(folder / "rank-00001.safetensors"),
     "is missing": lambda folder: (folder / "rank-00000.safetensors").unlink(),
     "not a complete checkpoint": lambda folder: (folder / "manifest.json").unlink(),
-    "Expecting|Unterminated|delimiter": lambda folder: write_atomically(
+    "Expecting|Unterminated|delimiter": lambda folder: _commit(
         folder / "manifest.json", (folder / "manifest.json").read_text()[:400]
+    ),
+    "a number in it is damaged": lambda folder: _edit(folder / "manifest.json", lambda fields: fields.update(step="6")),
+    "a number in it": lambda folder: _edit(folder / "manifest.json", lambda fields: fields.update(position=-5)),
+    "its identity or its counters": lambda folder: _edit(folder / "manifest.json", lambda f: f.update(identity=[])),
+    "or its counters are damaged": lambda folder: _edit(
+        folder / "manifest.json", lambda fields: fields["counters"].update(skipped="2")
+    ),
+    "not iterable": lambda folder: _edit(
+        folder / "manifest.json", lambda fields: fields["files"]["rank-00001.safetensors"].update(keys=None)
+    ),
+    "'sha256'": lambda folder: _edit(
+        folder / "manifest.json", lambda fields: fields["files"]["rank-00001.safetensors"].pop("sha256")
+    ),
+    "the entry of rank-00001": lambda folder: _edit(
+        folder / "manifest.json", lambda fields: fields["files"]["rank-00001.safetensors"]["keys"].append("ema/b")
     ),
     "it was altered": lambda folder: write_atomically(
         folder / "manifest.json", (folder / "manifest.json").read_text().replace('"step": 6', '"step": 7')
@@ -169,6 +189,84 @@ def test_a_damaged_newer_one_does_not_push_a_sound_one_out(tmp_path: Path) -> No
     assert _names(run) == ["step-00000007", "step-00000009.damaged"]
 
 
+def test_a_copy_under_another_name_is_passed_over_and_nothing_else(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run.out / "checkpoints"
+    shutil.copytree(folder / "step-00000003", folder / "step-00000009")
+    found = _found(run)
+    assert found.step == 6
+    assert "step-00000009 holds step 3: it was renamed or copied" in capsys.readouterr().err
+    checkpoint.tidy(run.out, found)
+    assert _names(run) == ["step-00000003", "step-00000006", "step-00000009.damaged"]
+    shutil.copytree(folder / "step-00000003", run.out / "kept")
+    assert _found(_run(run.out.with_name("branch"), "--resume", str(run.out / "kept"))).step == 3
+
+
+def test_a_damaged_identity_is_passed_over_like_other_damage(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run.out / "checkpoints" / "step-00000006" / "manifest.json"
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    assert _found(_run(run.out)).step == 3
+    assert "it was altered" in capsys.readouterr().err
+
+
+def test_links_to_checkpoints_moved_elsewhere_are_followed_and_rotated_out(run: Run, tmp_path: Path) -> None:
+    folder = run.out / "checkpoints" / "step-00000003"
+    folder.rename(tmp_path / "moved")
+    folder.symlink_to(tmp_path / "moved")
+    (folder.parent / ".step-00000001.removed").symlink_to(tmp_path / "moved")  # killed while it was removed
+    checkpoint.tidy(run.out, _found(run))
+    assert _names(run) == ["step-00000003", "step-00000006"]
+    _save(run, 9)
+    assert _names(run) == ["step-00000006", "step-00000009"]
+    assert (tmp_path / "moved" / "COMMITTED").exists(), "what was moved away is the user's"
+
+
+def test_a_run_does_not_go_on_from_beyond_its_end(run: Run) -> None:
+    assert _found(_run(run.out, "--steps", "6", "--force")).step == 6
+    for resume in ("auto", str(run.out / "checkpoints" / "step-00000006")):
+        with pytest.raises(CheckpointError, match="is past the run's 5 steps: give --steps 6 or more"):
+            checkpoint.find(_run(run.out, "--steps", "5", "--force", "--resume", resume))
+
+
+def test_everything_is_on_the_disk_before_what_follows_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The protocol's order, which a kill can't show: what was written outlives a process, but not a machine."""
+    folder, fsync, replace, rename = run.out / "checkpoints", os.fsync, os.replace, os.rename
+    seen: list[str] = []
+
+    def named(path: Any) -> str:
+        return str(Path(path).relative_to(run.out.resolve()))
+
+    def synced(descriptor: int) -> None:
+        seen.append(f"sync {named(os.readlink(f'/proc/self/fd/{descriptor}'))}")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    for name, move in (("replace", replace), ("rename", rename)):
+
+        def moved(old: Any, new: Any, move: Any = move) -> None:
+            seen.append(f"{named(Path(old).absolute())} -> {named(Path(new).absolute())}")
+            move(old, new)
+
+        monkeypatch.setattr(os, name, moved)
+    _save(run, 9)
+    partial, whole = ".step-00000009.partial", "step-00000009"
+    assert seen == [
+        f"sync checkpoints/{partial}/rank-00000.safetensors",
+        f"sync checkpoints/{partial}/rank-00001.safetensors",
+        f"sync checkpoints/{partial}/.manifest.json.partial",
+        f"checkpoints/{partial}/.manifest.json.partial -> checkpoints/{partial}/manifest.json",
+        f"sync checkpoints/{partial}",
+        f"checkpoints/{partial} -> checkpoints/{whole}",
+        "sync checkpoints",
+        f"sync checkpoints/{whole}/.COMMITTED.partial",
+        f"checkpoints/{whole}/.COMMITTED.partial -> checkpoints/{whole}/COMMITTED",
+        f"sync checkpoints/{whole}",
+        "checkpoints/step-00000003 -> checkpoints/.step-00000003.removed",
+    ]
+    assert folder.is_dir()
+
+
 def test_a_trained_run_without_a_readable_checkpoint_is_not_started_over(run: Run) -> None:
     for folder in (run.out / "checkpoints").iterdir():
         (folder / "rank-00000.safetensors").unlink()
@@ -199,6 +297,13 @@ def test_a_named_checkpoint_is_taken_into_another_folder(run: Run, tmp_path: Pat
     assert _found(_run(tmp_path / "branch", "--resume", older)).step == 3
     with pytest.raises(CheckpointError, match="holds newer checkpoints"):
         checkpoint.find(_run(run.out, "--resume", older))
+
+
+def test_a_run_begun_from_a_named_checkpoint_goes_on_when_its_command_is_repeated(run: Run, tmp_path: Path) -> None:
+    command = (tmp_path / "branch", "--resume", str(run.out / "checkpoints" / "step-00000003"))
+    _save(_run(*command), 4)
+    (tmp_path / "branch" / "config.json").write_text(json.dumps(run.describe()))
+    assert _found(_run(*command)).folder == tmp_path / "branch" / "checkpoints" / "step-00000004"
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,8 @@ def test_arguments_hold_only_what_was_given() -> None:
         ("--ds_config a --steps x", "--steps: invalid int value: 'x'"),
         ("--ds_config a --loader rust", "invalid choice: 'rust'"),
         ("--steps 3", "--ds_config is missing"),
+        ("--ds_config a --init-from=", "argument --init-from: an empty value; give one, or leave it out"),
+        ("--ds_config a --out=", "argument --out: an empty value"),
     ],
 )
 def test_bad_arguments_are_one_clear_error(arguments: str, message: str) -> None:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,57 @@ def test_what_the_system_refuses_is_told_with_the_file_and_a_remedy(
     assert errors.startswith("error: /disk/file: ")
     assert told in errors
     assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError("Unable to allocate 93 GiB"), "Unable to allocate 93 GiB"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "DefaultCPUAllocator"),
+    ],
+)
+def test_memory_of_the_machine_that_runs_out_is_told_in_one_line(
+    error: Exception, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(*_: object) -> str:
+        raise error
+
+    monkeypatch.setattr(loop, "train", train)
+    assert main(["--ds_config", ds_config(2), *TINY, "--out", str(tmp_path / "out")]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: this machine's memory ran out (") and told in errors
+    assert "give a smaller --global-batch" in errors and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[/build/gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.1]:44216",
+        "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
+    ],
+)
+def test_a_broken_connection_is_told_as_a_rank_that_is_gone(said: str, tmp_path: Path) -> None:
+    script = f"""
+import os, sys
+from mpdit.training import loop, main
+def train(*_):
+    raise RuntimeError({said!r})
+loop.train = train
+main._GRACE_SECONDS = 0.1
+sys.exit(main.main({["--ds_config", ds_config(2), *TINY, "--out", str(tmp_path / "out")]!r}))
+"""
+    environment = os.environ | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip().startswith("rank 1 ends: another of the 2 ranks has ended"), done.stderr
+
+
+def test_ranks_meet_for_a_folder_of_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    store = connecting._store(World(), "runs/\udcff", "127.0.0.1", timedelta(seconds=30))
+    store.set("key", "value")
+    assert store.get("key") == b"value"
 
 
 PRINTS = """

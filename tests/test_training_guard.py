@@ -30,7 +30,7 @@ from mpdit.training.world import World
 
 RUN = ("--precision", "fp32", "--skip-spikes", "10")
 SCRIPT = Path(__file__).with_name("faulty_train.py")
-FAULTS = {3: ("loss", [20]), 5: ("gradient", [3]), 12: ("loss", [0, 31]), 13: ("loss", [17]), 18: ("spike", [5])}
+FAULTS = {3: ("loss", [20]), 5: ("gradient", [3]), 12: ("loss", [0, 31]), 13: ("gradient", [17]), 18: ("spike", [5])}
 """By step: what is wrong, and of which of its 32 samples; of two ranks the second takes the last 16, or, in two micro
 steps, those from 8 to 15 and from 24 on."""
 ZERO0 = {"zero_optimization": {"stage": 0}}
@@ -61,12 +61,12 @@ def _check(run: Finished, model: bool) -> None:
         samples = _indices(line["step"])
         assert line["positions"] == [(line["step"] - 1) * 32, line["step"] * 32 - 1]
         assert line["indices"] == ([samples[place] for place in places] if kind == "loss" else samples)
-        assert (line["loss"] is None, line["norm"] is None) == (kind == "loss", kind == "gradient")
+        assert (line["loss"] is None, line["norm"] is None) == (kind == "loss", kind != "spike")
     _check_states(run, model)
     for line in run.metrics():
         assert line.get("skipped", 0) == sum(step <= line["step"] for step in FAULTS)
         assert (line["loss"] is None) == (line["step"] in FAULTS)
-        assert (line["grad_norm"] is None) == (FAULTS.get(line["step"], ("", []))[0] == "gradient")
+        assert (line["grad_norm"] is None) == (FAULTS.get(line["step"], ("", []))[0] in ("loss", "gradient"))
     assert f"warning: step 12 was skipped: its loss is not finite (2 of 32 samples); see {run.out}" in run.stderr
     assert run.stderr.count("warning: step") == len(FAULTS)
 
@@ -140,7 +140,7 @@ def test_too_many_in_a_row_stop_the_run_which_goes_on_with_more_patience() -> No
     stopped = start(out, *arguments, "--max-skips", "2", ranks=2, stage=1, script=SCRIPT)
     assert stopped.code == 2
     (error,) = [line for line in stopped.errors if "rank" not in line]
-    assert error.startswith("error: 2 steps in a row had to be skipped, the last of them step 13, because its loss")
+    assert error.startswith("error: 2 steps in a row had to be skipped, the last of them step 13, because its gradient")
     assert f"the last good checkpoint is {out / 'checkpoints' / 'step-00000010'}: " in error
     assert [line["step"] for line in _skipped(stopped)] == [3, 5, 12, 13]
     (first,) = _by_hand(stopped, 1)
@@ -149,9 +149,10 @@ def test_too_many_in_a_row_stop_the_run_which_goes_on_with_more_patience() -> No
     for rank in range(2):
         (out / f"state-{rank}.jsonl").unlink()
 
-    resumed = start(out, *arguments, "--max-skips", "3", ranks=2, stage=2, script=SCRIPT)
+    # DeepSpeed drops 13 itself, and leaves the model in parts until its next forward pass.
+    resumed = start(out, *arguments, "--max-skips", "3", ranks=2, stage=3, script=SCRIPT)
     assert resumed.code == 0, resumed.stderr
-    _check_states(resumed)
+    _check_states(resumed, model=False)
     assert [line["step"] for line in _skipped(resumed)] == list(FAULTS)
     last = resumed.metrics()[-1]
     assert (last["step"], last["skipped"]) == (20, len(FAULTS))

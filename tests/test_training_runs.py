@@ -121,6 +121,23 @@ def test_repeating_a_finished_run_changes_no_result() -> None:
     assert (again.losses(), again.ema()) == before
 
 
+def test_what_was_lost_beside_the_checkpoints_is_mended_or_let_be(tmp_path: Path) -> None:
+    whole = trained("--precision", "fp32")
+    out = new_folder("run")
+    shutil.copytree(whole.out, out)
+    weights = out / "ema" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
+    (out / "metrics.jsonl").write_bytes(b"\xff" + (whole.out / "metrics.jsonl").read_bytes())
+    (out / "skipped.jsonl").write_bytes(b"\xff\n")
+    again = start(out, "--precision", "fp32")
+    assert again.code == 0, again.stderr
+    assert again.ema() == whole.ema()
+    assert again.losses() == whole.losses()[1:]
+    (out / "metrics.jsonl").unlink()
+    again = start(out, "--precision", "fp32")
+    assert again.code == 0, again.stderr
+
+
 def test_a_record_damaged_for_one_rank_alone_stops_the_run_by_name(tmp_path: Path) -> None:
     digits = prepare(["--ds_config", "launch/zero2.json", "--out", str(tmp_path / "none")], World()).dataset
     shutil.copytree(digits.path, tmp_path / "digits")

@@ -39,6 +39,8 @@ def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
     parser = _parser()
     given = vars(parser.parse_args([_dashed(argument) for argument in arguments]))
     given.pop("local_rank", None)
+    if empty := next((name for name, value in given.items() if value == ""), None):
+        raise ConfigError(f"argument --{empty.replace('_', '-')}: an empty value; give one, or leave it out")
     files = given.pop("config", [])
     if len(files) > 1:
         raise ConfigError(f"--config is given {len(files)} times: give one file, and what differs as arguments")

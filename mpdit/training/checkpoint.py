@@ -28,12 +28,22 @@ from torch import Tensor
 from mpdit.errors import CheckpointError, one_line
 from mpdit.files import sync_to_disk, write_atomically
 from mpdit.tensor_file import write_tensors
-from mpdit.training.run import CHECKPOINT_NAME, MARKER, Run, check_identity, committed_folders
+from mpdit.training.run import (
+    CHECKPOINT_NAME,
+    MARKER,
+    Run,
+    check_identity,
+    committed_folders,
+    committed_manifest,
+)
 from mpdit.training.world import World, gather
 
 FORMAT = "mpdit-checkpoint-2"
 
 _LEFTOVER = re.compile(r"\.step-\d{8,}\.(partial|removed)")
+_SHARD = re.compile(r"rank-\d{5,}\.safetensors")  # no name leads out of the folder
+_KEY = re.compile(r"[a-z_]+/[^/]+/\d+")
+"""Of a tensor in a shard: kind, parameter, start in it (`state.shard`)."""
 
 
 @dataclass(frozen=True)
@@ -59,32 +69,50 @@ class Checkpoint:
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
         """Read the manifest and check that all files are there in full. CheckpointError names what is wrong."""
-        path, marker = folder / "manifest.json", folder / MARKER
         if not folder.is_dir():
             raise CheckpointError(
                 f"checkpoint {folder} does not exist: give a folder like OUT/checkpoints/step-00000500"
             )
+        text = committed_manifest(folder)
         try:
-            text = path.read_bytes()
             fields = json.loads(text)
             if fields.pop("format") != FORMAT:
                 raise ValueError(f'expected "format": "{FORMAT}"')
             checkpoint = cls(folder, **fields)
-            sizes = {_plain(name): entry["bytes"] for name, entry in checkpoint.files.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{folder} is not a complete checkpoint ({path}: {error})") from error
-        try:
-            expected = marker.read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{folder} was never committed ({marker}: {error})") from error
-        if hashlib.sha256(text).hexdigest() != expected:
-            raise CheckpointError(f"{path} does not match the SHA-256 in {marker}: it was altered; use an older one")
-        for name, size in sizes.items():
+            checkpoint._check_types()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{folder} is not a complete checkpoint ({folder / 'manifest.json'}: {error})"
+            ) from error
+        if CHECKPOINT_NAME.fullmatch(folder.name) and _step(folder) != checkpoint.step:
+            raise CheckpointError(
+                f"{folder} holds step {checkpoint.step}: it was renamed or copied; give it its own name again, or "
+                "remove it"
+            )
+        for name, entry in checkpoint.files.items():
+            size = entry["bytes"]
             found = (folder / name).stat().st_size if (folder / name).is_file() else None
             if found != size:
                 state = "is missing" if found is None else f"has {found} bytes, not {size}"
                 raise CheckpointError(f"{folder} is damaged: {name} {state}; remove the folder to use an older one")
         return checkpoint
+
+    def _check_types(self) -> None:
+        """ValueError, KeyError, TypeError or AttributeError for a field that `commit` doesn't write like that."""
+        if not all(isinstance(shape, list) for shape in self.shapes.values()):
+            raise ValueError("its shapes are damaged")
+        counts = (self.step, self.position, self.optimizer_steps, self.world_size, self.zero_stage)
+        numbers = [*counts, *(size for shape in self.shapes.values() for size in shape)]
+        for name, entry in self.files.items():
+            if not _SHARD.fullmatch(name):
+                raise ValueError(f"file {name!r} is no shard's name")
+            numbers.append(entry["bytes"])
+            if not isinstance(entry["sha256"], str) or not all(_KEY.fullmatch(key) for key in entry["keys"]):
+                raise ValueError(f"the entry of {name} is damaged")
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError("a number in it is damaged")
+        if not isinstance(self.identity, dict) or not all(type(n) in (int, float) for n in self.counters.values()):
+            raise ValueError("its identity or its counters are damaged")
 
     @property
     def shards(self) -> dict[Path, list[str]]:
@@ -105,20 +133,23 @@ def find(run: Run) -> Checkpoint | None:
     if resume != "auto":
         checkpoint, problem = _verified(Path(resume), world)
         newer = [folder for folder in folders if checkpoint and _step(folder) > checkpoint.step]
-        if newer:
+        own = Path(resume).resolve().parent == (run.out / "checkpoints").resolve()
+        if newer and own:
             problem = (
                 f"{run.out} holds newer checkpoints than {resume}, up to {newer[-1].name}: give another --out, or "
                 "remove them"
             )
         if checkpoint is None or problem:
             raise CheckpointError(problem)
-        check_identity(run, checkpoint.identity, str(checkpoint.folder))
-        return checkpoint
+        if not newer:
+            return _fitting(run, checkpoint)
+        if world.rank == 0:  # the command was repeated
+            told = f"{run.out} holds newer checkpoints than {resume}: the run goes on from those"
+            print(told, file=sys.stderr, flush=True)
     for folder in reversed(folders):
         checkpoint, problem = _verified(folder, world)
         if checkpoint is not None:
-            check_identity(run, checkpoint.identity, str(checkpoint.folder))
-            return checkpoint
+            return _fitting(run, checkpoint)
         if world.rank == 0:
             print(f"warning: passed over: {one_line(problem)}", file=sys.stderr, flush=True)
     # The average is exported after the first checkpoint was committed, by earlier versions with checkpoints of theirs.
@@ -130,6 +161,17 @@ def find(run: Run) -> Checkpoint | None:
     return None
 
 
+def _fitting(run: Run, checkpoint: Checkpoint) -> Checkpoint:
+    """CheckpointError when it is of another run, or past this one's end."""
+    check_identity(run, checkpoint.identity, str(checkpoint.folder))
+    if checkpoint.step > run.config.steps:
+        raise CheckpointError(
+            f"{checkpoint.folder} is past the run's {run.config.steps} steps: give --steps {checkpoint.step} or more, "
+            "or another --out"
+        )
+    return checkpoint
+
+
 def tidy(out: Path, resumed: Checkpoint | None) -> None:
     """Clear what killed saves have left, and set aside checkpoints that were passed over. For rank 0, before training.
 
@@ -139,7 +181,7 @@ def tidy(out: Path, resumed: Checkpoint | None) -> None:
     committed = committed_folders(out)
     for path in sorted((out / "checkpoints").iterdir()) if (out / "checkpoints").is_dir() else ():
         if _LEFTOVER.fullmatch(path.name):
-            shutil.rmtree(path)
+            _delete(path)
         elif CHECKPOINT_NAME.fullmatch(path.name) and (
             path not in committed or resumed is None or _step(path) > resumed.step
         ):
@@ -197,9 +239,15 @@ def mark(folder: Path) -> None:
 def remove(folder: Path) -> None:
     """Remove a checkpoint, first its name, so that a half removed one is never taken for one."""
     doomed = folder.with_name(f".{folder.name}.removed")
-    shutil.rmtree(doomed, ignore_errors=True)
+    if doomed.exists() or doomed.is_symlink():
+        _delete(doomed)
     os.rename(folder, doomed)
-    shutil.rmtree(doomed)
+    _delete(doomed)
+
+
+def _delete(path: Path) -> None:
+    """A folder, or the link to one that was moved elsewhere."""
+    path.unlink() if path.is_symlink() else shutil.rmtree(path)
 
 
 def _verified(folder: Path, world: World) -> tuple[Checkpoint | None, str]:
@@ -211,8 +259,8 @@ def _verified(folder: Path, world: World) -> tuple[Checkpoint | None, str]:
             verify(folder / name, checkpoint.files[name])
     except CheckpointError as error:
         problem = str(error)
-    except OSError as error:
-        problem = f"{folder} can't be read: {error}"
+    except Exception as error:  # whatever it is, the others wait to hear of it
+        problem = f"{folder} can't be read: {error if isinstance(error, OSError) else repr(error)}"
     problem = next((found for found in gather(problem) if found), "")
     return (None if problem else checkpoint), problem
 
@@ -230,13 +278,6 @@ def verify(path: Path, entry: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{path} is no safetensors file ({error}); use an older checkpoint") from error
     if not same:
         raise CheckpointError(f"{path} does not hold the tensors that the manifest lists; use an older checkpoint")
-
-
-def _plain(name: str) -> str:
-    """A shard's name, which can't lead out of its folder. ValueError for another."""
-    if not re.fullmatch(r"rank-\d{5,}\.safetensors", name):
-        raise ValueError(f"file {name!r} is no shard's name")
-    return name
 
 
 def _step(folder: Path) -> int:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
-
 import torch
 from torch import Tensor
 
 from mpdit import rng
+from mpdit.errors import UserError
 from mpdit.images import save_sample_grid
 from mpdit.model import MPDiT
 from mpdit.sampling import sample
 from mpdit.training.checkpoint import Checkpoint
 from mpdit.training.run import Run
 from mpdit.training.state import read_average
-from mpdit.weights import save_weights
+from mpdit.weights import load_weights, save_weights
 
 _COLUMNS = 10
 _ROWS = 8
@@ -34,12 +33,12 @@ def export(run: Run, saved: Checkpoint) -> None:
 
 
 def is_exported(run: Run, saved: Checkpoint) -> bool:
-    """Whether OUT/ema is this checkpoint's: a run may be killed between the two."""
+    """Whether OUT/ema is this checkpoint's, and whole: a run may be killed between the two."""
     try:
-        description = json.loads((run.out / "ema" / "config.json").read_text())
-        return (run.out / "ema" / "model.safetensors").is_file() and description["training"]["step"] == saved.step
-    except (OSError, ValueError, KeyError, TypeError):
+        _, metadata = load_weights(run.out / "ema")
+    except UserError:
         return False
+    return (metadata.get("training") or {}).get("step") == saved.step
 
 
 def draw_grid(run: Run, ema: dict[str, Tensor], step: int, device: torch.device) -> None:

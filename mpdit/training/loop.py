@@ -12,7 +12,7 @@ from dataclasses import replace
 from mpdit.data.loaders import make_loader
 from mpdit.data.order import GlobalOrder
 from mpdit.data.posterior import to_latents
-from mpdit.errors import ConfigError
+from mpdit.errors import ConfigError, UserError
 from mpdit.files import sole_owner, write_atomically
 from mpdit.flow import flow_loss
 from mpdit.profiling import Profiler
@@ -67,7 +67,8 @@ def train(run: Run, stop: StopRequests) -> str:
     if run.world.rank == 0 and not stopped:
         from mpdit.plots import plot_loss  # imported by rank 0, when there is time
 
-        plot_loss(run.out / "metrics.jsonl", run.out / "loss.png")
+        with contextlib.suppress(UserError):  # nothing is left to plot of a finished run whose log was removed
+            plot_loss(run.out / "metrics.jsonl", run.out / "loss.png")
         print(f"trained {config.steps} steps: {run.out}", flush=True)
     return stopped
 

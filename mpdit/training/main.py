@@ -24,7 +24,9 @@ _GRACE_SECONDS = 6
 """Launchers look after their ranks every second and end them all when one has failed."""
 
 _BROKEN = re.compile(
-    r"connection (was )?(closed|reset|refused)|broken pipe|timed ?out|connectFullMesh|gloo|nccl|socket", re.IGNORECASE
+    r"connection (was )?(likely )?(closed|reset|refused)|failed to recv|broken pipe|timed ?out|connectFullMesh|"
+    r"gloo|nccl|socket",
+    re.IGNORECASE,
 )
 """What a collective says whose partner is gone."""
 
@@ -107,6 +109,13 @@ def _train(run: Run, stop: StopRequests) -> str:
         if error.errno is None or isinstance(error, ConnectionError | TimeoutError):
             raise
         raise ConfigError(of_system(error, run.out)) from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise ConfigError(
+            f"this machine's memory ran out ({str(error).strip().splitlines()[-1]}): give a smaller --global-batch, or "
+            "more --accumulation"
+        ) from error
 
 
 def _lost(world: World, error: RuntimeError) -> str:

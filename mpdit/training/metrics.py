@@ -120,13 +120,13 @@ class MetricsLog:
 def lines_until(path: Path, step: int) -> list[dict[str, Any]]:
     """The lines, JSON objects with a "step", up to this one's; none where there is no file."""
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else ():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
             line = json.loads(text)
             if line["step"] <= step:
                 lines.append(line)
         except (ValueError, KeyError, TypeError):
-            continue  # cut short when the run was killed: its step will be logged again
+            continue  # cut short when the run was killed, and its step will be logged again; or damaged
     return lines
 
 

@@ -167,13 +167,13 @@ def check_folder(out: Path, identity: Mapping[str, Any], resume: str, force: boo
 
 def _recorded_identity(out: Path) -> dict[str, Any] | None:
     """Of the run in a folder, as its newest checkpoint has it; config.json's may be of settings forced since."""
-    manifests = [folder / "manifest.json" for folder in reversed(committed_folders(out))]
-    for path in (*manifests[:1], out / "config.json"):
+    for folder in (*reversed(committed_folders(out)), None):
         try:
-            identity = json.loads(path.read_text())["identity"]
+            text = (out / "config.json").read_bytes() if folder is None else committed_manifest(folder)
+            identity = json.loads(text)["identity"]
             if isinstance(identity, dict):
                 return identity
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (CheckpointError, OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
     return None
 
@@ -242,6 +242,22 @@ def committed_folders(out: Path) -> list[Path]:
     found = folder.iterdir() if folder.is_dir() else iter(())
     named = (path for path in found if CHECKPOINT_NAME.fullmatch(path.name) and (path / MARKER).is_file())
     return sorted(named, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def committed_manifest(folder: Path) -> bytes:
+    """A checkpoint's manifest.json. CheckpointError unless it is what was committed."""
+    path, marker = folder / "manifest.json", folder / MARKER
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{folder} is not a complete checkpoint ({path}: {error})") from error
+    try:
+        expected = marker.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder} was never committed ({marker}: {error})") from error
+    if hashlib.sha256(text).hexdigest() != expected:
+        raise CheckpointError(f"{path} does not match the SHA-256 in {marker}: it was altered; use an older one")
+    return text
 
 
 def _planned_world(given: Mapping[str, Any], world: World) -> World:

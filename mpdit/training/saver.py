@@ -79,7 +79,7 @@ class Saver:
         if kind is None:
             self.wait()
         elif self._thread is not None:
-            self._thread.join(timeout=None if issubclass(kind, ValueError) else 30)  # another rank may be gone
+            self._thread.join(timeout=None if issubclass(kind, UserError) else 30)  # another rank may be gone
 
     def _copied(self, key: str, values: Tensor) -> Tensor:
         memory = self._memory.get(key)

@@ -183,4 +183,5 @@ def _refresh(engine: Any) -> None:
             partitions = zero.fp16_partitioned_groups[group]
             for partition, values in zip(partitions, zero.unflatten(low, partitions), strict=True):
                 partition.data = values.data
-        zero.checkpoint_event_epilogue()  # small parameters whole again
+        # They stay so, as in a new engine: DeepSpeed notes in the first pass what is gathered when, and a step that it
+        # drops itself leaves the small ones, else whole, in parts too.

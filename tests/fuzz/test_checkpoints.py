@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import tempfile
@@ -56,10 +57,15 @@ def _checkpoints() -> Files:
         return contents(folder)
 
 
-def _newest() -> tuple[int, torch.Tensor] | None:
+def _found() -> Checkpoint | None:
     with contextlib.redirect_stderr(io.StringIO()) as told:
         found = checkpoint.find(_run())
     assert all(line.startswith("warning: passed over: ") for line in told.getvalue().splitlines()), told.getvalue()
+    return found
+
+
+def _newest() -> tuple[int, torch.Tensor] | None:
+    found = _found()
     return None if found is None else (found.step, read_average(found.shards, found.shapes)["a"])
 
 
@@ -88,6 +94,17 @@ NEWEST = "checkpoints/step-00000006/manifest.json"
 @given(text=damaged_json(json.loads(_checkpoints()[NEWEST] or b"")))
 def test_damaged_manifests_of_checkpoints_are_passed_over(text: str) -> None:
     _check_checkpoints({**_checkpoints(), NEWEST: text.encode("utf-8", "surrogatepass")})
+
+
+@fuzzed(sample=30, nightly=1000)
+@given(text=damaged_json(json.loads(_checkpoints()[NEWEST] or b"")))
+def test_manifests_that_are_committed_as_they_are_say_what_they_may_say(text: str) -> None:
+    """By their hash they are sound: an altered value may stay, an odd one not."""
+    data = text.encode("utf-8", "surrogatepass")
+    marker = hashlib.sha256(data).hexdigest().encode()
+    with folder_of({**_checkpoints(), NEWEST: data, NEWEST.replace("manifest.json", "COMMITTED"): marker}) as folder:
+        found = judge(_found, folder).value
+        assert found is None or found.step in (3, 6)
 
 
 @fuzzed(sample=30, nightly=1500)
