@@ -130,6 +130,14 @@ def load_weights(path: str | Path) -> tuple[MPDiT, dict[str, Any]]:
     Raises:
         CheckpointError: nothing there, or a file that is damaged, not finite, of another format, or not of this model.
     """
+    config, tensors, metadata = read_weights(path)
+    model = MPDiT(config)
+    model.load_state_dict(tensors)
+    return model.eval(), metadata
+
+
+def read_weights(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any]]:
+    """As `load_weights`, with the same errors: the model's configuration and tensors, before any model is built."""
     folder = weights_folder(Path(path))
     config, metadata = parse_description(_read_json(folder / "config.json"), folder / "config.json")
     weights = folder / "model.safetensors"
@@ -151,9 +159,7 @@ def load_weights(path: str | Path) -> tuple[MPDiT, dict[str, Any]]:
     if stated not in (None, digest_of(tensors)):  # files that others wrote state none
         raise CheckpointError(f"{weights} does not match the SHA-256 in its header: it was altered; export it again")
     check_values(tensors, weights)
-    model = MPDiT(config)
-    model.load_state_dict(tensors)
-    return model.eval(), metadata
+    return config, tensors, metadata
 
 
 def weights_folder(path: Path) -> Path:

@@ -13,7 +13,7 @@ from mpdit.sampling import sample
 from mpdit.training.checkpoint import Checkpoint
 from mpdit.training.run import Run
 from mpdit.training.state import read_average
-from mpdit.weights import load_weights, save_weights
+from mpdit.weights import read_weights, save_weights
 
 _COLUMNS = 10
 _ROWS = 8
@@ -35,7 +35,7 @@ def export(run: Run, saved: Checkpoint) -> None:
 def is_exported(run: Run, saved: Checkpoint) -> bool:
     """Whether OUT/ema is this checkpoint's, and whole: a run may be killed between the two."""
     try:
-        _, metadata = load_weights(run.out / "ema")
+        _, _, metadata = read_weights(run.out / "ema")
     except UserError:
         return False
     return (metadata.get("training") or {}).get("step") == saved.step
