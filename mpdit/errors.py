@@ -38,9 +38,9 @@ class CheckpointError(UserError):
 
 def of_system(error: OSError, place: object) -> str:
     """What the system refused a run, where (`place`, if the error names no file), and how to go on from there."""
-    remedy = "mend it and repeat the command to go on from the newest checkpoint"
+    remedy = "mend it and repeat the command to go on from the newest checkpoint, if any"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        remedy = "make room and repeat the command to go on from the newest checkpoint"
+        remedy = "make room and repeat the command to go on from the newest checkpoint, if any"
     elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         remedy = "let it be written and repeat the command to go on from the newest checkpoint, or give another --out"
     return f"{error.filename or place}: {error.strerror or error}: {remedy}"

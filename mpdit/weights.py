@@ -87,8 +87,8 @@ def check_values(tensors: Mapping[str, Tensor], where: str | Path) -> None:
         # A view that repeats its values may claim to be of any size.
         if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise CheckpointError(f"{where} holds {name} as a view or a tensor of another layout: save plain tensors")
-        if not value.is_floating_point():
-            raise CheckpointError(f"{where} holds {name} of {value.dtype}: weights are floating-point numbers")
+        if not value.is_floating_point() or value.element_size() < 2:
+            raise CheckpointError(f"{where} holds {name} of {value.dtype}: weights are fp16, bf16, fp32 or fp64")
         if not value.sum().isfinite() and not value.isfinite().all():  # a sum is quicker, but may overflow
             raise CheckpointError(f"{where} holds NaN or infinity in {name}: give weights of a sound run")
 

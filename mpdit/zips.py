@@ -38,7 +38,8 @@ def open_zip(path: str | Path) -> zipfile.ZipFile:
     end = os.path.getsize(path)
     for member in archive.infolist():
         inside = 0 <= member.header_offset <= end - member.compress_size
-        if not inside or member.file_size > _MOST_DEFLATED * (member.compress_size + 1):
+        bounded = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+        if not inside or (bounded and member.file_size > _MOST_DEFLATED * (member.compress_size + 1)):
             archive.close()
             raise zipfile.BadZipFile(f"{member.filename} lies past the end of the file, or says it is too large")
     return archive

@@ -130,6 +130,12 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     ),
     "a number in it is damaged": lambda folder: _edit(folder / "manifest.json", lambda fields: fields.update(step="6")),
     "a number in it": lambda folder: _edit(folder / "manifest.json", lambda fields: fields.update(position=-5)),
+    "it lists no files": lambda folder: _edit(folder / "manifest.json", lambda fields: fields.update(files={})),
+    "or no parameters": lambda folder: _edit(folder / "manifest.json", lambda fields: fields.update(shapes={})),
+    "a number in it is": lambda folder: _edit(folder / "manifest.json", lambda f: f.update(optimizer_steps=10**30)),
+    "counters are damaged": lambda folder: _edit(
+        folder / "manifest.json", lambda fields: fields["counters"].update(norm_count=float("nan"))
+    ),
     "its identity or its counters": lambda folder: _edit(folder / "manifest.json", lambda f: f.update(identity=[])),
     "or its counters are damaged": lambda folder: _edit(
         folder / "manifest.json", lambda fields: fields["counters"].update(skipped="2")
@@ -199,8 +205,14 @@ def test_a_copy_under_another_name_is_passed_over_and_nothing_else(
     assert "step-00000009 holds step 3: it was renamed or copied" in capsys.readouterr().err
     checkpoint.tidy(run.out, found)
     assert _names(run) == ["step-00000003", "step-00000006", "step-00000009.damaged"]
+    shutil.rmtree(folder / "step-00000009.damaged")
+    for name, step in (("step-00000003", 3), ("step-00000006", 6)):  # the older one from before a forced change
+        _edit(folder / name / "manifest.json", lambda fields, step=step: fields["identity"].update(lr=step))
+    shutil.copytree(folder / "step-00000003", folder / "step-00000009")
+    assert _found(_run(run.out, "--lr", "6")).step == 6
     shutil.copytree(folder / "step-00000003", run.out / "kept")
-    assert _found(_run(run.out.with_name("branch"), "--resume", str(run.out / "kept"))).step == 3
+    branch = _run(run.out.with_name("branch"), "--lr", "3", "--resume", str(run.out / "kept"))
+    assert _found(branch).step == 3
 
 
 def test_a_damaged_identity_is_passed_over_like_other_damage(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -303,7 +315,27 @@ def test_a_run_begun_from_a_named_checkpoint_goes_on_when_its_command_is_repeate
     command = (tmp_path / "branch", "--resume", str(run.out / "checkpoints" / "step-00000003"))
     _save(_run(*command), 4)
     (tmp_path / "branch" / "config.json").write_text(json.dumps(run.describe()))
-    assert _found(_run(*command)).folder == tmp_path / "branch" / "checkpoints" / "step-00000004"
+    own = tmp_path / "branch" / "checkpoints" / "step-00000004"
+    assert _found(_run(*command)).folder == own
+    _flip(own / "rank-00000.safetensors")
+    assert _found(_run(*command)).step == 3, "the named one is sound"
+    _flip(own / "rank-00000.safetensors")
+    shutil.rmtree(run.out / "checkpoints" / "step-00000003")
+    assert _found(_run(*command)).folder == own, "the named one has been rotated out"
+    _flip(own / "rank-00000.safetensors")
+    with pytest.raises(CheckpointError, match="no checkpoint that can be read"):
+        checkpoint.find(_run(*command))
+
+
+def test_going_back_is_refused_also_by_a_link(run: Run, tmp_path: Path) -> None:
+    folder = run.out / "checkpoints" / "step-00000003"
+    folder.rename(tmp_path / "moved")
+    folder.symlink_to(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match="holds newer checkpoints"):
+        checkpoint.find(_run(run.out, "--resume", str(folder)))
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        checkpoint.find(_run(tmp_path / "branch", "--resume", str(tmp_path / "loop")))
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ def test_arguments_hold_only_what_was_given() -> None:
         ("--ds_config a --loader rust", "invalid choice: 'rust'"),
         ("--steps 3", "--ds_config is missing"),
         ("--ds_config a --init-from=", "argument --init-from: an empty value; give one, or leave it out"),
+        ("--ds_config a --config=", "argument --config: an empty value"),
         ("--ds_config a --out=", "argument --out: an empty value"),
     ],
 )

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -78,6 +77,7 @@ def test_what_the_system_refuses_is_told_with_the_file_and_a_remedy(
     ("error", "told"),
     [
         (MemoryError("Unable to allocate 93 GiB"), "Unable to allocate 93 GiB"),
+        (MemoryError(), "nothing says for what"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "DefaultCPUAllocator"),
     ],
 )
@@ -91,7 +91,7 @@ def test_memory_of_the_machine_that_runs_out_is_told_in_one_line(
     assert main(["--ds_config", ds_config(2), *TINY, "--out", str(tmp_path / "out")]) == 2
     errors = capsys.readouterr().err
     assert errors.startswith("error: this machine's memory ran out (") and told in errors
-    assert "give a smaller --global-batch" in errors and errors.count("\n") == 1
+    assert "or a smaller --global-batch" in errors and errors.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -115,14 +115,6 @@ sys.exit(main.main({["--ds_config", ds_config(2), *TINY, "--out", str(tmp_path /
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.strip().startswith("rank 1 ends: another of the 2 ranks has ended"), done.stderr
-
-
-def test_ranks_meet_for_a_folder_of_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(free_port()))
-    store = connecting._store(World(), "runs/\udcff", "127.0.0.1", timedelta(seconds=30))
-    store.set("key", "value")
-    assert store.get("key") == b"value"
 
 
 PRINTS = """

@@ -42,6 +42,8 @@ def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
     if empty := next((name for name, value in given.items() if value == ""), None):
         raise ConfigError(f"argument --{empty.replace('_', '-')}: an empty value; give one, or leave it out")
     files = given.pop("config", [])
+    if "" in files:
+        raise ConfigError("argument --config: an empty value; give one, or leave it out")
     if len(files) > 1:
         raise ConfigError(f"--config is given {len(files)} times: give one file, and what differs as arguments")
     for path in files:

@@ -35,12 +35,14 @@ from mpdit.training.run import (
     check_identity,
     committed_folders,
     committed_manifest,
+    step_of,
 )
 from mpdit.training.world import World, gather
 
 FORMAT = "mpdit-checkpoint-2"
 
 _LEFTOVER = re.compile(r"\.step-\d{8,}\.(partial|removed)")
+_MOST = 1 << 62  # of anything that is counted, or averaged
 _SHARD = re.compile(r"rank-\d{5,}\.safetensors")  # no name leads out of the folder
 _KEY = re.compile(r"[a-z_]+/[^/]+/\d+")
 """Of a tensor in a shard: kind, parameter, start in it (`state.shard`)."""
@@ -84,7 +86,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{folder} is not a complete checkpoint ({folder / 'manifest.json'}: {error})"
             ) from error
-        if CHECKPOINT_NAME.fullmatch(folder.name) and _step(folder) != checkpoint.step:
+        if CHECKPOINT_NAME.fullmatch(folder.name) and step_of(folder) != checkpoint.step:
             raise CheckpointError(
                 f"{folder} holds step {checkpoint.step}: it was renamed or copied; give it its own name again, or "
                 "remove it"
@@ -109,9 +111,12 @@ class Checkpoint:
             numbers.append(entry["bytes"])
             if not isinstance(entry["sha256"], str) or not all(_KEY.fullmatch(key) for key in entry["keys"]):
                 raise ValueError(f"the entry of {name} is damaged")
-        if not all(type(number) is int and number >= 0 for number in numbers):
+        if not all(type(number) is int and 0 <= number < _MOST for number in numbers):
             raise ValueError("a number in it is damaged")
-        if not isinstance(self.identity, dict) or not all(type(n) in (int, float) for n in self.counters.values()):
+        if not self.files or not self.shapes:
+            raise ValueError("it lists no files or no parameters")
+        counters = all(type(number) in (int, float) and abs(number) < 1e30 for number in self.counters.values())
+        if not isinstance(self.identity, dict) or not counters:
             raise ValueError("its identity or its counters are damaged")
 
     @property
@@ -130,21 +135,24 @@ def find(run: Run) -> Checkpoint | None:
     if resume == "never":
         return None
     folders = gather(committed_folders(run.out))[0]  # as rank 0 sees them
+    named = None
     if resume != "auto":
-        checkpoint, problem = _verified(Path(resume), world)
-        newer = [folder for folder in folders if checkpoint and _step(folder) > checkpoint.step]
-        own = Path(resume).resolve().parent == (run.out / "checkpoints").resolve()
+        named, problem = _verified(Path(resume), world)
+        newer = [folder for folder in folders if named and step_of(folder) > named.step]
+        place = os.path.realpath(Path(resume).absolute().parent)
+        own = place == os.path.realpath(run.out / "checkpoints")
         if newer and own:
             problem = (
                 f"{run.out} holds newer checkpoints than {resume}, up to {newer[-1].name}: give another --out, or "
                 "remove them"
             )
-        if checkpoint is None or problem:
+        if problem and (own or not folders):
             raise CheckpointError(problem)
-        if not newer:
-            return _fitting(run, checkpoint)
-        if world.rank == 0:  # the command was repeated
-            told = f"{run.out} holds newer checkpoints than {resume}: the run goes on from those"
+        if problem and world.rank == 0:
+            print(f"warning: passed over: {one_line(problem)}", file=sys.stderr, flush=True)
+        folders = newer if named else folders
+        if folders and world.rank == 0:  # the command was repeated
+            told = f"{run.out} holds checkpoints that follow {resume}: the run goes on from those"
             print(told, file=sys.stderr, flush=True)
     for folder in reversed(folders):
         checkpoint, problem = _verified(folder, world)
@@ -152,6 +160,8 @@ def find(run: Run) -> Checkpoint | None:
             return _fitting(run, checkpoint)
         if world.rank == 0:
             print(f"warning: passed over: {one_line(problem)}", file=sys.stderr, flush=True)
+    if named is not None:
+        return _fitting(run, named)
     # The average is exported after the first checkpoint was committed, by earlier versions with checkpoints of theirs.
     if gather(bool(folders) or (run.out / "ema").exists())[0]:
         raise CheckpointError(
@@ -166,8 +176,7 @@ def _fitting(run: Run, checkpoint: Checkpoint) -> Checkpoint:
     check_identity(run, checkpoint.identity, str(checkpoint.folder))
     if checkpoint.step > run.config.steps:
         raise CheckpointError(
-            f"{checkpoint.folder} is past the run's {run.config.steps} steps: give --steps {checkpoint.step} or more, "
-            "or another --out"
+            f"{checkpoint.folder} is past the run's {run.config.steps} steps: give --steps {checkpoint.step} or more"
         )
     return checkpoint
 
@@ -183,7 +192,7 @@ def tidy(out: Path, resumed: Checkpoint | None) -> None:
         if _LEFTOVER.fullmatch(path.name):
             _delete(path)
         elif CHECKPOINT_NAME.fullmatch(path.name) and (
-            path not in committed or resumed is None or _step(path) > resumed.step
+            path not in committed or resumed is None or step_of(path) > resumed.step
         ):
             names = (f"{path.name}.damaged{f'-{count}' if count > 1 else ''}" for count in range(1, 1000))
             aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
@@ -278,7 +287,3 @@ def verify(path: Path, entry: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{path} is no safetensors file ({error}); use an older checkpoint") from error
     if not same:
         raise CheckpointError(f"{path} does not hold the tensors that the manifest lists; use an older checkpoint")
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))

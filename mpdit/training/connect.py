@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import importlib
 import os
 import re
@@ -142,7 +141,7 @@ def _store(world: World, name: str, place: str, timeout: timedelta) -> Any:
     def meet() -> None:
         try:
             store = next(torch.distributed.rendezvous("env://", world.rank, world.size, timeout=timeout))[0]
-            store = torch.distributed.PrefixStore(f"mpdit {_digest(name)}", store)
+            store = torch.distributed.PrefixStore(f"mpdit {name}", store)
             if world.rank == 0:
                 store.set(_HERE, "")
             else:
@@ -168,11 +167,6 @@ def _store(world: World, name: str, place: str, timeout: timedelta) -> Any:
             "start, and can their machines reach this address (MASTER_ADDR, MASTER_PORT)?"
         ) from result
     raise ConfigError(f"the ranks can't meet at {place} (MASTER_ADDR, MASTER_PORT): {reason[:200]}") from result
-
-
-def _digest(name: str) -> str:
-    """Stores take text in UTF-8 alone, which a folder's name needn't be."""
-    return hashlib.sha256(os.fsencode(name)).hexdigest()
 
 
 def _answers(address: str, port: int, end: float) -> bool:

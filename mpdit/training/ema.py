@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,6 +24,19 @@ _ROWS = 8
 
 def export(run: Run, saved: Checkpoint) -> None:
     """Write OUT/ema, the weights that `mpdit sample` and `mpdit evaluate` read, from a committed checkpoint."""
+    save_weights(run.out / "ema", read_average(saved.shards, saved.shapes), run.model, _metadata(run, saved))
+
+
+def is_exported(run: Run, saved: Checkpoint) -> bool:
+    """Whether OUT/ema is this checkpoint's, and whole: a run may be killed between the two."""
+    try:
+        model, _, metadata = read_weights(run.out / "ema")
+    except UserError:
+        return False
+    return model == run.model and metadata == json.loads(json.dumps(_metadata(run, saved)))
+
+
+def _metadata(run: Run, saved: Checkpoint) -> dict[str, Any]:
     training = {
         "step": saved.step,
         "samples": saved.position,
@@ -28,17 +44,7 @@ def export(run: Run, saved: Checkpoint) -> None:
         "ema_decay": run.config.ema_decay,
         "weights": "ema",
     }
-    average = read_average(saved.shards, saved.shapes)
-    save_weights(run.out / "ema", average, run.model, {"data": run.manifest.metadata(), "training": training})
-
-
-def is_exported(run: Run, saved: Checkpoint) -> bool:
-    """Whether OUT/ema is this checkpoint's, and whole: a run may be killed between the two."""
-    try:
-        _, _, metadata = read_weights(run.out / "ema")
-    except UserError:
-        return False
-    return (metadata.get("training") or {}).get("step") == saved.step
+    return {"data": run.manifest.metadata(), "training": training}
 
 
 def draw_grid(run: Run, ema: dict[str, Tensor], step: int, device: torch.device) -> None:

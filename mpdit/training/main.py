@@ -112,9 +112,10 @@ def _train(run: Run, stop: StopRequests) -> str:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
             raise
+        reason = " ".join(str(error).split()) or "nothing says for what"
         raise ConfigError(
-            f"this machine's memory ran out ({str(error).strip().splitlines()[-1]}): give a smaller --global-batch, or "
-            "more --accumulation"
+            f"this machine's memory ran out ({reason}): give more --accumulation, or a smaller --global-batch (with "
+            "another --out, or --force)"
         ) from error
 
 

@@ -134,6 +134,13 @@ def _prepare(arguments: Sequence[str], world: World) -> Run:
     if not config.out:
         config = config.replace(out=_default_folder(config, identity))
     out = Path(config.out)
+    for name, path in (("out", out), ("resume", Path(config.resume))):
+        try:
+            str(path.absolute()).encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"{name} {str(path)!a} is not UTF-8, and safetensors opens no such path: give another"
+            ) from None
     check_folder(out, identity, config.resume, config.force)
     sound = Quarantine(dataset, config.bad_records, out / QUARANTINE_NAME, identity["data"], write=not config.dry_run)
     initial = load_initial(config.init_from, model, manifest) if "init_from" in identity and _is_fresh(config) else None
@@ -169,10 +176,10 @@ def _recorded_identity(out: Path) -> dict[str, Any] | None:
     """Of the run in a folder, as its newest checkpoint has it; config.json's may be of settings forced since."""
     for folder in (*reversed(committed_folders(out)), None):
         try:
-            text = (out / "config.json").read_bytes() if folder is None else committed_manifest(folder)
-            identity = json.loads(text)["identity"]
-            if isinstance(identity, dict):
-                return identity
+            fields = json.loads((out / "config.json").read_bytes() if folder is None else committed_manifest(folder))
+            named = folder is None or fields["step"] == step_of(folder)  # it may be a copy of an older one
+            if named and isinstance(fields["identity"], dict):
+                return dict(fields["identity"])
         except (CheckpointError, OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
     return None
@@ -241,7 +248,12 @@ def committed_folders(out: Path) -> list[Path]:
     folder = out / "checkpoints"
     found = folder.iterdir() if folder.is_dir() else iter(())
     named = (path for path in found if CHECKPOINT_NAME.fullmatch(path.name) and (path / MARKER).is_file())
-    return sorted(named, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(named, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def committed_manifest(folder: Path) -> bytes:
