@@ -137,23 +137,7 @@ def find(run: Run) -> Checkpoint | None:
     folders = gather(committed_folders(run.out))[0]  # as rank 0 sees them
     named = None
     if resume != "auto":
-        named, problem = _verified(Path(resume), world)
-        newer = [folder for folder in folders if named and step_of(folder) > named.step]
-        place = os.path.realpath(Path(resume).absolute().parent)
-        own = place == os.path.realpath(run.out / "checkpoints")
-        if newer and own:
-            problem = (
-                f"{run.out} holds newer checkpoints than {resume}, up to {newer[-1].name}: give another --out, or "
-                "remove them"
-            )
-        if problem and (own or not folders):
-            raise CheckpointError(problem)
-        if problem and world.rank == 0:
-            print(f"warning: passed over: {one_line(problem)}", file=sys.stderr, flush=True)
-        folders = newer if named else folders
-        if folders and world.rank == 0:  # the command was repeated
-            told = f"{run.out} holds checkpoints that follow {resume}: the run goes on from those"
-            print(told, file=sys.stderr, flush=True)
+        named, folders = _named(run, folders)
     for folder in reversed(folders):
         checkpoint, problem = _verified(folder, world)
         if checkpoint is not None:
@@ -169,6 +153,33 @@ def find(run: Run) -> Checkpoint | None:
             "restore one, or give another --out to start afresh (--init-from takes the averaged weights along)"
         )
     return None
+
+
+def _named(run: Run, folders: list[Path]) -> tuple[Checkpoint | None, list[Path]]:
+    """The checkpoint that --resume names, and those of the run's own `folders` that follow it, to be tried before.
+
+    It may be gone when the command is repeated and the run has its own; else CheckpointError for one that isn't sound.
+    Going back to an older one of the run's own is refused.
+    """
+    resume = run.config.resume
+    named, problem = _verified(Path(resume), run.world)
+    newer = [folder for folder in folders if named and step_of(folder) > named.step]
+    own = os.path.realpath(Path(resume).absolute().parent) == os.path.realpath(run.out / "checkpoints")
+    if newer and own:
+        problem = (
+            f"{run.out} holds newer checkpoints than {resume}, up to {newer[-1].name}: give another --out, or "
+            "remove them"
+        )
+    if problem and (own or not folders):
+        raise CheckpointError(problem)
+    follow = newer if named else folders
+    if run.world.rank == 0:
+        if problem:
+            print(f"warning: passed over: {one_line(problem)}", file=sys.stderr, flush=True)
+        if follow:
+            told = f"{run.out} holds checkpoints that follow {resume}: the run goes on from those"
+            print(told, file=sys.stderr, flush=True)
+    return named, follow
 
 
 def _fitting(run: Run, checkpoint: Checkpoint) -> Checkpoint:
