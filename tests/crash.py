@@ -4,7 +4,7 @@
 
 The digits are trained by two ranks. Each attempt is the same command; the whole process group is ended by SIGKILL,
 half of the time at a random moment, half at a named point of the protocol: before or after a function of it, on either
-rank where both call it (`crash_rank.POINTS`). After each kill the newest committed checkpoint must verify and be no
+rank where both call it (`rank_faults.POINTS`). After each kill the newest committed checkpoint must verify and be no
 older than the newest before, and the next attempt must continue from it; every other run keeps one checkpoint alone. An
 attempt that gets to the end is compared with the uninterrupted run: every line of metrics, the exported average, every
 byte of the last checkpoint. Then another run is begun, until all kills are spent.
@@ -14,31 +14,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from training_runs import REPOSITORY, TINY, ds_config, free_port
+from rank_faults import POINTS, kill_all
+from rank_processes import Ranks
+from training_runs import tiny
 
 from mpdit.errors import CheckpointError
 from mpdit.training.checkpoint import Checkpoint, verify
 from mpdit.training.run import committed_folders
 
-POINTS = (
-    *("state copied", "shard written", "piece of a file written", "manifest written", "folder named", "any rename"),
-    *("any fsync", "marker written", "old one removed", "any file removed", "average exported", "leftovers cleared"),
-    *("metrics written", "step taken", "loss plotted"),
-)
 RANK_0_ALONE = set(POINTS) - {"state copied", "shard written", "piece of a file written", "any fsync", "step taken"}
 LIMIT = 180
 """Seconds after which an attempt counts as hung."""
@@ -60,66 +56,38 @@ class Crash:
     continued: int = 0
     """Attempts that went on from a checkpoint."""
 
-    def command(self, out: Path) -> list[str]:
-        arguments = [str(REPOSITORY / "tests" / "crash_rank.py"), "--ds_config", ds_config(self.stage), *TINY]
-        own = [
-            "--steps",
-            str(self.steps),
-            "--checkpoint-every",
-            str(self.every),
-            "--keep",
-            str(self.keep),
-            "--precision",
-            "fp32",
-        ]
-        return [sys.executable, *arguments, *own, "--out", str(out)]
+    def start(self, out: Path, crash: tuple[int, str, str, int] | None) -> Ranks:
+        given = {"steps": self.steps, "checkpoint-every": self.every, "keep": self.keep, "precision": "fp32"}
+        own = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+        fault = None if crash is None else partial(kill_all, *crash)
+        return Ranks(*tiny(out, *own, stage=self.stage), ranks=self.ranks, fault=fault)
 
-    def start(self, out: Path, crash: str = "") -> list[subprocess.Popen[str]]:
-        """One process a rank, all in one process group of their own."""
-        shared = {"WORLD_SIZE": str(self.ranks), "LOCAL_SIZE": str(self.ranks), "MASTER_PORT": str(free_port())}
-        environment = os.environ | shared | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "MPDIT_CRASH": crash}
-        processes: list[subprocess.Popen[str]] = []
-        for rank in range(self.ranks):
-            # A file takes what it prints: a pipe that nobody reads would fill up.
-            with (self.folder / f"rank-{rank}.log").open("w") as log:
-                processes.append(
-                    subprocess.Popen(
-                        self.command(out),
-                        env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                        stdout=log,
-                        stderr=log,
-                        text=True,
-                        process_group=processes[0].pid if processes else 0,
-                    )
-                )
-        return processes
-
-    def attempt(self, out: Path, crash: str = "", moment: float | None = None) -> bool:
+    def attempt(self, out: Path, crash: tuple[int, str, str, int] | None = None, moment: float | None = None) -> bool:
         """Run until it ends or is killed; whether it got to the end. RuntimeError for any other outcome."""
         self.attempts += 1
         before = self.newest(out)
-        processes = self.start(out, crash)
-        group, began = processes[0].pid, time.monotonic()
-        try:
-            training = None
-            while any(process.poll() is None for process in processes):
+        with self.start(out, crash) as run:
+            began, training, processes = time.monotonic(), None, run.processes
+            while any(process.is_alive() for process in processes):
                 now = time.monotonic()
-                if training is None and "training" in (self.folder / "rank-0.log").read_text():
+                if training is None and "training" in run.stderr(0):
                     training = now
                 # The moment is counted from the start for an eighth of all kills, else from when training begins.
                 if moment is not None and (now - began if moment < 0 else now - (training or now)) >= abs(moment):
                     break
                 if now - began > LIMIT:
-                    raise RuntimeError(f"hung for {LIMIT} s{self.said()}")
+                    raise RuntimeError(f"hung for {LIMIT} s{said(run)}")
                 time.sleep(0.01)
-        finally:
-            alive = any(process.poll() is None for process in processes)
-            if alive:
-                os.killpg(group, signal.SIGKILL)
-            codes = [process.wait() for process in processes]
-        if set(codes) - {0, -signal.SIGKILL}:
-            raise RuntimeError(f"exit codes {codes}{self.said()}")
-        self.check_continued(out, before)
+            alive = any(process.is_alive() for process in processes)
+            for process in processes:
+                process.kill()
+            codes = run.codes()
+            if set(codes) - {0, -signal.SIGKILL}:
+                raise RuntimeError(f"exit codes {codes}{said(run)}")
+            try:
+                self.check_continued(out, before, run.stderr(0))
+            except RuntimeError as error:
+                raise RuntimeError(f"{error}{said(run)}") from None
         return not any(codes) and not alive
 
     def newest(self, out: Path) -> Path | None:
@@ -132,44 +100,44 @@ class Crash:
             verify(checkpoint.folder / name, entry)
         return checkpoint.folder
 
-    def check_continued(self, out: Path, before: Path | None) -> None:
-        """RuntimeError if the attempt that has ended didn't go on from `before`, or lost a checkpoint."""
-        said, after = (self.folder / "rank-0.log").read_text(), self.newest(out)
-        begun = re.search(r"^training \S+ on \S+ from (.*) to step", said, re.MULTILINE)
+    def check_continued(self, out: Path, before: Path | None, told: str) -> None:
+        """RuntimeError if the attempt that ended, having told this, didn't go on from `before` or lost a checkpoint."""
+        after = self.newest(out)
+        begun = re.search(r"^training \S+ on \S+ from (.*) to step", told, re.MULTILINE)
         wanted = "the start" if before is None else str(before)
         if begun is not None and begun[1] != wanted:
-            raise RuntimeError(f"went on from {begun[1]}, not {wanted}{self.said()}")
+            raise RuntimeError(f"went on from {begun[1]}, not {wanted}")
         self.continued += begun is not None and before is not None
         if before is not None and (after is None or after.name < before.name):
-            raise RuntimeError(f"{before} was there before, and now the newest is {after}{self.said()}")
-        if "passed over" in said:
-            raise RuntimeError(f"a checkpoint was damaged{self.said()}")
+            raise RuntimeError(f"{before} was there before, and now the newest is {after}")
+        if "passed over" in told:
+            raise RuntimeError("a checkpoint was damaged")
 
-    def said(self) -> str:
-        """What the ranks printed last."""
-        logs = [(self.folder / f"rank-{rank}.log").read_text()[-2000:] for rank in range(self.ranks)]
-        return "".join(f"\n--- rank {rank}:\n{text}" for rank, text in enumerate(logs))
-
-    def aim(self, seconds: float) -> tuple[str, str, float | None]:
-        """(kind, point, moment) of the next kill."""
+    def aim(self, seconds: float) -> tuple[str, tuple[int, str, str, int] | None, float | None]:
+        """(kind, arguments of kill_all, moment) of the next kill."""
         draw = self.randomness
         if draw.random() < 0.5:
             if draw.random() < 0.25:
-                return "in start-up", "", -draw.uniform(0.1, 4)
-            return "at a moment", "", draw.uniform(0, seconds)
-        point = draw.choice(POINTS)
+                return "in start-up", None, -draw.uniform(0, 1.5)
+            return "at a moment", None, draw.uniform(0, seconds)
+        point = draw.choice(list(POINTS))
         rank = 0 if point in RANK_0_ALONE else draw.randrange(self.ranks)
         # Calls until it ends the run: few enough that most attempts get there, wherever they go on from.
         most = {"piece of a file written": 500, "any fsync": 12, "any rename": 14, "any file removed": 8}
         most |= {"metrics written": 15, "step taken": 15, "leftovers cleared": 1, "loss plotted": 1}
         count = draw.randint(1, most.get(point, 3))
-        return point, f"{rank}|{point}|{draw.choice(['before', 'after'])}|{count}", None
+        return point, (rank, point, draw.choice(["before", "after"]), count), None
 
     def compare(self, ours: Path, theirs: Path) -> None:
         """RuntimeError, naming what differs, unless two finished runs are the same."""
         for what in (trajectory, average, last_checkpoint):
             if what(ours) != what(theirs):
                 raise RuntimeError(f"{what.__name__.replace('_', ' ')} of {ours} differs from that of {theirs}")
+
+
+def said(run: Ranks) -> str:
+    """What the ranks of a run printed last."""
+    return "".join(f"\n--- rank {rank}:\n{run.output(rank)[-2000:]}" for rank in range(len(run.processes)))
 
 
 def trajectory(out: Path) -> list[dict[str, Any]]:
@@ -216,7 +184,7 @@ def main() -> int:
             out, crash.keep = folder / f"run-{compared}", 2 - compared % 2
             finished = False
             while not finished:
-                kind, point, moment = crash.aim(seconds) if killed < given.kills else ("", "", None)
+                kind, point, moment = crash.aim(seconds) if killed < given.kills else ("", None, None)
                 finished = crash.attempt(out, point, moment)
                 if finished and point:
                     print(f"     {point} was not reached", flush=True)

@@ -1,59 +1,84 @@
-"""The ranks of a run as processes that a test can send signals to, and ask what became of them."""
+"""Training ranks as processes of their own, forked from a server that has already imported what they need.
+
+A rank's imports take ten times as long as a short run's steps. So each test process has a server (multiprocessing's
+forkserver) that does them once, and ranks fork from it: real processes with their own environment, output, signals and
+process group, which begin where `launch/train.py` does.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
-import subprocess
+import runpy
+import socket
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+from unittest import mock
 
-from training_runs import REPOSITORY, TINY, ds_config, free_port
+TESTS = Path(__file__).parent
+SCRIPT = TESTS.parent / "launch" / "train.py"
 
-PATCHED = """
-import os, signal, sys, time
-from mpdit.training import loop
-from mpdit.training.main import main
-real, rank, step = loop.flow_loss, int(os.environ.get("RANK", "0")), 0
-def flow_loss(*args, **kwargs):
-    global step
-    step += 1
-    {body}
-    return real(*args, **kwargs)
-loop.flow_loss = flow_loss
-sys.exit(main())
-"""
-"""launch/train.py, but that `body` is done before the forward pass of `step` on `rank`."""
+
+_STREAMS = ("stdout", "stderr")
+
+Fault = Callable[[], None] | None
 
 
 class Ranks:
-    """A run of `ranks` processes, started as a launcher does it; what is left of it is killed at the end."""
+    """`launch/train.py` as `ranks` processes of one process group, started as a launcher does it.
 
-    def __init__(self, out: Path, *arguments: str, ranks: int = 2, body: str = "") -> None:
-        script = ["-c", PATCHED.format(body=body)] if body else [str(REPOSITORY / "launch" / "train.py")]
-        command = [sys.executable, *script, "--ds_config", ds_config(2), *TINY, *arguments, "--out", str(out)]
-        common = {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-        environment = os.environ | common | {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-        self.out = out
-        self._logs = [out.with_name(f"rank-{rank}.log") for rank in range(ranks)]
-        self.processes = []
-        for rank, log in enumerate(self._logs):
-            with log.open("w") as file:
-                place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                self.processes.append(subprocess.Popen(command, env=environment | place, stdout=file, stderr=file))
+    `fault`, one of rank_faults with its arguments (functools.partial), is called in every rank before it begins. What
+    is left of the ranks is killed at the end.
+    """
 
-    def wait_for_step(self, step: int) -> None:
-        wait_for_step(self.out, step)
+    def __init__(self, *arguments: str, ranks: int = 1, fault: Fault = None) -> None:
+        _start_server()
+        place = {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+        environment = dict(os.environ) | place | {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+        self._folder = tempfile.TemporaryDirectory(prefix="mpdit-ranks-")
+        self.processes: list[BaseProcess] = []
+        for rank in range(ranks):
+            leader = self.processes[0].pid if self.processes else 0
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            logs = [self._log(rank, name) for name in _STREAMS]
+            for log in logs:
+                log.touch()
+            given = (arguments, environment, logs, leader, fault)
+            process = multiprocessing.get_context("forkserver").Process(target=_run, args=given)
+            process.start()
+            self.processes.append(process)
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                while rank == 0 and os.getpgid(process.pid or 0) != process.pid:
+                    time.sleep(0.001)  # until there is a group that the others can join
 
     def codes(self, seconds: float = 60) -> list[int]:
-        """Exit codes, by rank; fails when one of them is still there after so long."""
+        """Wait for the ranks' exit codes; fail when one of them is still there after so long."""
         end = time.monotonic() + seconds
-        return [process.wait(max(0.1, end - time.monotonic())) for process in self.processes]
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+        codes = [process.exitcode for process in self.processes]
+        assert None not in codes, f"exit codes after {seconds} s: {codes}"
+        return [code for code in codes if code is not None]
+
+    def stdout(self, rank: int) -> str:
+        return self._log(rank, "stdout").read_text()
+
+    def stderr(self, rank: int) -> str:
+        return self._log(rank, "stderr").read_text()
 
     def output(self, rank: int) -> str:
-        return self._logs[rank].read_text()
+        return self.stdout(rank) + self.stderr(rank)
+
+    def _log(self, rank: int, stream: str) -> Path:
+        return Path(self._folder.name, f"{stream}-{rank}")
 
     def __enter__(self) -> Self:
         return self
@@ -63,14 +88,48 @@ class Ranks:
     ) -> None:
         for process in self.processes:
             process.kill()
-            process.wait()
+            process.join()
+        self._folder.cleanup()
+
+
+def _start_server() -> None:
+    """Start this process's server, unless it runs."""
+    multiprocessing.set_forkserver_preload(["preloaded"])
+    # Up to Python 3.13 the server doesn't get our sys.path before it imports, and passes over what it can't import.
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(TESTS), *sys.path]), OMP_NUM_THREADS="1"):
+        forkserver.ensure_running()
+
+
+def _run(arguments: Sequence[str], environment: dict[str, str], logs: list[Path], leader: int, fault: Fault) -> None:
+    """Become a rank."""
+    os.setpgid(0, leader)
+    os.environ.clear()
+    os.environ.update(environment)
+    for descriptor, path in enumerate(logs, 1):
+        file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, descriptor)
+        os.close(file)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    assert "preloaded" in sys.modules, "the server could not import it"
+    if fault is not None:
+        fault()
+    sys.argv = [str(SCRIPT), *arguments]
+    runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
 def wait_for_step(out: Path, step: int, seconds: float = 60) -> None:
-    """Until this step, logged, is over."""
+    """Wait until this step, logged, is over."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if (out / "metrics.jsonl").exists() and f'"step": {step},' in (out / "metrics.jsonl").read_text():
             return
         time.sleep(0.02)
     raise AssertionError(f"step {step} did not come in {out}")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port

@@ -22,7 +22,7 @@ def crash(tmp_path_factory: pytest.TempPathFactory) -> Crash:
 def test_killed_within_saves_and_between_the_run_ends_the_same(crash: Crash) -> None:
     out = crash.folder / "run"
     # Rank 1's second file is half written; a folder has its name but no marker.
-    for crashed in ("1|piece of a file written|after|200", "0|marker written|before|2"):
+    for crashed in ((1, "piece of a file written", "after", 200), (0, "marker written", "before", 2)):
         assert not crash.attempt(out, crashed), crashed
     assert crash.attempt(out)
     assert crash.continued == 2
@@ -54,14 +54,11 @@ def test_a_lost_checkpoint_would_be_noticed(crash: Crash) -> None:
     whole = crash.folder / "whole"
     newest = crash.newest(whole)
     assert newest is not None
-    log = crash.folder / "rank-0.log"
-    log.write_text(f"training MPDiT-Digits/4-2 on digits from {newest} to step 24: batch 32\n")
-    crash.check_continued(whole, newest)
+    said = f"training MPDiT-Digits/4-2 on digits from {newest} to step 24: batch 32\n"
+    crash.check_continued(whole, newest, said)
     with pytest.raises(RuntimeError, match="went on from"):
-        crash.check_continued(whole, newest.with_name("step-00000023"))
-    log.write_text("")
+        crash.check_continued(whole, newest.with_name("step-00000023"), said)
     with pytest.raises(RuntimeError, match="was there before"):
-        crash.check_continued(whole, newest.with_name("step-00000030"))
-    log.write_text("warning: passed over: checkpoint\n")
+        crash.check_continued(whole, newest.with_name("step-00000030"), "")
     with pytest.raises(RuntimeError, match="damaged"):
-        crash.check_continued(whole, newest)
+        crash.check_continued(whole, newest, "warning: passed over: checkpoint\n")

@@ -7,15 +7,16 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from training_runs import REPOSITORY, TINY, ds_config, new_folder, trained
+from rank_faults import before_step, run_out_of_memory
+from training_runs import REPOSITORY, ds_config, new_folder, start, trained
 
 from mpdit.errors import ConfigError
 from mpdit.profiling import RANGES, ProfileMode, Profiler, Profiling
@@ -278,18 +279,8 @@ class TestRun:
 
     def test_a_run_that_runs_out_of_memory_ends_in_one_line(self) -> None:
         out = new_folder("run")
-        script = (
-            "import sys, torch\n"
-            "from mpdit.training import loop\n"
-            "from mpdit.training.main import main\n"
-            "def flow_loss(*args, **kwargs):\n"
-            "    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.50 GiB.')\n"
-            "loop.flow_loss = flow_loss\n"
-            "sys.exit(main(sys.argv[1:]))\n"
-        )
-        command = [sys.executable, "-c", script, "--ds_config", ds_config(2), *TINY, "--out", str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 2
+        done = start(out, fault=partial(before_step, 0, 1, run_out_of_memory))
+        assert done.code == 2
         assert "Traceback" not in done.stderr
         lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1

@@ -8,18 +8,21 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 from mpdit_kernels.hardware import GPUS
-from rank_processes import Ranks
-from training_runs import TINY, ds_config, free_port, new_folder
+from rank_faults import be_killed, before_step, limit_files
+from rank_processes import Ranks, free_port
+from training_runs import TINY, ds_config, new_folder, tiny
 
 from mpdit.accounting.memory import MEMORY_ERROR, Setting, memory
 from mpdit.errors import ConfigError
 from mpdit.presets import preset
 from mpdit.training import connect as connecting
 from mpdit.training import fitting, loop
+from mpdit.training import main as main_module
 from mpdit.training.checkpoint import Checkpoint
 from mpdit.training.connect import connect
 from mpdit.training.fitting import what_fits
@@ -31,8 +34,8 @@ from mpdit.training.world import World
 def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_costs_no_checkpoint() -> None:
     """As far as rank 0 can tell: from step 12 on no file of its may grow beyond 2500 bytes, as TensorBoard's has."""
     out = new_folder("run")
-    full = "import resource; time.sleep(1); resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500))"
-    with Ranks(out, "--tensorboard", body=f"if rank == 0 and step == 12: {full}") as run:
+    fault = partial(before_step, 0, 12, partial(limit_files, 2500))
+    with Ranks(*tiny(out, "--tensorboard"), ranks=2, fault=fault) as run:
         assert run.codes() == [2, 1]
         (line,) = (line for line in run.output(0).splitlines() if line.startswith("error: "))
         assert line.startswith(f"error: {out}: File too large: make room and repeat the command")
@@ -44,7 +47,7 @@ def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_costs_no_checkpoint(
 
 def test_a_rank_that_is_killed_ends_the_others_in_one_line() -> None:
     out = new_folder("run")
-    with Ranks(out, body="rank == 1 and step == 4 and os.kill(os.getpid(), signal.SIGKILL)") as run:
+    with Ranks(*tiny(out), ranks=2, fault=partial(before_step, 1, 4, be_killed)) as run:
         assert run.codes() == [1, -9]
         assert "Traceback" not in run.output(0)
         assert "rank 0 ends: another of the 2 ranks has ended or can't be reached" in run.output(0)
@@ -101,20 +104,18 @@ def test_memory_of_the_machine_that_runs_out_is_told_in_one_line(
         "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
     ],
 )
-def test_a_broken_connection_is_told_as_a_rank_that_is_gone(said: str, tmp_path: Path) -> None:
-    script = f"""
-import os, sys
-from mpdit.training import loop, main
-def train(*_):
-    raise RuntimeError({said!r})
-loop.train = train
-main._GRACE_SECONDS = 0.1
-sys.exit(main.main({["--ds_config", ds_config(2), *TINY, "--out", str(tmp_path / "out")]!r}))
-"""
-    environment = os.environ | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.strip().startswith("rank 1 ends: another of the 2 ranks has ended"), done.stderr
+def test_a_broken_connection_is_told_as_a_rank_that_is_gone(
+    said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(*_: object) -> str:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(main_module, "_GRACE_SECONDS", 0.1)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["--ds_config", ds_config(2), *TINY, "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.strip().startswith("rank 1 ends: another of the 2 ranks has ended")
 
 
 PRINTS = """

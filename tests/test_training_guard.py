@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from mpdit_kernels import AdamWEMA
+from rank_faults import spoil_samples
 from training_runs import Finished, new_folder, start
 
 from mpdit.data.loaders import Batch
@@ -29,17 +31,14 @@ from mpdit.training.run import prepare
 from mpdit.training.world import World
 
 RUN = ("--precision", "fp32", "--skip-spikes", "10")
-SCRIPT = Path(__file__).with_name("faulty_train.py")
 FAULTS = {3: ("loss", [20]), 5: ("gradient", [3]), 12: ("loss", [0, 31]), 13: ("gradient", [17]), 18: ("spike", [5])}
 """By step: what is wrong, and of which of its 32 samples; of two ranks the second takes the last 16, or, in two micro
 steps, those from 8 to 15 and from 24 on."""
+SPOIL = partial(
+    spoil_samples,
+    [(kind, (step - 1) * 32 + place) for step, (kind, places) in FAULTS.items() for place in places],
+)
 ZERO0 = {"zero_optimization": {"stage": 0}}
-
-
-@pytest.fixture(autouse=True)
-def _faults(monkeypatch: pytest.MonkeyPatch) -> None:
-    faults = [(kind, (step - 1) * 32 + place) for step, (kind, places) in FAULTS.items() for place in places]
-    monkeypatch.setenv("FAULTS", json.dumps(faults))
 
 
 def _skipped(run: Finished) -> list[dict[str, Any]]:
@@ -119,7 +118,7 @@ def _by_hand(finished: Finished, steps: int) -> list[tuple[float, float]]:
 def test_a_skipped_step_is_as_if_its_update_had_not_been(tmp_path: Path) -> None:
     (tmp_path / "zero0.json").write_text(json.dumps(ZERO0))
     arguments = [*RUN, "--clip", "0", "--ds_config", str(tmp_path / "zero0.json")]
-    run = start(new_folder("run"), *arguments, ranks=2, script=SCRIPT)
+    run = start(new_folder("run"), *arguments, ranks=2, fault=SPOIL)
     _check(run, model=True)
     for line, expected in zip(run.metrics(), _by_hand(run, 20), strict=True):
         if line["step"] not in FAULTS:
@@ -128,7 +127,7 @@ def test_a_skipped_step_is_as_if_its_update_had_not_been(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_every_rank_skips_the_same_steps_with_everything_sharded() -> None:
-    run = start(new_folder("run"), *RUN, "--accumulation", "2", ranks=2, stage=3, script=SCRIPT)
+    run = start(new_folder("run"), *RUN, "--accumulation", "2", ranks=2, stage=3, fault=SPOIL)
     # DeepSpeed leaves the model in parts until its next forward pass where it skips a step itself.
     _check(run, model=False)
     for line, expected in zip(run.metrics(), _by_hand(run, 2), strict=False):  # clipped from then on
@@ -137,7 +136,7 @@ def test_every_rank_skips_the_same_steps_with_everything_sharded() -> None:
 
 def test_too_many_in_a_row_stop_the_run_which_goes_on_with_more_patience() -> None:
     out, arguments = new_folder("run"), [*RUN, "--log-every", "20"]
-    stopped = start(out, *arguments, "--max-skips", "2", ranks=2, stage=1, script=SCRIPT)
+    stopped = start(out, *arguments, "--max-skips", "2", ranks=2, stage=1, fault=SPOIL)
     assert stopped.code == 2
     (error,) = [line for line in stopped.errors if "rank" not in line]
     assert error.startswith("error: 2 steps in a row had to be skipped, the last of them step 13, because its gradient")
@@ -150,7 +149,7 @@ def test_too_many_in_a_row_stop_the_run_which_goes_on_with_more_patience() -> No
         (out / f"state-{rank}.jsonl").unlink()
 
     # DeepSpeed drops 13 itself, and leaves the model in parts until its next forward pass.
-    resumed = start(out, *arguments, "--max-skips", "3", ranks=2, stage=3, script=SCRIPT)
+    resumed = start(out, *arguments, "--max-skips", "3", ranks=2, stage=3, fault=SPOIL)
     assert resumed.code == 0, resumed.stderr
     _check_states(resumed, model=False)
     assert [line["step"] for line in _skipped(resumed)] == list(FAULTS)

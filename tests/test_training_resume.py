@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
+from rank_faults import fill_disk, hold_back_shard
 from training_runs import Finished, new_folder, start, trained
 
 FP32 = ("--precision", "fp32")
@@ -59,31 +61,10 @@ def test_a_checkpoint_that_one_rank_finds_damaged_is_passed_over_by_all() -> Non
     ]
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+def test_training_goes_on_while_a_checkpoint_is_written() -> None:
     # Rank 1 holds its shard of step 10 back until step 15 is in the metrics.
-    script = tmp_path / "train.py"
-    script.write_text(
-        """
-import os, sys, time
-from pathlib import Path
-from mpdit.training import checkpoint
-from mpdit.training.main import main
-
-write = checkpoint.write_shard
-
-def held_back(partial, rank, tensors):
-    limit = time.monotonic() + 60
-    metrics = partial.parents[1] / "metrics.jsonl"
-    while rank == 1 and "00010" in str(partial) and '"step": 15' not in metrics.read_text():
-        assert time.monotonic() < limit, "training waits for the save"
-        time.sleep(0.05)
-    return write(partial, rank, tensors)
-
-checkpoint.write_shard = held_back
-sys.exit(main())
-"""
-    )
-    run, whole = start(new_folder("run"), *FP32, ranks=2, script=script), trained(*FP32, ranks=2)
+    fault = partial(hold_back_shard, 1, 10, until=15)
+    run, whole = start(new_folder("run"), *FP32, ranks=2, fault=fault), trained(*FP32, ranks=2)
     assert run.code == 0, run.stderr
     # What was saved is the state of step 10, not of the steps that followed.
     for name in ("rank-00000.safetensors", "rank-00001.safetensors"):
@@ -91,33 +72,9 @@ sys.exit(main())
         assert ours.read_bytes() == theirs.read_bytes()
 
 
-def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(
-        """
-import errno, os, sys
-from mpdit import tensor_file
-from mpdit.training.main import main
-
-written = 0
-
-class Disk:
-    def __getattr__(self, name):
-        return getattr(os, name)
-
-    def write(self, descriptor, data):
-        global written
-        written += len(data)
-        if os.environ["RANK"] == "1" and written > LIMIT:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return os.write(descriptor, data)
-
-tensor_file.os = Disk()
-sys.exit(main())
-""".replace("LIMIT", str(_shard_bytes() * 3 // 2))
-    )
+def test_a_full_disk_stops_the_run_and_loses_nothing() -> None:
     out = new_folder("run")
-    full = start(out, *FP32, ranks=2, script=script)
+    full = start(out, *FP32, ranks=2, fault=partial(fill_disk, 1, _shard_bytes() * 3 // 2))
     assert full.code == 2, full.stderr
     assert "step 20 could not be saved" in full.errors[0]
     assert "No space left on device" in full.errors[0]

@@ -7,17 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
+from rank_faults import be_signalled, before_step
 from rank_processes import Ranks, wait_for_step
-from training_runs import REPOSITORY, TINY, ds_config, free_port, new_folder, start, trained
+from training_runs import REPOSITORY, TINY, ds_config, new_folder, start, tiny, trained
 
 from mpdit.training.stop import REASONS, STOPPED, reasons
 
 TRAIN = [sys.executable, str(REPOSITORY / "launch" / "train.py"), "--ds_config", ds_config(2)]
-ENDLESS = ("--steps", "1000000", "--checkpoint-every", "0")
 
 
 def _saved(out: Path) -> list[str]:
@@ -26,9 +27,8 @@ def _saved(out: Path) -> list[str]:
 
 def test_a_signal_to_one_rank_saves_all_at_a_step_and_the_run_goes_on_bit_for_bit() -> None:
     out = new_folder("run")
-    signals = "os.kill(os.getpid(), signal.SIGUSR1), os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.5)"
-    body = f"if rank == 1 and step == 5: {signals}"
-    with Ranks(out, "--precision", "fp32", body=body) as run:
+    fault = partial(before_step, 1, 5, partial(be_signalled, signal.SIGUSR1, signal.SIGTERM))
+    with Ranks(*tiny(out, "--precision", "fp32"), ranks=2, fault=fault) as run:
         assert run.codes() == [STOPPED, STOPPED]
         said = [line for line in run.output(0).splitlines() if "stopped" in line]
         assert said == [f"stopped by SIGTERM and SIGUSR1 after step 5, saved in {out}: repeat the command to go on"]
@@ -39,16 +39,21 @@ def test_a_signal_to_one_rank_saves_all_at_a_step_and_the_run_goes_on_bit_for_bi
     assert (resumed.losses(), resumed.ema()) == (whole.losses(), whole.ema())
 
 
-def test_the_deepspeed_command_leaves_no_rank_behind() -> None:
-    """A SIGTERM ends the command alone: launch.py and the ranks lose it and are to end by themselves."""
-    out = new_folder("run")
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
-    command += ["--master_port", str(free_port()), *TRAIN[1:], *TINY, *ENDLESS, "--out", str(out)]
-    log = out.with_name("log")
-    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file) as runner:
-        wait_for_step(out, 3)
+def test_the_deepspeed_command_of_the_readme_trains_and_leaves_no_rank_behind(tmp_path: Path) -> None:
+    """A SIGTERM ends the command alone: launch.py and the rank lose it and are to end by themselves."""
+    command = "deepspeed launch/train.py --ds_config launch/zero2.json"
+    assert f"\n{command} " in (REPOSITORY / "README.md").read_text()
+    (tmp_path / "launch").symlink_to(REPOSITORY / "launch")
+    log = tmp_path / "log"
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with (
+        log.open("w") as file,
+        subprocess.Popen(command.split(), cwd=tmp_path, env=environment, stdout=file, stderr=file) as runner,
+    ):
+        out = _only_run(tmp_path / "runs")
+        wait_for_step(out, 1)
         children = psutil.Process(runner.pid).children(recursive=True)
-        assert len(children) == 3, "launch.py and two ranks"
+        assert len(children) == 2, "launch.py and a rank"
         runner.terminate()
     _, left = psutil.wait_procs(children, timeout=60)
     for process in left:
@@ -57,6 +62,16 @@ def test_the_deepspeed_command_leaves_no_rank_behind() -> None:
     assert "stopped by the loss of its launcher after step" in log.read_text()
     assert "return code = 75" in log.read_text()
     assert len(_saved(out)) == 1
+
+
+def _only_run(folder: Path) -> Path:
+    """The run in a folder, once there is one."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        if runs := list(folder.glob("*")):
+            return runs[0]
+        time.sleep(0.05)
+    raise AssertionError("no run began")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
@@ -196,7 +211,8 @@ def test_a_shell_that_started_a_rank_may_end(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_rank_that_hangs_is_told_of_by_all_and_ends_all() -> None:
     out = new_folder("run")
-    with Ranks(out, "--hang-timeout", "3", body="rank == 1 and step == 3 and time.sleep(1000)") as run:
+    fault = partial(before_step, 1, 3, partial(time.sleep, 1000))
+    with Ranks(*tiny(out, "--hang-timeout", "3"), ranks=2, fault=fault) as run:
         assert run.codes() == [124, 124]
         for rank, place in enumerate(["engine.backward", "flow_loss("]):
             report = out / "hang" / f"rank-{rank}.txt"

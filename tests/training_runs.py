@@ -1,19 +1,21 @@
-"""Real training runs for the tests: a tiny model, a process a rank, each distinct run done once a session."""
+"""Real training runs for the tests: a tiny model, a process a rank, each distinct run done once per session."""
 
 from __future__ import annotations
 
 import atexit
-import functools
+import hashlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rank_processes import Fault, Ranks, free_port
+from shared import made_once
 
 REPOSITORY = Path(__file__).parents[1]
 TINY = (
@@ -64,39 +66,29 @@ def new_folder(name: str) -> Path:
     return Path(tempfile.mkdtemp(dir=_folder), name)
 
 
-def start(
-    out: Path, *arguments: str, ranks: int = 1, stage: int = 2, script: Path = REPOSITORY / "launch" / "train.py"
-) -> Finished:
-    """Train as a launcher does it, one process a rank, without the launcher's seconds."""
-    command = [sys.executable, str(script), "--ds_config", ds_config(stage)]
-    command += [*TINY, *arguments, "--out", str(out)]
-    common = {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    environment = os.environ | common | {"MASTER_PORT": str(free_port())}
-    processes = [
-        subprocess.Popen(
-            command,
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    code = next((process.returncode for process in processes if process.returncode), 0)
-    return Finished(code, "".join(o for o, _ in outputs), "".join(e for _, e in outputs), out)
+def start(out: Path, *arguments: str, ranks: int = 1, stage: int = 2, fault: Fault = None) -> Finished:
+    """Train the tiny model to the end, a process a rank; `fault` is one of rank_faults."""
+    with Ranks(*tiny(out, *arguments, stage=stage), ranks=ranks, fault=fault) as run:
+        code = next((code for code in run.codes(300) if code), 0)
+        return Finished(code, "".join(map(run.stdout, range(ranks))), "".join(map(run.stderr, range(ranks))), out)
 
 
-@functools.cache
+def tiny(out: Path, *arguments: str, stage: int = 2) -> tuple[str, ...]:
+    """Arguments of `launch/train.py` for a run of the tiny model."""
+    return ("--ds_config", ds_config(stage), *TINY, *arguments, "--out", str(out))
+
+
 def trained(*arguments: str, ranks: int = 1, stage: int = 2) -> Finished:
-    """A finished run of these arguments; it is shared, so copy its folder before changing anything."""
-    finished = start(new_folder("run"), *arguments, ranks=ranks, stage=stage)
-    assert finished.code == 0, finished.stderr
-    return finished
+    """A finished run of these arguments; it is the whole session's, so copy its folder before changing anything."""
+
+    def make(folder: Path) -> None:
+        finished = start(folder / "run", *arguments, ranks=ranks, stage=stage)
+        assert finished.code == 0, finished.stderr
+        (folder / "output.json").write_text(json.dumps([finished.stdout, finished.stderr]))
+
+    key = json.dumps([arguments, ranks, stage])
+    folder = made_once(f"run-{hashlib.sha256(key.encode()).hexdigest()[:16]}", make)
+    return Finished(0, *json.loads((folder / "output.json").read_text()), folder / "run")
 
 
 def deepspeed(*arguments: str, ranks: int = 1, out: Path) -> Finished:
@@ -108,10 +100,3 @@ def deepspeed(*arguments: str, ranks: int = 1, out: Path) -> Finished:
         [*command, "--out", str(out)], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     return Finished(done.returncode, done.stdout, done.stderr, out)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-    return port

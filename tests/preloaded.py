@@ -1,0 +1,15 @@
+"""What a training rank imports, for the server that the tests' ranks are forked from; see rank_processes."""
+
+import importlib
+
+from mpdit.training.connect import _import_without_compiling
+from mpdit.training.world import choose_accelerator
+
+choose_accelerator()
+_import_without_compiling()
+for name in (
+    *("deepspeed.runtime.engine", "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.stage_1_and_2"),
+    *("matplotlib.backends.backend_agg", "matplotlib.figure", "nvidia.dali.plugin.pytorch", "sklearn.datasets"),
+    *("torch._dynamo", "torch.utils.tensorboard", "tqdm"),
+):
+    importlib.import_module(name)
