@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from extraction_data import encoded, pixels, save_vae, some_files, tar_bytes, write_tree, write_zip
+from forks import exit_code, fork_workers, in_a_child
 from PIL import Image
 
 from mpdit import cli
@@ -122,23 +123,6 @@ def test_archives_give_the_same_records_as_a_tree(whole: Path, vae: str, tmp_pat
         assert {name: data for name, data in _bytes(out).items() if name.endswith(".bin")} == records
 
 
-def _in_a_child(work: Callable[[], object], **environment: str) -> int:
-    """Process id of a child that does the work and exits with 0, or with 1 when it fails."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        os.environ.update(environment)
-        work()
-        os._exit(0)
-    except BaseException:
-        os._exit(1)
-
-
-def _exit_code(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def test_killed_anywhere_and_restarted_it_gives_the_same_bytes(
     whole: Path, images: Path, vae: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,7 +149,7 @@ def test_killed_anywhere_and_restarted_it_gives_the_same_bytes(
     # One folder, killed again and again at other places, goes on each time and needs fewer steps.
     codes = []
     for step in (1, 2, 4, 9, 14, 11, 16, 8, 21, 13, 6, 10, 5, 7, 3, 6, 2, 4, 5, 1, 1000):
-        codes.append(_exit_code(_in_a_child(dying_at(step))))
+        codes.append(exit_code(in_a_child(dying_at(step))))
         if codes[-1] == 0:
             break
         assert not (tmp_path / "out" / "extraction.json").exists() or codes[-1] == -signal.SIGKILL
@@ -205,14 +189,15 @@ def test_finished_parts_are_kept_if_they_are_sound(whole: Path, images: Path, va
 
 
 def test_ranks_of_a_launcher_and_processes_give_the_same_bytes(
-    whole: Path, images: Path, vae: str, tmp_path: Path
+    whole: Path, images: Path, vae: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    fork_workers(monkeypatch)
     out = tmp_path / "ranks"
     ranks = [
-        _in_a_child(lambda: extract(images, out, vae, OPTIONS), WORLD_SIZE="3", RANK=str(rank), LOCAL_RANK=str(rank))
+        in_a_child(lambda: extract(images, out, vae, OPTIONS), WORLD_SIZE="3", RANK=str(rank), LOCAL_RANK=str(rank))
         for rank in (2, 1, 0)
     ]
-    assert [_exit_code(rank) for rank in ranks] == [0, 0, 0]
+    assert [exit_code(rank) for rank in ranks] == [0, 0, 0]
     assert _bytes(out) == _bytes(whole)
     out = tmp_path / "processes"
     command = ["extract", str(images), str(out), "--vae", vae, "--image-size", "32", "--flip", "--part-images", "5"]
@@ -235,7 +220,7 @@ def test_a_rank_that_waits_for_rank_0_says_so(
     monkeypatch.setattr(extraction, "_PATIENCE", 0.0)
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
-    waiting = _in_a_child(lambda: extract(images, tmp_path / "out", vae, OPTIONS))
+    waiting = in_a_child(lambda: extract(images, tmp_path / "out", vae, OPTIONS))
     try:
         told = ""
         while "\n" not in told:
@@ -244,7 +229,7 @@ def test_a_rank_that_waits_for_rank_0_says_so(
         assert f"waiting for rank 0 to begin in {tmp_path / 'out'}" in told
     finally:
         os.kill(waiting, signal.SIGKILL)
-        _exit_code(waiting)
+        exit_code(waiting)
 
 
 def test_threads_of_torch_do_not_change_the_bytes(vae: str, tmp_path: Path) -> None:
@@ -263,7 +248,7 @@ def test_threads_of_torch_do_not_change_the_bytes(vae: str, tmp_path: Path) -> N
 def test_killed_while_another_waits(whole: Path, images: Path, vae: str, tmp_path: Path) -> None:
     """A process that outlives its job's kill is waited for, and a second job in the folder is refused."""
     out = tmp_path / "out"
-    first = _in_a_child(lambda: extract(images, out, vae, OPTIONS))
+    first = in_a_child(lambda: extract(images, out, vae, OPTIONS))
     while not (out / ".parts" / "job.json").exists():
         time.sleep(0.01)
     os.kill(first, signal.SIGSTOP)
@@ -272,7 +257,7 @@ def test_killed_while_another_waits(whole: Path, images: Path, vae: str, tmp_pat
             extract(images, out, vae, OPTIONS)
     finally:
         os.kill(first, signal.SIGKILL)
-        _exit_code(first)
+        exit_code(first)
     assert extract(images, out, vae, OPTIONS)
     assert _bytes(out) == _bytes(whole)
 

@@ -10,8 +10,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forks import exit_code, fork_workers, in_a_child
 from PIL import Image
 from sample_sets import COMMON, contents, draw, parts, save_model, save_vae
 
@@ -68,7 +67,8 @@ def test_files_of_a_set(made: Path) -> None:
     assert (len(found), found.size, found.protocol) == (10, (32, 32), protocol)
 
 
-def test_two_processes_draw_the_same_bytes(made: Path, tmp_path: Path) -> None:
+def test_two_processes_draw_the_same_bytes(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fork_workers(monkeypatch)
     assert draw(made, tmp_path / "out", "--num", "10", "--gpus", "2") == 0
     assert contents(tmp_path / "out") == contents(made / "once")
 
@@ -95,25 +95,14 @@ def test_ranks_of_a_launcher_draw_the_same_bytes(
     assert contents(out) == contents(made / "once")
 
 
-def test_killed_and_repeated(made: Path, tmp_path: Path) -> None:
+def test_killed_and_repeated(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    script = (
-        "import sys, time; from mpdit.sample_set import job; from mpdit import cli; make = job.generate\n"
-        "def slow(*args, first, **rest):\n"
-        "    time.sleep(60 * (first > 0)); return make(*args, first=first, **rest)\n"
-        "job.generate = slow; cli.main(sys.argv[1:])"
-    )
-    options = ["--vae", str(made / "vae"), "--format", "both", "--latents", "--num", "10"]
-    command = [sys.executable, "-c", script, "sample", str(made / "weights"), "--out", str(out), *COMMON, *options]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    try:
-        deadline = time.monotonic() + 120
-        while not parts(out) and time.monotonic() < deadline:
-            assert process.poll() is None
-            time.sleep(0.05)
-    finally:
-        process.kill()
-        process.wait()
+
+    def draw_until_killed() -> None:
+        with interrupted_at(monkeypatch, 4, signal.SIGKILL):
+            draw(made, out, "--num", "10")
+
+    assert exit_code(in_a_child(draw_until_killed)) == -signal.SIGKILL
     assert parts(out) == ["00000000-00000004.npz"] and not (out / "samples.npz").exists()
     assert draw(made, out, "--num", "10") == 0
     assert contents(out) == contents(made / "once")
@@ -244,7 +233,10 @@ def test_continued_with_another_batch(
     np.testing.assert_allclose(np.load(out / "latents.npy"), np.load(made / "once" / "latents.npy"), atol=1e-4)
 
 
-def test_a_smaller_batch_gives_the_same_bytes_at_any_number_of_processes(made: Path, tmp_path: Path) -> None:
+def test_a_smaller_batch_gives_the_same_bytes_at_any_number_of_processes(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork_workers(monkeypatch)
     for name, processes in (("one", "1"), ("two", "2")):
         assert draw(made, tmp_path / name, "--num", "4", "--format", "npz") == 0  # parts of 4
         assert draw(made, tmp_path / name, "--num", "10", "--format", "npz", "--batch", "3", "--gpus", processes) == 0

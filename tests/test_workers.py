@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from part_files import Files
+from forks import exit_code, fork_workers, in_a_child
+from part_files import Files, Slow
 
 from mpdit import workers
 from mpdit.errors import ConfigError, DataError
@@ -38,7 +37,10 @@ def test_processes_share_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_mistake_ends_all_and_keeps_what_is_done(tmp_path: Path, processes: int) -> None:
+def test_a_mistake_ends_all_and_keeps_what_is_done(
+    tmp_path: Path, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork_workers(monkeypatch)
     with pytest.raises(DataError, match="part is wrong: mend it"):
         run_parts(Files(tmp_path, bad=5), 6, processes=processes, device="cpu", label="test")
     assert 5 in Files(tmp_path).todo()
@@ -54,7 +56,10 @@ def test_a_mistake_ends_all_and_keeps_what_is_done(tmp_path: Path, processes: in
         ("bug", RuntimeError, "ValueError: a bug"),
     ],
 )
-def test_how_a_process_can_fail(tmp_path: Path, how: str, error: type[Exception], message: str) -> None:
+def test_how_a_process_can_fail(
+    tmp_path: Path, how: str, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork_workers(monkeypatch)
     with pytest.raises(error, match=message):
         run_parts(Files(tmp_path, bad=3, how=how), 6, processes=2, device="cpu", label="test")
 
@@ -152,31 +157,17 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_devices("cuda:1", 2)
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from part_files import Slow
-from mpdit.workers import run_parts
-
-if __name__ == "__main__":
-    run_parts(Slow(Path({folder!r})), 4, processes=2, device="cpu", label="test")
-"""
-
-
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_no_process_outlives_the_command(tmp_path: Path, how: signal.Signals) -> None:
-    working, script = tmp_path / "working", tmp_path / "script.py"
-    working.mkdir()
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), folder=str(working)))
-    parent = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL)
+def test_no_process_outlives_the_command(tmp_path: Path, how: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    fork_workers(monkeypatch)
+    parent = in_a_child(lambda: run_parts(Slow(tmp_path), 4, processes=2, device="cpu", label="test"))
     try:
-        _until(lambda: len(list(working.iterdir())) == 2)
-        parent.send_signal(how)
-        parent.wait(30)
-        _until(lambda: not any(Path("/proc", path.name).exists() for path in working.iterdir()))
+        _until(lambda: len(list(tmp_path.iterdir())) == 2)
     finally:
-        parent.kill()
+        os.kill(parent, how)
+        code = exit_code(parent)
+    assert code == (1 if how == signal.SIGTERM else -how)
+    _until(lambda: not any(Path("/proc", path.name).exists() for path in tmp_path.iterdir()))
 
 
 def _until(true: Callable[[], bool], seconds: float = 60) -> None:
