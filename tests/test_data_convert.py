@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import latent_formats as formats
 import numpy as np
 import pytest
+from forks import exit_code, in_a_child
 
 from mpdit import cli
 from mpdit.data import convert_latents, open_latents, verify
@@ -69,13 +69,16 @@ def test_measured_constants_become_those_of_the_whole(
     assert (again.normalization, again.source) == (manifest.statistics, manifest.source)
 
 
-def test_a_conversion_that_was_killed_starts_over(source: Path, tmp_path: Path) -> None:
-    code = (
-        "import os, signal, mpdit.data.convert as convert; convert._CHUNK_BYTES = 5 * 1024;"
-        "stop = lambda done: done >= 10 and os.kill(os.getpid(), signal.SIGKILL);"
-        f"convert.convert_latents({str(source)!r}, {str(tmp_path / 'out')!r}, progress=stop)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+def test_a_conversion_that_was_killed_starts_over(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def convert_until_killed() -> None:
+        monkeypatch.setattr("mpdit.data.convert._CHUNK_BYTES", 5 * 1024)
+        convert_latents(
+            source, tmp_path / "out", progress=lambda done: done >= 10 and os.kill(os.getpid(), signal.SIGKILL)
+        )
+
+    assert exit_code(in_a_child(convert_until_killed)) == -signal.SIGKILL
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"index.bin.partial", "shard-00000.bin.partial"}
     with pytest.raises(DataError, match="holds no data set"):
         open_latents(tmp_path / "out")

@@ -139,16 +139,16 @@ def _reading_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("mpdit-read")]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_loader_left_open_does_not_hold_up_the_interpreter(dataset, kind):
+def test_loaders_left_open_do_not_hold_up_the_interpreter(dataset):
     script = f"""
 from mpdit.data import *
 data = PackedLatents.open({str(dataset.path)!r})
-loader = make_loader(data, GlobalOrder(len(data), 0), BatchPlan(4), kind={kind!r}, stop_step=10**9)
-print(next(loader).positions.tolist(), flush=True)
+order = GlobalOrder(len(data), 0)
+loaders = [make_loader(data, order, BatchPlan(4), kind=kind, stop_step=10**9) for kind in {KINDS!r}]
+print([next(loader).positions.tolist() for loader in loaders], flush=True)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "[0, 1, 2, 3]\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[[0, 1, 2, 3], [0, 1, 2, 3]]\n", "")
 
 
 def test_without_dali_the_message_says_what_to_do(dataset, monkeypatch):

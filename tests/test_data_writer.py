@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 import pytest
+from forks import exit_code, in_a_child
 
 from mpdit.data import LatentSpec, Normalization, PackedLatents, PackedWriter, verify
 from mpdit.errors import DataError
@@ -144,9 +145,6 @@ def test_a_writer_killed_anywhere_leaves_no_data_set_and_can_start_again(tmp_pat
 
 def _killed_in_a_child(folder, steps: int) -> int:
     """Exit status of a child that dies, without unwinding, at the fsync or rename number `steps`."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     left = [steps]
 
     def counted(call):
@@ -158,9 +156,8 @@ def _killed_in_a_child(folder, steps: int) -> int:
 
         return wrapper
 
-    os.fsync, os.replace = counted(os.fsync), counted(os.replace)
-    try:
+    def work() -> None:
+        os.fsync, os.replace = counted(os.fsync), counted(os.replace)
         write(folder)
-        os._exit(0)
-    except BaseException:
-        os._exit(1)
+
+    return exit_code(in_a_child(work))

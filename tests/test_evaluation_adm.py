@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from inception_weights import weights_file
+from inception_weights import remember_features, weights_file
 from PIL import Image
 from torch import Tensor
 
@@ -251,12 +251,16 @@ def run(*arguments: Any) -> int:
     return cli.main(["evaluate", *map(str, arguments)])
 
 
-def test_from_files_to_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_files_to_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remember_features(monkeypatch)
     real = pictures(4, side=32)
+    drawn = np.roll(real, 40, axis=2)
     write_folder(tmp_path / "real", real)
     protocol = {"steps": 250, "guidance": 1.5, "seed": 3, "training": {"step": 7}}
     (tmp_path / "drawn").mkdir()
-    np.savez(tmp_path / "drawn" / "samples.npz", arr_0=np.roll(real, 40, axis=2), protocol=json.dumps(protocol))
+    np.savez(tmp_path / "drawn" / "samples.npz", arr_0=drawn, protocol=json.dumps(protocol))
     inception = ("--inception", weights_file(), "--batch", 4)
 
     assert run(tmp_path / "real", "--write-reference", tmp_path / "new" / "ref.npz", *inception, "--json") == 0
@@ -281,8 +285,8 @@ def test_from_files_to_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert itself["fid"] == pytest.approx(0, abs=1e-3) and (itself["precision"], itself["recall"]) == (1, 1)
     assert not (tmp_path / "real" / "evaluation.json").exists()
 
-    for index in (1, 2):
-        write_npz(tmp_path / f"set.{index}.npz", real[:, :, ::-1] // index)
+    for index, images in ((1, real), (2, drawn)):
+        write_npz(tmp_path / f"set.{index}.npz", images)
         assert run(tmp_path / f"set.{index}.npz", "--reference", tmp_path / "new" / "ref.npz", *inception) == 0
     first, second = (json.loads((tmp_path / f"set.{index}.evaluation.json").read_text()) for index in (1, 2))
     assert first["fid"] != second["fid"] and not (tmp_path / "evaluation.json").exists()
