@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 from deepspeed.launcher.runner import fetch_hostfile
+from forks import exit_code, in_a_child
 from training_runs import REPOSITORY, TINY, ds_config, free_port
 
 from mpdit.errors import ConfigError
 from mpdit.training.connect import connect
+from mpdit.training.main import main
 from mpdit.training.world import World
 
 SCRIPT = REPOSITORY / "launch" / "slurm.sh"
@@ -174,20 +176,34 @@ def test_wrong_use_is_one_line_and_exit_code_2(cluster: Path, tmp_path: Path, mo
     assert "this is no SLURM job" in done.stderr
 
 
-def test_two_tasks_meet_and_train(cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """srun as it is on two nodes of one task each, both of them here."""
-    _command(
-        cluster / "srun",
-        "while [[ $1 == --* ]]; do shift; done\n"
-        "export MASTER_ADDR=127.0.0.1 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NUM_NODES=2 SLURM_LOCALID=0\n"
-        'SLURM_PROCID=1 "$@" & first=$!\nSLURM_PROCID=0 "$@" || exit; wait $first',
-    )
+@pytest.mark.parametrize("launched", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_tasks_meet_and_train(
+    launched: bool, cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """srun as it is on two nodes of one task each, both of them here; by day its tasks are forks of this process."""
+    step = "while [[ $1 == --* ]]; do shift; done\n"
+    step += "export MASTER_ADDR=127.0.0.1 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NUM_NODES=2 SLURM_LOCALID=0\n"
+    if launched:
+        step += 'SLURM_PROCID=1 "$@" & first=$!\nSLURM_PROCID=0 "$@" || exit; wait $first'
+    else:
+        step += f"env -0 > {tmp_path}/environment; printf '%s\\0' \"$@\" > {tmp_path}/command"
+    _command(cluster / "srun", step)
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     out = tmp_path / "out"
     done = _run("--ds_config", ds_config(2), *TINY, "--steps", "2", "--warmup", "0", "--out", str(out))
     assert done.returncode == 0, done.stderr
-    assert "over 2 ranks" in done.stderr
+    told = done.stderr
+    if not launched:
+        environment = dict(line.split("=", 1) for line in (tmp_path / "environment").read_text().split("\0")[:-1])
+        python, script, *arguments = (tmp_path / "command").read_text().split("\0")[:-1]
+        assert (python, script) == (sys.executable, "launch/train.py")
+        tasks = [
+            in_a_child(lambda: os._exit(main(arguments)), **environment | {"SLURM_PROCID": rank}) for rank in ("1", "0")
+        ]
+        assert [exit_code(task) for task in tasks] == [0, 0]
+        told = capfd.readouterr().err
+    assert "over 2 ranks" in told
     assert (out / "checkpoints" / "step-00000002" / "manifest.json").exists()
 
 
