@@ -18,12 +18,12 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, example, settings
 from hypothesis import strategies as st
 
 from mpdit import cli
@@ -44,15 +44,31 @@ Files = Mapping[str, bytes | None]
 """Contents by path relative to a folder; None for a folder."""
 
 
-def fuzzed(sample: int, nightly: int) -> Callable[[Any], Any]:
-    """So many cases: `sample` with the tests, the same at each run; `nightly` at night, new ones at each run."""
-    return settings(
-        max_examples=nightly if NIGHTLY else sample,
-        deadline=None,  # ours interrupts, Hypothesis's would only look back
-        suppress_health_check=list(HealthCheck),
-        phases=set(Phase) - {Phase.explain},
-        print_blob=True,
-    )
+def fuzzed(nightly: int) -> Callable[[Any], Any]:
+    """By day the examples that a test names; at night so many drawn cases too, new ones at each run."""
+
+    def decorate(test: Any) -> Any:
+        assert test.hypothesis_explicit_examples, "it would do nothing by day"
+        return settings(
+            max_examples=nightly,
+            deadline=None,  # ours interrupts, Hypothesis's would only look back
+            suppress_health_check=list(HealthCheck),
+            phases=set(Phase) - {Phase.explain} if NIGHTLY else {Phase.explicit},
+            print_blob=True,
+        )(test)
+
+    return decorate
+
+
+def examples(name: str, values: Iterable[Any], /, **others: Any) -> Callable[[Any], Any]:
+    """An `@example` for each value of one argument of a test."""
+
+    def decorate(test: Any) -> Any:
+        for value in values:
+            test = example(**{name: value}, **others)(test)
+        return test
+
+    return decorate
 
 
 @dataclass(frozen=True)
@@ -302,6 +318,21 @@ def edits(files: Files, most: int = 3) -> st.SearchStrategy[list[Edit]]:
     return st.lists(st.sampled_from([*sizes]).flatmap(of), min_size=1, max_size=most)
 
 
+def each_edit(files: Files, *names: str, flips: int = 2) -> Iterator[list[Edit]]:
+    """One change of every kind to each of these files, or to all; bits are flipped at both ends and between."""
+    sizes = {name: len(content) for name, content in files.items() if content is not None}
+    for name in names or sizes:
+        size = sizes[name]
+        for at in sorted({*range(0, size, size // flips), max(0, size - 20), size - 1}):
+            yield [Edit("flip", name, at)]
+        for kind in ("cut", "insert", "repeat", "remove", "empty", "folder"):
+            yield [Edit(kind, name, size // 2)]
+        for other in sizes:
+            if other != name and Path(other).suffix == Path(name).suffix:
+                yield [Edit("copy", name, other=other)]
+                break
+
+
 def edited(files: Files, changes: list[Edit]) -> dict[str, bytes | None]:
     """The files after these changes."""
     changed = dict(files)
@@ -316,6 +347,33 @@ def edited(files: Files, changes: list[Edit]) -> dict[str, bytes | None]:
 def damaged_json(document: Any) -> st.SearchStrategy[str]:
     """A JSON text like this document with a few things wrong in its structure."""
     return _damaged(document)
+
+
+def each_damaged_json(document: Any) -> Iterator[str]:
+    """The document with one thing wrong at a time, wherever it could be; of a list its first item stands for all."""
+    yield from ("null", "[]", "{}")
+    holder = [copy.deepcopy(document)]
+    for parent, key in _places(holder, 1):
+        value = parent[key]
+        for other in ({} if isinstance(value, list) else [], _moved(value)):
+            parent[key] = other
+            yield json.dumps(holder[0])
+        parent[key] = value
+        if isinstance(parent, dict):
+            place = [*parent.items()]
+            del parent[key]
+            yield json.dumps(holder[0])
+            parent.clear()
+            parent.update(place)
+
+
+def _moved(value: Any) -> Any:
+    """Another value of the same kind."""
+    if isinstance(value, bool | None):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    return value + "x" if isinstance(value, str) else value + value if isinstance(value, list) else {"a": value}
 
 
 @st.composite
@@ -356,12 +414,12 @@ def _damaged(draw: st.DrawFn, document: Any) -> str:
     return text
 
 
-def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Each (container, key or index) within."""
-    keys = [*value] if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else []
+def _places(value: Any, most: int | None = None) -> Iterator[tuple[Any, Any]]:
+    """Each (container, key or index) within; of a list's items `most` at most."""
+    keys = [*value] if isinstance(value, dict) else range(len(value))[:most] if isinstance(value, list) else []
     for key in keys:
         yield value, key
-        yield from _places(value[key])
+        yield from _places(value[key], most)
 
 
 def _near(value: Any) -> st.SearchStrategy[Any]:

@@ -15,7 +15,20 @@ from typing import Any
 import fuzz_places
 import numpy as np
 import torch
-from fuzzing import Edit, Files, contents, damaged_json, edited, edits, folder_of, fuzzed, judge
+from fuzzing import (
+    Edit,
+    Files,
+    contents,
+    damaged_json,
+    each_damaged_json,
+    each_edit,
+    edited,
+    edits,
+    examples,
+    folder_of,
+    fuzzed,
+    judge,
+)
 from hypothesis import example, given
 
 from mpdit.evaluation.image_sets import open_images
@@ -80,24 +93,29 @@ def _check_checkpoints(files: Files) -> None:
         assert torch.equal(average.view(-1), _parameter(step)), "other weights, and nobody noticed"
 
 
-@fuzzed(sample=30, nightly=1500)
+@fuzzed(nightly=1500)
 @given(changes=edits(_checkpoints()))
+@examples("changes", each_edit(_checkpoints()))
+@example(changes=[Edit("remove", f"checkpoints/step-0000000{step}/COMMITTED") for step in (3, 6)])
 @example(changes=[Edit("copy", "checkpoints/step-00000006", other="checkpoints/step-00000003")])
 def test_damaged_checkpoints_are_passed_over_or_right(changes: list[Edit]) -> None:
     _check_checkpoints(edited(_checkpoints(), changes))
 
 
 NEWEST = "checkpoints/step-00000006/manifest.json"
+MANIFEST = json.loads(_checkpoints()[NEWEST] or b"")
 
 
-@fuzzed(sample=30, nightly=1000)
-@given(text=damaged_json(json.loads(_checkpoints()[NEWEST] or b"")))
+@fuzzed(nightly=1000)
+@given(text=damaged_json(MANIFEST))
+@examples("text", ["null", "", json.dumps(MANIFEST | {"step": 5}), json.dumps(MANIFEST, indent=1)])
 def test_damaged_manifests_of_checkpoints_are_passed_over(text: str) -> None:
     _check_checkpoints({**_checkpoints(), NEWEST: text.encode("utf-8", "surrogatepass")})
 
 
-@fuzzed(sample=30, nightly=1000)
-@given(text=damaged_json(json.loads(_checkpoints()[NEWEST] or b"")))
+@fuzzed(nightly=1000)
+@given(text=damaged_json(MANIFEST))
+@examples("text", each_damaged_json(MANIFEST))
 def test_manifests_that_are_committed_as_they_are_say_what_they_may_say(text: str) -> None:
     """By their hash they are sound: an altered value may stay, an odd one not."""
     data = text.encode("utf-8", "surrogatepass")
@@ -107,8 +125,9 @@ def test_manifests_that_are_committed_as_they_are_say_what_they_may_say(text: st
         assert found is None or found.step in (3, 6)
 
 
-@fuzzed(sample=30, nightly=1500)
+@fuzzed(nightly=1500)
 @given(changes=edits(fuzz_places.samples()))
+@examples("changes", each_edit(fuzz_places.samples(), flips=16))
 def test_damaged_samples_are_refused_or_images(changes: list[Edit]) -> None:
     sound: np.ndarray[Any, Any] = np.load(io.BytesIO(fuzz_places.samples()["samples.npz"] or b""))["arr_0"]
     with folder_of(edited(fuzz_places.samples(), changes)) as folder:

@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 import fuzz_places
-from fuzzing import ARGUMENT, command, contents, folder_of, fuzzed, mostly
+from fuzzing import ARGUMENT, command, contents, examples, folder_of, fuzzed, mostly
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -152,12 +152,50 @@ def command_lines(draw: st.DrawFn) -> list[str]:
         change = draw(st.sampled_from(["place", "place", "argument", "number", "insert", "remove", "again"]))
         new = draw({"place": PLACES, "number": NUMBERS}.get(change, ARGUMENT))
         line[at : at + (change != "insert")] = {"remove": [], "again": line[at : at + 1] * 2}.get(change, [new])
-    # Without a file it would be downloaded.
+    return _offline(line)
+
+
+def _offline(line: list[str]) -> list[str]:
+    """Name a file of Inception's weights: without one they would be downloaded."""
     return [*line, "--inception", "file"] if line[0] == "evaluate" else line
 
 
-@fuzzed(sample=20, nightly=1500)
+WRONG = (
+    "verify pairs --normalization auto --num-classes 8",
+    "verify nowhere --json",
+    "convert packed new --num-classes=8 --convention=sit",
+    "convert run full --to official",
+    "convert official/bare.pt new --num-heads 0",
+    "convert run new --to diffusers --vae nowhere",
+    "account MPDiT-Digits/4-2 --override width=0 --json",
+    "account mpdit",
+    "account MPDiT-Digits/4-2 --override stages=[[4,1],[2,1]] --json",
+    "plan packed/manifest.json --gpu h100 --epochs 111111111111111111111111111111",
+    "plan MPDiT-XL/4-2 --gpu h100 --json",
+    "sample inf --out new --num 2 --steps 2",
+    "sample run --out full --num 1 --steps 1",
+    "sample run --out new --num 2 --steps 1 --guidance nan",
+    "sample run --out new --num 2 --steps 1 --format png --json",
+    "sample run --out new --num 2 --steps 1 --classes 7",
+    "extract nowhere new --vae nowhere",
+    "report results.json --update --update README.md",
+    "report results.json --out new --json --json",
+    "report README.md",
+    "report --trace results.json",
+    "report --compare results.json nowhere",
+    "nothing",
+    "sample --help",
+)
+
+
+@fuzzed(nightly=1500)
 @given(line=command_lines())
+@examples("line", map(_offline, _SOUND))
+@examples("line", map(str.split, WRONG))
+@example(line=["verify", "edm2", "--data-scale", ""])
+@example(line=["verify", "pairs", "--num-classes", "", "--num-classes", ""])
+@example(line=["plan", "MPDiT-XL/4-2", "--gpu", "1e-30", "--gpu-memory=1000000", "--gpu-memory", "\udcff"])
+@example(line=["convert", "\U000514f1\U0006887e", "new"])
 @example(line=["convert", "packed", "\udcff"])
 @example(line=["report", "results.json", "--update", "zip/latents.zip"])
 @example(line=["sample", "run", "--out", "new", "--steps", "4611686018427387904"])

@@ -13,7 +13,19 @@ from typing import Any
 import fuzz_places
 import numpy as np
 from extraction_data import tar_bytes
-from fuzzing import JSON, Edit, damaged_json, edited, edits, folder_of, fuzzed, judge
+from fuzzing import (
+    JSON,
+    Edit,
+    damaged_json,
+    each_damaged_json,
+    each_edit,
+    edited,
+    edits,
+    examples,
+    folder_of,
+    fuzzed,
+    judge,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -62,8 +74,9 @@ def _tar() -> dict[str, bytes | None]:
     return {"images.tar": tar_bytes(files)}
 
 
-@fuzzed(sample=20, nightly=800)
+@fuzzed(nightly=800)
 @given(changes=edits(_zip()))
+@examples("changes", each_edit(_zip(), flips=16))
 def test_damaged_zips_of_images_are_refused_or_sound(changes: list[Edit]) -> None:
     with folder_of(edited(_zip(), changes)) as folder:
         found = judge(lambda: _listed(folder / "images.zip"), folder).value
@@ -71,14 +84,16 @@ def test_damaged_zips_of_images_are_refused_or_sound(changes: list[Edit]) -> Non
         assert found is None or {content for _, content in found} <= sound  # by their checksums
 
 
-@fuzzed(sample=20, nightly=800)
+@fuzzed(nightly=800)
 @given(changes=edits(_tar()))
+@examples("changes", each_edit(_tar(), flips=16))
+@example(changes=[Edit("flip", "images.tar", 1565, b"\x11")])
 def test_damaged_tars_of_images_are_refused_or_listed(changes: list[Edit]) -> None:
     with folder_of(edited(_tar(), changes)) as folder:
         judge(lambda: _listed(folder / "images.tar"), folder)
 
 
-@fuzzed(sample=20, nightly=800)
+@fuzzed(nightly=800)
 @given(
     size=st.sampled_from([0, 1, 511, 2**31, 2**33, 2**62, 2**63, 2**64, 2**80]) | st.integers(0, 2**80),
     kind=st.sampled_from(
@@ -89,6 +104,15 @@ def test_damaged_tars_of_images_are_refused_or_listed(changes: list[Edit]) -> No
     name=st.sampled_from(["a.png", "a.cls", "a.json", "inner.tar", "../../a.png", "/a.png", "\0", "a\udcff.png"]),
 )
 @example(size=2**63, kind=tarfile.REGTYPE, body=b"", name="a.png")
+@example(size=0, kind=tarfile.REGTYPE, body=b"", name="a.cls")
+@example(size=17334, kind=tarfile.REGTYPE, body=b"c", name="inner.tar")
+@example(size=0, kind=tarfile.REGTYPE, body=b"", name="/a.png")
+@example(size=463, kind=tarfile.SYMTYPE, body=b"", name="../../a.png")
+@example(size=231, kind=tarfile.DIRTYPE, body=b"30 path=a/b.png\n", name="a.json")
+@example(size=2**33, kind=tarfile.GNUTYPE_SPARSE, body=b"12 size=-5\n", name="a.json")
+@example(size=511, kind=b"L", body=b"9 size=x\n", name="a.png")
+@example(size=30, kind=b"x", body=b"30 path=a/b.png\n", name="a.png")
+@example(size=25, kind=b"g", body=b"25 size=99999999999999999\n", name="a\udcff.png")
 @example(size=2**63, kind=tarfile.REGTYPE, body=b"", name="a.cls")
 @example(size=2**31, kind=b"x", body=b"", name="a.png")
 @example(size=2**63, kind=b"L", body=b"", name="a.png")
@@ -102,16 +126,23 @@ def test_odd_headers_of_tars_are_refused_or_listed(size: int, kind: bytes, body:
         judge(lambda: _listed(folder / "images.tar"), folder)
 
 
-@fuzzed(sample=20, nightly=600)
+@fuzzed(nightly=600)
 @given(text=damaged_json(LABELS))
+@examples("text", each_damaged_json(LABELS))
+@example(text='{"labels": [["class0/2.png", 1], ["class1/1.png", 0]]}')
+@example(text='{"labels": [["class0/0.png", 0], ["class0/2.pn", 1], ["class1/1.png", 0]]}')
+@example(text='{"labels": [["class1/1.png", 0], ["class0/2.png", 1], ["class0/0.png", 0]]}')
+@example(text='{"labels": ["class0/0.png", 0]}')
 def test_odd_lists_of_labels_are_refused_or_fit(text: str) -> None:
     with folder_of({**fuzz_places.images(), "dataset.json": text.encode("utf-8", "surrogatepass")}) as folder:
         found = judge(lambda: _listed(folder), folder).value
         assert found is None or all(content in fuzz_places.images().values() for _, content in found)
 
 
-@fuzzed(sample=15, nightly=600)
+@fuzzed(nightly=600)
 @given(changes=edits(fuzz_places.images()))
+@examples("changes", each_edit(fuzz_places.images(), "class0/0.png", "class1/1.png", flips=8))
+@example(changes=[Edit("flip", "class1/1.png", 21, b"3")])
 def test_damaged_images_are_refused_or_skipped(changes: list[Edit]) -> None:
     with folder_of(edited(fuzz_places.images(), changes)) as folder:
         judge(lambda: _listed(folder), folder)
@@ -133,8 +164,9 @@ def _arrays(path: Path) -> dict[str, bytes]:
     return arrays
 
 
-@fuzzed(sample=30, nightly=1000)
+@fuzzed(nightly=1000)
 @given(changes=edits(fuzz_places.samples()))
+@examples("changes", each_edit(fuzz_places.samples(), flips=16))
 def test_damaged_npz_files_are_refused_or_the_same(changes: list[Edit]) -> None:
     with folder_of(edited(fuzz_places.samples(), changes)) as folder:
         arrays = judge(lambda: _arrays(folder / "samples.npz"), folder).value
@@ -150,7 +182,7 @@ def _sound_arrays() -> dict[str, bytes]:
         return {name: file[name].tobytes() for name in file.files}
 
 
-@fuzzed(sample=30, nightly=1000)
+@fuzzed(nightly=1000)
 @given(
     key=st.sampled_from(["arr_0", "images", "mu", "sigma", "mu_s", "protocol", "classes"]),
     shape=st.lists(st.sampled_from([0, 1, 2, 3, 4, 2048, -1, 2**31, 2**40, 2**62, 2**64, True, 1.0, "x"]), max_size=5),
@@ -158,6 +190,13 @@ def _sound_arrays() -> dict[str, bytes]:
     order=st.sampled_from([False, True, "x"]),
     version=st.sampled_from([(1, 0), (2, 0), (3, 0), (9, 9)]),
 )
+@example(key="images", shape=[4, 4, 4, 3], dtype="|u1", order=False, version=(1, 0))
+@example(key="arr_0", shape=[2, 4, 4, 3], dtype="|u1", order=False, version=(2, 0))
+@example(key="arr_0", shape=[4], dtype="<f8", order="x", version=(2, 0))
+@example(key="sigma", shape=[], dtype="|S1", order="x", version=(3, 0))
+@example(key="sigma", shape=[-1], dtype="|u1", order=False, version=(1, 0))
+@example(key="mu", shape=[2], dtype="|O", order=False, version=(9, 9))
+@example(key="mu", shape=[2, True, "x"], dtype="[('a','<f4')]", order=True, version=(3, 0))
 @example(key="mu", shape=[2**40], dtype="<f8", order=False, version=(1, 0))
 @example(key="arr_0", shape=[2**62, 1, 1], dtype="|u1", order=False, version=(1, 0))
 @example(key="arr_0", shape=[2**62, 0, 0], dtype="|u1", order=False, version=(1, 0))
@@ -177,8 +216,13 @@ def test_odd_arrays_in_npz_files_are_refused(
         judge(lambda: Reference(path).notes, folder)
 
 
-@fuzzed(sample=10, nightly=300)
+@fuzzed(nightly=300)
 @given(protocol=JSON, beside=st.booleans())
+@example(protocol={}, beside=False)
+@example(protocol={"a": [1, None]}, beside=True)
+@example(protocol=[], beside=True)
+@example(protocol=float("nan"), beside=False)
+@example(protocol="\0", beside=False)
 def test_odd_protocols_are_refused_or_kept(protocol: Any, beside: bool) -> None:
     stream = io.BytesIO()
     text = json.dumps(protocol)

@@ -9,7 +9,20 @@ from typing import Any
 
 import fuzz_places
 import numpy as np
-from fuzzing import Edit, Files, command, damaged_json, edited, edits, folder_of, fuzzed, judge
+from fuzzing import (
+    Edit,
+    Files,
+    command,
+    damaged_json,
+    each_damaged_json,
+    each_edit,
+    edited,
+    edits,
+    examples,
+    folder_of,
+    fuzzed,
+    judge,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
 from latent_formats import labels_of
@@ -55,8 +68,9 @@ def _check_packed(files: Files) -> None:
             raise AssertionError(f"verified, but {read.refusal}")
 
 
-@fuzzed(sample=30, nightly=1500)
+@fuzzed(nightly=1500)
 @given(changes=edits(fuzz_places.packed()))
+@examples("changes", each_edit(fuzz_places.packed(), MANIFEST_NAME, "index.bin", "shard-00001.bin", flips=4))
 @example(changes=[Edit("copy", "shard-00000.bin", other="shard-00001.bin")])
 def test_damaged_packed_latents_are_refused_or_the_same(changes: list[Edit]) -> None:
     _check_packed(edited(fuzz_places.packed(), changes))
@@ -65,8 +79,10 @@ def test_damaged_packed_latents_are_refused_or_the_same(changes: list[Edit]) -> 
 MANIFEST = json.loads(fuzz_places.packed()[MANIFEST_NAME] or b"")
 
 
-@fuzzed(sample=50, nightly=1500)
+@fuzzed(nightly=1500)
 @given(text=damaged_json(MANIFEST))
+@examples("text", each_damaged_json(MANIFEST))
+@example(text="[" * 3000)
 @example(text=json.dumps(MANIFEST | {"height": 4, "width": 16}))
 @example(text=json.dumps(MANIFEST | {"num_classes": 10**12, "class_names": []}))
 @example(text=json.dumps(MANIFEST).replace('"mean": [0.', '"mean": [1.', 1))
@@ -123,14 +139,19 @@ def _check(files: Files, place: str, plain: Any) -> None:
             assert record[:, : wanted.shape[1]].tobytes() == wanted.tobytes()
 
 
-@fuzzed(sample=20, nightly=800)
+@fuzzed(nightly=800)
 @given(changes=edits(fuzz_places.pairs()))
+@examples("changes", each_edit(fuzz_places.pairs(), "imagenet256_features/0.npy", "imagenet256_labels/5.npy"))
+@example(changes=[Edit("copy", "imagenet256_labels/5.npy", other="imagenet256_features/1.npy")])
+@example(changes=[Edit("flip", "imagenet256_features/2.npy", 1135, b"\xc6\xd1\x92\x8f\x10\x98\xa3")])
 def test_damaged_npy_pairs_are_refused_or_what_the_files_say(changes: list[Edit]) -> None:
     _check(edited(fuzz_places.pairs(), changes), ".", _pairs)
 
 
-@fuzzed(sample=20, nightly=800)
+@fuzzed(nightly=800)
 @given(changes=edits(fuzz_places.edm2()))
+@examples("changes", each_edit(fuzz_places.edm2(), "00000/img-mean-std-00000003.npy", "dataset.json"))
+@example(changes=[Edit("flip", "00000/img-mean-std-00000003.npy", 1181, b"Y'\x18\xf3\xe2\x04\xed\xae")])
 def test_damaged_edm2_latents_are_refused_or_what_the_files_say(changes: list[Edit]) -> None:
     _check(edited(fuzz_places.edm2(), changes), ".", _edm2)
 
@@ -138,22 +159,32 @@ def test_damaged_edm2_latents_are_refused_or_what_the_files_say(changes: list[Ed
 LISTING = json.loads(fuzz_places.edm2()["dataset.json"] or b"")
 
 
-@fuzzed(sample=20, nightly=800)
+@fuzzed(nightly=800)
 @given(text=damaged_json(LISTING))
+@examples("text", each_damaged_json(LISTING))
+@example(text=json.dumps({"labels": LISTING["labels"][::-1]}))
+@example(text=json.dumps({"labels": LISTING["labels"][:2] + LISTING["labels"][4:]}))
+@example(text=json.dumps({"labels": [LISTING["labels"][0], [2]]}))
 def test_damaged_lists_of_labels_are_refused_or_what_they_say(text: str) -> None:
     files = {**fuzz_places.edm2(), "dataset.json": text.encode("utf-8", "surrogatepass")}
     _check(files, ".", _edm2)
 
 
-@fuzzed(sample=20, nightly=800)
+@fuzzed(nightly=800)
 @given(changes=edits(fuzz_places.edm2_zip()))
+@examples("changes", each_edit(fuzz_places.edm2_zip(), flips=16))
+@example(changes=[Edit("flip", "latents.zip", 14120, b"\x18\xc0\x8c")])
 @example(changes=[Edit("flip", "latents.zip", 14109, b"\0\x08"), Edit("flip", "latents.zip", 14147, b"\x80")])
 def test_damaged_zips_are_refused_or_what_they_say(changes: list[Edit]) -> None:
     _check(edited(fuzz_places.edm2_zip(), changes), "latents.zip", _edm2_zip)
 
 
-@fuzzed(sample=20, nightly=800)
+@fuzzed(nightly=800)
 @given(changes=edits(fuzz_places.lightningdit()))
+@examples(
+    "changes",
+    each_edit(fuzz_places.lightningdit(), "x/latents_rank00_shard001.safetensors", "x/latents_stats.pt", flips=8),
+)
 @example(changes=[Edit("flip", "x/latents_stats.pt", 25, b"\0\x13")])
 @example(changes=[Edit("insert", "x/latents_rank00_shard001.safetensors", 269, b"\0\0\0\1")])
 def test_damaged_safetensors_are_refused_or_what_they_say(changes: list[Edit]) -> None:
@@ -166,8 +197,11 @@ HEADER = {
 }
 
 
-@fuzzed(sample=30, nightly=1000)
+@fuzzed(nightly=1000)
 @given(text=damaged_json(HEADER), statistics=st.booleans())
+@examples("text", each_damaged_json(HEADER), statistics=True)
+@example(text=json.dumps(HEADER), statistics=True)
+@example(text=json.dumps(HEADER), statistics=False)
 def test_damaged_headers_of_safetensors_are_refused_or_what_they_say(text: str, statistics: bool) -> None:
     header = text.encode("utf-8", "surrogatepass")
     values = fuzz_places.moments(2)[:, :4].tobytes() + np.arange(2).tobytes()
@@ -180,7 +214,7 @@ def test_damaged_headers_of_safetensors_are_refused_or_what_they_say(text: str, 
 NPY = {"descr": "<f4", "fortran_order": False, "shape": (1, 4, 8, 8)}
 
 
-@fuzzed(sample=30, nightly=1000)
+@fuzzed(nightly=1000)
 @given(
     shape=st.lists(
         st.sampled_from([0, 1, 2, 4, 8, 16, 64, -1, 2**31, 2**40, 2**63, 10**30, True, 1.0, "x", None]), max_size=6
@@ -192,6 +226,15 @@ NPY = {"descr": "<f4", "fortran_order": False, "shape": (1, 4, 8, 8)}
     version=st.sampled_from([(1, 0), (2, 0), (3, 0), (0, 0), (255, 255)]),
 )
 @example(shape=[1, 4, 8, 8], dtype="<f4", order=True, version=(1, 0))
+@example(shape=[4, 8, 8], dtype="<f4", order=False, version=(2, 0))
+@example(shape=[1, 4, 8, 8], dtype=">f4", order=False, version=(3, 0))
+@example(shape=[1, 2, 8, 8], dtype="<f8", order=False, version=(1, 0))
+@example(shape=[], dtype="<f4", order=False, version=(1, 0))
+@example(shape=["x"], dtype="<c8", order=0, version=(0, 0))
+@example(shape=[1, -1, True], dtype="|O", order=None, version=(255, 255))
+@example(shape=[2**40, 2**63], dtype="<i4", order=False, version=(1, 0))
+@example(shape=[1], dtype="x" * 70000, order=False, version=(2, 0))
+@example(shape=[1, 4, 8, 8], dtype="<M8[s]", order=False, version=(1, 0))
 def test_odd_npy_headers_are_refused_or_what_they_say(
     shape: list[Any], dtype: str, order: Any, version: tuple[int, int]
 ) -> None:

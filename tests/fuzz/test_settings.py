@@ -14,7 +14,20 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import fuzz_places
 import pytest
-from fuzzing import ARGUMENT, JSON, TEXT, Files, contents, damaged_json, folder_of, fuzzed, judge, mostly
+from fuzzing import (
+    ARGUMENT,
+    JSON,
+    TEXT,
+    Files,
+    contents,
+    damaged_json,
+    each_damaged_json,
+    examples,
+    folder_of,
+    fuzzed,
+    judge,
+    mostly,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -160,8 +173,39 @@ def _place(**more: bytes) -> Iterator[Path]:
         yield folder
 
 
-@fuzzed(sample=30, nightly=1500)
+LINES = (
+    "--ds_config zero2.json --data packed --override input_size=8",
+    "--ds_config zero2.json --data pairs --override input_size=8 --resume never --out new/deep",
+    "--ds_config zero2.json --data edm2 --override input_size=8 --optimizer adamw --betas 0.5 0.99",
+    "--ds_config zero2.json --data digits --global-batch 96 --accumulation 3 --profile torch --profile-steps 1:2",
+    "--ds_config zero2.json --data digits --accumulation 0",
+    "--ds_config zero2.json --data digits --accumulation 9223372036854775807",
+    "--ds_config zero2.json --data digits --global_batch 0",
+    "--ds_config zero2.json --data nowhere",
+    "--ds_config zero2.json --data digits --init-from run --model MPDiT-B/4-2",
+    "--ds_config zero2.json --data packed --override input_size=8 --init-from run --override width=8",
+    "--ds_config zero2.json --data packed --override input_size=8 --init-from official/whole.pt --resume never",
+    "--ds_config zero2.json --data packed --override x=1",
+    "--ds_config zero2.json --data digits --ema-decay -0.0 --time_sampler=logit_normal --weight_decay=1e-3",
+    "--ds_config zero2.json --data digits --lr nan",
+    "--ds_config zero2.json --data digits --lr 1e-320 --warmup 0 --steps 1",
+    "--ds_config zero2.json --data digits --out full --resume run",
+    "--ds_config zero2.json --data digits --out file/x",
+    "--ds_config zero2.json --data digits --no-tf32=1",
+    "--help",
+)
+"""Right ones and wrong ones of each kind."""
+
+
+@fuzzed(nightly=1500)
 @given(line=arguments(), ranks=st.sampled_from([1, 1, 2, 3]))
+@examples("line", map(str.split, LINES), ranks=1)
+@example(line=["--ds_config", "zero2.json", "--data", "lightning/x", "--override", "input_size=8"], ranks=2)
+@example(line=["--ds_config", "zero2.json", "--global-batch", "96"], ranks=3)
+@example(line=["--ds_config", "zero2.json", "--data", "pairs", "--data-scale=a\udce9"], ranks=2)
+@example(line=["--ds_config", "zero2.json", "", "--force"], ranks=1)
+@example(line=["--ds_config", ""], ranks=1)
+@example(line=["--ds-config=a\udce9"], ranks=1)
 @example(line=["--ds_config", "zero2.json", "--profile", "torch", "--profile-steps", "1:" + "9" * 5000], ranks=1)
 @example(line=["--ds_config", "zero2.json", "--data", "9" * 5000], ranks=1)
 @example(line=["--ds_config", "zero2.json", "--steps", "9223372036854775807"], ranks=1)
@@ -195,8 +239,19 @@ _BOMB = "override:\n  a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
 _LOOP = "override: {width: &a [*a]}"
 
 
-@fuzzed(sample=30, nightly=1500)
+@fuzzed(nightly=1500)
 @given(text=yaml_texts())
+@example(text="data: packed\noverride: {input_size: 8}\nsteps: 20\n")
+@example(text="lr: 0.99\nlr: 0.5")
+@example(text="keys: 1\nplan-gpus: x")
+@example(text="steps: 1e3\nglobal-batch: 1_000")
+@example(text="betas: [0.9, 0.95]\nwandb: [[4,1],[2,1]]")
+@example(text="[[4,1],[2,1]]: [[4,1],[2,1]]")
+@example(text="tf32: " + "9" * 4300)
+@example(text="lr: 64\noptimizer: []\nbetas: \udcff")
+@example(text="\n: ")
+@example(text="steps: 3\n---\nsteps: 4")
+@example(text="- steps\n- 3")
 @example(text=_BOMB)
 @example(text=_LOOP)
 @example(text='ds_config: "a\\0b"')
@@ -229,8 +284,14 @@ FULL = {
 }
 
 
-@fuzzed(sample=30, nightly=1500)
+@fuzzed(nightly=1500)
 @given(text=mostly(damaged_json(FULL), TEXT))
+@examples("text", each_damaged_json(FULL))
+@example(text=json.dumps(FULL))
+@example(text="\udcff")
+@example(text="")
+@example(text="[" * 3000)
+@example(text=json.dumps(FULL | {"a": []}))
 @example(text='{"zero_optimization": {"stage": 1}, "zero_optimization": {"stage": 2}}')
 @example(text='{"train_batch_size": 1' + "0" * 400 + "}")
 @example(text='{"zero_optimization": {"stage": 2, "x": 1e400}}')
@@ -240,8 +301,12 @@ def test_deepspeeds_settings_are_refused_or_make_a_run(text: str) -> None:
         _check(["--ds_config", "ds.json"], folder, World())
 
 
-@fuzzed(sample=10, nightly=300)
+@fuzzed(nightly=300)
 @given(text=mostly(damaged_json(DRY), st.just("{}")), line=arguments())
+@example(text="{}", line=["--data", "lightning/x", "--override", "input_size=8"])
+@example(text=json.dumps(DRY), line=["--data", "edm2", "--override", "input_size=8", "--loader", "torch"])
+@example(text=json.dumps(DRY), line=["--data", "digits", "--profile", "torch", "--steps", "8"])
+@example(text=json.dumps(DRY | {"bf16": {"%s": -1.0}}), line=["--data", "digits"])
 @example(text=json.dumps(ZERO2), line=["--data", "packed", "--override", "input_size=8"])
 def test_dry_runs_are_refused_or_find_nothing_wrong(text: str, line: list[str]) -> None:
     small = [*line, "--ds_config", "ds.json", "--global-batch", "8", "--accumulation", "1", "--dry-run"]
@@ -250,19 +315,24 @@ def test_dry_runs_are_refused_or_find_nothing_wrong(text: str, line: list[str]) 
         assert verdict.refusal is not None or verdict.value is None or "found nothing wrong" in verdict.value[-1]
 
 
-@fuzzed(sample=50, nightly=1500)
+@fuzzed(nightly=1500)
 @example(fields={"global_batch": 10**400})
 @example(fields={"logit_std": 10**400})
 @example(fields={"out": ["a"]})
 @given(fields=st.dictionaries(st.sampled_from([*KINDS]), JSON, min_size=1, max_size=3))
+@examples("fields", [{name: value} for name in KINDS for value in ([None], "\0", 10**400, float("nan"))])
 def test_fields_of_any_type_are_refused_or_fit(fields: dict[str, Any]) -> None:
     with folder_of({}) as folder:
         config = judge(lambda: TrainConfig.create(**fields), folder).value
         assert config is None or not contents(folder)
 
 
-@fuzzed(sample=50, nightly=1500)
-@given(text=damaged_json(json.loads(json.dumps(PRESETS["MPDiT-Digits/4-2"].to_dict()))))
+MODEL = json.loads(json.dumps(PRESETS["MPDiT-Digits/4-2"].to_dict()))
+
+
+@fuzzed(nightly=1500)
+@given(text=damaged_json(MODEL))
+@examples("text", each_damaged_json(MODEL))
 def test_descriptions_of_models_are_refused_or_fit(text: str) -> None:
     with folder_of({}) as folder:
         fields = json.loads(text)

@@ -16,7 +16,22 @@ from typing import Any
 import fuzz_places
 import pytest
 import torch
-from fuzzing import JSON, Edit, Files, command, damaged_json, edited, edits, folder_of, fuzzed, judge, mostly
+from fuzzing import (
+    JSON,
+    Edit,
+    Files,
+    command,
+    damaged_json,
+    each_damaged_json,
+    each_edit,
+    edited,
+    edits,
+    examples,
+    folder_of,
+    fuzzed,
+    judge,
+    mostly,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -56,8 +71,11 @@ def _check_folder(files: Files) -> None:
         assert (drawn.refusal, converted.refusal) != (None, "")
 
 
-@fuzzed(sample=20, nightly=1000)
+@fuzzed(nightly=1000)
 @given(changes=edits(fuzz_places.weights()))
+@examples("changes", each_edit(fuzz_places.weights(), flips=4))
+@example(changes=[Edit("copy", "config.json", other="model.safetensors")])
+@example(changes=[Edit("copy", "config.json", other="config.json")])
 @example(changes=[Edit("flip", "model.safetensors", 20_000)])
 def test_damaged_weights_are_refused_or_the_same(changes: list[Edit]) -> None:
     _check_folder(edited(fuzz_places.weights(), changes))
@@ -66,8 +84,9 @@ def test_damaged_weights_are_refused_or_the_same(changes: list[Edit]) -> None:
 CONFIG = json.loads(fuzz_places.weights()["config.json"] or b"")
 
 
-@fuzzed(sample=30, nightly=1000)
+@fuzzed(nightly=1000)
 @given(text=damaged_json(CONFIG))
+@examples("text", each_damaged_json(CONFIG))
 @example(text=json.dumps(CONFIG | {"training": [1]}))
 @example(text=json.dumps(CONFIG | {"model": CONFIG["model"] | {"stages": [[4, 10**9]]}}))
 @example(text=json.dumps(CONFIG | {"model": CONFIG["model"] | {"width": 2**40}}))
@@ -85,8 +104,10 @@ def _sound_official(name: str) -> Weights:
         return _loaded(*read_official(folder / name, num_heads=2))
 
 
-@fuzzed(sample=30, nightly=1500)
+@fuzzed(nightly=1500)
 @given(changes=edits(fuzz_places.official()), name=st.sampled_from(["whole.pt", "bare.pt"]))
+@examples("changes", each_edit(fuzz_places.official(), "whole.pt", flips=8), name="whole.pt")
+@examples("changes", each_edit(fuzz_places.official(), "bare.pt", flips=4), name="bare.pt")
 @example(changes=[Edit("flip", "whole.pt", 36980, b"\0\0\2")], name="whole.pt")  # of a zip over several disks
 @example(changes=[Edit("flip", "bare.pt", 20_000)], name="bare.pt")
 def test_damaged_checkpoints_are_refused_or_the_same(changes: list[Edit], name: str) -> None:
@@ -139,7 +160,7 @@ def _reachable(state: dict[str, Any], place: str, value: Any) -> Any:
     return {**state, place: value}
 
 
-@fuzzed(sample=20, nightly=800)
+@fuzzed(nightly=800)
 @given(
     value=st.sampled_from([*_HOSTILE]).map(_HOSTILE.__getitem__) | JSON,
     place=st.sampled_from(
@@ -148,6 +169,13 @@ def _reachable(state: dict[str, Any], place: str, value: Any) -> Any:
     zipped=st.booleans(),
     protocol=st.integers(2, 5),
 )
+@examples("value", _HOSTILE.values(), place="args", zipped=True, protocol=2)
+@examples("place", ["root", "namespace", "entry", "name", "pos_embed"], value=_HOSTILE["eval"], zipped=True, protocol=2)
+@examples("protocol", [2, 3, 4, 5], value=_HOSTILE["exec"], place="root", zipped=False)
+@examples(
+    "place", ["root", "args", "namespace", "entry", "mpdit", "name", "pos_embed"], value=[], zipped=True, protocol=2
+)
+@examples("place", ["root", "namespace", "entry", "mpdit", "name"], value={"": {}}, zipped=True, protocol=4)
 def test_hostile_pickles_are_refused_and_never_run(value: Any, place: str, zipped: bool, protocol: int) -> None:
     state = mpdit.to_official(fuzz_places.small_model())
     stream = io.BytesIO()
@@ -172,7 +200,7 @@ SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 4, 8, 16, 32, 1024, 2**20, 2**40]
 STATE = sorted(mpdit.to_official(fuzz_places.small_model()))
 
 
-@fuzzed(sample=30, nightly=1500)
+@fuzzed(nightly=1500)
 @given(
     changes=st.dictionaries(
         mostly(st.sampled_from(STATE), st.text(max_size=8)),
@@ -186,6 +214,14 @@ STATE = sorted(mpdit.to_official(fuzz_places.small_model()))
     ),
     heads=st.sampled_from([1, 2, 3, 8, 10**9, 2**64]),
 )
+@examples(
+    "changes", [{"x_embedder.proj.weight": how} for how in ("remove", "sparse", "quantized", "meta", "view")], heads=2
+)
+@examples("changes", [{name: "remove"} for name in STATE[::3]], heads=2)
+@examples("changes", [{"0": ([], torch.float32)}, {"pos_embed_downsampled": ([], torch.bool)}], heads=1)
+@example(changes={"time_modulation.1.bias": ([0, 16], torch.float16)}, heads=3)
+@example(changes={"pos_embed": ([1, 4, 8], torch.complex64)}, heads=2)
+@example(changes={"t_embedder.w1.bias": "remove"}, heads=2**64)
 @example(changes={"y_embedder.embedding_table.weight": ([2**40, 8], torch.float32)}, heads=2)
 @example(changes={"time_modulation.1.weight": ([2**40, 8], torch.float32)}, heads=2)
 @example(changes={"pos_embed": ([1, 2**40, 8], torch.float32)}, heads=2)
@@ -230,11 +266,14 @@ INSTRUCTIONS = [
 ]
 
 
-@fuzzed(sample=20, nightly=800)
+@fuzzed(nightly=800)
 @given(
     pickled=st.lists(st.sampled_from(INSTRUCTIONS) | st.binary(min_size=1, max_size=3), max_size=30),
     zipped=st.booleans(),
 )
+@examples("pickled", [[b"\x80\x02", b"}", instruction, b"."] for instruction in INSTRUCTIONS], zipped=True)
+@examples("pickled", [[], [b"\x80\x02", b"cos\nsystem\n", b"X\2\0\0\0ls", b"\x85", b"R", b"."]], zipped=True)
+@examples("pickled", [[], [b"\x80\x02", b"}", b"."], [b"cos\nsystem\n", b"(", b"t", b"R", b"."]], zipped=False)
 def test_odd_instructions_of_pickle_are_refused(pickled: list[bytes], zipped: bool) -> None:
     content = b"".join(pickled)
     if zipped:
