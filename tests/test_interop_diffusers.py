@@ -21,7 +21,7 @@ DATA = {
     "normalization": {"mean": [0.5, -0.25, 0.0, 1.0], "std": [2.0, 1.0, 0.5, 1.5]},
     "decoder": {"kind": "diffusers_vae", "range": [0, 1]},
 }
-CASES = [(4, 1.5, (0.0, 1.0)), (50, 3.0, (0.2, 0.7)), (7, 1.0, (0.0, 1.0)), (1, 0.0, (0.0, 1.0))]
+CASES = [(4, 1.5, (0.0, 1.0)), (11, 3.0, (0.2, 0.7)), (7, 1.0, (0.0, 1.0)), (1, 0.0, (0.0, 1.0))]
 
 # Nothing of mpdit is imported by hand: the folder and the installation must do.
 LOAD_AND_DRAW = """
