@@ -205,29 +205,33 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 }
 
 
-@pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES.keys())
-def test_mistakes(
-    arguments: list[str], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run.rename(tmp_path / "RUN")
-    (tmp_path / "EMPTY").mkdir()
-    (tmp_path / "FULL").mkdir()
-    (tmp_path / "FULL" / "kept").write_text("kept")
-    (tmp_path / "FILE").write_text("kept")
-    _save(tmp_path / "RUBBISH")
-    (tmp_path / "RUBBISH" / "model.safetensors").write_bytes(b"rubbish")
-    _save(tmp_path / "BARE", None)
-    _save(tmp_path / "OTHER", {"kind": "imagenet256", "normalization": {"mean": [0.0] * 4, "std": [1.0] * 4}})
-    before = _files(tmp_path)
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all that mistakes are made with; they leave it as it was."""
+    folder = tmp_path_factory.mktemp("places")
+    _save(folder / "RUN" / "ema")
+    (folder / "EMPTY").mkdir()
+    (folder / "FULL").mkdir()
+    (folder / "FULL" / "kept").write_text("kept")
+    (folder / "FILE").write_text("kept")
+    _save(folder / "RUBBISH")
+    (folder / "RUBBISH" / "model.safetensors").write_bytes(b"rubbish")
+    _save(folder / "BARE", None)
+    _save(folder / "OTHER", {"kind": "imagenet256", "normalization": {"mean": [0.0] * 4, "std": [1.0] * 4}})
+    return folder
 
-    places = [str(tmp_path / a) if a.split("/")[0].isupper() and len(a) > 2 else a for a in arguments]
-    assert cli.main(places) == 2
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistakes(arguments: list[str], message: str, places: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = _files(places)
+
+    assert cli.main([str(places / a) if a.split("/")[0].isupper() and len(a) > 2 else a for a in arguments]) == 2
 
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1, captured.err
     assert message in captured.err
-    assert _files(tmp_path) == before
+    assert _files(places) == before
 
 
 def test_a_bug_is_not_passed_off_as_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:

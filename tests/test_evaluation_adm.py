@@ -320,28 +320,35 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES.keys())
-def test_mistakes(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_folder(tmp_path / "DRAWN", pictures(6, side=4))
-    write_folder(tmp_path / "BROKEN", pictures(6, side=4))
-    (tmp_path / "BROKEN" / "00003.png").write_bytes(b"")
-    write_folder(tmp_path / "MIXED", pictures(2, side=4))
-    Image.fromarray(pictures(1, side=9)[0]).save(tmp_path / "MIXED" / "other.png")
-    write_npz(tmp_path / "REF.npz", pictures(6, side=4))
-    write_npz(tmp_path / "LARGE.npz", pictures(6, side=8))
-    write_npz(tmp_path / "FEW.npz", pictures(3, side=4))
-    (tmp_path / "RUBBISH.npz").write_bytes(b"rubbish")
-    (tmp_path / "EMPTY").mkdir()
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all that mistakes are made with; they leave it as it was."""
+    folder = tmp_path_factory.mktemp("places")
+    write_folder(folder / "DRAWN", pictures(6, side=4))
+    write_folder(folder / "BROKEN", pictures(6, side=4))
+    (folder / "BROKEN" / "00003.png").write_bytes(b"")
+    write_folder(folder / "MIXED", pictures(2, side=4))
+    Image.fromarray(pictures(1, side=9)[0]).save(folder / "MIXED" / "other.png")
+    write_npz(folder / "REF.npz", pictures(6, side=4))
+    write_npz(folder / "LARGE.npz", pictures(6, side=8))
+    write_npz(folder / "FEW.npz", pictures(3, side=4))
+    (folder / "RUBBISH.npz").write_bytes(b"rubbish")
+    (folder / "EMPTY").mkdir()
     model = mpdit.create_model("MPDiT-Digits/4-2", stages=((8, 1), (4, 1)), width=16, heads=2)
-    save_weights(tmp_path / "MODEL", model.state_dict(), model.config, {"data": {"kind": "digits"}})
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    save_weights(folder / "MODEL", model.state_dict(), model.config, {"data": {"kind": "digits"}})
+    return folder
 
-    assert run(*(tmp_path / a if a[0].isupper() else a for a in arguments)) == 2
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistakes(arguments: list[str], message: str, places: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.read_bytes() for path in places.rglob("*") if path.is_file()}
+
+    assert run(*(places / a if a[0].isupper() else a for a in arguments)) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1, captured.err
     assert message in captured.err
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in places.rglob("*") if path.is_file()} == before
 
 
 def test_a_full_disk_leaves_no_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
