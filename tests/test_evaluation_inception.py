@@ -180,8 +180,6 @@ def test_a_damaged_cache_is_told(hub: Path) -> None:
 
 
 def test_numbers_do_not_depend_on_the_batch(network: Inception) -> None:
-    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8))
-    whole = network(images)
-    for index in (0, 2):
-        for feature, of_all in zip(network(images[index : index + 1]), whole, strict=True):
-            torch.testing.assert_close(feature[0], of_all[index], atol=1e-4, rtol=1e-4)
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8))
+    for feature, of_all in zip(network(images[1:]), network(images), strict=True):
+        torch.testing.assert_close(feature[0], of_all[1], atol=1e-4, rtol=1e-4)

@@ -205,15 +205,6 @@ def test_ranks_of_a_launcher_and_processes_give_the_same_bytes(
     assert _bytes(out) == _bytes(whole)
 
 
-def test_more_processes_than_a_launcher_starts(
-    images: Path, vae: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="3 processes are asked for in each of a launcher's 2 ranks"):
-        extract(images, tmp_path / "out", vae, ExtractOptions(image_size=32, processes=3))
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_rank_that_waits_for_rank_0_says_so(
     images: Path, vae: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

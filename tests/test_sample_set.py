@@ -262,14 +262,6 @@ def test_a_damaged_set_is_not_continued(made: Path, tmp_path: Path, capsys: pyte
     assert draw(made, out, "--num", "10", "--format", "npz") == 0
 
 
-def test_under_srun(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    for rank in ("1", "0"):
-        monkeypatch.setenv("SLURM_PROCID", rank)
-        assert draw(made, tmp_path / "out", "--num", "10") == 0
-    assert contents(tmp_path / "out") == contents(made / "once")
-
-
 @pytest.mark.parametrize("form", ["npz", "png", "both"])
 def test_a_larger_set_continues_a_smaller_one(
     form: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
