@@ -9,12 +9,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import mpdit_kernels
+import pytest
 import torch
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.float32, torch.bfloat16, torch.float16]
 """The interpreter is no judge of the narrow ones."""
+
+NIGHT = [pytest.mark.slow] if DEVICE == "cpu" else []
+"""Marks cases that the interpreter takes long for, left to `make nightly`; on a GPU they run with the others."""
 
 FLOOR = 8
 """Roundings of the result's own dtype that are always allowed: PyTorch can be exact by luck on small shapes."""

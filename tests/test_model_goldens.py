@@ -65,6 +65,8 @@ def test_guided_evaluation(name, kernels):
     assert relative_error(guided, golden.tensor("cfg/out")[0]) < TOLERANCE
 
 
+# By day the kernels' velocities are held to the goldens above, and the sampler's steps here.
+@pytest.mark.parametrize("kernels", ["reference", pytest.param("triton", marks=pytest.mark.slow)], indirect=True)
 @pytest.mark.parametrize("name", MULTI_STAGE)
 def test_euler_trajectory(name, kernels):
     golden = Golden(name)

@@ -159,19 +159,26 @@ def test_last_block_does_not_compute_class_queries():
     assert seen == [tokens, tokens + 2 * len(SIZES)]
 
 
-def test_compiles_without_a_break_for_one_composition_after_another():
+COMPOSITIONS = (((1, 1), (2, 2)), ((2, 1), (1, 1), (3, 2)))
+
+
+# By day it is traced once; that operators' gradients can be compiled is shown in tests/kernels.
+@pytest.mark.parametrize(
+    ("backend", "compositions"),
+    [("eager", COMPOSITIONS[:1]), pytest.param("aot_eager", COMPOSITIONS, marks=pytest.mark.slow)],
+)
+def test_compiles_without_a_break_for_one_composition_after_another(backend, compositions):
     model = tiny(stages=((4, 1), (2, 1)))
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    x, t, y = inputs(model, ((1, 1), (2, 2)))
-    found, expected = compiled(x, t, y), model(x, t, y)
-    cotangents = [torch.randn_like(image) for image in x]
-    mine, theirs = gradients(model, found, cotangents), gradients(model, expected, cotangents)
-    for name, gradient in theirs.items():
-        torch.testing.assert_close(mine[name], gradient, msg=name)
-    x, t, y = inputs(model, ((2, 1), (1, 1), (3, 2)))
-    with torch.no_grad():
-        for velocity, exact in zip([*found, *compiled(x, t, y)], [*expected, *model(x, t, y)], strict=True):
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for sizes in compositions:
+        x, t, y = inputs(model, sizes)
+        found, expected = compiled(x, t, y), model(x, t, y)
+        for velocity, exact in zip(found, expected, strict=True):
             torch.testing.assert_close(velocity, exact)
+        cotangents = [torch.randn_like(image) for image in x]
+        mine, theirs = gradients(model, found, cotangents), gradients(model, expected, cotangents)
+        for name, gradient in theirs.items():
+            torch.testing.assert_close(mine[name], gradient, msg=name)
 
 
 def test_groups_are_views_of_the_packed_tokens():

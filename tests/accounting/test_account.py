@@ -17,11 +17,23 @@ from mpdit.config import ModelConfig
 from mpdit.errors import ConfigError
 
 MODELS = {**mpdit.PRESETS, "MPDiT-XL/4-2 at 64": mpdit.PRESETS["MPDiT-XL/4-2"].replace(input_size=64), **VARIANTS}
+LARGE = "MPDiT-XL/8-4-2"
+"""By day it stands for the presets, whose parts the variants have too."""
+
+
+def nothing_computed():
+    """Have tensors without values made; constants that earlier tests made of the FNO have theirs."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def cases(rows, by_day):
+    """Leave the rows that aren't among those by day to `make nightly`."""
+    return [pytest.param(*row, marks=() if row in by_day else pytest.mark.slow) for row in rows]
 
 
 def counted(config, shortcuts, batch=1, kernels="reference"):
     """MACs of a forward pass by torch's counter, and the model: nothing is computed."""
-    with FakeTensorMode(), dispatch.use(kernels), torch.no_grad(), use_attention("sdpa_flash"):
+    with nothing_computed(), dispatch.use(kernels), torch.no_grad(), use_attention("sdpa_flash"):
         model = mpdit.MPDiT(config).use_shortcuts(shortcuts)
         x = torch.randn(batch, config.channels, config.input_size, config.input_size)
         with FlopCounterMode(display=False) as counter:
@@ -29,7 +41,7 @@ def counted(config, shortcuts, batch=1, kernels="reference"):
     return counter.get_total_flops() / 2, model
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", cases(zip(MODELS), by_day=[*zip([LARGE, *VARIANTS])]))
 def test_gmacs_are_those_of_torchs_counter_without_shortcuts(name):
     found = account(MODELS[name])
     macs, model = counted(MODELS[name], shortcuts=False)
@@ -37,13 +49,16 @@ def test_gmacs_are_those_of_torchs_counter_without_shortcuts(name):
     assert found.params_trainable == sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize(("name", "batch"), [*((name, 1) for name in MODELS), *((name, 4) for name in VARIANTS)])
+IMAGES = [*((name, 4) for name in VARIANTS), *((name, 1) for name in MODELS)]
+
+
+@pytest.mark.parametrize(("name", "batch"), cases(IMAGES, by_day=[*IMAGES[: len(VARIANTS)], (LARGE, 1)]))
 def test_executed_gmacs_are_those_of_torchs_counter_with_shortcuts(name, batch):
     macs, _ = counted(MODELS[name], shortcuts=True, batch=batch)
     assert account(MODELS[name], batch).macs_executed * batch == pytest.approx(macs, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["MPDiT-B/4-2", "MPDiT-B/8-4-2", *VARIANTS])
+@pytest.mark.parametrize("name", cases(zip(["MPDiT-B/4-2", "MPDiT-B/8-4-2", *VARIANTS]), by_day=[*zip(VARIANTS)]))
 def test_the_custom_operators_count_as_their_references_do(name):
     macs, _ = counted(MODELS[name], shortcuts=True, batch=2, kernels="triton")
     assert account(MODELS[name], 2).macs_executed * 2 == pytest.approx(macs, rel=1e-12)
@@ -52,7 +67,7 @@ def test_the_custom_operators_count_as_their_references_do(name):
 @pytest.mark.parametrize("name", ["two stages", "three stages", "DiT"])
 def test_training_counts_three_forwards(name):
     config = VARIANTS[name]
-    with FakeTensorMode(), dispatch.use("triton"), use_attention("sdpa_math"):
+    with nothing_computed(), dispatch.use("triton"), use_attention("sdpa_math"):
         model = mpdit.MPDiT(config)
         x = torch.randn(2, config.channels, config.input_size, config.input_size)
         state = model.prepare_time(torch.rand(2))
@@ -121,7 +136,7 @@ def kept(config, batch, kernels, dtype, checkpointing):
         return value
 
     size = config.input_size
-    with FakeTensorMode():
+    with nothing_computed():
         model = mpdit.MPDiT(config)
         model.checkpointing = checkpointing
         fixed = {value.untyped_storage()._cdata for value in (*model.parameters(), *model.buffers())}
@@ -149,15 +164,15 @@ CLOSE = {
 
 
 WAYS = ["kernels bf16", "reference fp32", "kernels bf16 checkpointing"]
+BYTES = [
+    *((name, way) for name in VARIANTS for way in WAYS),
+    *((name, way) for name in ("two stages", "DiT") for way in ("kernels fp32", "reference bf16 checkpointing")),
+]
+BYTES_BY_DAY = [row for row in BYTES if row[0] in ("two stages", "DiT")]
+BYTES_BY_DAY += [(name, WAYS[i % 3]) for i, name in enumerate(VARIANTS)]
 
 
-@pytest.mark.parametrize(
-    ("name", "way"),
-    [
-        *((name, way) for name in VARIANTS for way in WAYS),
-        *((name, way) for name in ("two stages", "DiT") for way in ("kernels fp32", "reference bf16 checkpointing")),
-    ],
-)
+@pytest.mark.parametrize(("name", "way"), cases(BYTES, by_day=BYTES_BY_DAY))
 def test_activation_bytes_are_what_autograd_keeps(name, way):
     ways, dtype, *more = way.split()
     config, kernels, checkpointing = MODELS[name], ways == "kernels", bool(more)
@@ -167,7 +182,7 @@ def test_activation_bytes_are_what_autograd_keeps(name, way):
     assert ours == pytest.approx(found, rel=0.05 if name in CLOSE else 1e-4, abs=8)
 
 
-@pytest.mark.parametrize("name", ["MPDiT-XL/4-2", "MPDiT-XL/8-4-2", "DiT-XL/2"])
+@pytest.mark.parametrize("name", cases(zip(["MPDiT-XL/4-2", LARGE, "DiT-XL/2"]), by_day=[(LARGE,)]))
 def test_activation_bytes_of_the_large_models(name):
     found = kept(MODELS[name], 3, True, "bf16", False) - kept(MODELS[name], 2, True, "bf16", False)
     assert account(MODELS[name]).activation_bytes_per_image == pytest.approx(found, rel=1e-6)

@@ -44,10 +44,14 @@ def train(config, images, dtype, checkpointing):
             optimizer.step()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointing"])
+STEPS = [(name, "fp32", checkpointing) for name in MODELS for checkpointing in (False, True)]
+STEPS += [("digits", "bf16", False), ("digits", "bf16", True)]  # bf16 attention is slow on a CPU
+BY_DAY = (STEPS[1], STEPS[4], STEPS[6], STEPS[9])  # each model and dtype but the same with many images
+
+
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    [*((name, "fp32") for name in MODELS), ("digits", "bf16")],  # bf16 attention is slow on a CPU
+    ("name", "dtype", "checkpointing"),
+    [pytest.param(*step, marks=() if step in BY_DAY or DEVICE == "cuda" else pytest.mark.slow) for step in STEPS],
 )
 def test_memory_is_what_a_step_was_measured_to_need(name, dtype, checkpointing):
     config, images = MODELS[name]

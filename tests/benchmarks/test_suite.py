@@ -140,6 +140,7 @@ def test_the_journal_holds_the_same(ran: Any, helpers: Any) -> None:
     assert written.keys() == result.keys()
 
 
+@pytest.mark.slow
 def test_saved_runs_can_be_compared(ran: Any) -> None:
     _, _, folder = ran
     done = suite(
@@ -149,12 +150,14 @@ def test_saved_runs_can_be_compared(ran: Any) -> None:
     assert "Comparing against benchmarks from" in done.stderr and "(NOW)" in done.stdout and "(0001_" in done.stdout
 
 
+@pytest.mark.slow
 def test_disabled_benchmarks_are_judged_only(tmp_path: Path) -> None:
     done = suite(tmp_path, "--benchmark-disable")
     assert "its gate is red" in done.stdout and "1 failed, 3 passed, 1 skipped" in done.stdout
     assert "times ours" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_bad_option_is_one_line(tmp_path: Path) -> None:
     done = suite(tmp_path, "--official", "nowhere")
     message = (
@@ -166,6 +169,10 @@ def test_a_bad_option_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        (
+            {"--official": "nowhere"},
+            "--official nowhere is not a folder: git clone https://github.com/quandao10/MPDiT, and give its path",
+        ),
         (
             {"--official": "."},
             r"--official \. lacks models/mpdit.py, so it is no checkout of github.com/quandao10/MPDiT",

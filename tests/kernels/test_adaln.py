@@ -8,10 +8,11 @@ import pytest
 import torch
 from mpdit_kernels import adaln_modulate, dispatch, gated_residual, gated_residual_adaln, use
 from mpdit_kernels.adaln import op, reference
-from proof import DEVICE, DTYPES, leaf, prove, strided
+from proof import DEVICE, DTYPES, NIGHT, leaf, prove, strided
 from torch import Tensor
 
-SHAPES = [(1, 1, 32), (1, 272, 32), (3, 17, 72), (1, 80, 768), (2, 81, 96), (1, 17, 1152), (1, 3, 97)]
+SHAPES = [(1, 1, 32), (3, 17, 72), (2, 41, 96), (1, 17, 1152), (1, 3, 97)]
+SHAPES += [pytest.param(shape, marks=NIGHT) for shape in ((1, 272, 32), (1, 80, 768), (2, 81, 96))]
 
 
 def _vectors(batch: int, width: int, count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -54,7 +55,7 @@ def test_nothing_to_do(shape: tuple[int, int, int]) -> None:
 
 
 def test_backward_repeats_bit_for_bit() -> None:
-    inputs = [leaf(2, 81, 96), leaf(2, 81, 96), *_vectors(2, 96, 3)]
+    inputs = [leaf(2, 41, 32), leaf(2, 41, 32), *_vectors(2, 32, 3)]
     with use("triton"):
         runs = [torch.autograd.grad(gated_residual_adaln(*inputs)[1].square().sum(), inputs) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

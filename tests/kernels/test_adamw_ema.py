@@ -105,7 +105,7 @@ def _give_gradients(params: list[torch.nn.Parameter], step: int) -> None:
         param.grad = None if (index + step) % len(params) == 0 else grad
 
 
-def _trained(mode: str, dtype: torch.dtype, steps: int = 25, **options: Any) -> list[Tensor]:
+def _trained(mode: str, dtype: torch.dtype, steps: int = 18, **options: Any) -> list[Tensor]:
     """Weights and states after a history: two groups, one parameter added on the way, a state dict loaded."""
     params = _parameters(dtype)
     optimizer = AdamWEMA([{"params": params[:3]}, {"params": params[3:5], "lr": 1e-2}], **{**SETTINGS, **options})

@@ -28,7 +28,7 @@ from mpdit_kernels.backends import (
 )
 from mpdit_kernels.backends.call import Call
 from mpdit_kernels.short_attn import reference
-from proof import DEVICE, FLOOR
+from proof import DEVICE, FLOOR, NIGHT
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -152,7 +152,7 @@ LENGTHS = [(5, 17, 17, 5, 9, 5), (12, 12, 12), (7,), (33, 4, 21)]
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize("first_query", [0, 3])
+@pytest.mark.parametrize("first_query", [pytest.param(0, marks=NIGHT), 3])
 def test_packed_sequences_are_each_alone(lengths: tuple[int, ...], first_query: int) -> None:
     offsets = (0, *itertools.accumulate(lengths))
     qkv = leaf(offsets[-1], 3, 2, 32)
@@ -431,7 +431,7 @@ def test_no_probe_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="its backends are proved on the CPU")
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=NIGHT)])
 def test_compiles_without_a_break(dynamic: bool | None) -> None:
     torch._dynamo.reset()
 
@@ -476,27 +476,34 @@ def test_another_backend_is_another_compilation(monkeypatch: pytest.MonkeyPatch)
     assert len(seen) == 2
 
 
-def test_libraries_are_imported_only_when_they_may_serve() -> None:
-    code = (
-        "import sys, torch, mpdit_kernels.backends as b; b.attention(torch.zeros(1, 9, 3, 2, 32));"
-        "print([name for name in ('triton', 'flash_attn', 'xformers') if name in sys.modules])"
+FRESH = """
+import sys, torch
+from mpdit_kernels.backends import attention, use_attention
+qkv = torch.zeros(1, 9, 3, 2, 32)
+with use_attention("auto"):
+    attention(qkv)
+print([name for name in ("triton", "flash_attn", "xformers") if name in sys.modules])
+try:
+    attention(qkv)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_the_environment_is_read_and_libraries_are_imported_only_when_they_may_serve() -> None:
+    environment = os.environ | {"MPDIT_ATTENTION": "xformers", "TRITON_INTERPRET": "0"}
+    imported, error = subprocess.check_output([sys.executable, "-c", FRESH], env=environment, text=True).splitlines()
+    assert imported == "[]"
+    assert error == (
+        "MPDIT_ATTENTION is 'xformers', which is refused: for CUDA tensors only, and these are on cpu; "
+        "available for 9 tokens, head dim 32, float32, cpu: sdpa_flash, sdpa_math"
     )
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
-def test_the_environment_is_checked() -> None:
-    code = "import torch; from mpdit_kernels.backends import attention; attention(torch.zeros(1, 9, 3, 2, 32))"
-    for value, message in (
-        ("flosh", "MPDIT_ATTENTION is 'flosh': choose auto or one of triton, "),
-        ("xformers", "MPDIT_ATTENTION is 'xformers', which is refused: for CUDA tensors only, and these are on cpu; "
-                     "available for 9 tokens, head dim 32, float32, cpu: sdpa_flash, sdpa_math"),
-    ):  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=os.environ | {"MPDIT_ATTENTION": value, "TRITON_INTERPRET": "0"},
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        kind, _, text = done.stderr.strip().splitlines()[-1].partition(": ")
-        assert done.returncode and kind.endswith("Error") and text.startswith(message)
+def test_the_environment_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "_environment", "flosh")
+    with pytest.raises(ValueError, match="MPDIT_ATTENTION is 'flosh': choose auto or one of triton, "):
+        attention(torch.zeros(1, 9, 3, 2, 32))
 
 
 QKV = torch.zeros(2, 5, 3, 2, 8)

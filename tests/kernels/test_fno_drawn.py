@@ -24,7 +24,7 @@ def _prove(batch: int, channels: int, width: int, scale: float) -> None:
     prove(call, [torch.rand(batch, device=DEVICE).requires_grad_(batch >= FEW), *weights])
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(*DRAWN)
 def test_any_shape(batch: int, channels: int, width: int, scale: float) -> None:
     _prove(batch, channels, width, scale)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from mpdit_kernels import use
 from mpdit_kernels.gelu_mlp import epilogue, gelu_linear, op, reference, triton_impl
-from proof import DEVICE, DTYPES, _poisoned_memory, distance, leaf, prove, strided
+from proof import DEVICE, DTYPES, NIGHT, _poisoned_memory, distance, leaf, prove, strided
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
@@ -56,14 +56,20 @@ def test_kernels_are_as_exact_as_pytorch(method: str, shape: tuple[int, ...], hi
         prove(gelu_linear, _inputs(*shape, hidden=hidden, dtype=dtype)[:3])
 
 
+WIDE = [pytest.param(*size, marks=NIGHT) for size in ((80, 768), (17, 1152))]
+
+
 @METHODS
-@pytest.mark.parametrize(("tokens", "width"), [(80, 768), (17, 1152)])
+@pytest.mark.parametrize(("tokens", "width"), [(33, 96), *WIDE])
 def test_default_configurations_are_as_exact(method: str, tokens: int, width: int) -> None:
     with by(method, small_tiles=False):
         prove(gelu_linear, _inputs(1, tokens, width, hidden=4 * width))
 
 
-@pytest.mark.parametrize("candidate", range(len(epilogue.FORWARD.candidates(72, 288))))
+CANDIDATES = range(len(epilogue.FORWARD.candidates(72, 288)))
+
+
+@pytest.mark.parametrize("candidate", [0, *(pytest.param(number, marks=NIGHT) for number in CANDIDATES[1:])])
 def test_every_candidate_of_the_products(candidate: int) -> None:
     config = epilogue.FORWARD.candidates(72, 288)[candidate]
     with by("epilogue"), epilogue.FORWARD.override(config), epilogue.BACKWARD.override(config):
@@ -203,7 +209,7 @@ SINGLE = [tuple(index == asked for index in range(5)) for asked in range(5)]
 
 
 @METHODS
-@pytest.mark.parametrize("rows", [0, 10])
+@pytest.mark.parametrize("rows", [pytest.param(0, marks=NIGHT), 10])
 def test_backward_operator_is_sound(method: str, rows: int) -> None:
     x, weight1, bias1, weight2, bias2 = (value.detach() for value in _inputs(rows, 24, hidden=40))
     calls = [(weight2, needs) for needs in (ALL, *SINGLE, (False,) * 5)]
