@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
+import gc
 import io
 import json
 import os
@@ -27,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # Before torch loads OpenMP: threads that wait for long without sleeping make a shared CPU ten times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    if argv is None:
+        atexit.register(gc.freeze)  # or Python searches all that was imported for garbage as it ends: half a second
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: names of files need not be text
     try:

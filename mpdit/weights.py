@@ -20,6 +20,7 @@ from mpdit.config import ModelConfig
 from mpdit.errors import CheckpointError, ConfigError
 from mpdit.files import sync_to_disk
 from mpdit.model import MPDiT
+from mpdit.model.meta import meta_model
 from mpdit.tensor_file import digest_of, write_tensors
 from mpdit.zips import find_damaged, is_zip
 
@@ -147,8 +148,8 @@ def read_weights(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor], dict
         tensors = load_file(weights)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{weights} can't be read as safetensors: {error}; export the weights again") from error
-    with torch.device("meta"):  # before memory is asked for, whatever config.json says
-        expected = {name: value.shape for name, value in MPDiT(config).state_dict().items()}
+    # Before memory is asked for, whatever config.json says.
+    expected = {name: value.shape for name, value in meta_model(config).state_dict().items()}
     found = {name: value.shape for name, value in tensors.items()}
     if expected != found:
         name = min(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))

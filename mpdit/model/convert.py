@@ -17,6 +17,7 @@ from torch import Tensor
 from mpdit.config import Convention, ModelConfig, StageSpec
 from mpdit.errors import CheckpointError
 from mpdit.model.embed import sincos_position
+from mpdit.model.meta import meta_model
 from mpdit.model.mpdit import MPDiT
 from mpdit.weights import check_values
 
@@ -87,8 +88,7 @@ def to_official(model: MPDiT) -> dict[str, Tensor]:
 def official_names(config: ModelConfig) -> dict[str, str]:
     """Our parameter names to the official ones; a part that the official codes lack keeps our name."""
     names = _rename_rules(config)
-    with torch.device("meta"):
-        return {ours: names.get(ours, ours) for ours, _ in MPDiT(config).named_parameters()}
+    return {ours: names.get(ours, ours) for ours, _ in meta_model(config).named_parameters()}
 
 
 def _rename_rules(config: ModelConfig) -> dict[str, str]:

@@ -53,7 +53,10 @@ class Position(nn.Module):
     def __init__(self, width: int, side: int) -> None:
         super().__init__()
         self.side = side
-        self.register_buffer("table", sincos_position(width, side), persistent=False)
+        # On the meta device left out as in meta.py: torch (2.13) imports its compiler to compute there.
+        meta = torch.get_default_device().type == "meta"
+        table = torch.empty(side * side, width) if meta else sincos_position(width, side)
+        self.register_buffer("table", table, persistent=False)
 
     def forward(self, grid: Grid) -> Tensor:
         if grid == (self.side, self.side):

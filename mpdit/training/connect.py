@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 import warnings
+from collections import defaultdict
 from datetime import timedelta
 from typing import Any
 
@@ -62,7 +63,8 @@ def connect(world: World, hang_timeout: float = 0, name: str = "") -> torch.devi
     device = torch.device(accelerator.device_name(world.local_rank))
     if device.type == "cpu":
         # Shared-memory collectives for inference: compiled at start-up (a minute, with g++), used by nothing here.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # DeepSpeed (0.19.8) tries all it could compile when the table is first read, unless there is one.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", defaultdict(bool))["deepspeed_shm_comm"] = False
     else:
         accelerator.set_device(world.local_rank)
     backend = accelerator.communication_backend_name()

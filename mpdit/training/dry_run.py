@@ -16,7 +16,7 @@ from mpdit.data.normalization import suits
 from mpdit.data.order import GlobalOrder
 from mpdit.data.posterior import to_latents
 from mpdit.errors import ConfigError
-from mpdit.model import MPDiT
+from mpdit.model.meta import meta_model
 from mpdit.training import checkpoint
 from mpdit.training.engine import check_deepspeed
 from mpdit.training.fitting import gpu_of, request_of
@@ -55,8 +55,7 @@ def _settings(run: Run) -> str:
 
 
 def _model(run: Run) -> str:
-    with torch.device("meta"):
-        built = sum(parameter.numel() for parameter in MPDiT(run.model).parameters())
+    built = sum(parameter.numel() for parameter in meta_model(run.model).parameters())
     found = account(run.model)
     model = run.model
     rows = [

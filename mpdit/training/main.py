@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import io
 import os
 import re
@@ -46,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     For the command line's arguments a code other than 0 is not returned: the process ends with it.
     """
+    if arguments is None:
+        atexit.register(gc.freeze)  # or Python searches all that was imported for garbage as it ends: half a second
     with steady_output(), StopRequests(last=arguments is None) as stop:
         code = _code(sys.argv[1:] if arguments is None else arguments, stop)
     if code and arguments is None:
@@ -82,8 +86,14 @@ def _code(arguments: Sequence[str], stop: StopRequests) -> int:
 def _main(arguments: Sequence[str], world: World, stop: StopRequests) -> int:
     # Only rank 0 answers --help.
     with contextlib.redirect_stdout(io.StringIO()) if world.rank else contextlib.nullcontext():
+        # What torch's import makes stays: looking through it for garbage, then and again later, takes half a second.
+        if fresh := "torch" not in sys.modules:
+            gc.disable()
         from mpdit.training.run import prepare
 
+        if fresh:
+            gc.freeze()
+            gc.enable()
         run = prepare(arguments, world)
     if run.config.dry_run:
         from mpdit.training.dry_run import sections
