@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as launch/train.py does
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported; the rest of settle_cpu can wait
 sys.path.insert(0, str(Path(__file__).parent))  # helper modules beside the bench files
 
 import pytest
@@ -23,6 +23,8 @@ from peers import PEERS
 from results import extra_info
 from session import Run
 from summary import tables
+
+from mpdit.cpu import settle_cpu
 
 RUN = pytest.StashKey[Run]()
 
@@ -39,6 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    settle_cpu()
     config.stash[RUN] = Run(config)
 
 

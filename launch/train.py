@@ -1,11 +1,11 @@
 """Train under DeepSpeed: `deepspeed launch/train.py --ds_config launch/zero2.json`; --help explains every argument."""
 
-import os
 import sys
 
+from mpdit.cpu import settle_cpu
+
 if __name__ == "__main__":
-    # Before torch loads OpenMP: threads that wait for long without sleeping make a shared CPU ten times slower.
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    settle_cpu()
     from mpdit.training.main import main
 
     sys.exit(main())

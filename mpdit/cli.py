@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mpdit.commands import COMMANDS
+from mpdit.cpu import settle_cpu
 from mpdit.errors import UserError, one_line
 from mpdit.parser import Parser
 from mpdit.version import __version__
@@ -27,8 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 1: done, and found what it was to fail on. 2: bad input, told in one line on stderr. 130: interrupted.
     With --json stdout holds one JSON object and nothing else; progress and what libraries print go to stderr.
     """
-    # Before torch loads OpenMP: threads that wait for long without sleeping make a shared CPU ten times slower.
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    settle_cpu()
     if argv is None:
         atexit.register(gc.freeze)  # or Python searches all that was imported for garbage as it ends: half a second
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -40,6 +40,10 @@ class LossMean:
         return loss / count if count else math.nan
 
 
+PACE_STEPS = 20
+"""Steps that are timed before a run says how long it will take. The one before them sets up what they find there."""
+
+
 class Stopwatch:
     """Speed of training alone: time in `pause` (samples, checkpoints) doesn't count."""
 
@@ -73,16 +77,30 @@ class MetricsLog:
         kept = lines_until(path, start_step)
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._elapsed = kept[-1].get("elapsed_seconds", 0.0) if kept else 0.0
-        self._began = time.monotonic()
+        self._began = self._paced = time.monotonic()
+        self._run, self._left, self._taken = run, run.config.steps - start_step, 0
         self._file = path.open("a", buffering=1)
         self._bar = _progress_bar(run, start_step)
         self._tensorboard = _tensorboard(run.out, start_step) if run.config.tensorboard else None
         self._wandb = _wandb(run) if run.config.wandb else None
 
     def advance(self) -> None:
-        """One step further on the progress bar."""
-        if self._active:
-            self._bar.update()
+        """One step further on the progress bar. Once, when it has been measured, says how long the run will take."""
+        if not self._active:
+            return
+        self._bar.update()
+        self._taken += 1
+        if self._taken == 1:
+            self._paced = time.monotonic()
+        elif self._taken == 1 + PACE_STEPS and self._left - self._taken >= PACE_STEPS:
+            pace, config = (time.monotonic() - self._paced) / PACE_STEPS, self._run.config
+            minutes = (self._left - self._taken) * pace / 60
+            told = f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+            tqdm.write(
+                f"about {told} to step {config.steps} at {config.global_batch / pace:.0f} images/s (this machine, "
+                f"measured over {PACE_STEPS} steps)",
+                file=sys.stderr,
+            )
 
     def write(self, step: int, values: dict[str, float | None]) -> None:
         """Log values of a step, counted from 1; what is None is left out, what is not finite is null."""
