@@ -14,10 +14,10 @@ REUSE = f"""
 import resource, sys
 from mpdit.cpu import settle_cpu
 settle_cpu()
-bytearray({PAGES} * 4096)
+[bytearray({PAGES} * 4096) for _ in range(4)]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
-    bytearray({PAGES} * 4096)
+    [bytearray({PAGES} * 4096) for _ in range(4)]
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
