@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mpdit import cli
 from mpdit.commands import COMMANDS, Outcome
 from mpdit.data.digits import build_digits
 from mpdit.images import decode
+from mpdit.training import arguments
 from mpdit.weights import save_weights
 
 DIGITS = {
@@ -286,3 +288,17 @@ def test_every_option_is_explained_with_its_default(command: str) -> None:
         assert action.help
         if action.option_strings and action.nargs != 0:
             assert "(default: " in action.help or action.required, action.option_strings
+
+
+def test_a_flag_that_a_message_names_can_be_given() -> None:
+    commands = cli.build_parser()._subparsers._group_actions[0].choices.values()  # type: ignore[union-attr]
+    ours = {option for command in commands for action in command._actions for option in action.option_strings}
+    training = {option for action in arguments._parser()._actions for option in action.option_strings}
+    # Beginnings, examples, one of all commands and one of `mpdit plan`; those of deepspeed and of pytest.
+    others = {"--no", "--option", "--global_batch", "--version", "--gpu", "--num_accelerators", "--master_port"}
+    others |= {"--master_addr", "--node_rank", "--local_rank", "--world_info", "--log_level"}
+    others |= {"--benchmark-only", "--benchmark-json"}
+    for path in Path(mpdit.__file__).parent.rglob("*.py"):
+        known = training | others if "training" in path.parts else ours | training | others
+        named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*[a-z0-9]", path.read_text()))
+        assert named <= known, path

@@ -149,6 +149,7 @@ REFUSED = {
     ),
     "a vae for weights": (["a.pt", "out", "--vae", "x"], "--vae has no effect .* for --to diffusers"),
     "heads for a run": (["run", "out", "--to", "official", "--num-heads", "2"], "--num-heads has no effect"),
+    "a later option of another kind": (["a.pt", "out", "--num-classes", "5"], "--num-classes has no effect"),
     "heads for data": (["pairs", "out", "--num-heads", "2"], "it is for official checkpoint as SOURCE"),
     "heads that don't fit": (["a.pt", "out", "--num-heads", "5"], "a.pt: .*heads 5"),
     "no number": (["a.pt", "out", "--num-heads", "0"], "not a whole number"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import pickle
@@ -29,7 +30,7 @@ from mpdit.data import (
     write_packed,
 )
 from mpdit.data.foreign import base
-from mpdit.data.normalization import PAPER
+from mpdit.data.normalization import PAPER, choose_normalization
 from mpdit.data.records import ChannelStatistics
 from mpdit.errors import ConfigError, DataError
 
@@ -194,6 +195,14 @@ def test_constants_are_the_datas_the_papers_or_the_measured(tmp_path: Path) -> N
     assert np.allclose(scaled.statistics.std, 2 * np.array(auto.statistics.std), rtol=1e-3)
     with pytest.raises(ConfigError, match="choose one of"):
         open_latents(path, normalization="mine")  # type: ignore[arg-type]
+
+
+def test_the_papers_constants_suit_up_to_twice_the_spread_and_two_stds_away() -> None:
+    for spread, away in itertools.product((0.49, 0.51, 1.99, 2.01), (-2.01, -1.99, 1.99, 2.01)):
+        mean, std = PAPER.mean, np.array(PAPER.std)
+        measured = Normalization((mean[0] + away * std[0], *mean[1:]), (std[0], spread * std[1], *std[2:]))
+        suits = 0.5 < spread < 2 and abs(away) < 2
+        assert choose_normalization("auto", measured) == (PAPER if suits else measured)
 
 
 def test_the_scale_is_measured_or_given_or_refused(tmp_path: Path) -> None:

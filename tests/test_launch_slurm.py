@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from training_runs import REPOSITORY, TINY, ds_config, free_port
 from mpdit.errors import ConfigError
 from mpdit.training.connect import connect
 from mpdit.training.main import main
+from mpdit.training.stop import STOPPED
 from mpdit.training.world import World
 
 SCRIPT = REPOSITORY / "launch" / "slurm.sh"
@@ -162,6 +164,18 @@ def _wait_for(path: Path) -> None:
             return
         time.sleep(0.02)
     raise AssertionError(f"{path} did not come")
+
+
+def test_what_the_script_asks_of_slurm_and_says_of_its_defaults() -> None:
+    script = SCRIPT.read_text()
+    for name in ("REQUEUES", "SAVING"):
+        said = re.search(rf"#   {name} .*\(default: (\d+)[;)]", script)
+        assert said and set(re.findall(rf"\{{{name}:-(\d+)\}}", script)) == {said[1]}
+    warned = re.search(r"^#SBATCH --signal=B:USR1@(\d+)$", script, re.MULTILINE)
+    saving = re.search(r"SAVING:-(\d+)", script)
+    assert warned and saving and int(warned[1]) >= int(saving[1]) + 30, "time to save and to be queued again"
+    assert re.search(r"^#SBATCH --requeue$", script, re.MULTILINE)
+    assert f"\nsaved={STOPPED}\n" in script
 
 
 def test_wrong_use_is_one_line_and_exit_code_2(cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,7 @@ def test_weights_that_predict_noise(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_options_of_a_vae_without_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_model(tmp_path / "weights")
     assert draw(tmp_path, tmp_path / "out", "--decode-batch", "3", vae=False) == 2
-    assert "--decode-batch is of the VAE, and there is none" in capsys.readouterr().err
+    assert "--decode-batch is of the VAE, and there is none: give --vae too" in capsys.readouterr().err
 
 
 def test_random_labels_are_uniform_and_keyed_by_image() -> None:

@@ -151,10 +151,14 @@ def test_a_missing_ds_config_is_one_clear_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ds", "given", "values"),
     [
-        ({"train_batch_size": 64}, {"global_batch": 128}, ("64", "128")),
-        ({"gradient_accumulation_steps": 2}, {"accumulation": 4}, ("2", "4")),
-        ({"gradient_clipping": 0.5}, {"clip": 1.0}, ("0.5", "1.0")),
-        ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, {"precision": "fp32"}, ("True", "fp32")),
+        ({"train_batch_size": 64}, {"global_batch": 128}, ("64", "--global-batch is 128")),
+        ({"gradient_accumulation_steps": 2}, {"accumulation": 4}, ("2", "--accumulation is 4")),
+        ({"gradient_clipping": 0.5}, {"clip": 1.0}, ("0.5", "--clip is 1.0")),
+        (
+            {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+            {"precision": "fp32"},
+            ("True", "--precision is fp32"),
+        ),
         ({"torch_autocast": {"enabled": False}}, {"precision": "bf16"}, ("False", "bf16")),
         ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, {}, ("float16", "bfloat16")),
         ({"train_micro_batch_size_per_gpu": 7}, {"global_batch": 128}, ("7", "128")),

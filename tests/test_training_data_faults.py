@@ -218,7 +218,7 @@ class TestResuming:
         prepared(begun.dataset.path, begun.out, "--loader", "torch")
         for text in ("[]", '{"identity": [1]}', '{"identity": null}', "{"):
             path.write_text(text)
-            with pytest.raises(ConfigError, match="holds files but no run"):
+            with pytest.raises(ConfigError, match=r"holds files but no run .*give another --out"):
                 prepared(begun.dataset.path, begun.out, "--force")
 
     def test_the_number_of_bad_records_may_change(self, begun: Run) -> None:

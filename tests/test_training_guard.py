@@ -276,6 +276,19 @@ def test_a_step_is_settled_when_the_next_was_judged_and_ends_the_run_after_enoug
     assert not (tmp_path / "skipped.jsonl").exists()
 
 
+@pytest.mark.usefixtures("alone")
+def test_the_end_of_patience_names_the_last_good_checkpoint_and_what_to_change(tmp_path: Path) -> None:
+    saved = tmp_path / "checkpoints" / "step-00000010"
+    saved.mkdir(parents=True)
+    (saved / "COMMITTED").touch()
+    small = _Small(tmp_path, max_skips=1)
+    small.step(1, math.nan)
+    with pytest.raises(ConfigError) as error:
+        small.guard.drain()
+    remedy = "repeat the command with a larger --max-skips, or with --force and a lower --lr or --clip"
+    assert str(error.value).endswith(f"the last good checkpoint is {saved}: {remedy}")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -209,7 +209,8 @@ def test_the_probe_refuses_what_does_not(kind: type[torch.optim.Optimizer], mess
 
 @pytest.mark.parametrize("name", ["apex", "deepspeed"])
 def test_both_are_refused_without_a_gpu(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"optimizer is {name}, .* needs a CUDA GPU, and this run is on cpu"):
+    told = f"optimizer is {name}, .* needs a CUDA GPU, and this run is on cpu: leave --optimizer out"
+    with pytest.raises(ConfigError, match=told):
         build_optimizer(TrainConfig(optimizer=name), _parameters(), CPU, {})  # type: ignore[arg-type]
 
 
@@ -250,7 +251,7 @@ def test_the_chosen_class_is_probed_and_built(monkeypatch: pytest.MonkeyPatch) -
         1e-8,
     ]
     offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
-    with pytest.raises(ConfigError, match="can't step what offload_optimizer puts on cpu"):
+    with pytest.raises(ConfigError, match="can't step what offload_optimizer puts on cpu: leave --optimizer"):
         build_optimizer(config, _parameters(), torch.device("cuda"), offload)
 
 

@@ -158,7 +158,7 @@ class TestFolder:
             _prepare(out, *arguments)
 
     def test_never_wants_an_empty_folder(self, out: Path) -> None:
-        with pytest.raises(ConfigError, match="not empty and resume is 'never'"):
+        with pytest.raises(ConfigError, match="not empty and resume is 'never': give another --out, or --resume auto"):
             _prepare(out, "--resume", "never")
 
     def test_a_folder_of_something_else_is_refused(self, tmp_path: Path) -> None:

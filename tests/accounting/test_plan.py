@@ -12,7 +12,7 @@ from mpdit.accounting import account, efficiency
 from mpdit.accounting.efficiency import Efficiency
 from mpdit.accounting.network import Fabric, communication, volume
 from mpdit.accounting.planner import Request, plan
-from mpdit.accounting.roofline import OPTIMIZER_BYTES, step_time
+from mpdit.accounting.roofline import step_time
 from mpdit.cli import main
 from mpdit.errors import ConfigError
 
@@ -74,7 +74,11 @@ def test_products_take_exact_flops_over_the_peak():
     found = step_time(XL, gpu, IDEAL, 128)
     linear = sum(row.part.executed_macs(128) for row in account(XL, 128).rows if row.part.linear)
     assert found.products == pytest.approx(6 * 128 * linear / gpu.flops)
-    assert found.optimizer == pytest.approx(OPTIMIZER_BYTES * 480_839_216 / gpu.bandwidth)
+    words = 1 + 2 * 4  # the gradient read, weight, both moments and average read and written
+    assert found.optimizer == pytest.approx(4 * words * 480_839_216 / gpu.bandwidth)
+    assert found.casts == pytest.approx((4 + 2) * 480_839_216 / gpu.bandwidth)
+    again = step_time(XL, gpu, IDEAL, 128, checkpointing=True)
+    assert again.products == pytest.approx(4 / 3 * found.products)
     assert found.rest == 0
     twice = step_time(XL, gpu, dataclasses.replace(IDEAL, step=2.0), 128)
     assert twice.total == pytest.approx(2 * found.total)
@@ -96,6 +100,11 @@ def test_no_plan_beats_the_peak(name, key):
     for rows in found.scaling.values():
         assert all(0 < row.efficiency <= 1.0001 for row in rows)
     assert [row.gpus for row in found.scaling["images_per_gpu"]] == [8 << i for i in range(10)]
+
+
+def test_a_run_ends_with_the_epoch_and_not_before() -> None:
+    steps = [plan(XL, Request(GPUS["h100"], epochs=3, images=images)).steps for images in (1024, 1025)]
+    assert steps == [3, 4]
 
 
 def test_scaling_reaches_4096_from_any_number_of_gpus():

@@ -1,0 +1,100 @@
+"""The order in which files reach the disk and get their names.
+
+A kill can't show it: what was written outlives a process, but not a machine that loses its power.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from disk import watch_disk
+
+import mpdit
+from mpdit.data import LatentSpec, PackedLatents, PackedWriter, quarantine, write_packed
+from mpdit.data.quarantine import QUARANTINE_NAME, Quarantine
+from mpdit.extraction.parts import PartWriter
+from mpdit.training import checkpoint, ema
+from mpdit.training.checkpoint import Checkpoint
+from mpdit.training.config import TrainConfig
+from mpdit.training.guard import Guard
+from mpdit.training.saver import Saver
+from mpdit.training.world import World
+from mpdit.weights import save_weights
+
+
+@pytest.fixture
+def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return watch_disk(tmp_path, monkeypatch)
+
+
+def test_packed_latents_are_there_when_their_manifest_is(seen: list[str], tmp_path: Path) -> None:
+    spec = LatentSpec(channels=1, height=2, width=2, num_classes=3)
+    with PackedWriter(tmp_path, spec, shard_records=2) as writer:
+        writer.add(np.random.default_rng(0).uniform(size=(3, 1, 2, 2, 2)), [0, 1, 2])
+    names = ("shard-00000.bin", "shard-00001.bin", "index.bin", "manifest.json")
+    before = [f"sync {name}.partial" for name in names[:1] + names[2:0:-1]]
+    moved = [f"{name}.partial -> {name}" for name in names]
+    assert seen == [*before, *moved[:3], "sync manifest.json.partial", "sync .", moved[3], "sync ."]
+
+
+def test_a_part_of_an_extraction_is_there_when_its_receipt_is(seen: list[str], tmp_path: Path) -> None:
+    (tmp_path / ".parts").mkdir()
+    with PartWriter(tmp_path, 3, channels=1) as writer:
+        writer.add(np.ones((2, 1, 2, 2, 2), np.float16), np.zeros(2, np.int32))
+        writer.finish("a job")
+    names = ("shard-00003.bin", ".parts/00003.index")
+    files = [*(f"sync {name}.partial" for name in names), *(f"{name}.partial -> {name}" for name in names)]
+    receipt = (".parts/.00003.json.partial", ".parts/00003.json")
+    assert seen == [*files, "sync .", f"sync {receipt[0]}", f"{receipt[0]} -> {receipt[1]}", "sync .parts"]
+
+
+def test_weights_have_their_names_last(seen: list[str], tmp_path: Path) -> None:
+    model = mpdit.create_model("MPDiT-Digits/4-2", width=16, heads=2)
+    save_weights(tmp_path, model.state_dict(), model.config, {})
+    weights, config = "model.safetensors", "config.json"
+    assert list(dict.fromkeys(seen)) == [
+        line for name in (weights, config) for line in (f"sync .{name}.tmp", f".{name}.tmp -> {name}")
+    ]
+
+
+def test_a_record_is_written_down_before_training_goes_on_without_it(
+    seen: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quarantine, "_PAUSE", 0)
+    packed = write_packed(tmp_path / "data", np.random.default_rng(0).normal(size=(4, 1, 2, 2)), np.arange(4))
+    (shard,) = packed.path.glob("shard-*.bin")
+    shard.write_bytes(b"\1" + shard.read_bytes()[1:])
+    seen.clear()
+    Quarantine(PackedLatents.open(packed.path), 1, tmp_path / QUARANTINE_NAME, "data").read(np.arange(4))
+    assert seen == [f"sync {QUARANTINE_NAME}"]
+
+
+def test_a_checkpoint_is_of_steps_whose_logs_are_on_the_disk(
+    seen: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: Any = SimpleNamespace(out=tmp_path, world=World(), config=TrainConfig())
+    partial, folder = checkpoint.partial_folder(tmp_path, 1), tmp_path / "checkpoints" / "step-00000001"
+    partial.mkdir(parents=True)
+    whole = Checkpoint(folder, 1, 64, 1, {}, 1, 2, {}, {"a": [1]}, {})
+    whole = replace(whole, files=checkpoint.write_shard(partial, 0, {"ema/a/0": torch.ones(1)}))
+    seen.clear()
+
+    param = torch.nn.Parameter(torch.zeros(1))
+    trainer: Any = SimpleNamespace(engine=None, optimizer=SimpleNamespace(), device=param.device)
+    line: dict[str, Any] = {"step": 1, "reason": "loss"}
+    Guard(run, trainer, 0)._list(line, "")
+    assert seen == ["sync skipped.jsonl"]
+
+    monkeypatch.setattr(ema, "export", lambda *_: seen.append("average"))
+    (tmp_path / "metrics.jsonl").touch()
+    saver = object.__new__(Saver)
+    saver._run = run
+    assert saver._finish(whole) == ""
+    assert seen[1] == "sync metrics.jsonl"
+    assert seen[-2:] == ["sync checkpoints/step-00000001", "average"]
