@@ -45,6 +45,14 @@ def test_bad_values_are_refused_by_record(tmp_path, place, value, message):
     assert verify(tmp_path / "data").num_samples == 5  # of the refused batch nothing was written
 
 
+def test_a_std_of_minus_zero_is_zero(tmp_path):
+    moments = make_moments()
+    moments[2, 0, 1] = -0.0
+    with PackedWriter(tmp_path, SPEC) as writer:
+        writer.add(moments, LABELS)
+    assert PackedLatents.open(tmp_path).read(np.arange(5))[0].shape == moments.shape
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [

@@ -23,8 +23,12 @@ from PIL import Image
 from sample_sets import COMMON, contents, draw, parts, save_model, save_vae
 
 from mpdit import cli
+from mpdit.evaluation.generate import generate
 from mpdit.evaluation.image_sets import open_images
+from mpdit.evaluation.sampler import Sampler
+from mpdit.images import denormalize
 from mpdit.sample_set import Labels, job
+from mpdit.weights import load_weights
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +69,13 @@ def test_files_of_a_set(made: Path) -> None:
     assert not environment["cuda_graph"]
     found = open_images(out)
     assert (len(found), found.size, found.protocol) == (10, (32, 32), protocol)
+
+
+def test_a_set_drawn_in_parts_is_that_of_one_call(made: Path) -> None:
+    model, data = load_weights(made / "weights")
+    labels = Labels.choose(40, None, "random", 0).of(0, 10)
+    latents = denormalize(generate(model, labels, Sampler(steps=2, batch=10, guidance=2.0)), data["data"])
+    assert np.allclose(np.load(made / "once" / "latents.npy"), latents.numpy(), rtol=1e-4, atol=1e-4)
 
 
 def test_two_processes_draw_the_same_bytes(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,6 +235,7 @@ def test_a_spike_starts_no_streak_of_spikes_at_the_beginning(tmp_path: Path) -> 
     [
         (math.nan, 1.0, "gradient"),
         (math.inf, 1.0, "gradient"),
+        (1.2e19, 1.0, "gradient"),  # its square is finite in fp32, but not the sum over ranks
         (2e19, 1.0, "gradient"),  # DeepSpeed's sum of squares, in fp32, is not finite
         (1.0, math.nan, "loss"),
         (1.0, -math.inf, "loss"),

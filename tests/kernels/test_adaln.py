@@ -31,6 +31,11 @@ def test_kernels_are_as_exact_as_pytorch(shape: tuple[int, int, int], dtype: tor
     prove(gated_residual_adaln, [x, branch, *_vectors(batch, width, 3)])
 
 
+def test_rows_whose_variance_is_of_the_size_of_eps() -> None:
+    x = (1e-3 * torch.randn(2, 5, 24, device=DEVICE)).requires_grad_()
+    prove(lambda *inputs: adaln_modulate(*inputs, eps=1e-6), [x, *_vectors(2, 24, 2)])
+
+
 def test_strides_of_inputs_and_gradients() -> None:
     x, branch = strided(2, 19, 40), leaf(2, 30, 40)[:, 5:24]
     prove(gated_residual_adaln, [x, branch, strided(2, 40), *_vectors(2, 40, 2)], noncontiguous_gradients=True)
