@@ -27,14 +27,34 @@ demo: $(INSTALLED)  ## train on the embedded digits, then judge the samples (abo
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed launch/train.py --ds_config launch/zero2.json --out $(DEMO)
 	$(BIN)/mpdit evaluate $(DEMO)
 
-test: $(INSTALLED)  ## run the tests (minutes), without those of make nightly
-	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist loadfile
+# worksteal: a worker that has done its half of the tests takes some of the other's.
+PYTEST := $(BIN)/python -m pytest
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
+test: $(INSTALLED)  ## run the tests (minutes), without those of make nightly
+	$(PYTEST) -m "not slow" $(PARALLEL)
+
+PART ?=
 KILLS ?= 100
-nightly: $(INSTALLED)  ## what is left out there: real training, wide drawn sets, thousands of fuzzed cases, a hundred kills (long)
-	$(BIN)/python -m pytest -m slow
-	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/fuzz -n auto --maxprocesses 8 --dist worksteal
+NIGHTLY := kernels runs fuzz kills faults
+nightly: $(INSTALLED)  ## what make test leaves out, in parts of 25 minutes at most: PART=kernels|runs|fuzz|kills|faults
+	@for part in $(or $(PART),$(NIGHTLY)); do $(MAKE) --no-print-directory nightly-$$part || exit; done
+
+nightly-kernels: $(INSTALLED)  # kernels at every size, every candidate of the tuner, every architecture's budget
+	$(PYTEST) -m slow $(PARALLEL) tests/kernels tests/accounting tests/benchmarks tests/test_model*.py
+
+nightly-runs: $(INSTALLED)  # real training, the demo's among it, and wide sets of everything else
+	$(PYTEST) -m slow $(PARALLEL) tests --ignore-glob='tests/test_model*.py' \
+		$(addprefix --ignore=tests/,kernels accounting benchmarks fuzz)
+
+nightly-fuzz: $(INSTALLED)  # thousands of drawn cases, new ones each time
+	HYPOTHESIS_PROFILE=nightly $(PYTEST) $(PARALLEL) tests/fuzz
+
+nightly-kills: $(INSTALLED)
 	$(BIN)/python tests/crash.py --kills $(KILLS)
+
+nightly-faults: $(INSTALLED)  # what the tests are worth: each of some seventy planted faults must be found
+	$(BIN)/python tests/planted_faults.py --jobs 2
 
 # Needs no .venv: PYTHON must have torch, triton and pytest. Test files run side by side, the longest from the start, as
 # most of their time is compiling; drawn tests need hypothesis and are left out without it. Tuning gets its time even when
@@ -61,7 +81,6 @@ bench: $(INSTALLED)  ## time everything: small sizes on a CPU (minutes), real on
 
 # Needs no .venv: PYTHON must have torch, triton, einops, pytest and pytest-benchmark. BENCH passes options on, such as
 # BENCH="--official ../MPDiT --memory-limit 40".
-PART ?=
 bench-gpu:  ## on a machine with a GPU: PART=kernels|block|forward|step|sampling|optimizer|loader, all by default
 	@$(PYTHON) -c 'import einops, pytest, pytest_benchmark, torch, triton' 2>/dev/null || \
 		{ echo "error: $(PYTHON) lacks torch, triton, einops, pytest or pytest-benchmark: name one that has them," \
