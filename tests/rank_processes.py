@@ -36,22 +36,25 @@ class Ranks:
     """`launch/train.py` as `ranks` processes of one process group, started as a launcher does it.
 
     `fault`, one of rank_faults with its arguments (functools.partial), is called in every rank before it begins. What
-    is left of the ranks is killed at the end.
+    is left of the ranks is killed at the end. `environments` are the ranks' in place of those by DeepSpeed's launcher.
     """
 
-    def __init__(self, *arguments: str, ranks: int = 1, fault: Fault = None) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        ranks: int = 1,
+        fault: Fault = None,
+        environments: Sequence[dict[str, str]] | None = None,
+    ) -> None:
         _start_server()
-        place = {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-        environment = dict(os.environ) | place | {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
         self._folder = tempfile.TemporaryDirectory(prefix="mpdit-ranks-")
         self.processes: list[BaseProcess] = []
-        for rank in range(ranks):
+        for rank, environment in enumerate(environments or _as_deepspeed(ranks)):
             leader = self.processes[0].pid if self.processes else 0
-            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             logs = [self._log(rank, name) for name in _STREAMS]
             for log in logs:
                 log.touch()
-            given = (arguments, environment, logs, leader, fault)
+            given = (arguments, environment, Path.cwd(), logs, leader, fault)
             process = multiprocessing.get_context("forkserver").Process(target=_run, args=given)
             process.start()
             self.processes.append(process)
@@ -100,9 +103,19 @@ def _start_server() -> None:
         forkserver.ensure_running()
 
 
-def _run(arguments: Sequence[str], environment: dict[str, str], logs: list[Path], leader: int, fault: Fault) -> None:
+def _as_deepspeed(ranks: int) -> list[dict[str, str]]:
+    """Environments of ranks as DeepSpeed's launcher makes them."""
+    common = {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    common |= {"MASTER_PORT": str(free_port())}
+    return [{**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def _run(
+    arguments: Sequence[str], environment: dict[str, str], folder: Path, logs: list[Path], leader: int, fault: Fault
+) -> None:
     """Become a rank."""
     os.setpgid(0, leader)
+    os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     for descriptor, path in enumerate(logs, 1):

@@ -15,13 +15,12 @@ import extraction_data
 import latent_formats
 import numpy as np
 import pytest
-from forks import exit_code, in_a_child
 from inception_weights import remember_features, weights_file
-from training_runs import REPOSITORY, free_port
+from rank_processes import Ranks, free_port
+from training_runs import REPOSITORY
 
 from mpdit import cli
 from mpdit.data import PackedLatents
-from mpdit.training.main import main
 
 PAGE = REPOSITORY / "docs" / "imagenet.md"
 NOT_RUN = ("make install", ". .venv/bin/activate")
@@ -80,21 +79,21 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("launched", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_every_command_runs(launched: bool, place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_every_command_runs(launched: bool, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     walked = [command for command in commands() if command not in NOT_RUN]
     assert len(walked) >= 15
     for command in walked:
         program = command.split()[0]
         if program == "mpdit":
             code = cli.main(_mpdit(command.removeprefix("mpdit ")))
-            message = capfd.readouterr().err
+            message = capsys.readouterr().err
         elif launched:
             done = subprocess.run(_training(command), capture_output=True, text=True, timeout=300, check=False)
             code, message = done.returncode, done.stderr
         else:
             arguments = shlex.split(re.split(r"launch/(?:train\.py|slurm\.sh) ", command)[1])
-            code = exit_code(in_a_child(lambda arguments=arguments: os._exit(main([*arguments, *TINY]))))
-            message = capfd.readouterr().err
+            with Ranks(*arguments, *TINY) as run:
+                (code,), message = run.codes(300), run.stderr(0)
         assert code == 0, f"{command}\n{message}"
         if "latents/imagenet256" in command and program == "mpdit" and "extract" in command:
             # The page's fine-tuning has other classes than the data trained on.

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import pytest
 from deepspeed.launcher.runner import fetch_hostfile
-from forks import exit_code, in_a_child
-from training_runs import REPOSITORY, TINY, ds_config, free_port
+from rank_processes import Ranks, free_port
+from training_runs import REPOSITORY, TINY, ds_config
 
 from mpdit.errors import ConfigError
 from mpdit.training.connect import connect
-from mpdit.training.main import main
 from mpdit.training.stop import STOPPED
 from mpdit.training.world import World
 
@@ -192,9 +191,9 @@ def test_wrong_use_is_one_line_and_exit_code_2(cluster: Path, tmp_path: Path, mo
 
 @pytest.mark.parametrize("launched", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_tasks_meet_and_train(
-    launched: bool, cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    launched: bool, cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """srun as it is on two nodes of one task each, both of them here; by day its tasks are forks of this process."""
+    """srun as it is on two nodes of one task each, both of them here; by day its tasks are forked."""
     step = "while [[ $1 == --* ]]; do shift; done\n"
     step += "export MASTER_ADDR=127.0.0.1 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NUM_NODES=2 SLURM_LOCALID=0\n"
     if launched:
@@ -212,11 +211,10 @@ def test_two_tasks_meet_and_train(
         environment = dict(line.split("=", 1) for line in (tmp_path / "environment").read_text().split("\0")[:-1])
         python, script, *arguments = (tmp_path / "command").read_text().split("\0")[:-1]
         assert (python, script) == (sys.executable, "launch/train.py")
-        tasks = [
-            in_a_child(lambda: os._exit(main(arguments)), **environment | {"SLURM_PROCID": rank}) for rank in ("1", "0")
-        ]
-        assert [exit_code(task) for task in tasks] == [0, 0]
-        told = capfd.readouterr().err
+        tasks = [environment | {"SLURM_PROCID": rank} for rank in ("0", "1")]
+        with Ranks(*arguments, environments=tasks) as run:
+            assert run.codes() == [0, 0]
+            told = run.stderr(0)
     assert "over 2 ranks" in told
     assert (out / "checkpoints" / "step-00000002" / "manifest.json").exists()
 
