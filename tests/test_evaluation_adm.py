@@ -17,6 +17,7 @@ from torch import Tensor
 import mpdit
 from mpdit import cli
 from mpdit.errors import DataError
+from mpdit.evaluation import features
 from mpdit.evaluation import reference as reference_module
 from mpdit.evaluation.adm import ImagesEvaluation, evaluate_images
 from mpdit.evaluation.image_sets import open_images
@@ -35,7 +36,7 @@ class KnownFeatures(Inception):
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         flat = images.flatten(1).float() / 64
-        pool, spatial = torch.zeros(len(flat), 2048), torch.zeros(len(flat), 2023)
+        pool, spatial = (torch.zeros(len(flat), size) for size in (features.POOL_FEATURES, features.SPATIAL_FEATURES))
         pool[:, : flat.shape[1]] = flat
         spatial[:, : flat.shape[1]] = 2 * flat
         return pool, spatial
@@ -43,6 +44,15 @@ class KnownFeatures(Inception):
     def logits(self, pool: Tensor) -> Tensor:
         bright = pool[:, :12].mean(dim=1) > 2
         return torch.stack([bright, ~bright], dim=1) * 1e3
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer features, as most of KnownFeatures are zeros anyway, and covariances of 2048 take their time."""
+    monkeypatch.setattr(features, "POOL_FEATURES", 64)
+    monkeypatch.setattr(features, "SPATIAL_FEATURES", 63)
+    stored = {"pool": ("mu", "sigma", 64), "spatial": ("mu_s", "sigma_s", 63)}
+    monkeypatch.setattr(reference_module, "_STORED", stored)
 
 
 def pictures(count: int, side: int = 2, seed: int = 0, low: int = 0, high: int = 256) -> np.ndarray:
@@ -70,6 +80,7 @@ def frechet(first: np.ndarray, second: np.ndarray) -> float:
     return float(difference @ difference + np.trace(covariances[0] + covariances[1] - 2 * root))
 
 
+@pytest.mark.usefixtures("narrow")
 def test_all_figures_of_known_features(tmp_path: Path) -> None:
     reference, samples = pictures(300), pictures(200, seed=1, low=30, high=220)
     samples[::4] = 250  # a quarter of the samples is bright
@@ -98,6 +109,7 @@ def test_all_figures_of_known_features(tmp_path: Path) -> None:
     assert result.samples == 200
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_set_against_itself_and_against_its_reference(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "set", pictures(40))
     network, images = KnownFeatures(), open_images(folder)
@@ -158,6 +170,7 @@ def test_stored_statistics_are_used_and_images_for_neighbours_alone(tmp_path: Pa
     assert str(alone).splitlines()[1].split() == ["sFID", "-"]
 
 
+@pytest.mark.usefixtures("narrow")
 def test_results_do_not_depend_on_the_batch_or_the_files(tmp_path: Path) -> None:
     images = pictures(33)
     folder, file = write_folder(tmp_path / "samples", images), write_npz(tmp_path / "samples.npz", images)
@@ -225,6 +238,7 @@ def test_features_that_are_not_finite(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
 
 
+@pytest.mark.usefixtures("narrow")
 def test_what_spoils_a_comparison_is_told(tmp_path: Path) -> None:
     write_npz(tmp_path / "x.npz", pictures(9), protocol=json.dumps({"decoder": {"kind": "preview"}}))
     warnings = evaluate_images(open_images(tmp_path / "x.npz"), Reference(tmp_path / "x.npz"), KnownFeatures()).warnings
@@ -350,6 +364,7 @@ def test_mistakes(arguments: list[str], message: str, places: Path, capsys: pyte
     assert {path: path.read_bytes() for path in places.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_full_disk_leaves_no_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_npz(tmp_path / "x.npz", pictures(9))
 
