@@ -77,6 +77,9 @@ def _tar() -> dict[str, bytes | None]:
 @fuzzed(nightly=800)
 @given(changes=edits(_zip()))
 @examples("changes", each_edit(_zip(), flips=16))
+@example(changes=[Edit("flip", "images.zip", 146, b"\xddp\x8b(m\x0f\xc2\x11")])
+@example(changes=[Edit("flip", "images.zip", 178, b"\x02V?}\x9d"), Edit("flip", "images.zip", 0, b"80\xc1_c")])
+@example(changes=[Edit("repeat", "images.zip", 178), Edit("flip", "images.zip", 631, b"\x19")])
 def test_damaged_zips_of_images_are_refused_or_sound(changes: list[Edit]) -> None:
     with folder_of(edited(_zip(), changes)) as folder:
         found = judge(lambda: _listed(folder / "images.zip"), folder).value
@@ -133,6 +136,7 @@ def test_odd_headers_of_tars_are_refused_or_listed(size: int, kind: bytes, body:
 @example(text='{"labels": [["class0/0.png", 0], ["class0/2.pn", 1], ["class1/1.png", 0]]}')
 @example(text='{"labels": [["class1/1.png", 0], ["class0/2.png", 1], ["class0/0.png", 0]]}')
 @example(text='{"labels": ["class0/0.png", 0]}')
+@example(text='{"labels": [["class0/2.png", [1]], ["class1/1.png", 0]]}')
 def test_odd_lists_of_labels_are_refused_or_fit(text: str) -> None:
     with folder_of({**fuzz_places.images(), "dataset.json": text.encode("utf-8", "surrogatepass")}) as folder:
         found = judge(lambda: _listed(folder), folder).value
@@ -167,6 +171,8 @@ def _arrays(path: Path) -> dict[str, bytes]:
 @fuzzed(nightly=1000)
 @given(changes=edits(fuzz_places.samples()))
 @examples("changes", each_edit(fuzz_places.samples(), flips=16))
+@example(changes=[Edit("flip", "samples.npz", 295, b"\xfe")])
+@example(changes=[Edit("flip", "samples.npz", 1312, b"\x1aa\x1d\xd7\x04IH")])
 def test_damaged_npz_files_are_refused_or_the_same(changes: list[Edit]) -> None:
     with folder_of(edited(fuzz_places.samples(), changes)) as folder:
         arrays = judge(lambda: _arrays(folder / "samples.npz"), folder).value

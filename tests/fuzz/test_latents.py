@@ -187,6 +187,8 @@ def test_damaged_zips_are_refused_or_what_they_say(changes: list[Edit]) -> None:
     "changes",
     each_edit(fuzz_places.lightningdit(), "x/latents_rank00_shard001.safetensors", "x/latents_stats.pt", flips=8),
 )
+@example(changes=[Edit("flip", "x/latents_rank00_shard001.safetensors", 4355, b"r\xa8\x92\x18\x8c\x91\n\xf8")])
+@example(changes=[Edit("cut", "x/latents_rank00_shard001.safetensors", 0)])
 @example(changes=[Edit("flip", "x/latents_stats.pt", 25, b"\0\x13")])
 @example(changes=[Edit("insert", "x/latents_rank00_shard001.safetensors", 269, b"\0\0\0\1")])
 def test_damaged_safetensors_are_refused_or_what_they_say(changes: list[Edit]) -> None:
