@@ -52,8 +52,17 @@ def assert_same(model, x, t, y, tolerance, gradient_tolerance):
         assert (found[name] - gradient).abs().max().item() < gradient_tolerance * scale, name
 
 
-@pytest.mark.parametrize("shortcuts", [True, False])
-@pytest.mark.parametrize("overrides", ABLATIONS.values(), ids=ABLATIONS)
+# By day every third without the shortcuts.
+ABLATED = [
+    pytest.param(
+        overrides, shortcuts, id=f"{name}-{shortcuts}", marks=() if shortcuts or i % 3 == 0 else pytest.mark.slow
+    )
+    for i, (name, overrides) in enumerate(ABLATIONS.items())
+    for shortcuts in (True, False)
+]
+
+
+@pytest.mark.parametrize(("overrides", "shortcuts"), ABLATED)
 def test_every_ablation_gives_what_it_gives_apart(overrides, shortcuts):
     model = tiny(**overrides).double().use_shortcuts(shortcuts)
     sizes = SIZES if model.config.stages[0].patch <= 8 else ((1, 1), (2, 1), (1, 1))  # enough tokens as it is
