@@ -161,7 +161,7 @@ def test_other_sizes_are_refused_with_a_reason(
     assert message in caplog.text
 
 
-@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize("layers", [2, pytest.param(3, marks=NIGHT)])
 def test_reference_passes_gradcheck(layers: int) -> None:
     sizes = [torch.Size((2,)), *shapes(2, 3, layers)]
     inputs = [torch.randn(size, dtype=torch.float64).mul(0.5).requires_grad_() for size in sizes]
@@ -221,7 +221,7 @@ def test_costs_count_what_the_launches_are_given(shape: Shape) -> None:
     assert case.forward.flops == case.backward.flops == 0 < case.forward.flops32 < case.backward.flops32
 
 
-@pytest.mark.parametrize("mode", ["reference", "triton"])
+@pytest.mark.parametrize("mode", [pytest.param("reference", marks=NIGHT), "triton"])
 def test_compiles_without_a_break(mode: str) -> None:
     torch.compiler.reset()
     weights, t = draw(16, 24), times(2)
