@@ -297,8 +297,8 @@ def test_config_round_trips_through_json():
         (lambda x, t, y: (x, t[:2], y), "t"),
         (lambda x, t, y: (x, t, y[:2]), "y"),
         (lambda x, t, y: (x, t, y.float()), "y"),
-        (lambda x, t, y: (x, t, y - 4), "y"),
-        (lambda x, t, y: (x, t, y + 4), "y"),
+        (lambda x, t, y: (x, t, torch.full_like(y, -1)), "y"),
+        (lambda x, t, y: (x, t, torch.full_like(y, 4)), "y"),
     ],
 )
 def test_wrong_inputs_name_the_argument(change, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from mpdit.files import write_atomically
 from mpdit.training import checkpoint
 from mpdit.training.checkpoint import Checkpoint
 from mpdit.training.run import Run, prepare
-from mpdit.training.state import read_average
+from mpdit.training.state import _Source, read_average
 from mpdit.training.world import World
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
@@ -339,6 +340,14 @@ def test_values_that_no_shard_holds_are_missed(run: Run) -> None:
         read_average(shards, found.shapes)
     with pytest.raises(CheckpointError, match="0 of 4 values of ema b"):
         read_average(found.shards, {"b": [4]})
+
+
+def test_any_stretch_of_values_is_read_from_the_shards_that_hold_it(run: Run) -> None:
+    source = _Source(_found(run).shards)
+    for start, stop in itertools.combinations(range(7), 2):
+        found = torch.empty(stop - start)
+        source.read("weight", "a", start, found)
+        assert torch.equal(found, torch.arange(start, stop) + 6.0)
 
 
 def test_writing_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

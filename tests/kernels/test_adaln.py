@@ -75,6 +75,7 @@ def test_dtypes_of_results() -> None:
             with torch.autocast(DEVICE, torch.bfloat16):
                 residual, y = gated_residual_adaln(x, x.bfloat16(), *vectors)
             assert (residual.dtype, y.dtype) == (torch.float32, torch.bfloat16)
+            assert gated_residual(x.bfloat16(), x, vectors[0]).dtype == torch.bfloat16
 
 
 def test_references_pass_gradcheck() -> None:
