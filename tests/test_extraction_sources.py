@@ -127,6 +127,12 @@ def test_tar_of_class_folders(tmp_path: Path, format: int, monkeypatch: pytest.M
         assert _contents(list_images(tmp_path / "long.tar")) == {long: IMAGE}
 
 
+def test_images_are_in_the_order_of_their_names_whatever_their_places(tmp_path: Path) -> None:
+    names = ["bee/2.png", "ant/1.png", "bee/0.png", "ant/0.png"]
+    (tmp_path / "images.tar").write_bytes(tar_bytes({name: encoded(pixels(0)) for name in names}))
+    assert list_images(tmp_path / "images.tar").names == sorted(names)
+
+
 def test_webdataset_shards(tmp_path: Path) -> None:
     shards = {
         "s-000.tar": {"k0.cls": b"7\n", "k0.jpg": IMAGE, "sub/k1.png": IMAGE, "sub/k1.cls": b" 0", "k0.txt": b"text"},

@@ -95,6 +95,8 @@ def test_an_unfinished_save_is_not_a_checkpoint(run: Run) -> None:
         (folder / name).mkdir()
     shutil.copytree(folder / "step-00000006", folder / "step-00000009")
     (folder / "step-00000009" / "COMMITTED").unlink()  # killed between the two
+    checkpoint.rotate(run.out, 2)
+    assert len(_names(run)) == 5, "it must push no sound one out"
     found = _found(run)
     assert found.step == 6
     checkpoint.tidy(run.out, found)

@@ -278,6 +278,18 @@ def test_a_step_is_settled_when_the_next_was_judged_and_ends_the_run_after_enoug
 
 
 @pytest.mark.usefixtures("alone")
+def test_loss_and_norm_are_over_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: sums.mul_(2))  # another rank met the same
+    small = _Small(tmp_path, skip_spikes=2.0)
+    small.guard._run.world = World(size=2)
+    assert all(small.step(step, 1.0) for step in range(1, SPIKE_LEAST + 1))
+    assert not small.step(SPIKE_LEAST + 1, 10.0, loss=2.0)
+    small.guard.drain()
+    (line,) = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert (line["loss"], line["norm"]) == (1.5, pytest.approx(10 * math.sqrt(2)))
+
+
+@pytest.mark.usefixtures("alone")
 def test_the_end_of_patience_names_the_last_good_checkpoint_and_what_to_change(tmp_path: Path) -> None:
     saved = tmp_path / "checkpoints" / "step-00000010"
     saved.mkdir(parents=True)
