@@ -65,6 +65,7 @@ class Oracle(nn.Module):
 
 def test_classifier_is_fit_to_judge(judge: DigitsJudge) -> None:
     assert judge.accuracy >= 0.96
+    assert judge._classifier.shape_fit_[0] == len(judge.labels) - len(judge.labels) // 4, "not on those held out"
     assert judge.labels.shape == (1797,) and judge.labels.unique().tolist() == list(range(10))
 
 
