@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import deepspeed  # noqa: F401 (for all children at once)
 import extraction_data
 import latent_formats
 import numpy as np

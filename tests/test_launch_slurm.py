@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-from deepspeed.launcher.runner import fetch_hostfile
 from rank_processes import Ranks, free_port
 from training_runs import REPOSITORY, TINY, ds_config
 
@@ -239,4 +238,6 @@ def test_ranks_are_those_of_the_step(cluster: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_example_of_a_hostfile_is_one() -> None:
+    from deepspeed.launcher.runner import fetch_hostfile  # seconds, for one test
+
     assert fetch_hostfile(str(REPOSITORY / "launch" / "hostfile.example")) == {"worker-1": 8, "worker-2": 8}
