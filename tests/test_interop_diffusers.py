@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from shared import made_once
 
 import mpdit
 from mpdit.errors import CheckpointError, ConfigError
@@ -90,9 +91,12 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def exported(model, tmp_path_factory):
+def exported(model):
     """A pipeline folder, and the noise it was given with what it drew."""
-    folder = tmp_path_factory.mktemp("exported")
+    return made_once("diffusers", lambda folder: export_and_draw(model, folder))
+
+
+def export_and_draw(model, folder):
     torch.manual_seed(1)
     tiny_vae().save_pretrained(folder / "vae")
     save_diffusers(folder / "pipeline", model, {"data": DATA}, folder / "vae")
@@ -103,7 +107,6 @@ def exported(model, tmp_path_factory):
         [sys.executable, "-c", LOAD_AND_DRAW, *arguments], cwd=folder, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    return folder
 
 
 @pytest.fixture(scope="module")
