@@ -45,8 +45,8 @@ if importlib.util.find_spec("hypothesis"):
 
     TORCH_RANDOM = _TorchRandom()
     hypothesis.register_random(TORCH_RANDOM)
-    # The same examples at every run; HYPOTHESIS_PROFILE=random draws new ones.
+    # The same examples at every run; HYPOTHESIS_PROFILE=random draws new ones, "nightly" also those of tests/fuzz.
     hypothesis.settings.register_profile("fixed", derandomize=True)
     hypothesis.settings.register_profile("random", derandomize=False)
-    hypothesis.settings.register_profile("nightly", derandomize=False)  # tests/fuzzing.py draws a hundred times more
+    hypothesis.settings.register_profile("nightly", derandomize=False)
     hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))

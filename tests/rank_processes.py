@@ -99,7 +99,10 @@ def _start_server() -> None:
     """Start this process's server, unless it runs."""
     multiprocessing.set_forkserver_preload(["preloaded"])
     # Up to Python 3.13 the server doesn't get our sys.path before it imports, and passes over what it can't import.
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(TESTS), *sys.path]), OMP_NUM_THREADS="1"):
+    variables = {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), "OMP_NUM_THREADS": "1"}
+    # Ranks that were killed leave semaphores, which multiprocessing's tracker removes in the end: not to be told.
+    variables["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"
+    with mock.patch.dict(os.environ, variables):
         forkserver.ensure_running()
 
 
