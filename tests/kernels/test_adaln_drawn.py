@@ -28,7 +28,7 @@ def _prove_packed(lengths: list[int], width: int) -> None:
     prove(lambda *a: gated_residual_adaln(*a, cu_seqlens=offsets), inputs)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(*DRAWN)
 def test_any_shape(batch: int, tokens: int, width: int, tall: bool) -> None:
     with triton_impl.FORWARD.override(SMALL), triton_impl.BACKWARD.override(SMALL):

@@ -29,7 +29,7 @@ def _prove(batch: int, h: int, w: int, r: int, m: int, width: int, values: int) 
     prove(call, [leaf(batch, m + h * w, width), *weights, position, *skip])
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(*DRAWN)
 def test_any_shape(batch: int, h: int, w: int, r: int, m: int, width: int, values: int) -> None:
     with triton_impl.FORWARD.override(SMALL), triton_impl.BACKWARD.override(SMALL):
