@@ -76,7 +76,6 @@ def test_bad_arguments_are_one_clear_error(arguments: str, message: str) -> None
         ({"seed": -1}, "seed is -1"),
         ({"precision": "fp16"}, "precision is 'fp16': choose one of auto, bf16, fp32"),
         ({"class_dropout": 2.0}, "class_dropout is 2.0"),
-        ({"override": ("width",)}, "FIELD=VALUE"),
     ],
 )
 def test_bad_fields_are_one_clear_error(fields: dict[str, Any], message: str) -> None:

@@ -162,9 +162,10 @@ class TestResuming:
     def test_other_settings_are_refused_with_the_difference_unless_forced(
         self, begun: Run, arguments: list[str], difference: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        data = begun.dataset.path
+        data, before = begun.dataset.path, (begun.out / "config.json").read_bytes()
         with pytest.raises(ConfigError, match=rf"{difference}\).*--force"):
             prepared(data, begun.out, *arguments)
+        assert (begun.out / "config.json").read_bytes() == before
         forced = prepared(data, begun.out, *arguments, "--force")
         check_identity(forced, begun.identity, "checkpoint")
         assert difference in capsys.readouterr().err

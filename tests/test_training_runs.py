@@ -93,7 +93,8 @@ def test_accumulation_and_recomputation_change_nothing_but_rounding() -> None:
     assert _relative(split, trained("--precision", "fp32")) < 1e-5
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
+# Stage 2 by day is in test_training_stop.py and test_crash.py.
+@pytest.mark.parametrize("stage", [3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2))])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(stage: int) -> None:
     whole = trained("--precision", "fp32", stage=stage, ranks=2)
     # As if it had been killed between the checkpoint of step 10 and the end.
