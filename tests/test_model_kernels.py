@@ -39,10 +39,10 @@ def losses(config: ModelConfig, kernels: str, checkpointing: bool = False) -> li
         for parameter in model.parameters():  # no gate stays zero
             parameter.add_(0.02 * torch.randn_like(parameter))
     optimizer = AdamWEMA(model.parameters(), lr=1e-3, eps=1e-4)
-    latents, labels, found = torch.randn(2, 2, 8, 8), torch.tensor([1, 3]), []
+    latents, labels, found = torch.randn(4, 2, 8, 8), torch.tensor([0, 1, 2, 3]), []
     with mpdit_kernels.use(kernels), few_programs():
         for step in range(STEPS):
-            positions = torch.arange(2 * step, 2 * step + 2)
+            positions = torch.arange(4 * step, 4 * step + 4)
             loss = flow_loss(model, latents, labels, positions, seed=0, config=FlowConfig(), null_class=3).mean()
             loss.backward()
             optimizer.step()
