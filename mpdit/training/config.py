@@ -142,7 +142,7 @@ class TrainConfig:
 
     log_every: int = _option(10, "steps between lines of metrics", otherwise=100, minimum=1)
     sample_every: int = _option(400, "steps between sample grids; 0 draws none", otherwise=10_000, minimum=0)
-    sample_steps: int = _option(50, "Euler steps of a sample grid", minimum=1, below=MOST_STEPS + 1)
+    sample_steps: int = _option(25, "Euler steps of a sample grid", otherwise=50, minimum=1, below=MOST_STEPS + 1)
     sample_guidance: float = _option(1.5, "guidance of a sample grid", minimum=0)
     checkpoint_every: int = _option(
         400, "steps between checkpoints; 0 saves at the end only", otherwise=5000, minimum=0
