@@ -1,5 +1,6 @@
 """What a training rank imports, for the server that the tests' ranks are forked from; see rank_processes."""
 
+import gc
 import importlib
 
 from mpdit.training.connect import _import_without_compiling
@@ -13,3 +14,5 @@ for name in (
     *("torch._dynamo", "torch.utils.tensorboard", "tqdm"),
 ):
     importlib.import_module(name)
+
+gc.freeze()  # or each rank searches all of it for garbage as it ends
