@@ -33,11 +33,12 @@ def _told(
     return capsys.readouterr().err.splitlines()
 
 
+@pytest.mark.parametrize(("steps", "time"), [(101, "40 s"), (501, "4 min")])
 def test_a_run_says_once_how_long_it_will_take_here(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, steps: int, time: str
 ) -> None:
-    told = _told(monkeypatch, capsys, tmp_path, steps=501, global_batch=64)
-    assert told == ["about 4 min to step 501 at 128 images/s (this machine, measured over 20 steps)"]
+    told = _told(monkeypatch, capsys, tmp_path, steps=steps, global_batch=64)
+    assert told == [f"about {time} to step {steps} at 128 images/s (this machine, measured over 20 steps)"]
 
 
 def test_a_resumed_run_counts_what_is_left(

@@ -94,8 +94,8 @@ class MetricsLog:
             self._paced = time.monotonic()
         elif self._taken == 1 + PACE_STEPS and self._left - self._taken >= PACE_STEPS:
             pace, config = (time.monotonic() - self._paced) / PACE_STEPS, self._run.config
-            minutes = (self._left - self._taken) * pace / 60
-            told = f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+            left = (self._left - self._taken) * pace
+            told = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min" if left < 5400 else f"{left / 3600:.1f} h"
             tqdm.write(
                 f"about {told} to step {config.steps} at {config.global_batch / pace:.0f} images/s (this machine, "
                 f"measured over {PACE_STEPS} steps)",
