@@ -15,8 +15,9 @@ def settle_cpu() -> None:
     # on an idle machine sleeping costs next to nothing. Where GOMP_SPINCOUNT is set, libgomp goes by that.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # glibc gives a step's large blocks back to the kernel when they are freed, and the next step faults them in anew,
-    # page by page. Other allocators lack mallopt, or take no notice.
+    # page by page. Older versions take no threshold above 32 MiB; and once either is set, it moves neither by itself,
+    # so that the second is set only where the first was taken. Other allocators lack mallopt, or take no notice.
     with contextlib.suppress(AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_MMAP_THRESHOLD, 1 << 30)
-        mallopt(_TRIM_THRESHOLD, 1 << 30)
+        if mallopt(_MMAP_THRESHOLD, 1 << 30) or mallopt(_MMAP_THRESHOLD, 1 << 25):
+            mallopt(_TRIM_THRESHOLD, 1 << 30)

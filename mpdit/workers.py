@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import torch
 
+from mpdit.cpu import settle_cpu
 from mpdit.errors import ConfigError, UserError
 from mpdit.evaluation.progress import bar
 from mpdit.files import counted
@@ -165,6 +166,7 @@ def _work(job: Job, device: str, processes: int, tasks: Any, reports: Any, paren
     """One process: parts until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches the whole group; the parent ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    settle_cpu()
 
     def report(count: int) -> None:
         if os.getppid() != parent:

@@ -108,6 +108,15 @@ FAULTS = tuple(Fault(*row) for row in (
     (K + "adamw_ema/triton_impl.py", "a step that is skipped is counted",
      "tl.store(steps, done + tl.load(taken), mask=mask)", "tl.store(steps, done + 1, mask=mask)",
      "kernels/test_adamw_ema.py -k skips"),
+    # what a run tells, and the planner's guess
+    (T + "metrics.py", "a continued run's clock starts anew", "elapsed = self._elapsed + time", "elapsed = time",
+     "test_training_metrics.py"),
+    (T + "metrics.py", "TensorBoard loses the last step that was kept", "purge_step=start_step + 1 if",
+     "purge_step=start_step if", "test_training_metrics.py"),
+    (T + "metrics.py", "grids and saves count as training", "self._start += time.perf_counter() - self._paused",
+     "self._start += 0 * self._paused", "test_training_metrics.py"),
+    (M + "accounting/planner.py", "A100s are wired as H100s", "capability == (8, 0) else", "capability == (9, 0) else",
+     "accounting/test_plan.py -k wired"),
     # flow, sampling, random numbers
     (M + "flow.py", "the target's sign", "target.append(noise - x)", "target.append(x - noise)", "test_flow.py"),
     (M + "flow.py", "min-SNR is capped at 5", ".clamp(max=3.0)", ".clamp(max=5.0)", "test_flow.py"),

@@ -117,7 +117,10 @@ def _run(
     arguments: Sequence[str], environment: dict[str, str], folder: Path, logs: list[Path], leader: int, fault: Fault
 ) -> None:
     """Become a rank."""
-    os.setpgid(0, leader)
+    try:
+        os.setpgid(0, leader)
+    except PermissionError:  # the leader has ended, and its group with it
+        os.setpgid(0, 0)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

@@ -60,8 +60,9 @@ def test_a_run_leaves_what_it_promises() -> None:
 
 
 def test_one_step_leaves_weights_to_sample_and_one_line() -> None:
-    run = start(new_folder("run"), "--steps", "1")
+    run = start(new_folder("run"), "--steps", "1", "--sample-every", "2")
     assert run.code == 0, run.stderr
+    assert not (run.out / "samples").exists(), "it is too short for one"
     assert [line["step"] for line in run.metrics()] == [1]
     assert load_weights(run.out)[1]["training"]["step"] == 1
 

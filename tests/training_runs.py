@@ -25,7 +25,7 @@ TINY = (
     *("--sample-every", "0", "--no-progress", "--no-tensorboard"),
 )
 
-_folder = tempfile.mkdtemp(prefix="mpdit-tests-")
+_folder = tempfile.mkdtemp(prefix="mpdit-runs-")
 atexit.register(shutil.rmtree, _folder, ignore_errors=True)
 
 

@@ -141,7 +141,9 @@ class TrainConfig:
     checkpointing: bool = _option(False, "recompute activations in the backward pass, to save memory")
 
     log_every: int = _option(10, "steps between lines of metrics", otherwise=100, minimum=1)
-    sample_every: int = _option(400, "steps between sample grids; 0 draws none", otherwise=10_000, minimum=0)
+    sample_every: int = _option(
+        400, "steps between sample grids; 0, or more than --steps, draws none", otherwise=10_000, minimum=0
+    )
     sample_steps: int = _option(25, "Euler steps of a sample grid", otherwise=50, minimum=1, below=MOST_STEPS + 1)
     sample_guidance: float = _option(1.5, "guidance of a sample grid", minimum=0)
     checkpoint_every: int = _option(

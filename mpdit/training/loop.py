@@ -141,7 +141,7 @@ def _train(
                 saver.wait()
             reason = reasons(asked)
             saving = bool(reason) or _due(step, config.checkpoint_every, config.steps)
-            drawing = config.sample_every > 0 and _due(step, config.sample_every, config.steps)
+            drawing = 0 < config.sample_every <= config.steps and _due(step, config.sample_every, config.steps)
             # A step that is saved is logged too, so that no half-summed loss has to be saved with it.
             if step == 1 or saving or _due(step, config.log_every, config.steps):
                 guard.drain()

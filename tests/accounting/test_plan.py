@@ -11,7 +11,7 @@ import mpdit
 from mpdit.accounting import account, efficiency
 from mpdit.accounting.efficiency import Efficiency
 from mpdit.accounting.network import Fabric, communication, volume
-from mpdit.accounting.planner import Request, plan
+from mpdit.accounting.planner import Request, plan, usual_network
 from mpdit.accounting.roofline import step_time
 from mpdit.cli import main
 from mpdit.errors import ConfigError
@@ -51,6 +51,11 @@ def test_volumes_are_those_of_the_zero_paper():
     assert volume(2, 8, 1000, 4) == (4 * once, once)
     assert volume(3, 8, 1000, 4) == (4 * once, 8 * once)
     assert volume(2, 1, 1000, 4) == (0, 0)
+
+
+def test_nodes_are_wired_as_their_gpus_usually_are() -> None:
+    assert usual_network(GPUS["a100-40gb"]) == 25e9, "HDR, 200 Gb/s"
+    assert usual_network(GPUS["h200"]) == usual_network(GPUS["h100"]) == 50e9, "NDR, 400 Gb/s"
 
 
 def test_a_collective_takes_bytes_over_the_slowest_link():
