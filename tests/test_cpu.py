@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from mpdit.cpu import settle_cpu
+
 PAGES = 2048  # of 8 MiB
 
 REUSE = f"""
@@ -27,10 +29,17 @@ def test_memory_that_is_used_again_is_not_faulted_in_again() -> None:
     assert int(run.stdout) < PAGES
 
 
-@pytest.mark.parametrize(("given", "found"), [(None, "passive"), ("active", "active")])
-def test_threads_sleep_while_they_wait_unless_told_otherwise(given: str | None, found: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    code = "import os; from mpdit.cpu import settle_cpu; settle_cpu(); print(os.environ['OMP_WAIT_POLICY'])"
-    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == found
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, "passive 500"),
+        ({"OMP_WAIT_POLICY": "active"}, "active None"),
+        ({"GOMP_SPINCOUNT": "3000"}, "None 3000"),
+    ],
+)
+def test_threads_soon_sleep_while_they_wait_unless_told_otherwise(
+    given: dict[str, str], found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", given)
+    settle_cpu()
+    assert f"{given.get('OMP_WAIT_POLICY')} {given.get('GOMP_SPINCOUNT')}" == found
