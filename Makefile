@@ -23,7 +23,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps torch-fidelity
 	@touch $@
 
-demo: $(INSTALLED)  ## train on the embedded digits, then judge the samples (4 to 10 minutes on two CPU cores)
+demo: $(INSTALLED)  ## train on the embedded digits, then judge the samples (four minutes on two fast CPU cores, ten on slow ones)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed launch/train.py --ds_config launch/zero2.json --out $(DEMO)
 	$(BIN)/mpdit evaluate $(DEMO)
 
