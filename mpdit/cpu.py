@@ -1,4 +1,4 @@
-"""How a process that computes on a CPU waits and what memory it keeps: to be settled before torch is imported."""
+"""Settles, before torch is imported, how a process that computes on a CPU waits and what memory it keeps."""
 
 from __future__ import annotations
 

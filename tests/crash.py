@@ -136,7 +136,7 @@ class Crash:
 
 
 def said(run: Ranks) -> str:
-    """What the ranks of a run printed last."""
+    """Return what the ranks of a run printed last."""
     return "".join(f"\n--- rank {rank}:\n{run.output(rank)[-2000:]}" for rank in range(len(run.processes)))
 
 

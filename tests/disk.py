@@ -1,4 +1,4 @@
-"""What happens to files in what order, for tests of protocols."""
+"""Notes what happens to files in what order, for tests of protocols."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training rank imports, for the server that the tests' ranks are forked from; see rank_processes."""
+"""Imports what a training rank does, in the server that the tests' ranks are forked from; see rank_processes."""
 
 import gc
 import importlib
