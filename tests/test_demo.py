@@ -10,7 +10,8 @@ from mpdit.weights import load_weights
 @pytest.mark.slow
 def test_the_digits_are_learnt() -> None:
     """An untrained model agrees on a tenth of the samples; one digit repeated per class is at a distance above 1."""
-    run = deepspeed("--ds_config", ds_config(2), "--steps", "800", "--sample-every", "0", out=new_folder("run"))
+    arguments = ("--ds_config", ds_config(2), "--steps", "800", "--sample-every", "0")
+    run = deepspeed(*arguments, out=new_folder("run"), seconds=1200)
     assert run.code == 0, run.stderr
     result = evaluate_digits(*load_weights(run.out), guided=200, unguided=900)
     assert result.class_agreement >= 0.9

@@ -91,12 +91,12 @@ def trained(*arguments: str, ranks: int = 1, stage: int = 2) -> Finished:
     return Finished(0, *json.loads((folder / "output.json").read_text()), folder / "run")
 
 
-def deepspeed(*arguments: str, ranks: int = 1, out: Path) -> Finished:
+def deepspeed(*arguments: str, ranks: int = 1, out: Path, seconds: float = 300) -> Finished:
     """The `deepspeed` command itself."""
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
     command += ["--master_port", str(free_port()), str(REPOSITORY / "launch" / "train.py"), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "--out", str(out)], env=environment, capture_output=True, text=True, timeout=300, check=False
+        [*command, "--out", str(out)], env=environment, capture_output=True, text=True, timeout=seconds, check=False
     )
     return Finished(done.returncode, done.stdout, done.stderr, out)
