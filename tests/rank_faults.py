@@ -180,7 +180,7 @@ POINTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "step taken": ((metrics.MetricsLog, "advance"),),
     "loss plotted": ((mpdit.plots, "plot_loss"),),
 }
-"""Where a run can be made to end, by name: in which functions."""
+"""Names the places where a run can be made to end, with the functions that they are."""
 
 
 def kill_all(rank: int, point: str, when: str, count: int) -> None:

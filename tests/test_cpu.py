@@ -1,4 +1,4 @@
-"""What a process settles before it computes on a CPU."""
+"""Tests what a process settles before it computes on a CPU."""
 
 from __future__ import annotations
 

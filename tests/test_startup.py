@@ -1,4 +1,4 @@
-"""What a fresh process imports: no command waits for what it doesn't use."""
+"""Tests what a fresh process imports: no command waits for what it doesn't use."""
 
 import subprocess
 import sys

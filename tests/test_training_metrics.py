@@ -1,4 +1,4 @@
-"""What a run tells of its pace, and what its log holds after it was continued."""
+"""Tests what a run tells of its pace, and what its log holds after it was continued."""
 
 from __future__ import annotations
 
