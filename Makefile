@@ -41,11 +41,11 @@ nightly: $(INSTALLED)  ## what make test leaves out, in parts of 25 minutes at m
 	@for part in $(or $(PART),$(NIGHTLY)); do $(MAKE) --no-print-directory nightly-$$part || exit; done
 
 nightly-kernels: $(INSTALLED)  # kernels at every size, every candidate of the tuner, every architecture's budget
-	$(PYTEST) -m slow $(PARALLEL) tests/kernels tests/accounting tests/benchmarks tests/test_model*.py
+	$(PYTEST) -m slow $(PARALLEL) tests/kernels tests/planning tests/benchmarks tests/test_model*.py
 
 nightly-runs: $(INSTALLED)  # real training, the demo's among it, and wide sets of everything else
 	$(PYTEST) -m slow $(PARALLEL) tests --ignore-glob='tests/test_model*.py' \
-		$(addprefix --ignore=tests/,kernels accounting benchmarks fuzz)
+		$(addprefix --ignore=tests/,kernels planning benchmarks fuzz)
 
 nightly-fuzz: $(INSTALLED)  # thousands of drawn cases, new ones each time
 	HYPOTHESIS_PROFILE=nightly $(PYTEST) $(PARALLEL) tests/fuzz

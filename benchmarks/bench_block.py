@@ -12,10 +12,10 @@ from harness import Built, Case, Team
 from setting import Setting
 from torch import Tensor
 
-from mpdit.accounting import account
-from mpdit.config import ModelConfig
 from mpdit.model.blocks import Block, Stream
-from mpdit.presets import PRESETS
+from mpdit.model.config import ModelConfig
+from mpdit.model.presets import PRESETS
+from mpdit.planning import account
 
 PARTS = ("attention projections", "attention", "MLP")
 """Of the account, those that make up a block; the modulation is shared by all blocks."""

@@ -15,7 +15,7 @@ from setting import Setting
 from torch import Tensor
 
 import mpdit
-from mpdit.presets import PRESETS
+from mpdit.model.presets import PRESETS
 
 CALLS = 3
 """Forward passes of a turn, back to back."""

@@ -20,8 +20,8 @@ from harness import Built, Case, Team, Unavailable
 from setting import Setting
 from torch.utils.data import DataLoader, Dataset
 
+from mpdit.core.errors import ConfigError
 from mpdit.data import BatchPlan, GlobalOrder, make_loader, to_latents, write_packed
-from mpdit.errors import ConfigError
 
 WORKERS = 2
 BATCHES = 16

@@ -16,8 +16,8 @@ from setting import Setting
 from torch import Tensor, nn
 
 import mpdit
-from mpdit.accounting import account
-from mpdit.presets import PRESETS
+from mpdit.model.presets import PRESETS
+from mpdit.planning import account
 
 SETTINGS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 DECAY = 0.9999

@@ -21,8 +21,8 @@ from setting import Setting
 from torch import Tensor
 
 import mpdit
-from mpdit.inference import SamplingModel
-from mpdit.presets import PRESETS
+from mpdit.diffusion.inference import SamplingModel
+from mpdit.model.presets import PRESETS
 
 GUIDANCE = 1.5
 STEPS = {"cuda": 250, "cpu": 4}

@@ -21,8 +21,8 @@ from setting import Setting
 from torch import nn
 
 import mpdit
-from mpdit.flow import FlowConfig, flow_loss
-from mpdit.presets import PRESETS
+from mpdit.diffusion.flow import FlowConfig, flow_loss
+from mpdit.model.presets import PRESETS
 
 STEPS = {"cuda": 3, "cpu": 1}
 """Training steps of a turn, back to back, as in training nothing waits for the device."""

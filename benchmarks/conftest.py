@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "500")  # as mpdit.cpu does, and before torch is imported
+os.environ.setdefault("GOMP_SPINCOUNT", "500")  # as mpdit.core.cpu does, and before torch is imported
 sys.path.insert(0, str(Path(__file__).parent))  # helper modules beside the bench files
 
 import pytest
@@ -24,7 +24,7 @@ from results import extra_info
 from session import Run
 from summary import tables
 
-from mpdit.cpu import settle_cpu
+from mpdit.core.cpu import settle_cpu
 
 RUN = pytest.StashKey[Run]()
 

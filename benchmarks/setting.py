@@ -15,7 +15,7 @@ import torch
 from mpdit_kernels import timing
 from peers import PEERS, check_checkout
 
-from mpdit.presets import PRESETS
+from mpdit.model.presets import PRESETS
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from setting import Setting
 from torch import Tensor, nn
 
 import mpdit
-from mpdit.accounting import account
-from mpdit.config import ModelConfig
-from mpdit.presets import PRESETS
+from mpdit.model.config import ModelConfig
+from mpdit.model.presets import PRESETS
+from mpdit.planning import account
 
 COUNTERPARTS = {"MPDiT-B/4-2": "DiT-B/2", "MPDiT-L/4-2": "DiT-L/2", "MPDiT-XL/4-2": "DiT-XL/2"}
 """The DiT of the same width and depth class, which MPDiT is compared with."""

@@ -2,7 +2,7 @@
 
 import sys
 
-from mpdit.cpu import settle_cpu
+from mpdit.core.cpu import settle_cpu
 
 if __name__ == "__main__":
     settle_cpu()

@@ -8,32 +8,32 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mpdit.version import __version__
+from mpdit.core.version import __version__
 
 if TYPE_CHECKING:
-    from mpdit.config import ModelConfig, StageSpec
+    from mpdit.diffusion.sampling import sample
     from mpdit.interop.diffusers_folder import save_diffusers
     from mpdit.interop.official import load_official, save_official
-    from mpdit.model import MPDiT, create_model
-    from mpdit.model.convert import from_official, to_official
-    from mpdit.presets import PRESETS
-    from mpdit.sampling import sample
-    from mpdit.weights import load_weights, save_weights
+    from mpdit.model.config import ModelConfig, StageSpec
+    from mpdit.model.mpdit import MPDiT, create_model
+    from mpdit.model.official import from_official, to_official
+    from mpdit.model.presets import PRESETS
+    from mpdit.model.weights import load_weights, save_weights
 
 _HOME = {
-    "ModelConfig": "mpdit.config",
-    "StageSpec": "mpdit.config",
-    "PRESETS": "mpdit.presets",
-    "MPDiT": "mpdit.model",
-    "create_model": "mpdit.model",
-    "from_official": "mpdit.model.convert",
-    "to_official": "mpdit.model.convert",
+    "ModelConfig": "mpdit.model.config",
+    "StageSpec": "mpdit.model.config",
+    "PRESETS": "mpdit.model.presets",
+    "MPDiT": "mpdit.model.mpdit",
+    "create_model": "mpdit.model.mpdit",
+    "from_official": "mpdit.model.official",
+    "to_official": "mpdit.model.official",
     "save_diffusers": "mpdit.interop.diffusers_folder",
     "load_official": "mpdit.interop.official",
     "save_official": "mpdit.interop.official",
-    "sample": "mpdit.sampling",
-    "load_weights": "mpdit.weights",
-    "save_weights": "mpdit.weights",
+    "sample": "mpdit.diffusion.sampling",
+    "load_weights": "mpdit.model.weights",
+    "save_weights": "mpdit.model.weights",
 }
 
 __all__ = [

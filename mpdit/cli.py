@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mpdit.commands import COMMANDS
-from mpdit.cpu import settle_cpu
-from mpdit.errors import UserError, one_line
-from mpdit.parser import Parser
-from mpdit.version import __version__
+from mpdit.core.cpu import settle_cpu
+from mpdit.core.errors import UserError, one_line
+from mpdit.core.parser import Parser
+from mpdit.core.version import __version__
 
 _BAD_INPUT, _INTERRUPTED = 2, 130
 

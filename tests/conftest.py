@@ -6,7 +6,7 @@ import sys
 import zlib
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as mpdit.cpu does; the runs in the tests inherit it
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as mpdit.core.cpu does; the runs in the tests inherit it
 # Test files run side by side; and how many threads share a product decides its last bits.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -31,7 +31,7 @@ from rank_faults import POINTS, kill_all
 from rank_processes import Ranks
 from training_runs import tiny
 
-from mpdit.errors import CheckpointError
+from mpdit.core.errors import CheckpointError
 from mpdit.training.checkpoint import Checkpoint, verify
 from mpdit.training.run import committed_folders
 

@@ -31,7 +31,7 @@ def exit_code(child: int) -> int:
 
 
 class _Worker(ForkProcess):
-    """A process of mpdit/workers.py, whose job is pickled as for one that is spawned."""
+    """A process of mpdit/jobs/workers.py, whose job is pickled as for one that is spawned."""
 
     def __init__(self, *, args: tuple[Any, ...], **options: Any) -> None:
         super().__init__(args=(pickle.loads(pickle.dumps(args[0])), *args[1:]), **options)
@@ -42,5 +42,5 @@ class _Context(ForkContext):
 
 
 def fork_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have mpdit/workers.py fork its processes; tests/test_workers.py has some spawned, as users have them."""
+    """Have mpdit/jobs/workers.py fork its processes; tests/test_workers.py has some spawned, as users have them."""
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: _Context())

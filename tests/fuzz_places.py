@@ -19,8 +19,8 @@ from PIL import Image
 
 import mpdit
 from mpdit.data import write_packed
-from mpdit.evaluation.inception import POOL_FEATURES
-from mpdit.weights import save_weights
+from mpdit.jobs.evaluate.inception import POOL_FEATURES
+from mpdit.model.weights import save_weights
 
 COUNT = 6
 """Samples of each set of latents."""

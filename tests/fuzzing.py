@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, Phase, example, settings
 from hypothesis import strategies as st
 
 from mpdit import cli
-from mpdit.errors import UserError, one_line
+from mpdit.core.errors import UserError, one_line
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE", "").startswith("nightly")
 SECONDS = 20

@@ -10,8 +10,8 @@ import torch
 from shared import made_once
 from torch import Tensor, nn
 
-from mpdit.evaluation import inception
-from mpdit.evaluation.inception import Inception
+from mpdit.jobs.evaluate import inception
+from mpdit.jobs.evaluate.inception import Inception
 
 
 def weights_file() -> Path:

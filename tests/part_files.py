@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from mpdit.errors import DataError
-from mpdit.workers import DoPart, Report
+from mpdit.core.errors import DataError
+from mpdit.jobs.workers import DoPart, Report
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 import gc
 import importlib
 
+from mpdit.core.dist_env import choose_accelerator
 from mpdit.training.connect import _import_without_compiling
-from mpdit.training.world import choose_accelerator
 
 choose_accelerator()
 _import_without_compiling()

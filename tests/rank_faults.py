@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import mpdit.files
-import mpdit.plots
-import mpdit.tensor_file
-import mpdit.weights
+import mpdit.core.files
+import mpdit.core.tensor_file
+import mpdit.model.weights
+import mpdit.training.plots
+from mpdit.core.dist_env import World
 from mpdit.training import checkpoint, ema, loop, metrics, saver
 from mpdit.training.guard import Guard
 from mpdit.training.state import KINDS, optimizer_steps
-from mpdit.training.world import World
 
 
 def before_step(rank: int, step: int, act: Callable[[], object]) -> None:
@@ -100,7 +100,7 @@ def fill_disk(rank: int, limit: int) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return os.write(descriptor, data)
 
-    mpdit.tensor_file.os = Disk()  # type: ignore[attr-defined]
+    mpdit.core.tensor_file.os = Disk()  # type: ignore[attr-defined]
 
 
 class _ScaledGradient(torch.autograd.Function):
@@ -166,7 +166,7 @@ def _digest(tensors: list[Tensor]) -> str:
 POINTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "state copied": ((saver.Saver, "save"),),
     "shard written": ((checkpoint, "write_shard"),),
-    "piece of a file written": ((mpdit.tensor_file, "_write"),),
+    "piece of a file written": ((mpdit.core.tensor_file, "_write"),),
     "manifest written": ((checkpoint, "write_manifest"),),
     "folder named": ((checkpoint, "publish"),),
     "any rename": ((os, "rename"), (os, "replace")),
@@ -178,7 +178,7 @@ POINTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "leftovers cleared": ((checkpoint, "tidy"),),
     "metrics written": ((metrics.MetricsLog, "write"),),
     "step taken": ((metrics.MetricsLog, "advance"),),
-    "loss plotted": ((mpdit.plots, "plot_loss"),),
+    "loss plotted": ((mpdit.training.plots, "plot_loss"),),
 }
 """Names the places where a run can be made to end, with the functions that they are."""
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import mpdit
 from mpdit import cli
-from mpdit.weights import save_weights
+from mpdit.model.weights import save_weights
 
 NORMALIZATION = {"mean": [0.5, -0.5, 0.1, 0.0], "std": [1.5, 1.2, 0.9, 1.0]}
 COMMON = ("--steps", "2", "--batch", "4", "--guidance", "2", "--decode-batch", "3")

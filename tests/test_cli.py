@@ -16,9 +16,9 @@ import mpdit
 from mpdit import cli
 from mpdit.commands import COMMANDS, Outcome
 from mpdit.data.digits import build_digits
-from mpdit.images import decode
+from mpdit.diffusion.images import decode
+from mpdit.model.weights import save_weights
 from mpdit.training import arguments
-from mpdit.weights import save_weights
 
 DIGITS = {
     "kind": "digits",
@@ -113,7 +113,7 @@ def quick_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way of `mpdit evaluate` with few samples."""
     import functools
 
-    from mpdit.evaluation import digits
+    from mpdit.jobs.evaluate import digits
 
     monkeypatch.setattr(digits, "evaluate_digits", functools.partial(digits.evaluate_digits, guided=20, unguided=80))
 

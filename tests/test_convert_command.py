@@ -16,7 +16,7 @@ import mpdit
 from mpdit import cli
 from mpdit.data.latents import PackedLatents
 from mpdit.data.normalization import PAPER
-from mpdit.weights import save_weights
+from mpdit.model.weights import save_weights
 
 DATA = {"kind": "x", "normalization": {"mean": [0.5] * 4, "std": [2.0] * 4}, "decoder": {}}
 

@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
-from mpdit.cpu import settle_cpu
+from mpdit.core.cpu import settle_cpu
 
 PAGES = 2048  # of 8 MiB
 
 REUSE = f"""
 import resource, sys
-from mpdit.cpu import settle_cpu
+from mpdit.core.cpu import settle_cpu
 settle_cpu()
 [bytearray({PAGES} * 4096) for _ in range(4)]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -16,9 +16,9 @@ import pytest
 from forks import exit_code, in_a_child
 
 from mpdit import cli
+from mpdit.core.errors import ConfigError, DataError, UserError
 from mpdit.data import convert_latents, open_latents, verify
 from mpdit.data.normalization import PAPER
-from mpdit.errors import ConfigError, DataError, UserError
 
 COUNT = 23
 LATENTS, LABELS = formats.draw(COUNT), formats.labels_of(COUNT)
@@ -61,7 +61,7 @@ def test_packed_records_are_those_of_the_source(form: str, tmp_path: Path) -> No
 def test_measured_constants_become_those_of_the_whole(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mpdit.data.foreign.base.STATISTICS_SAMPLES", 4)
+    monkeypatch.setattr("mpdit.data.readers.base.STATISTICS_SAMPLES", 4)
     manifest = convert_latents(source, tmp_path / "measured", normalization="measured").manifest
     assert manifest.normalization == manifest.statistics != open_latents(source).manifest.statistics
     assert convert_latents(source, tmp_path / "paper").manifest.normalization == PAPER
@@ -119,7 +119,7 @@ def test_a_full_disk_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("form", WRITERS)
 def test_verify_reads_every_sample_of_every_format(form: str, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("mpdit.data.foreign.base.STATISTICS_SAMPLES", 2)
+    monkeypatch.setattr("mpdit.data.readers.base.STATISTICS_SAMPLES", 2)
     path = WRITERS[form](tmp_path / "data")
     assert cli.main(["verify", str(path), "--data-scale", "0.18215" if form == "npy pairs" else "1"]) == 0
     out = capsys.readouterr().out
@@ -148,7 +148,7 @@ def test_the_scale_found_is_told(tmp_path: Path, capsys: Any) -> None:
 
 
 def test_verify_names_what_opening_did_not_see(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("mpdit.data.foreign.base.STATISTICS_SAMPLES", 2)
+    monkeypatch.setattr("mpdit.data.readers.base.STATISTICS_SAMPLES", 2)
     path = WRITERS["EDM2"](tmp_path / "data")
     np.save(path / "00002" / "img-mean-std-00000009.npy", MOMENTS[9] * np.float32("nan"))
     assert cli.main(["verify", str(path)]) == 2

@@ -7,10 +7,10 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from mpdit.core.errors import DataError
 from mpdit.data import digits as digits_module
 from mpdit.data import verify, write_packed
 from mpdit.data.digits import build_digits, decode_digits, real_digits, reduce_digits
-from mpdit.errors import DataError
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ import torch
 from descriptors import open_below
 from safetensors.torch import load_file, save_file
 
+from mpdit.core.errors import ConfigError, DataError
 from mpdit.data import (
     BatchPlan,
     GlobalOrder,
@@ -29,10 +30,9 @@ from mpdit.data import (
     to_latents,
     write_packed,
 )
-from mpdit.data.foreign import base
 from mpdit.data.normalization import PAPER, choose_normalization
+from mpdit.data.readers import base
 from mpdit.data.records import ChannelStatistics
-from mpdit.errors import ConfigError, DataError
 
 COUNT = 23  # past 10.npy, whose name sorts before 2.npy's
 LATENTS, FLIPPED, LABELS = formats.draw(COUNT), formats.draw(COUNT, 1), formats.labels_of(COUNT)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from mpdit.core.errors import ConfigError, DataError
 from mpdit.data import BatchPlan, GlobalOrder, loaders, make_loader, write_packed
 from mpdit.data.loaders import Batch
-from mpdit.errors import ConfigError, DataError
 
 KINDS = ("torch", "dali")
 SAMPLES = 23  # batches of 12 straddle epochs in every way

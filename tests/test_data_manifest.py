@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from mpdit.core.errors import DataError
 from mpdit.data import PackedLatents, write_packed
-from mpdit.errors import DataError
 
 
 @pytest.fixture

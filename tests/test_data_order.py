@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpdit.core.errors import ConfigError
 from mpdit.data.order import BatchPlan, GlobalOrder, permutation
-from mpdit.errors import ConfigError
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 7, 1000])

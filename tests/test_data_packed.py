@@ -13,9 +13,9 @@ import pytest
 from descriptors import open_below
 
 from mpdit import ModelConfig
+from mpdit.core.errors import DataError
 from mpdit.data import LatentSpec, Normalization, PackedLatents, PackedWriter, verify, write_packed
 from mpdit.data.records import INDEX_DTYPE, crc32
-from mpdit.errors import DataError
 
 RECORDS, SHARD_RECORDS = 10, 4
 SPEC = LatentSpec(channels=2, height=3, width=5, num_classes=4, variants=("original", "flipped"))

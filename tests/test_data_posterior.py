@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpdit import rng
+from mpdit.core import rng
 from mpdit.data import Batch, Normalization, to_latents, write_packed
 
 N, SEED = 64, 11

@@ -17,10 +17,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpdit.core.errors import DataError, RecordError
 from mpdit.data import BatchPlan, GlobalOrder, PackedLatents, make_loader, open_latents, quarantine, write_packed
 from mpdit.data.loaders import Batch
 from mpdit.data.quarantine import QUARANTINE_NAME, Quarantine
-from mpdit.errors import DataError, RecordError
 
 SAMPLES, SHARD = 23, 5
 Read = tuple[Any, Any]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from forks import exit_code, in_a_child
 
+from mpdit.core.errors import DataError
 from mpdit.data import LatentSpec, Normalization, PackedLatents, PackedWriter, verify
-from mpdit.errors import DataError
 
 SPEC = LatentSpec(channels=1, height=2, width=2, num_classes=3)
 LABELS = np.array([0, 1, 2, 0, 1])

@@ -3,8 +3,8 @@
 import pytest
 from training_runs import deepspeed, ds_config, new_folder
 
-from mpdit.evaluation.digits import evaluate_digits
-from mpdit.weights import load_weights
+from mpdit.jobs.evaluate.digits import evaluate_digits
+from mpdit.model.weights import load_weights
 
 
 @pytest.mark.slow

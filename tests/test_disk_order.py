@@ -16,16 +16,16 @@ import torch
 from disk import watch_disk
 
 import mpdit
+from mpdit.core.dist_env import World
 from mpdit.data import LatentSpec, PackedLatents, PackedWriter, quarantine, write_packed
 from mpdit.data.quarantine import QUARANTINE_NAME, Quarantine
-from mpdit.extraction.parts import PartWriter
+from mpdit.jobs.extract.parts import PartWriter
+from mpdit.model.weights import save_weights
 from mpdit.training import checkpoint, ema
 from mpdit.training.checkpoint import Checkpoint
 from mpdit.training.config import TrainConfig
 from mpdit.training.guard import Guard
 from mpdit.training.saver import Saver
-from mpdit.training.world import World
-from mpdit.weights import save_weights
 
 
 @pytest.fixture

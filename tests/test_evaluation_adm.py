@@ -16,14 +16,14 @@ from torch import Tensor
 
 import mpdit
 from mpdit import cli
-from mpdit.errors import DataError
-from mpdit.evaluation import features
-from mpdit.evaluation import reference as reference_module
-from mpdit.evaluation.adm import ImagesEvaluation, evaluate_images
-from mpdit.evaluation.image_sets import open_images
-from mpdit.evaluation.inception import Inception
-from mpdit.evaluation.reference import Reference, write_reference
-from mpdit.weights import save_weights
+from mpdit.core.errors import DataError
+from mpdit.jobs.evaluate import features
+from mpdit.jobs.evaluate import reference as reference_module
+from mpdit.jobs.evaluate.adm import ImagesEvaluation, evaluate_images
+from mpdit.jobs.evaluate.image_sets import open_images
+from mpdit.jobs.evaluate.inception import Inception
+from mpdit.jobs.evaluate.reference import Reference, write_reference
+from mpdit.model.weights import save_weights
 
 
 class KnownFeatures(Inception):

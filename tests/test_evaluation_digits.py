@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 import mpdit
+from mpdit.core.errors import ConfigError, DataError
 from mpdit.data.digits import build_digits, decode_digits, real_digits, reduce_digits
-from mpdit.errors import ConfigError, DataError
-from mpdit.evaluation import digits
-from mpdit.evaluation.digits import DigitsEvaluation, DigitsJudge, evaluate_digits
-from mpdit.evaluation.frechet import frechet_distance, gaussian_statistics
-from mpdit.evaluation.generate import generate
-from mpdit.evaluation.sampler import Sampler
-from mpdit.images import denormalize
+from mpdit.diffusion.generate import generate
+from mpdit.diffusion.images import denormalize
+from mpdit.diffusion.sampler import Sampler
+from mpdit.jobs.evaluate import digits
+from mpdit.jobs.evaluate.digits import DigitsEvaluation, DigitsJudge, evaluate_digits
+from mpdit.jobs.evaluate.frechet import frechet_distance, gaussian_statistics
 
 
 @pytest.fixture(scope="module")

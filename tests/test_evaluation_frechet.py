@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mpdit.errors import DataError
-from mpdit.evaluation.frechet import frechet_distance, gaussian_statistics
+from mpdit.core.errors import DataError
+from mpdit.jobs.evaluate.frechet import frechet_distance, gaussian_statistics
 
 
 def _rotation(size: int, seed: int) -> np.ndarray:

@@ -14,11 +14,11 @@ from PIL import Image
 
 import mpdit
 from mpdit import cli
-from mpdit.errors import DataError
-from mpdit.evaluation.image_sets import ImageSet, list_images, open_images
-from mpdit.evaluation.npz import NpzReader, new_npz
-from mpdit.extraction.crop import decode_image
-from mpdit.weights import save_weights
+from mpdit.core.errors import DataError
+from mpdit.jobs.evaluate.image_sets import ImageSet, list_images, open_images
+from mpdit.jobs.extract.crop import decode_image
+from mpdit.jobs.npz import NpzReader, new_npz
+from mpdit.model.weights import save_weights
 
 
 def pictures(count: int = 7, side: int = 6, seed: int = 0) -> np.ndarray:

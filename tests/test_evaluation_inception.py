@@ -14,9 +14,9 @@ import pytest
 import torch
 from inception_weights import weights_file
 
-from mpdit.errors import CheckpointError, ConfigError
-from mpdit.evaluation import inception
-from mpdit.evaluation.inception import Inception
+from mpdit.core.errors import CheckpointError, ConfigError
+from mpdit.jobs.evaluate import inception
+from mpdit.jobs.evaluate.inception import Inception
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpdit.errors import DataError
-from mpdit.evaluation import features, progress, scores
-from mpdit.evaluation.features import StreamingGaussian, evenly
-from mpdit.evaluation.frechet import frechet_distance, gaussian_statistics
-from mpdit.evaluation.scores import inception_score, precision_recall
+from mpdit.core import progress
+from mpdit.core.errors import DataError
+from mpdit.jobs.evaluate import features, scores
+from mpdit.jobs.evaluate.features import StreamingGaussian, evenly
+from mpdit.jobs.evaluate.frechet import frechet_distance, gaussian_statistics
+from mpdit.jobs.evaluate.scores import inception_score, precision_recall
 
 
 def brute_force(reference: Tensor, samples: Tensor, k: int) -> tuple[float, float]:

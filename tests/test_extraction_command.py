@@ -20,14 +20,14 @@ from forks import exit_code, fork_workers, in_a_child
 from PIL import Image
 
 from mpdit import cli
+from mpdit.core.errors import ConfigError, DataError
 from mpdit.data import PackedLatents, verify
 from mpdit.data.files import PartialFile
 from mpdit.data.normalization import PAPER
-from mpdit.errors import ConfigError, DataError
-from mpdit.extraction import extract as extraction
-from mpdit.extraction.extract import ExtractOptions, ExtractReport, extract
-from mpdit.extraction.sources import list_images
-from mpdit.vae import VAE
+from mpdit.jobs.extract import extract as extraction
+from mpdit.jobs.extract.extract import ExtractOptions, ExtractReport, extract
+from mpdit.jobs.extract.sources import list_images
+from mpdit.model.vae import VAE
 
 FILES = some_files()  # 18 images of 3 classes
 OPTIONS = ExtractOptions(image_size=32, flip=True, part_images=5, batch=2, workers=2)

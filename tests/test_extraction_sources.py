@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from extraction_data import encoded, pixels, some_files, tar_bytes, write_tree, write_zip
 
-from mpdit.errors import ConfigError, DataError
-from mpdit.extraction.listing import BrokenImage, ImageList
-from mpdit.extraction.sources import list_images
+from mpdit.core.errors import ConfigError, DataError
+from mpdit.jobs.extract.listing import BrokenImage, ImageList
+from mpdit.jobs.extract.sources import list_images
 
 FILES = some_files({"bee": 2, "ant": 3, "Cat": 1})
 IMAGE = encoded(pixels(0))

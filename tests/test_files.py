@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mpdit.files import counted, readable_bytes, sole_owner
+from mpdit.core.files import counted, readable_bytes, sole_owner
 
 
 def test_sizes_are_in_the_unit_that_suits() -> None:

@@ -13,8 +13,8 @@ from torch.nn import functional
 from variants import VARIANTS
 
 import mpdit
-from mpdit.accounting import account
-from mpdit.config import ModelConfig
+from mpdit.model.config import ModelConfig
+from mpdit.planning import account
 
 profiler = pytest.importorskip("deepspeed.profiling.flops_profiler")
 

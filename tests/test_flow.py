@@ -4,10 +4,10 @@ import pytest
 import torch
 from scipy import special, stats
 
-from mpdit import rng
-from mpdit.errors import ConfigError
-from mpdit.flow import FlowConfig, draw_times, drop_classes, flow_loss, loss_weights
-from mpdit.rng import Stream
+from mpdit.core import rng
+from mpdit.core.errors import ConfigError
+from mpdit.core.rng import Stream
+from mpdit.diffusion.flow import FlowConfig, draw_times, drop_classes, flow_loss, loss_weights
 
 POSITIONS = torch.arange(1 << 16) + 2**35
 

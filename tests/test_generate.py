@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import mpdit
-from mpdit.errors import ConfigError
-from mpdit.evaluation.generate import generate
-from mpdit.evaluation.sampler import Sampler
-from mpdit.sampling import METHODS
+from mpdit.core.errors import ConfigError
+from mpdit.diffusion.generate import generate
+from mpdit.diffusion.sampler import Sampler
+from mpdit.diffusion.sampling import METHODS
 
 
 class Decay(nn.Module):

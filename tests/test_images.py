@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mpdit.errors import DataError
-from mpdit.images import decode, denormalize, grid, save_sample_grid
+from mpdit.core.errors import DataError
+from mpdit.diffusion.images import decode, denormalize, grid, save_sample_grid
 
 SD = {
     "kind": "imagenet",

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import mpdit
-from mpdit.errors import ConfigError
-from mpdit.inference import SamplingModel, choose_precision, for_sampling
-from mpdit.sampling import METHODS, sample
+from mpdit.core.errors import ConfigError
+from mpdit.diffusion.inference import SamplingModel, choose_precision, for_sampling
+from mpdit.diffusion.sampling import METHODS, sample
 
 CPU = torch.device("cpu")
 

@@ -12,8 +12,8 @@ import torch
 from shared import made_once
 
 import mpdit
-from mpdit.errors import CheckpointError, ConfigError
-from mpdit.images import denormalize
+from mpdit.core.errors import CheckpointError, ConfigError
+from mpdit.diffusion.images import denormalize
 from mpdit.interop.diffusers_folder import save_diffusers
 
 diffusers = pytest.importorskip("diffusers")
@@ -129,7 +129,7 @@ def test_latents_are_those_of_our_sampler(model, exported, drawn):
 
 
 def test_images_are_those_of_our_decoder(model, exported, drawn):
-    from mpdit.vae import VAE, pixel_range_of
+    from mpdit.model.vae import VAE, pixel_range_of
 
     vae = VAE.load(str(exported / "pipeline"), pixel_range=pixel_range_of(DATA))
     expected = vae.decode(denormalize(ours(model, exported, 2), DATA)).numpy()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mpdit
-from mpdit.errors import CheckpointError, ConfigError
+from mpdit.core.errors import CheckpointError, ConfigError
 
 METADATA = {"data": {"kind": "x", "normalization": {"mean": [0.5] * 4, "std": [2.0] * 4}}, "training": {"step": 3}}
 

@@ -12,8 +12,8 @@ import torch
 from goldens import HEADS, NAMES, Golden, relative_error
 
 import mpdit
+from mpdit.core.errors import CheckpointError
 from mpdit.data.normalization import PAPER
-from mpdit.errors import CheckpointError
 from mpdit.interop.official import official_model_name, read_official
 
 XL = argparse.Namespace(model="MPDiT-XL/4x", vae="mse", image_size=256)

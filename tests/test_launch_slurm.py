@@ -15,10 +15,10 @@ import pytest
 from rank_processes import Ranks, free_port
 from training_runs import REPOSITORY, TINY, ds_config
 
-from mpdit.errors import ConfigError
+from mpdit.core.dist_env import World
+from mpdit.core.errors import ConfigError
 from mpdit.training.connect import connect
 from mpdit.training.stop import STOPPED
-from mpdit.training.world import World
 
 SCRIPT = REPOSITORY / "launch" / "slurm.sh"
 LAUNCHER_VARIABLES = (

@@ -7,7 +7,7 @@ from mpdit_kernels.backends import use_attention
 from mpdit_kernels.fno.reference import fourier_matrices
 
 import mpdit
-from mpdit.errors import ConfigError
+from mpdit.core.errors import ConfigError
 from mpdit.model.time import FNOTimeEmbedding, Modulation
 
 # model.md, the sizes the paper and the official codes print

@@ -10,9 +10,9 @@ from mpdit_kernels import AdamWEMA, dispatch, launch
 from mpdit_kernels.backends import choose
 
 import mpdit
-from mpdit.config import ModelConfig, StageSpec
-from mpdit.errors import ConfigError
-from mpdit.flow import FlowConfig, flow_loss
+from mpdit.core.errors import ConfigError
+from mpdit.diffusion.flow import FlowConfig, flow_loss
+from mpdit.model.config import ModelConfig, StageSpec
 
 SMALL = {"width": 64, "heads": 2, "input_size": 8, "channels": 2, "num_classes": 3, "class_tokens": 2}
 

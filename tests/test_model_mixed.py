@@ -13,9 +13,9 @@ from mpdit_kernels import AdamWEMA, launch
 from test_model import ABLATIONS, tiny
 
 import mpdit
-from mpdit.config import ModelConfig, StageSpec
-from mpdit.errors import ConfigError
-from mpdit.flow import FlowConfig, flow_loss
+from mpdit.core.errors import ConfigError
+from mpdit.diffusion.flow import FlowConfig, flow_loss
+from mpdit.model.config import ModelConfig, StageSpec
 from mpdit.model.embed import Position, sincos_position
 from mpdit.model.layout import Images, Layout
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mpdit.errors import DataError
-from mpdit.plots import plot_loss, read_metrics, smooth
+from mpdit.core.errors import DataError
+from mpdit.training.plots import plot_loss, read_metrics, smooth
 
 
 def _write(path: Path, records: list[dict]) -> Path:

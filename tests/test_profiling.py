@@ -18,11 +18,11 @@ import torch
 from rank_faults import before_step, run_out_of_memory
 from training_runs import REPOSITORY, ds_config, new_folder, start, trained
 
-from mpdit.errors import ConfigError
-from mpdit.profiling import RANGES, ProfileMode, Profiler, Profiling
+from mpdit.core.dist_env import World
+from mpdit.core.errors import ConfigError
 from mpdit.training.config import TrainConfig
+from mpdit.training.profiling import RANGES, ProfileMode, Profiler, Profiling
 from mpdit.training.run import prepare
-from mpdit.training.world import World
 
 GPU = torch.device("cuda", 0)
 PROFILED = ("--precision", "fp32", "--profile", "torch", "--profile-steps", "10:12", "--sample-every", "10")

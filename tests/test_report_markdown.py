@@ -14,7 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mpdit.errors import DataError
+from mpdit.core.errors import DataError
 from mpdit.report import Results, performance_block, read_results, report, update_readme
 from mpdit.report.fields import Spread
 from mpdit.report.plots import draw_all, gain_colour
@@ -255,6 +255,6 @@ def test_a_share_above_its_ceiling_is_explained(tmp_path: Path, moved: float, no
 def test_plots_leave_pyplot_alone_and_the_rest_needs_no_matplotlib() -> None:
     code = (
         "import sys, mpdit.report; assert 'matplotlib' not in sys.modules;"
-        "import mpdit.plots, mpdit.report.plots; assert 'matplotlib.pyplot' not in sys.modules"
+        "import mpdit.training.plots, mpdit.report.plots; assert 'matplotlib.pyplot' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -9,7 +9,7 @@ from typing import Any
 import benchmark_files
 import pytest
 
-from mpdit.errors import DataError
+from mpdit.core.errors import DataError
 from mpdit.report import read_results
 
 

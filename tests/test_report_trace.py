@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from training_runs import trained
 
-from mpdit.errors import DataError
+from mpdit.core.errors import DataError
 from mpdit.report.trace import CopyTime, OpTime, RangeTime, trace_report
 
 MAIN, AUTOGRAD, GPU = (1, 1), (1, 2), (0, 7)

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special, stats
 
-from mpdit import rng
-from mpdit.errors import ConfigError
-from mpdit.rng import Stream, bits, normal, philox, uniform
+from mpdit.core import rng
+from mpdit.core.errors import ConfigError
+from mpdit.core.rng import Stream, bits, normal, philox, uniform
 
 WORD = st.integers(0, 2**32 - 1)
 DRAWS = [lambda *args: bits(*args[:3], args[3][0]), uniform, normal]

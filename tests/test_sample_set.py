@@ -23,12 +23,12 @@ from PIL import Image
 from sample_sets import COMMON, contents, draw, parts, save_model, save_vae
 
 from mpdit import cli
-from mpdit.evaluation.generate import generate
-from mpdit.evaluation.image_sets import open_images
-from mpdit.evaluation.sampler import Sampler
-from mpdit.images import denormalize
-from mpdit.sample_set import Labels, job
-from mpdit.weights import load_weights
+from mpdit.diffusion.generate import generate
+from mpdit.diffusion.images import denormalize
+from mpdit.diffusion.sampler import Sampler
+from mpdit.jobs.evaluate.image_sets import open_images
+from mpdit.jobs.sample import Labels, job
+from mpdit.model.weights import load_weights
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from mpdit.config import ModelConfig
-from mpdit.errors import ConfigError
-from mpdit.sampling import METHODS, sample
+from mpdit.core.errors import ConfigError
+from mpdit.diffusion.sampling import METHODS, sample
+from mpdit.model.config import ModelConfig
 
 CLASSES = torch.tensor([1, 0, 2])
 NULL = 3

@@ -11,8 +11,8 @@ import pytest
 import torch
 from scipy import stats
 
-from mpdit.rng import Stream, normal
-from mpdit.sampling import DIFFUSION_FORMS, sample
+from mpdit.core.rng import Stream, normal
+from mpdit.diffusion.sampling import DIFFUSION_FORMS, sample
 
 MEAN, DEVIATION = 0.7, 0.5
 POSITIONS = torch.arange(64)
@@ -74,7 +74,7 @@ def impulses(monkeypatch, count: int) -> None:
         hit = (positions == 1 + draw).double()
         return hit.reshape(-1, *[1] * len(shape)).expand(-1, *shape)
 
-    monkeypatch.setattr("mpdit.sampling.rng.normal", impulse)
+    monkeypatch.setattr("mpdit.diffusion.sampling.rng.normal", impulse)
 
 
 def moments_at_the_last_evaluation(monkeypatch, form: str, steps: int) -> tuple[float, float]:

@@ -10,8 +10,8 @@ from variants import VARIANTS
 
 from mpdit.commands import COMMANDS
 from mpdit.data.digits import VERSION, build_digits
-from mpdit.model import MPDiT
 from mpdit.model.meta import meta_model
+from mpdit.model.mpdit import MPDiT
 
 HEAVY = (
     *("torch", "deepspeed", "numpy", "PIL", "matplotlib", "sklearn", "scipy", "tqdm", "pydantic", "nvidia.dali"),
@@ -46,7 +46,7 @@ def test_a_step_of_training_and_reading_its_weights_import_only_what_they_use(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     build_digits(tmp_path / "mpdit" / f"digits-{VERSION}")
     code = (
-        "sys.addaudithook(lambda event, args: event == 'import' and args[0] == 'mpdit.plots' and seen.extend("
+        "sys.addaudithook(lambda event, args: event == 'import' and args[0] == 'mpdit.training.plots' and seen.extend("
         "'plotted too early' for name in sys.modules if name.startswith('matplotlib')));"
         "from mpdit.training.main import main; out = sys.argv[-1]; print(main(sys.argv[1:]));"
         "from mpdit import load_weights; load_weights(out)"

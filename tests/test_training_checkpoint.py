@@ -15,13 +15,13 @@ import torch
 from disk import watch_disk
 from training_runs import ds_config
 
-from mpdit.errors import CheckpointError, ConfigError
-from mpdit.files import write_atomically
+from mpdit.core.dist_env import World
+from mpdit.core.errors import CheckpointError, ConfigError
+from mpdit.core.files import write_atomically
 from mpdit.training import checkpoint
 from mpdit.training.checkpoint import Checkpoint
 from mpdit.training.run import Run, prepare
 from mpdit.training.state import _Source, read_average
-from mpdit.training.world import World
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 

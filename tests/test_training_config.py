@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mpdit.errors import ConfigError
+from mpdit.core.errors import ConfigError
 from mpdit.training.arguments import parse_arguments
 from mpdit.training.config import TrainConfig
 from mpdit.training.deepspeed_config import arguments_from, complete, read_ds_config, zero_stage

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from training_runs import REPOSITORY
 
-from mpdit.accounting.planner import Request, plan
-from mpdit.errors import ConfigError
+from mpdit.core.errors import ConfigError
+from mpdit.planning.planner import Request, plan
 from mpdit.training.arguments import parse_arguments
 from mpdit.training.config import TrainConfig
 from mpdit.training.run import planned_gpu

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from training_runs import TINY, ds_config, new_folder, start, trained
 
+from mpdit.core.dist_env import World
+from mpdit.core.errors import CheckpointError, ConfigError, DataError, UserError
 from mpdit.data import BatchPlan, GlobalOrder, PackedLatents, make_loader, write_packed
 from mpdit.data.digits import build_digits
 from mpdit.data.loaders import Batch
-from mpdit.errors import CheckpointError, ConfigError, DataError, UserError
 from mpdit.training.run import Run, check_identity, prepare
-from mpdit.training.world import World
 
 KINDS = ("torch", "dali")
 SAMPLES, SHARD = 24, 6

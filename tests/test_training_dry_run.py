@@ -12,15 +12,15 @@ import pytest
 import torch
 from training_runs import REPOSITORY
 
-from mpdit.accounting import account
+from mpdit.core.dist_env import World
 from mpdit.data.latents import PackedLatents
 from mpdit.data.writer import write_packed
-from mpdit.presets import preset
+from mpdit.model.presets import preset
+from mpdit.planning import account
 from mpdit.training import checkpoint
 from mpdit.training.checkpoint import Checkpoint
 from mpdit.training.main import main
 from mpdit.training.run import prepare
-from mpdit.training.world import World
 
 FILES = sorted((REPOSITORY / "launch").glob("*.yaml"))
 

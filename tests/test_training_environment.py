@@ -17,9 +17,10 @@ from rank_faults import be_killed, before_step, limit_files
 from rank_processes import Ranks, free_port
 from training_runs import TINY, ds_config, new_folder, tiny
 
-from mpdit.accounting.memory import MEMORY_ERROR, Setting, memory
-from mpdit.errors import ConfigError
-from mpdit.presets import preset
+from mpdit.core.dist_env import World
+from mpdit.core.errors import ConfigError
+from mpdit.model.presets import preset
+from mpdit.planning.memory import MEMORY_ERROR, Setting, memory
 from mpdit.training import connect as connecting
 from mpdit.training import fitting, loop
 from mpdit.training import main as main_module
@@ -28,7 +29,6 @@ from mpdit.training.connect import connect
 from mpdit.training.fitting import what_fits
 from mpdit.training.main import main
 from mpdit.training.run import Run, prepare
-from mpdit.training.world import World
 
 
 def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_costs_no_checkpoint() -> None:

@@ -18,17 +18,17 @@ from mpdit_kernels import AdamWEMA
 from rank_faults import spoil_samples
 from training_runs import Finished, new_folder, start
 
+from mpdit.core.dist_env import World
+from mpdit.core.errors import ConfigError
 from mpdit.data.loaders import Batch
 from mpdit.data.order import BatchPlan, GlobalOrder
 from mpdit.data.posterior import to_latents
-from mpdit.errors import ConfigError
-from mpdit.flow import flow_loss
-from mpdit.model import MPDiT
+from mpdit.diffusion.flow import flow_loss
+from mpdit.model.mpdit import MPDiT
 from mpdit.training.config import TrainConfig
 from mpdit.training.guard import SPIKE_HORIZON, SPIKE_LEAST, Guard
 from mpdit.training.optimizers import EPS
 from mpdit.training.run import prepare
-from mpdit.training.world import World
 
 RUN = ("--precision", "fp32", "--skip-spikes", "10")
 FAULTS = {3: ("loss", [20]), 5: ("gradient", [3]), 12: ("loss", [0, 31]), 13: ("gradient", [17]), 18: ("spike", [5])}

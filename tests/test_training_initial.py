@@ -14,18 +14,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from training_runs import TINY, Finished, ds_config, new_folder, start
 
-from mpdit.config import ModelConfig
+from mpdit.core.dist_env import World
+from mpdit.core.errors import UserError
 from mpdit.data.latents import PackedLatents
 from mpdit.data.writer import write_packed
-from mpdit.errors import UserError
 from mpdit.interop.official import save_official
-from mpdit.model import MPDiT
-from mpdit.model.convert import to_official
-from mpdit.presets import preset
+from mpdit.model.config import ModelConfig
+from mpdit.model.mpdit import MPDiT
+from mpdit.model.official import to_official
+from mpdit.model.presets import preset
+from mpdit.model.weights import load_weights, save_weights
 from mpdit.training.main import main
 from mpdit.training.run import Run, prepare
-from mpdit.training.world import World
-from mpdit.weights import load_weights, save_weights
 
 TABLE = "classes.table.weight"
 SMALL: dict[str, Any] = {"width": 32, "stages": [[4, 1], [2, 1]], "class_tokens": 2}

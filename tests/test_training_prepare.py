@@ -14,13 +14,13 @@ import pytest
 import torch
 from training_runs import ds_config
 
+from mpdit.core.dist_env import World
+from mpdit.core.errors import ConfigError, UserError
 from mpdit.data.latents import PackedLatents
 from mpdit.data.writer import write_packed
-from mpdit.errors import ConfigError, UserError
 from mpdit.training import checkpoint
 from mpdit.training.checkpoint import Checkpoint
 from mpdit.training.run import prepare
-from mpdit.training.world import World
 
 
 def _prepare(out: Path, *arguments: str, world: World | None = None) -> Any:

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from training_runs import Finished, new_folder, start, trained
 
+from mpdit.core.dist_env import World
 from mpdit.data.latents import PackedLatents
 from mpdit.data.order import BatchPlan, GlobalOrder
+from mpdit.model.weights import load_weights
 from mpdit.training.run import prepare
-from mpdit.training.world import World
-from mpdit.weights import load_weights
 
 
 def _relative(ours: Finished, theirs: Finished) -> float:

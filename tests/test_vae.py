@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from mpdit.errors import ConfigError
-from mpdit.vae import SIGNED, UNIT, VAE, pixel_range_of
+from mpdit.core.errors import ConfigError
+from mpdit.model.vae import SIGNED, UNIT, VAE, pixel_range_of
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mpdit
-from mpdit.errors import CheckpointError, ConfigError
-from mpdit.weights import check_flow, check_values
+from mpdit.core.errors import CheckpointError, ConfigError
+from mpdit.model.weights import check_flow, check_values
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ import torch
 from forks import exit_code, fork_workers, in_a_child
 from part_files import Files, Slow
 
-from mpdit import workers
-from mpdit.errors import ConfigError, DataError
-from mpdit.evaluation import progress
-from mpdit.workers import choose_devices, run_parts
+from mpdit.core import progress
+from mpdit.core.errors import ConfigError, DataError
+from mpdit.jobs import workers
+from mpdit.jobs.workers import choose_devices, run_parts
 
 
 def test_one_process_does_what_is_left(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Models that between them reach every branch of the configuration."""
 
-from mpdit.config import ModelConfig
+from mpdit.model.config import ModelConfig
 
 _SMALL = ModelConfig(((4, 3), (2, 2)), 64, 2, input_size=8, class_tokens=4, num_classes=3)
 

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    from mpdit.accounting import account
+    from mpdit.planning import account
 
     found = account(
         model_config(args),

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpdit.errors import ConfigError
-from mpdit.evaluation.sampler import Sampler
+from mpdit.core.errors import ConfigError
+from mpdit.diffusion.sampler import Sampler
 
 if TYPE_CHECKING:
     import torch
 
-    from mpdit.config import ModelConfig
+    from mpdit.model.config import ModelConfig
 
 
 def whole(least: int) -> Callable[[str], int]:
@@ -65,7 +65,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def model_config(args: argparse.Namespace) -> ModelConfig:
     """The configuration of `add_model`'s arguments."""
-    from mpdit.presets import preset
+    from mpdit.model.presets import preset
     from mpdit.training.config import parse_override
 
     overrides = dict(parse_override(text) for text in args.override)
@@ -108,7 +108,7 @@ def add_gpus(parser: argparse.ArgumentParser) -> None:
 
 def load_model(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The model of `add_weights`' arguments on its device, and its metadata."""
-    from mpdit.weights import load_weights
+    from mpdit.model.weights import load_weights
 
     device = pick_device(args.device)
     model, metadata = load_weights(args.weights)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from mpdit.commands.arguments import whole
 from mpdit.commands.outcome import Outcome
 from mpdit.commands.outputs import check_new_folder
-from mpdit.errors import ConfigError
+from mpdit.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mpdit.model import MPDiT
+    from mpdit.model.mpdit import MPDiT
 
 SUMMARY = "convert checkpoints and latents from and to other projects' formats"
 DESCRIPTION = (
@@ -117,10 +117,10 @@ def _refuse_unread(args: argparse.Namespace, kinds: set[str], target: str) -> No
 
 
 def _convert_model(args: argparse.Namespace, checkpoint: bool, target: str) -> Outcome:
-    from mpdit.files import new_folder
+    from mpdit.core.files import new_folder
     from mpdit.interop.diffusers_folder import save_diffusers
     from mpdit.interop.official import official_model_name, read_official, save_official
-    from mpdit.weights import load_weights, save_weights
+    from mpdit.model.weights import load_weights, save_weights
 
     to_file = target == "official" and args.out.suffix.lower() in (".pt", ".pth")
     if to_file and args.out.exists():

@@ -9,8 +9,8 @@ from pathlib import Path
 from mpdit.commands.arguments import add_device, add_sampler, load_model, pick_device, sampler, whole
 from mpdit.commands.outcome import Outcome
 from mpdit.commands.outputs import check_file
-from mpdit.errors import CheckpointError, ConfigError
-from mpdit.evaluation.sampler import DIGITS_SAMPLER
+from mpdit.core.errors import CheckpointError, ConfigError
+from mpdit.diffusion.sampler import DIGITS_SAMPLER
 
 SUMMARY = "measure samples by FID and its kin, or a trained model of the digits"
 DESCRIPTION = (
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> Outcome:
 
 
 def _measure_model(args: argparse.Namespace) -> Outcome:
-    from mpdit.evaluation.digits import check_digits, evaluate_digits
+    from mpdit.jobs.evaluate.digits import check_digits, evaluate_digits
 
     settings = sampler(args)
     for name in ("reference", "write_reference", "image_size", "inception"):
@@ -97,10 +97,10 @@ def _measure_model(args: argparse.Namespace) -> Outcome:
 
 
 def _measure_images(args: argparse.Namespace) -> Outcome:
-    from mpdit.evaluation.adm import check_comparable, evaluate_images
-    from mpdit.evaluation.image_sets import open_images
-    from mpdit.evaluation.inception import Inception
-    from mpdit.evaluation.reference import Reference
+    from mpdit.jobs.evaluate.adm import check_comparable, evaluate_images
+    from mpdit.jobs.evaluate.image_sets import open_images
+    from mpdit.jobs.evaluate.inception import Inception
+    from mpdit.jobs.evaluate.reference import Reference
 
     if args.reference is None:
         if not args.weights.exists():
@@ -120,9 +120,9 @@ def _measure_images(args: argparse.Namespace) -> Outcome:
 
 
 def _write_reference(args: argparse.Namespace) -> Outcome:
-    from mpdit.evaluation.image_sets import open_images
-    from mpdit.evaluation.inception import Inception
-    from mpdit.evaluation.reference import write_reference
+    from mpdit.jobs.evaluate.image_sets import open_images
+    from mpdit.jobs.evaluate.inception import Inception
+    from mpdit.jobs.evaluate.reference import write_reference
 
     path = args.write_reference
     for name in ("reference", "out"):
@@ -143,7 +143,7 @@ def _write_reference(args: argparse.Namespace) -> Outcome:
 
 
 def _is_model(path: Path) -> bool:
-    from mpdit.weights import weights_folder
+    from mpdit.model.weights import weights_folder
 
     try:
         weights_folder(path)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from mpdit.commands.arguments import add_device, add_gpus, pick_device, whole
 from mpdit.commands.outcome import Outcome
 from mpdit.commands.outputs import check_new_folder
-from mpdit.files import counted
+from mpdit.core.files import counted
 
 if TYPE_CHECKING:
-    from mpdit.extraction.extract import ExtractReport
-    from mpdit.extraction.parts import Effort
+    from mpdit.jobs.extract.extract import ExtractReport
+    from mpdit.jobs.extract.parts import Effort
 
 SUMMARY = "encode a folder or archive of images into a packed data set"
 DESCRIPTION = (
@@ -105,8 +105,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    from mpdit.extraction.extract import ExtractOptions, extract, holds_extraction
-    from mpdit.vae import SIGNED, UNIT
+    from mpdit.jobs.extract.extract import ExtractOptions, extract, holds_extraction
+    from mpdit.model.vae import SIGNED, UNIT
 
     pick_device(args.device)
     if not holds_extraction(args.out):

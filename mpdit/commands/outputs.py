@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mpdit.errors import ConfigError
+from mpdit.core.errors import ConfigError
 
 
 def check_new_folder(out: Path, option: str = "--out") -> None:

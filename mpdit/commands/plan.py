@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mpdit.commands.arguments import add_model, model_config, number, whole
 from mpdit.commands.outcome import Outcome
-from mpdit.errors import ConfigError
+from mpdit.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from mpdit_kernels.hardware import Gpu
@@ -57,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    from mpdit.accounting.planner import IMAGENET, Request, plan, usual_network
-    from mpdit.accounting.planner_text import text
+    from mpdit.planning.planner import IMAGENET, Request, plan, usual_network
+    from mpdit.planning.planner_text import text
 
     gpu = _gpu(args)
     network = args.network if args.network is not None else usual_network(gpu) / 1e9

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mpdit.commands.arguments import number
 from mpdit.commands.outcome import Outcome
 from mpdit.commands.outputs import check_new_folder
-from mpdit.errors import ConfigError
+from mpdit.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from mpdit.report import Results

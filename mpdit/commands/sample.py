@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from mpdit.commands.arguments import add_gpus, add_sampler, add_weights, pick_device, sampler, whole
 from mpdit.commands.outcome import Outcome
 from mpdit.commands.outputs import check_new_folder
-from mpdit.errors import ConfigError
-from mpdit.evaluation.sampler import Sampler
+from mpdit.core.errors import ConfigError
+from mpdit.diffusion.sampler import Sampler
 
 if TYPE_CHECKING:
-    from mpdit.sample_set import DrawReport
+    from mpdit.jobs.sample import DrawReport
 
 SUMMARY = "draw samples from a trained model"
 DESCRIPTION = (
@@ -74,8 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    from mpdit.sample_set import DrawOptions, draw
-    from mpdit.sample_set.draw import holds_samples
+    from mpdit.jobs.sample import DrawOptions, draw
+    from mpdit.jobs.sample.draw import holds_samples
 
     if not holds_samples(args.out):
         check_new_folder(args.out)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mpdit.commands.arguments import whole
 from mpdit.commands.outcome import Outcome
-from mpdit.errors import ConfigError
+from mpdit.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from mpdit.data.verify import VerifyReport

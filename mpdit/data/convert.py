@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mpdit.core.errors import ConfigError, DataError
+from mpdit.core.files import readable_bytes
 from mpdit.data.dataset import LatentDataset
 from mpdit.data.latents import PackedLatents
 from mpdit.data.manifest import INDEX_NAME, LatentSpec
@@ -17,8 +19,6 @@ from mpdit.data.normalization import NormalizationMode
 from mpdit.data.open import open_latents
 from mpdit.data.records import INDEX_DTYPE
 from mpdit.data.writer import PackedWriter
-from mpdit.errors import ConfigError, DataError
-from mpdit.files import readable_bytes
 
 _CHUNK_BYTES = 1 << 24
 _LEFT_BY_A_WRITER = re.compile(rf"({re.escape(INDEX_NAME)}|shard-\d+\.bin|.+\.partial)")

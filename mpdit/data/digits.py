@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from mpdit.core.errors import DataError
 from mpdit.data.latents import PackedLatents
 from mpdit.data.writer import write_packed
-from mpdit.errors import DataError
 
 _ENLARGED, _FACTOR, _GREY_LEVELS = 4, 2, 16.0
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpdit.core.errors import DataError
 from mpdit.data.manifest import MANIFEST_NAME, StoredFile
-from mpdit.errors import DataError
 
 
 class PartialFile:

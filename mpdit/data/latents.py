@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mpdit.core.errors import DataError, RecordError
 from mpdit.data.dataset import LatentDataset
 from mpdit.data.files import close_all
 from mpdit.data.manifest import LatentSpec, Manifest, Normalization, StoredFile
 from mpdit.data.records import INDEX_DTYPE, VALUE_DTYPE, crc32, find_defect
-from mpdit.errors import DataError, RecordError
 
 __all__ = ["LatentSpec", "Manifest", "Normalization", "PackedLatents", "StoredFile"]
 

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpdit.core.errors import ConfigError
 from mpdit.data.dataset import LatentDataset
 from mpdit.data.order import BatchPlan, GlobalOrder
-from mpdit.errors import ConfigError
 
 LoaderKind = Literal["dali", "torch"]
 

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpdit.config import MOST_CLASSES, ModelConfig
+from mpdit.core.errors import DataError
 from mpdit.data.records import INDEX_DTYPE, VALUE_DTYPE
-from mpdit.errors import DataError
-from mpdit.vae import LARGEST_PIXEL
+from mpdit.model.config import MOST_CLASSES, ModelConfig
+from mpdit.model.vae import LARGEST_PIXEL
 
 FORMAT = "mpdit-latents"
 VERSION = 2

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+from mpdit.core.errors import ConfigError, DataError
 from mpdit.data.manifest import Normalization
-from mpdit.errors import ConfigError, DataError
 
 NormalizationMode = Literal["auto", "paper", "measured"]
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from mpdit.core.errors import ConfigError, DataError
 from mpdit.data.dataset import LatentDataset
-from mpdit.data.foreign import EDM2Latents, LightningDiTLatents, NpyPairs, Options, parse_scale
-from mpdit.data.foreign.edm2 import find_edm2
-from mpdit.data.foreign.lightningdit import find_lightningdit
-from mpdit.data.foreign.npy_pairs import find_pairs
 from mpdit.data.latents import PackedLatents
 from mpdit.data.manifest import JOB_NAME, MANIFEST_NAME, PARTS_NAME
 from mpdit.data.normalization import NormalizationMode, choose_normalization
-from mpdit.errors import ConfigError, DataError
+from mpdit.data.readers import EDM2Latents, LightningDiTLatents, NpyPairs, Options, parse_scale
+from mpdit.data.readers.edm2 import find_edm2
+from mpdit.data.readers.lightningdit import find_lightningdit
+from mpdit.data.readers.npy_pairs import find_pairs
 
 
 def open_latents(

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mpdit import rng
-from mpdit.errors import ConfigError
+from mpdit.core import rng
+from mpdit.core.errors import ConfigError
 
 
 def permutation(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:

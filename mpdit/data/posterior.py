@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from mpdit import rng
+from mpdit.core import rng
 from mpdit.data.loaders import Batch
 from mpdit.data.manifest import DatasetInfo, Normalization
 

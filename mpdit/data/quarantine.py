@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from mpdit.core.errors import DataError, RecordError
+from mpdit.core.files import counted
 from mpdit.data.dataset import LatentDataset
-from mpdit.errors import DataError, RecordError
-from mpdit.files import counted
 
 QUARANTINE_NAME = "quarantine.jsonl"
 """In a run's folder: a line for each record that could not be read."""

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from mpdit.core.errors import DataError
 from mpdit.data.dataset import LatentDataset
 from mpdit.data.latents import PackedLatents
 from mpdit.data.manifest import Normalization
 from mpdit.data.normalization import suits
 from mpdit.data.open import open_latents
 from mpdit.data.records import ChannelStatistics
-from mpdit.errors import DataError
 
 _CHUNK_BYTES = 1 << 24
 

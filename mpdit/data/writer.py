@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mpdit.core.errors import DataError
+from mpdit.core.files import sync_to_disk
 from mpdit.data.files import PartialFile, lock_folder
 from mpdit.data.latents import PackedLatents
 from mpdit.data.manifest import INDEX_NAME, MANIFEST_NAME, LatentSpec, Manifest, Normalization
 from mpdit.data.records import VALUE_DTYPE, ChannelStatistics, find_defect, index_entries
-from mpdit.errors import DataError
-from mpdit.files import sync_to_disk
 
 _SHARD_BYTES = 1 << 30
 

@@ -21,11 +21,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from mpdit.errors import CheckpointError, ConfigError
-from mpdit.files import new_folder
-from mpdit.model import MPDiT
-from mpdit.vae import VAE, pixel_range_of
-from mpdit.weights import check_flow
+from mpdit.core.errors import CheckpointError, ConfigError
+from mpdit.core.files import new_folder
+from mpdit.model.mpdit import MPDiT
+from mpdit.model.vae import VAE, pixel_range_of
+from mpdit.model.weights import check_flow
 
 _CODE = Path(__file__).parent
 _PIPELINE, _TRANSFORMER = "pipeline", "transformer_mpdit"

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from mpdit.config import Convention, ModelConfig
+from mpdit.core.errors import CheckpointError
+from mpdit.core.files import new_file
 from mpdit.data.normalization import PAPER
-from mpdit.errors import CheckpointError
-from mpdit.files import new_file
-from mpdit.model import MPDiT
-from mpdit.model.convert import from_official, to_official
-from mpdit.vae import DECODER_KIND, SIGNED
-from mpdit.weights import describe, load_tensors, parse_description
+from mpdit.model.config import Convention, ModelConfig
+from mpdit.model.mpdit import MPDiT
+from mpdit.model.official import from_official, to_official
+from mpdit.model.vae import DECODER_KIND, SIGNED
+from mpdit.model.weights import describe, load_tensors, parse_description
 
 VAE_FACTOR = 8
 SCALE = 0.18215
@@ -69,7 +69,7 @@ def read_official(
     Returns:
         The model in training mode on the CPU, and metadata: "data" as the official codes train (the paper's constants
         for MPDiT, the factor 0.18215 for DiT and SiT), or as the file was written with by `save_official`; "training",
-        whose "objective" is "noise" for what `mpdit.weights.check_flow` is to refuse.
+        whose "objective" is "noise" for what `mpdit.model.weights.check_flow` is to refuse.
 
     Raises:
         CheckpointError: the file can't be read so, lacks the entry, says nothing of the heads, fits no model or is not

@@ -1,5 +1,1 @@
-"""The model: stages of transformer blocks, coarse to fine. See mpdit.py for the loop."""
-
-from mpdit.model.mpdit import MPDiT, create_model
-
-__all__ = ["MPDiT", "create_model"]
+"""The model: stages of transformer blocks, coarse to fine (mpdit.py), their settings, their weights and the VAE."""

@@ -18,7 +18,7 @@ from mpdit_kernels.backends import BackendError
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear
 
-from mpdit.errors import ConfigError
+from mpdit.core.errors import ConfigError
 from mpdit.model.embed import Grid, unpatchify
 from mpdit.model.layout import Layout
 from mpdit.model.time import Modulation

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpdit.errors import ConfigError
+from mpdit.core.errors import ConfigError
 
 Latents = Tensor | Sequence[Tensor]
 """A batch of images: a tensor [B, C, S, S], or a list of [C, H, W] of several sizes."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mpdit.config import ModelConfig
+from mpdit.model.config import ModelConfig
 from mpdit.model.mpdit import MPDiT
 
 _DRAWS = (nn.init.normal_, nn.init.uniform_, Tensor.normal_, Tensor.uniform_)

@@ -10,15 +10,15 @@ from mpdit_kernels.backends import BackendError, attention_mode
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mpdit.config import ModelConfig
-from mpdit.errors import ConfigError
-from mpdit.interop.hub import Pretrained
+from mpdit.core.errors import ConfigError
 from mpdit.model.blocks import Block, FinalLayer, Stream
+from mpdit.model.config import ModelConfig
 from mpdit.model.embed import ClassTokens, InputStage, grid_of
+from mpdit.model.hub import Pretrained
 from mpdit.model.layout import Images, Latents, Layout, check_images
+from mpdit.model.presets import preset
 from mpdit.model.time import FNOTimeEmbedding, Modulation, SinusoidalTimeEmbedding, TimeEmbedding, module_list, wide
 from mpdit.model.transition import Transition
-from mpdit.presets import preset
 
 
 class Stage(nn.Module):

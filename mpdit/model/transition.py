@@ -8,8 +8,8 @@ from mpdit_kernels import upsample_tokens
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
-from mpdit.config import ModelConfig
 from mpdit.model.blocks import EPS, MLP, init_linear, normalize
+from mpdit.model.config import ModelConfig
 from mpdit.model.embed import Grid, Position, grid_of, patchify
 
 

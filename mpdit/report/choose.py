@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from mpdit.presets import PRESETS
+from mpdit.model.presets import PRESETS
 from mpdit.report.results import OURS, Results, Row
 
 PLAIN = ("eager", "compile")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mpdit.presets import PRESETS
+from mpdit.model.presets import PRESETS
 from mpdit.report.choose import kind
 from mpdit.report.results import OURS, Results, Row, Skipped
 from mpdit.report.significance import holm, least_p, mann_whitney, ratio_interval

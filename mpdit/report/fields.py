@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mpdit.errors import DataError
+from mpdit.core.errors import DataError
 
 MEASURE = "measure again: `make bench-gpu`, or `pytest benchmarks/ --benchmark-only --benchmark-json FILE`"
 """What to do about a file that can't be used."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpdit.errors import DataError
-from mpdit.files import write_atomically
+from mpdit.core.errors import DataError
+from mpdit.core.files import write_atomically
 from mpdit.report.choose import largest, newest
 from mpdit.report.results import Results
 from mpdit.report.tables import model_table, operation_table, place

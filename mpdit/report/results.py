@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpdit.errors import DataError
+from mpdit.core.errors import DataError
 from mpdit.report.fields import MEASURE, Fields, Spread
 
 FORMAT = "mpdit-bench-1"

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 from mpdit_kernels.command import aligned
 
-from mpdit.errors import DataError
-from mpdit.profiling import RANGES
+from mpdit.core.errors import DataError
+from mpdit.training.profiling import RANGES
 
 _OPERATORS = "mpdit_kernels::"
 _ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")

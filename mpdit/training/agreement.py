@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mpdit.training.world import World
+from mpdit.core.dist_env import World
 
 
 class Agreement:

@@ -7,8 +7,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from mpdit.errors import ConfigError
-from mpdit.parser import Parser
+from mpdit.core.errors import ConfigError
+from mpdit.core.parser import Parser
 from mpdit.training.config import TrainConfig
 from mpdit.training.config_file import read_config_file
 

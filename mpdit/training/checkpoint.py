@@ -25,9 +25,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mpdit.errors import CheckpointError, one_line
-from mpdit.files import sync_to_disk, write_atomically
-from mpdit.tensor_file import write_tensors
+from mpdit.core.dist_env import World, gather
+from mpdit.core.errors import CheckpointError, one_line
+from mpdit.core.files import sync_to_disk, write_atomically
+from mpdit.core.tensor_file import write_tensors
 from mpdit.training.run import (
     CHECKPOINT_NAME,
     MARKER,
@@ -37,7 +38,6 @@ from mpdit.training.run import (
     committed_manifest,
     step_of,
 )
-from mpdit.training.world import World, gather
 
 FORMAT = "mpdit-checkpoint-2"
 

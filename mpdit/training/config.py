@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from mpdit.config import ModelConfig
-from mpdit.data.foreign import parse_scale
+from mpdit.core.errors import ConfigError
 from mpdit.data.normalization import NormalizationMode
-from mpdit.errors import ConfigError
-from mpdit.flow import FlowConfig, LossWeight, TimeSampler
-from mpdit.presets import preset
-from mpdit.profiling import ProfileMode, Profiling
-from mpdit.sampling import MOST_STEPS
+from mpdit.data.readers import parse_scale
+from mpdit.diffusion.flow import FlowConfig, LossWeight, TimeSampler
+from mpdit.diffusion.sampling import MOST_STEPS
+from mpdit.model.config import ModelConfig
+from mpdit.model.presets import preset
+from mpdit.training.profiling import ProfileMode, Profiling
 
 _BEYOND = 2**63  # what is counted, is counted in 64 bits
 DIGITS = "digits"

@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from mpdit.errors import ConfigError
+from mpdit.core.errors import ConfigError
 from mpdit.training.config import TrainConfig, parse_override
 
 _SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}

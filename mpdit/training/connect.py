@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from mpdit.errors import ConfigError
+from mpdit.core.dist_env import World, choose_accelerator
+from mpdit.core.errors import ConfigError
 from mpdit.training.watchdog import PATIENCE
-from mpdit.training.world import World, choose_accelerator
 
 _MEETING_SECONDS = 600.0
 _GRACE_SECONDS = 5.0

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mpdit.errors import ConfigError
+from mpdit.core.errors import ConfigError
 from mpdit.training.config import TrainConfig
 
 _ARGUMENTS = {

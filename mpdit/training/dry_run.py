@@ -7,16 +7,16 @@ from collections.abc import Iterator
 import torch
 from mpdit_kernels.command import aligned
 
-from mpdit.accounting import account
-from mpdit.accounting.memory import MEMORY_ERROR, Memory
-from mpdit.accounting.planner import Plan, plan
+from mpdit.core.errors import ConfigError
 from mpdit.data.loaders import make_loader
 from mpdit.data.manifest import Normalization
 from mpdit.data.normalization import suits
 from mpdit.data.order import GlobalOrder
 from mpdit.data.posterior import to_latents
-from mpdit.errors import ConfigError
 from mpdit.model.meta import meta_model
+from mpdit.planning import account
+from mpdit.planning.memory import MEMORY_ERROR, Memory
+from mpdit.planning.planner import Plan, plan
 from mpdit.training import checkpoint
 from mpdit.training.engine import check_deepspeed
 from mpdit.training.fitting import gpu_of, request_of

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpdit import rng
-from mpdit.errors import UserError
-from mpdit.images import save_sample_grid
-from mpdit.model import MPDiT
-from mpdit.sampling import sample
+from mpdit.core import rng
+from mpdit.core.errors import UserError
+from mpdit.diffusion.images import save_sample_grid
+from mpdit.diffusion.sampling import sample
+from mpdit.model.mpdit import MPDiT
+from mpdit.model.weights import read_weights, save_weights
 from mpdit.training.checkpoint import Checkpoint
 from mpdit.training.run import Run
 from mpdit.training.state import read_average
-from mpdit.weights import read_weights, save_weights
 
 _COLUMNS = 10
 _ROWS = 8

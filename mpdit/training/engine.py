@@ -13,12 +13,12 @@ import pydantic
 import torch
 from torch import Tensor
 
-from mpdit.errors import ConfigError
-from mpdit.model import MPDiT
+from mpdit.core.dist_env import choose_accelerator
+from mpdit.core.errors import ConfigError
+from mpdit.model.mpdit import MPDiT
 from mpdit.training.optimizers import build_optimizer
 from mpdit.training.run import Run
 from mpdit.training.state import Fragment, check_supported, fragments, restore
-from mpdit.training.world import choose_accelerator
 
 
 @dataclass(frozen=True)

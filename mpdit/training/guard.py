@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mpdit.core.dist_env import gather
+from mpdit.core.errors import ConfigError
+from mpdit.core.files import counted, sync_to_disk, write_atomically
 from mpdit.data.loaders import Batch
-from mpdit.errors import ConfigError
-from mpdit.files import counted, sync_to_disk, write_atomically
 from mpdit.training.engine import Trainer
 from mpdit.training.metrics import LossMean, lines_until
 from mpdit.training.run import Run, committed_folders
-from mpdit.training.world import gather
 
 LARGEST_NORM = 1e19
 """A gradient of this norm or more counts as not finite: DeepSpeed sums squares in fp32, which end at 3.4e38, and drops

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from mpdit.errors import UserError
+from mpdit.core.errors import UserError
 
 _UNFORCED = {
     "model.": "its weights don't fit another model",

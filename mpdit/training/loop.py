@@ -9,24 +9,24 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
+from mpdit.core.dist_env import barrier, set_threads
+from mpdit.core.errors import ConfigError, UserError
+from mpdit.core.files import sole_owner, write_atomically
 from mpdit.data.loaders import make_loader
 from mpdit.data.order import GlobalOrder
 from mpdit.data.posterior import to_latents
-from mpdit.errors import ConfigError, UserError
-from mpdit.files import sole_owner, write_atomically
-from mpdit.flow import flow_loss
-from mpdit.profiling import Profiler
+from mpdit.diffusion.flow import flow_loss
 from mpdit.training import checkpoint, ema
 from mpdit.training.agreement import Agreement
 from mpdit.training.connect import connect, disconnect, extend_timeouts
 from mpdit.training.engine import Trainer, build_trainer, check_deepspeed
 from mpdit.training.guard import Guard
 from mpdit.training.metrics import MetricsLog, Stopwatch
+from mpdit.training.profiling import Profiler
 from mpdit.training.run import Run
 from mpdit.training.saver import Saver
 from mpdit.training.stop import StopRequests, reasons
 from mpdit.training.watchdog import PATIENCE, Watchdog
-from mpdit.training.world import barrier, set_threads
 
 
 def train(run: Run, stop: StopRequests) -> str:
@@ -65,7 +65,7 @@ def train(run: Run, stop: StopRequests) -> str:
             watchdog.alive("saving", PATIENCE)
     disconnect()
     if run.world.rank == 0 and not stopped:
-        from mpdit.plots import plot_loss  # imported by rank 0, when there is time
+        from mpdit.training.plots import plot_loss  # imported by rank 0, when there is time
 
         with contextlib.suppress(UserError):  # nothing is left to plot of a finished run whose log was removed
             plot_loss(run.out / "metrics.jsonl", run.out / "loss.png")

@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mpdit.errors import ConfigError, UserError, of_system, one_line
+from mpdit.core.dist_env import World
+from mpdit.core.errors import ConfigError, UserError, of_system, one_line
 from mpdit.training.output import steady_output
 from mpdit.training.stop import STOPPED, StopRequests
-from mpdit.training.world import World
 
 if TYPE_CHECKING:
     from mpdit.training.run import Run

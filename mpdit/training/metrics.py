@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from tqdm import tqdm
 
-from mpdit.files import write_atomically
+from mpdit.core.files import write_atomically
 from mpdit.training.run import Run
 
 

@@ -14,7 +14,7 @@ from mpdit_kernels import AdamWEMA
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mpdit.errors import ConfigError
+from mpdit.core.errors import ConfigError
 from mpdit.training.config import TrainConfig
 
 EPS = 1e-8

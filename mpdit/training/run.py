@@ -17,20 +17,20 @@ import torch
 from mpdit_kernels import dispatch
 from mpdit_kernels.hardware import GPUS, Gpu, find_gpu
 
-from mpdit.config import ModelConfig
+from mpdit.core.dist_env import World
+from mpdit.core.errors import CheckpointError, ConfigError, DataError
 from mpdit.data.dataset import LatentDataset
 from mpdit.data.digits import VERSION, build_digits
 from mpdit.data.manifest import DatasetInfo
 from mpdit.data.open import open_latents
 from mpdit.data.order import BatchPlan
 from mpdit.data.quarantine import QUARANTINE_NAME, Quarantine
-from mpdit.errors import CheckpointError, ConfigError, DataError
+from mpdit.model.config import ModelConfig
 from mpdit.training.arguments import parse_arguments
 from mpdit.training.config import DIGITS, TrainConfig
 from mpdit.training.deepspeed_config import arguments_from, complete, read_ds_config, zero_stage
 from mpdit.training.identity import check_same
 from mpdit.training.initial import GIVEN_LATER, InitialWeights, load_initial, recorded_digest, weights_digest
-from mpdit.training.world import World
 
 FORMAT = "mpdit-run-1"
 CHECKPOINT_NAME = re.compile(r"step-\d{8,}")

@@ -13,14 +13,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from mpdit.errors import CheckpointError, UserError, of_system
-from mpdit.files import sync_to_disk
+from mpdit.core.dist_env import gather
+from mpdit.core.errors import CheckpointError, UserError, of_system
+from mpdit.core.files import sync_to_disk
 from mpdit.training import checkpoint, ema
 from mpdit.training.checkpoint import Checkpoint
 from mpdit.training.engine import Trainer
 from mpdit.training.run import Run
 from mpdit.training.state import optimizer_steps, shard
-from mpdit.training.world import gather
 
 
 class Saver:

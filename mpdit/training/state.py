@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mpdit.errors import CheckpointError, ConfigError
+from mpdit.core.errors import CheckpointError, ConfigError
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 """fp32 weights, AdamW's two moments, and the average of the weights."""

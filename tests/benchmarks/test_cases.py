@@ -11,8 +11,8 @@ import pytest
 import torch
 from mpdit_kernels import timing
 
-from mpdit.accounting import account
-from mpdit.presets import PRESETS
+from mpdit.model.presets import PRESETS
+from mpdit.planning import account
 
 PARTS = ("kernels", "block", "forward", "step", "sampling", "optimizer", "loader")
 DIGITS = "MPDiT-Digits/4-2"

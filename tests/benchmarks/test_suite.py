@@ -16,8 +16,8 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TOY = """
 import torch
 from harness import Built, Case, Team, Unavailable
-from mpdit.accounting import account
-from mpdit.presets import PRESETS
+from mpdit.planning import account
+from mpdit.model.presets import PRESETS
 
 MODEL = "MPDiT-Digits/4-2"
 
@@ -75,8 +75,8 @@ def test_the_table_and_exit_code(ran: Any) -> None:
 
 
 def test_rows_are_as_the_schema_says(ran: Any) -> None:
-    from mpdit.accounting import account
-    from mpdit.presets import PRESETS
+    from mpdit.model.presets import PRESETS
+    from mpdit.planning import account
 
     _, result, _ = ran
     rows = {(row["group"], row["extra_info"]["way"]): row for row in result["benchmarks"]}

@@ -31,12 +31,12 @@ from fuzzing import (
 )
 from hypothesis import example, given
 
-from mpdit.evaluation.image_sets import open_images
+from mpdit.core.dist_env import World
+from mpdit.jobs.evaluate.image_sets import open_images
 from mpdit.training import checkpoint
 from mpdit.training.checkpoint import Checkpoint
 from mpdit.training.run import Run, prepare
 from mpdit.training.state import KINDS, read_average
-from mpdit.training.world import World
 
 REPOSITORY = Path(__file__).parents[2]
 

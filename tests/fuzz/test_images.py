@@ -29,12 +29,12 @@ from fuzzing import (
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mpdit.evaluation.image_sets import open_images
-from mpdit.evaluation.npz import NpzReader
-from mpdit.evaluation.reference import Reference
-from mpdit.extraction.crop import decode_image
-from mpdit.extraction.listing import BrokenImage
-from mpdit.extraction.sources import list_images
+from mpdit.jobs.evaluate.image_sets import open_images
+from mpdit.jobs.evaluate.reference import Reference
+from mpdit.jobs.extract.crop import decode_image
+from mpdit.jobs.extract.listing import BrokenImage
+from mpdit.jobs.extract.sources import list_images
+from mpdit.jobs.npz import NpzReader
 
 LABELS = {"labels": [[name, index % 2] for index, name in enumerate(sorted(fuzz_places.images()))]}
 

@@ -31,13 +31,13 @@ from fuzzing import (
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mpdit.config import ModelConfig
+from mpdit.core.dist_env import World
 from mpdit.data.digits import build_digits
-from mpdit.presets import PRESETS
+from mpdit.model.config import ModelConfig
+from mpdit.model.presets import PRESETS
 from mpdit.training.config import TrainConfig
 from mpdit.training.dry_run import sections
 from mpdit.training.run import Run, prepare
-from mpdit.training.world import World
 
 KINDS = get_type_hints(TrainConfig)
 ZERO2 = json.loads((Path(__file__).parents[2] / "launch" / "zero2.json").read_text())

@@ -36,9 +36,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import mpdit
+from mpdit.core.zips import is_zip
 from mpdit.interop.official import read_official
-from mpdit.weights import load_weights
-from mpdit.zips import is_zip
+from mpdit.model.weights import load_weights
 
 Weights = tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]
 

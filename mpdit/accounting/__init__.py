@@ -1,5 +1,0 @@
-"""What a model and a run cost, before anything is built: FLOP, parameters, memory, time."""
-
-from mpdit.accounting.account import Account, account
-
-__all__ = ["Account", "account"]

@@ -1,0 +1,1 @@
+"""What every other room uses and what uses none of them: errors, files, progress, ranks, random numbers."""

@@ -1,0 +1,89 @@
+"""Which of the run's processes this is, and what it asks the others. Torch is imported where it is used: see stop."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from mpdit.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the ranks, as launchers put it into the environment; alone when there is none."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @classmethod
+    def from_environment(cls) -> World:
+        """From RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE (DeepSpeed) or LOCAL_WORLD_SIZE (torchrun), or from srun.
+
+        Of SLURM's variables those of a job step of several tasks count, and only where no launcher has set its own: a
+        plain command in a batch script or an interactive shell has only the job's, and is alone.
+        """
+        if not {"RANK", "WORLD_SIZE"} & os.environ.keys() and _number("SLURM_STEP_NUM_TASKS", 1) > 1:
+            return cls._from_srun()
+        size = _number("WORLD_SIZE", 1)
+        return cls(
+            rank=_number("RANK", 0),
+            size=size,
+            local_rank=_number("LOCAL_RANK", 0),
+            local_size=_number("LOCAL_SIZE", _number("LOCAL_WORLD_SIZE", size)),
+        )
+
+    @classmethod
+    def _from_srun(cls) -> World:
+        size = _number("SLURM_STEP_NUM_TASKS", 1)
+        nodes = max(1, _number("SLURM_STEP_NUM_NODES", 1))
+        return cls(_number("SLURM_PROCID", 0), size, _number("SLURM_LOCALID", 0), -(-size // nodes))
+
+
+def choose_accelerator() -> None:
+    """Tell DeepSpeed, before it is imported, that it computes on the CPU where there is no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def set_threads(world: World) -> None:
+    """Share this machine's cores out over its ranks, unless OMP_NUM_THREADS is set.
+
+    Ranks that each start a thread per core wait for one another most of the time.
+    """
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+
+
+def gather(value: Any, group: Any = None) -> list[Any]:
+    """Every rank's value (anything that can be pickled), in the order of ranks, on every rank; by training's group.
+
+    Of a process that isn't connected, as in a dry run, its own alone.
+    """
+    import torch
+
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value, group=group)
+    return values
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    import torch
+
+    torch.distributed.barrier()
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise ConfigError(f"environment variable {name} is {text!r}: expected a whole number, as launchers set it")
+    return int(text)

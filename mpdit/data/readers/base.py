@@ -1,0 +1,265 @@
+"""What is the same for every foreign format: checked reading in threads, and statistics of a sample of the data."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mpdit.core.errors import ConfigError, DataError, RecordError
+from mpdit.data.dataset import LatentDataset
+from mpdit.data.manifest import ORIGINAL, ORIGINAL_AND_FLIPPED, DatasetInfo, Normalization
+from mpdit.data.normalization import NormalizationMode, choose_normalization, suits
+from mpdit.data.records import VALUE_DTYPE, ChannelStatistics, find_defect
+from mpdit.model.vae import DECODER_KIND, SIGNED, PixelRange
+
+STATISTICS_SAMPLES = 1024
+"""Samples, spread evenly over the data set, that its statistics are measured on when it is opened."""
+
+_THREADS = 8  # of one data set, so that a network file system is waited for at several files at a time
+_LEAST_PER_THREAD = 16
+_STATISTICS_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user may say about data that don't describe themselves."""
+
+    scale: float | None = None
+    """The factor the stored latents were multiplied by; None: what the format has, or what is measured."""
+    normalization: NormalizationMode = "auto"
+    num_classes: int | None = None
+    """None: one more than the highest label."""
+
+
+def parse_scale(value: str | float) -> float | None:
+    """A factor given as text or number, None for "auto". ConfigError unless it is finite and above zero."""
+    if value == "auto":
+        return None
+    try:
+        scale = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        scale = math.nan
+    if not 0 < scale < math.inf:
+        raise ConfigError(
+            f"--data-scale is {value!r}: give 'auto', or the factor that the stored latents were multiplied by, "
+            "for example 1 or 0.18215"
+        )
+    return scale
+
+
+class ForeignLatents(LatentDataset):
+    """A data set in the files of another project, opened for reading.
+
+    `manifest` describes it as a packed data set's does, but the statistics are measured as it is opened, on
+    `STATISTICS_SAMPLES` samples from the first to the last, or on all if there are no more: the same files always
+    give the same figures. A subclass finds the files, says how one sample is read, and ends its construction with
+    `_describe`.
+    """
+
+    format: ClassVar[str]
+    """As its users call it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.scale = 1.0
+        """What stored latents are divided by as they are read."""
+        self._known_labels: NDArray[np.int64] | None = None
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="mpdit-files")
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        if self._known_labels is None:
+            self._known_labels = self._read_labels(np.arange(len(self)))
+        return self._known_labels
+
+    @property
+    def digest(self) -> str:
+        sample, contents = self._sampled
+        labels = self._read_labels(sample) if self._known_labels is None else self._known_labels[sample]
+        return hashlib.sha256(contents + labels.tobytes()).hexdigest()
+
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+    def read(
+        self, indices: NDArray[np.int64], out: NDArray[np.float16] | None = None
+    ) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
+        moments = np.empty((len(indices), *self.manifest.record_shape), VALUE_DTYPE) if out is None else out
+        self._read_moments(indices, moments)
+        if self._known_labels is None:
+            return moments, self._read_labels(indices)
+        return moments, self._known_labels[indices]
+
+    @abstractmethod
+    def _stored(self, index: int) -> NDArray[Any]:
+        """What is stored of a sample: [V, C, H, W], or [V, 2C, H, W] where stds follow the means."""
+
+    @abstractmethod
+    def _where(self, index: int) -> str:
+        """The file a sample lies in, and where in the file."""
+
+    def _read_labels(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Labels int64 [B] of samples, for a format that doesn't know them all from the start."""
+        raise NotImplementedError
+
+    def _scale_of(self, stored: Normalization) -> float:
+        """The factor in latents whose statistics as they are stored these are, where none is given."""
+        return 1.0
+
+    _scale_origin: ClassVar[str] = "as the format has it"
+    """How the factor is known where none is given."""
+
+    def _pixel_range(self, measured: Normalization) -> PixelRange:
+        """What black and white were to the encoder."""
+        return SIGNED
+
+    def _describe(
+        self,
+        num_samples: int,
+        options: Options,
+        *,
+        num_classes: int,
+        posterior_noise: bool = False,
+        normalization: Normalization | None = None,
+        source: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Set `manifest`, from the shape of the first sample and the statistics of a few.
+
+        `normalization` are constants that come with the data, for latents as they are stored; "auto" takes them.
+        """
+        first = self._stored(0)
+        variants, planes, height, width = self._stored_shape = first.shape
+        if 0 in first.shape or (posterior_noise and planes % 2):
+            wanted = "means and stds, [2C, H, W]" if posterior_noise else "[C, H, W]"
+            raise self._error(0, f"has shape {first.shape[1:]}, not that of {wanted}")
+        channels = planes // 2 if posterior_noise else planes
+        sample = np.unique(np.linspace(0, num_samples - 1, min(num_samples, STATISTICS_SAMPLES)).astype(np.int64))
+        record_shape = (variants, 2 * channels, height, width)
+        self.scale = options.scale or 1.0
+        measured = self._measure(sample, record_shape)
+        if options.scale is None and (scale := self._scale_of(measured)) != 1:
+            self.scale = scale
+            measured = self._measure(sample, record_shape)
+        whole = len(sample) == num_samples
+        self.manifest = DatasetInfo(
+            channels=channels,
+            height=height,
+            width=width,
+            num_classes=num_classes,
+            variants=ORIGINAL if variants == 1 else ORIGINAL_AND_FLIPPED,
+            source={
+                "format": self.format,
+                "scale": self.scale,
+                "scale_origin": self._scale_origin if options.scale is None else "given",
+                "statistics": "of every sample" if whole else f"of {len(sample)} samples, evenly spread",
+                **(source or {}),
+            },
+            decoder={"kind": DECODER_KIND, "vae": None, "range": list(self._pixel_range(measured))},
+            num_samples=num_samples,
+            posterior_noise=posterior_noise,
+            normalization=self._choose(options.normalization, measured, normalization),
+            statistics=measured,
+        )
+
+    def _measure(self, sample: NDArray[np.int64], record_shape: tuple[int, ...]) -> Normalization:
+        """Statistics of these samples, whose contents are kept in mind for `digest`."""
+        statistics, digest = ChannelStatistics(record_shape[1] // 2), hashlib.sha256()
+        for start in range(0, len(sample), _STATISTICS_BATCH):
+            indices = sample[start : start + _STATISTICS_BATCH]
+            moments = np.empty((len(indices), *record_shape), VALUE_DTYPE)
+            self._read_moments(indices, moments)
+            statistics.add(moments)
+            digest.update(moments.data)
+        self._sampled = sample, digest.digest()
+        return Normalization(*statistics.result())
+
+    def _choose(self, mode: NormalizationMode, measured: Normalization, own: Normalization | None) -> Normalization:
+        if mode != "auto" or own is None:
+            try:
+                return choose_normalization(mode, measured)
+            except DataError as error:
+                raise DataError(f"{self.path}: {error}") from None
+        constants = Normalization(*(tuple(v / self.scale for v in values) for values in (own.mean, own.std)))
+        if not suits(constants, measured):
+            raise DataError(
+                f"{self.path}: the constants that come with the latents ({own}) don't suit them (measured: "
+                f"{measured}): replace the file that holds them, or choose normalization measured"
+            )
+        return constants
+
+    def _read_moments(self, indices: NDArray[np.int64], moments: NDArray[np.float16]) -> None:
+        def fill(rows: slice) -> None:
+            with np.errstate(over="ignore", invalid="ignore"):
+                for record, index in zip(moments[rows], indices[rows].tolist(), strict=True):
+                    try:
+                        self._fill(record, index)
+                    except DataError as error:
+                        raise self._of_record(error, index) from error
+
+        self._in_threads(fill, len(indices))
+        defect = find_defect(moments)
+        if defect:
+            row, what = defect
+            beyond = "infinite" in what and np.isfinite(self._stored(int(indices[row]))).all()
+            raise self._error(int(indices[row]), "holds a value beyond fp16's 65504" if beyond else what)
+
+    def _fill(self, record: NDArray[np.float16], index: int) -> None:
+        """One record fp16 [V, 2C, H, W] from what is stored of a sample."""
+        values = self._stored(index)
+        if values.shape != self._stored_shape:
+            raise self._error(index, f"has shape {values.shape[1:]}, the first sample {self._stored_shape[1:]}")
+        values = values.astype(np.result_type(values.dtype, np.float32))
+        if self.scale != 1:
+            values /= self.scale
+        planes = values.shape[1]
+        if values.dtype == np.float32:  # torch's cast is several times faster than numpy's, and rounds the same
+            torch.from_numpy(record[:, :planes]).copy_(torch.from_numpy(values))
+        else:
+            record[:, :planes] = values
+        record[:, planes:] = 0
+
+    def _in_threads(self, function: Callable[[slice], None], count: int) -> None:
+        """Call `function` for parts of 0 .. count - 1; of several errors, the first part's is raised."""
+        step = max(_LEAST_PER_THREAD, -(-count // _THREADS))
+        parts = [slice(start, min(start + step, count)) for start in range(0, count, step)]
+        if len(parts) == 1:
+            function(parts[0])
+            return
+        futures = [self._threads.submit(function, part) for part in parts]
+        wait(futures)
+        for future in futures:
+            future.result()
+
+    def _error(self, index: int, what: str) -> RecordError:
+        message = f"{self._where(index)} (sample {index}) {what}: mend or remove it"
+        return RecordError(message, sample=index, file=self._where(index), offset=None, reason=what)
+
+    def _of_record(self, error: DataError, index: int) -> RecordError:
+        """What was found wrong while a sample was read, as an error of that sample."""
+        if isinstance(error, RecordError):
+            return error
+        message = f"{error} (sample {index})"
+        return RecordError(message, sample=index, file=self._where(index), offset=None, reason=str(error))
+
+
+def count_classes(path: Path, labels: NDArray[np.int64], given: int | None) -> int:
+    """One more than the highest label, or what is given; DataError for a label outside."""
+    lowest, highest = int(labels.min()), int(labels.max())
+    num_classes = highest + 1 if given is None else given
+    if lowest < 0 or highest >= num_classes:
+        outside = lowest if lowest < 0 else highest
+        raise DataError(
+            f"{path}: sample {int(np.argmax(labels == outside))} has label {outside}, outside 0 .. {num_classes - 1}: "
+            "mend the label" + ("" if given is None else " or raise num_classes")
+        )
+    return num_classes

@@ -1,0 +1,186 @@
+"""EDM2's and REPA's latents: a .npy file of posterior mean and std for each image, labels in dataset.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import weakref
+import zipfile
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdit.core.errors import DataError
+from mpdit.core.zips import ZIP_DAMAGE, open_zip
+from mpdit.data.files import close_all
+from mpdit.data.manifest import Normalization
+from mpdit.data.readers.base import ForeignLatents, Options, count_classes
+from mpdit.data.readers.npy import parse_npy, read_file
+from mpdit.data.records import crc32
+from mpdit.model.vae import SIGNED, UNIT, PixelRange
+
+LABELS_NAME = "dataset.json"
+
+# How bright (mean of RGB, -1..1) Stable Diffusion's decoder shows each channel: mpdit/diffusion/images.py's linear fit.
+_BRIGHTNESS = 0.18215 * np.array((0.2377, 0.2153, 0.0983, -0.3093))
+_BRIGHT = 0.25
+_LOCAL_HEADER_BYTES = 30  # of a zip's member, before its name: PKWARE's APPNOTE 4.3.7
+
+
+def find_edm2(path: Path) -> Path | None:
+    """The folder or zip file in `path`, or itself, that holds dataset.json; None without one."""
+    for candidate in (path, path / "vae-sd"):
+        if (candidate / LABELS_NAME).is_file():
+            return candidate
+    return path if path.suffix.lower() == ".zip" and path.is_file() else None
+
+
+class EDM2Latents(ForeignLatents):
+    """Posterior means and stds, floats [2C, H, W], in the .npy files that dataset.json lists, in a folder or a zip.
+
+    Samples are in the order of dataset.json, {"labels": [["00000/img-mean-std-00000000.npy", 5], ...]}, which must
+    list every .npy file that is there and no other. A zip's members are stored, not compressed, as EDM2's dataset_tool
+    writes them; each is checked against the zip's CRC-32. For 1.28 million images on a local
+    disk, opening takes about 10 s (a folder) or 30 s (a zip).
+
+    EDM2 encodes pixels in 0..1 and REPA, in the same files, pixels in -1..1. Nothing there says which, so the range is
+    taken from the brightness of the mean latent: in units of -1..1, photographs in 0..1 average near 0.5 (EDM2's
+    constants decode to 0.50), photographs in -1..1 near 0. It matters for decoding only.
+    """
+
+    format: ClassVar[str] = "EDM2"
+
+    def __init__(self, path: Path, options: Options) -> None:
+        super().__init__(path)
+        self._files: _Folder | _Zip = _Zip(path) if path.is_file() else _Folder(path)
+        listed = _parse_labels(path, self._files.read(LABELS_NAME))
+        _check_names(path, [name for name, _ in listed], self._files.npy_names())
+        self._names = np.array([os.fsencode(name) for name, _ in listed])  # of fixed width: far smaller than str
+        self._known_labels = np.array([label for _, label in listed], np.int64)
+        num_classes = count_classes(path / LABELS_NAME, self._known_labels, options.num_classes)
+        self._describe(len(listed), options, num_classes=num_classes, posterior_noise=True)
+
+    def close(self) -> None:
+        super().close()
+        self._files.close()
+
+    def _stored(self, index: int) -> NDArray[Any]:
+        values = parse_npy(self._files.read(os.fsdecode(self._names[index])), self._where(index))
+        if values.ndim == 4 and len(values) == 1:
+            values = values[0]
+        if values.ndim != 3 or values.dtype.kind != "f":
+            raise self._error(index, f"holds {values.dtype} {list(values.shape)}, not floats [2C, H, W]")
+        return values[None]
+
+    def _where(self, index: int) -> str:
+        return str(self.path / os.fsdecode(self._names[index]))
+
+    def _pixel_range(self, measured: Normalization) -> PixelRange:
+        if len(measured.mean) != len(_BRIGHTNESS):
+            return SIGNED
+        return UNIT if float(_BRIGHTNESS @ np.array(measured.mean)) > _BRIGHT else SIGNED
+
+
+class _Folder:
+    """Files by their names relative to a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def npy_names(self) -> set[str]:
+        inside = len(os.path.join(self._path, ""))
+        walk = os.walk(self._path)
+        return {os.path.join(at, name)[inside:] for at, _, names in walk for name in names if _is_npy(name)}
+
+    def read(self, name: str) -> bytes:
+        return read_file(os.path.join(self._path, name))
+
+    def close(self) -> None:
+        """Nothing stays open."""
+
+
+class _Zip:
+    """The stored members of a zip, found by name and read at their positions, from several threads."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            with open_zip(path) as archive:
+                members = sorted((os.fsencode(m.filename), m) for m in archive.infolist() if not m.is_dir())
+        except (OSError, *ZIP_DAMAGE) as error:
+            raise DataError(f"{path} can't be read as a zip ({error}): copy or write it again") from error
+        compressed = [member.filename for _, member in members if member.compress_type != zipfile.ZIP_STORED]
+        if compressed:
+            raise DataError(f"{path}: {compressed[0]} is compressed: write the zip with stored members, as EDM2 does")
+        self._names = np.array([name for name, _ in members] or [b""])
+        self._table = np.array([(m.header_offset, m.compress_size, m.CRC) for _, m in members], np.int64).reshape(-1, 3)
+        self._descriptors = [os.open(path, os.O_RDONLY | os.O_CLOEXEC)]
+        self._closer = weakref.finalize(self, close_all, self._descriptors)
+
+    def npy_names(self) -> set[str]:
+        return {name for name in map(os.fsdecode, self._names.tolist()) if _is_npy(name)}
+
+    def read(self, name: str) -> bytes:
+        row = int(np.searchsorted(self._names, os.fsencode(name)))
+        if row >= len(self._table) or self._names[row] != os.fsencode(name):
+            raise DataError(f"{self._path} holds no {name}: give a zip as EDM2's dataset_tool.py encode writes it")
+        offset, size, checksum = self._table[row].tolist()
+        header = self._pread(_LOCAL_HEADER_BYTES, offset)
+        skip = sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))  # its name and extra field
+        content = self._pread(size, offset + _LOCAL_HEADER_BYTES + skip)
+        if len(content) != size or crc32(content) != checksum:
+            raise DataError(f"{self._path}: {name} does not match the zip's CRC-32 {checksum:08x}: copy the zip again")
+        return content
+
+    def close(self) -> None:
+        self._closer()
+
+    def _pread(self, size: int, offset: int) -> bytes:
+        try:
+            return os.pread(self._descriptors[0], size, offset)
+        except OSError as error:
+            raise DataError(f"can't read {self._path} ({error.strerror}): copy it again") from error
+
+
+def _is_npy(name: str) -> bool:
+    return name.endswith(".npy") and not os.path.basename(name).startswith(".")
+
+
+def _parse_labels(path: Path, content: bytes) -> list[tuple[str, int]]:
+    """(name, label) of each sample that dataset.json lists."""
+    where = path / LABELS_NAME
+    try:
+        rows = json.loads(content)["labels"]
+    except (ValueError, RecursionError, TypeError, KeyError) as error:
+        wanted = '{"labels": [[name, class], ...]}'
+        raise DataError(f"{where} can't be parsed ({error!r:.80}): expected {wanted}") from None
+    if not isinstance(rows, list) or not rows:
+        raise DataError(f"{where} lists no labels ({rows!r:.40}): encode images that have classes")
+    for row in rows:
+        match row:
+            case [str(), bool()]:
+                pass
+            case [str(), int(label)] if -(1 << 31) <= label < 1 << 31:
+                continue
+        raise DataError(f"{where}: entry {row!r:.80} is not [name, class] with a whole number for the class: mend it")
+    if not any(_is_npy(name) for name, _ in rows):
+        raise DataError(f"{path} holds images ({rows[0][0]!r:.80}), not latents: encode them with `mpdit extract`")
+    return [(name, label) for name, label in rows]
+
+
+def _check_names(path: Path, listed: list[str], present: set[str]) -> None:
+    """DataError, naming the first, unless the same names are listed and present."""
+    names = set(listed)
+    if len(names) != len(listed):
+        seen: set[str] = set()
+        twice = next(name for name in listed if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise DataError(f"{path / LABELS_NAME} lists {twice} twice: mend it")
+    if missing := names - present:
+        raise DataError(f"{path} lacks {min(missing)!r:.200} and {len(missing) - 1} more that {LABELS_NAME} lists")
+    if extra := present - names:
+        raise DataError(
+            f"{path} holds {min(extra)!r:.200} and {len(extra) - 1} more .npy files that {LABELS_NAME} doesn't list: "
+            "list or remove them"
+        )

@@ -1,0 +1,174 @@
+"""From latents to pictures: decoding, labelled grids, PNG files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from mpdit.core.errors import DataError
+from mpdit.data.digits import decode_digits
+
+# Linear fit of Stable Diffusion's decoder, one row per latent channel, RGB in -1..1 from latents times 0.18215:
+# https://discuss.huggingface.co/t/decoding-latents-to-rgb-without-upscaling/23204 (fitted to v1.4).
+_SD_SCALE = 0.18215
+_SD_TO_RGB = (
+    (0.298, 0.207, 0.208),
+    (0.187, 0.286, 0.173),
+    (-0.158, 0.189, 0.264),
+    (-0.184, -0.271, -0.473),
+)
+
+_VISIBLE_SIDE = 64  # pixels below which an image is enlarged
+_GAP = 4
+_MAX_CLASS_COLUMNS = 16
+_PAPER, _INK = (255, 255, 255), (64, 64, 64)
+
+
+def denormalize(latents: Tensor, data: Mapping[str, Any]) -> Tensor:
+    """Undo the per-channel normalisation of training: fp32 [B, C, H, W] -> fp32 [B, C, H, W] as the encoder made them.
+
+    `data` is the "data" entry of a weight file's metadata. DataError when its statistics don't fit the channels.
+    """
+    normalization = data.get("normalization") or {"mean": [], "std": []}
+    mean, std = (torch.tensor(normalization[name], dtype=torch.float32) for name in ("mean", "std"))
+    if latents.ndim != 4 or mean.shape != (latents.shape[1],) or std.shape != mean.shape:
+        raise DataError(
+            f"latents of shape {tuple(latents.shape)} don't fit a normalization with {mean.numel()} means and "
+            f"{std.numel()} stds: give [B, C, H, W] with one mean and one std per channel"
+        )
+    column = (1, -1, 1, 1)
+    return latents.float() * std.view(column).to(latents.device) + mean.view(column).to(latents.device)
+
+
+def decode(latents: Tensor, data: Mapping[str, Any]) -> NDArray[np.uint8]:
+    """Pictures of normalised latents [B, C, H, W], as the sampler returns them.
+
+    Digits are decoded exactly: uint8 [B, 32, 32], grey. Other latents get a preview at latent resolution that needs
+    no decoder: uint8 RGB [B, H, W, 3] for the 4 channels of Stable Diffusion's VAE (a linear fit of its decoder, good
+    for composition and colour, not for detail), grey uint8 [B, H, W] of the mean over channels otherwise.
+    """
+    raw = denormalize(latents, data)
+    if data.get("kind") == "digits":
+        return _to_uint8(decode_digits(raw))
+    if raw.shape[1] == len(_SD_TO_RGB):
+        rgb = torch.einsum("bchw,cr->bhwr", raw * _SD_SCALE, torch.tensor(_SD_TO_RGB, device=raw.device))
+        return _to_uint8(rgb / 2 + 0.5)
+    return _to_uint8(latents.float().mean(1) / 4 + 0.5)  # normalised latents: two standard deviations either side
+
+
+def _to_uint8(images: Tensor) -> NDArray[np.uint8]:
+    """0..1 -> 0..255, rounded; a diverged model's NaN shows as black."""
+    scaled = images.detach().cpu().nan_to_num(0.0).clamp(0, 1) * 255
+    return scaled.round().to(torch.uint8).numpy()
+
+
+def grid(
+    images: NDArray[np.uint8],
+    columns: int | None = None,
+    *,
+    classes: Sequence[int] | None = None,
+    class_names: Sequence[str] | None = None,
+    scale: int | None = None,
+) -> Image.Image:
+    """One picture of many: uint8 [B, H, W] or [B, H, W, 3], row by row, enlarged by a whole factor with hard pixels.
+
+    With `classes` given, columns (or rows) that hold one class each are labelled with its name. `columns` defaults to
+    one per class when a few classes repeat, and to a square otherwise; `scale` to the least that shows 64 pixels.
+    DataError for an empty or misshapen batch.
+    """
+    if images.ndim not in (3, 4) or images.size == 0 or (images.ndim == 4 and images.shape[3] != 3):
+        raise DataError(f"images have shape {images.shape}: give at least one, as [B, H, W] or [B, H, W, 3]")
+    labels = None if classes is None else [int(label) for label in classes]
+    if labels is not None and len(labels) != len(images):
+        raise DataError(f"{len(labels)} classes for {len(images)} images: give one class per image")
+    columns = min(columns or _columns(len(images), labels), len(images))
+    scale = scale or math.ceil(_VISIBLE_SIDE / min(images.shape[1:3]))
+    tiles = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    font = ImageFont.load_default(max(12, min(tiles.shape[1:3]) // 5))
+    above, left = _labels(labels, columns, class_names)
+    return _draw(tiles, columns, above, left, font)
+
+
+def save_sample_grid(
+    path: str | Path,
+    latents: Tensor,
+    data: Mapping[str, Any],
+    columns: int | None = None,
+    classes: Sequence[int] | Tensor | None = None,
+) -> None:
+    """Decode normalised latents [B, C, H, W] and write their grid as a PNG; folders are made where missing."""
+    labels = classes.tolist() if isinstance(classes, Tensor) else classes
+    picture = grid(decode(latents, data), columns, classes=labels, class_names=data.get("class_names"))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, format="PNG")
+
+
+def _columns(count: int, labels: list[int] | None) -> int:
+    if labels is not None:
+        distinct = len(set(labels))
+        if 1 < distinct <= _MAX_CLASS_COLUMNS and labels == [labels[i % distinct] for i in range(count)]:
+            return distinct
+    return math.ceil(math.sqrt(count))
+
+
+def _labels(
+    labels: list[int] | None, columns: int, names: Sequence[str] | None
+) -> tuple[list[str] | None, list[str] | None]:
+    """Texts above the columns or left of the rows, whichever hold one class each; columns go first."""
+    if labels is None:
+        return None, None
+    down = [labels[column::columns] for column in range(columns)]
+    across = [labels[start : start + columns] for start in range(0, len(labels), columns)]
+    if all(len(set(column)) == 1 for column in down):
+        return [_name(column[0], names) for column in down], None
+    if all(len(set(row)) == 1 for row in across):
+        return None, [_name(row[0], names) for row in across]
+    return None, None
+
+
+def _name(label: int, names: Sequence[str] | None) -> str:
+    return names[label] if names and label < len(names) else str(label)
+
+
+def _draw(
+    tiles: NDArray[np.uint8],
+    columns: int,
+    above: list[str] | None,
+    left: list[str] | None,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+) -> Image.Image:
+    height, width = tiles.shape[1:3]
+    rows = math.ceil(len(tiles) / columns)
+    line = int(font.getbbox("Ag")[3])
+    top = _GAP + (line + _GAP if above else 0)
+    margin = _GAP + (int(max(font.getlength(text) for text in left)) + 2 * _GAP if left else 0)
+    picture = Image.new("RGB", (margin + columns * (width + _GAP), top + rows * (height + _GAP)), _PAPER)
+    for index, tile in enumerate(tiles):
+        row, column = divmod(index, columns)
+        picture.paste(Image.fromarray(tile), (margin + column * (width + _GAP), top + row * (height + _GAP)))
+    pen = ImageDraw.Draw(picture)
+    for column, text in enumerate(above or ()):
+        centre = margin + column * (width + _GAP) + width // 2
+        pen.text((centre, top - _GAP), _fit(text, width, font), _INK, font, anchor="ms")
+    for row, text in enumerate(left or ()):
+        middle = top + row * (height + _GAP) + height // 2
+        pen.text((margin - 2 * _GAP, middle), text, _INK, font, anchor="rm")
+    return picture
+
+
+def _fit(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """The text, shortened until it is no wider than its column."""
+    shown = text
+    while len(text) > 1 and font.getlength(shown) > width:
+        text = text[:-1]
+        shown = text + "…"
+    return shown

@@ -1,0 +1,132 @@
+"""The model as a sampler runs it: in a precision, and on a GPU from CUDA graphs."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from mpdit.core.errors import ConfigError
+from mpdit.diffusion.cuda_graph import Capture, Graphed
+from mpdit.model.mpdit import MPDiT
+
+Precision = Literal["fp32", "tf32", "bf16"]
+
+
+def choose_precision(name: str, device: torch.device) -> Precision:
+    """The precision that `name` means on this device: "auto" is bf16 on a GPU, as models are trained, else fp32.
+
+    ConfigError for an unknown name, for tf32 off a GPU, and for bf16 on a GPU without it.
+    """
+    gpu = device.type == "cuda"
+    if name == "auto":
+        return "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if name not in get_args(Precision):
+        raise ConfigError(f"precision is {name!r}: choose one of auto, {', '.join(get_args(Precision))}")
+    if name == "tf32" and not gpu:
+        raise ConfigError(f"precision tf32 needs a GPU and the device is {device}: choose fp32 or bf16")
+    if name == "bf16" and gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError("precision bf16 needs a GPU of compute capability 8.0 or higher: choose fp32")
+    return name  # type: ignore[return-value]  # checked against it above
+
+
+@contextlib.contextmanager
+def computing(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Products in this precision and the same bits every time: fp32 without TF32, TF32, or autocast to bf16.
+
+    The autocast keeps no casts: those made outside a graph would be freed under it.
+    """
+    matmul, tf32 = torch.backends.cuda.matmul, precision == "tf32"
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = tf32
+    try:
+        with (
+            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32),
+            torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False),
+        ):
+            yield
+    finally:
+        matmul.allow_tf32 = before
+
+
+class SamplingModel(nn.Module):
+    """A model that `sample` can be given in place of the MPDiT it holds; results are those of the MPDiT to rounding.
+
+    precision: what products are computed in, whatever autocast is on outside. For bf16 it holds a copy whose blocks'
+    weights are in bf16, so that they aren't cast in every call.
+    graphed: replay CUDA graphs, one for each shape: so one for guided steps and one for those outside the interval.
+    strict, capture: as in mpdit.diffusion.cuda_graph.Graphed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        precision: Precision = "fp32",
+        *,
+        graphed: bool = False,
+        strict: bool = False,
+        capture: Capture | None = None,
+    ) -> None:
+        super().__init__()
+        self.precision = precision
+        self.config: Any = model.config
+        self.inner: Any = _in_bf16(model) if precision == "bf16" and isinstance(model, MPDiT) else model
+        self._graphs = Graphed(self._compute, capture, strict=strict) if graphed else None
+
+    @property
+    def graphed(self) -> bool:
+        """Whether graphs are replayed: False too once a capture has failed."""
+        return self._graphs is not None and not self._graphs.broken
+
+    def prepare_time(self, t: Tensor) -> Tensor:
+        """As MPDiT.prepare_time."""
+        with computing(self.precision, t.device):
+            return self.inner.prepare_time(t)
+
+    def velocity(self, x: Tensor, state: Tensor, y: Tensor) -> Tensor:
+        """As MPDiT.velocity of latents of one size."""
+        return self._compute(x, state, y) if self._graphs is None else self._graphs(x, state, y)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """As MPDiT's of latents of one size."""
+        return self.velocity(x, self.prepare_time(t), y)
+
+    def _compute(self, x: Tensor, state: Tensor, y: Tensor) -> Tensor:
+        with computing(self.precision, x.device):
+            return self.inner.velocity(x, state, y)
+
+
+def for_sampling(model: Any, precision: str = "fp32", graphed: bool | None = None) -> Any:
+    """The model as it is sampled from on its device: itself where that changes nothing, else a SamplingModel.
+
+    precision as in choose_precision. graphed: None is yes on a GPU, where graphs can be captured. Callables that
+    prepare no times as an MPDiT does stay as they are, in fp32. ConfigError for a precision or graphs that the device
+    can't have.
+    """
+    if isinstance(model, SamplingModel):
+        return model
+    device = next(model.parameters()).device
+    chosen = choose_precision(precision, device)
+    gpu = device.type == "cuda"
+    if graphed and not gpu:
+        raise ConfigError(f"CUDA graphs need a GPU and the device is {device}: leave them off")
+    if not hasattr(model, "prepare_time"):
+        if chosen != "fp32":
+            raise ConfigError(f"precision {chosen} needs an MPDiT, and this is a {type(model).__name__}: choose fp32")
+        return model
+    if not gpu and chosen == "fp32":
+        return model
+    return SamplingModel(model, chosen, graphed=gpu and graphed is not False, strict=graphed is True)
+
+
+def _in_bf16(model: MPDiT) -> MPDiT:
+    """A copy with the weights in bf16 that autocast would cast to it in every block."""
+    model = copy.deepcopy(model)
+    for block in (block for stage in model.stages for block in stage.blocks):
+        block.attention.to(torch.bfloat16)
+        block.mlp.to(torch.bfloat16)
+    return model

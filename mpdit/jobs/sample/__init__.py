@@ -1,0 +1,8 @@
+"""Sample sets: many images drawn by any number of processes, into a folder that is continued where it was."""
+
+from __future__ import annotations
+
+from mpdit.jobs.sample.draw import DrawOptions, DrawReport, draw
+from mpdit.jobs.sample.labels import Labels
+
+__all__ = ["DrawOptions", "DrawReport", "Labels", "draw"]

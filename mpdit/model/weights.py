@@ -1,0 +1,213 @@
+"""Weights as people exchange them: a folder with model.safetensors and config.json. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mpdit.core.errors import CheckpointError, ConfigError
+from mpdit.core.files import sync_to_disk
+from mpdit.core.tensor_file import digest_of, write_tensors
+from mpdit.core.zips import find_damaged, is_zip
+from mpdit.model.config import ModelConfig
+from mpdit.model.meta import meta_model
+from mpdit.model.mpdit import MPDiT
+
+FORMAT = "mpdit-weights-1"
+_LARGEST = 1e30  # of constants of latents; what is larger is damaged
+
+
+def save_weights(
+    folder: str | Path, state_dict: Mapping[str, Tensor], config: ModelConfig, metadata: Mapping[str, Any]
+) -> None:
+    """Write model.safetensors and config.json into `folder`, each complete or not at all, the weights first.
+
+    Args:
+        folder: made if missing; files of the same names are replaced.
+        state_dict: parameters by name, as MPDiT.state_dict() gives them; any device, kept in their dtype.
+        config: the model's configuration.
+        metadata: JSON values kept beside it: "data" (how samples are decoded), "training" (where they come from).
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
+    description = describe(config, metadata)
+    weights_tmp, config_tmp = folder / ".model.safetensors.tmp", folder / ".config.json.tmp"
+    try:
+        write_tensors(weights_tmp, tensors, {"format": "pt", "sha256": digest_of(tensors)})
+    except OSError as error:
+        weights_tmp.unlink(missing_ok=True)
+        raise CheckpointError(f"{folder / 'model.safetensors'} can't be written: {error.strerror}") from error
+    config_tmp.write_text(json.dumps(description, indent=2) + "\n")
+    for tmp, name in ((weights_tmp, "model.safetensors"), (config_tmp, "config.json")):
+        sync_to_disk(tmp)
+        os.replace(tmp, folder / name)
+
+
+def describe(config: ModelConfig, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json holds; `parse_description` reads it."""
+    return {"format": FORMAT, "model": config.to_dict(), **metadata}
+
+
+def parse_description(description: Any, where: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model's configuration and the metadata of a `describe`; CheckpointError, naming `where`, if it is none."""
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise CheckpointError(f'{where} is not a description of mpdit weights: expected "format": "{FORMAT}"')
+    if not isinstance(description.get("model"), dict):
+        raise CheckpointError(f'{where} lacks the model\'s configuration under "model"')
+    config = ModelConfig.from_dict(description["model"])
+    _check_metadata(where, description, config.channels)
+    metadata = {name: value for name, value in description.items() if name not in ("format", "model")}
+    return config, metadata
+
+
+def check_flow(metadata: Mapping[str, Any]) -> None:
+    """ConfigError if the weights that this metadata, as `load_weights` returns it, belongs to predict no velocity."""
+    training = metadata.get("training")
+    if isinstance(training, Mapping) and training.get("objective") == "noise":
+        raise ConfigError(
+            "these weights predict noise, as DiT's were trained: they can be fine-tuned with --init-from, not sampled"
+        )
+
+
+def check_values(tensors: Mapping[str, Tensor], where: str | Path) -> None:
+    """CheckpointError, naming `where` and the first such tensor, unless all are plain, real and finite."""
+    for name, value in tensors.items():
+        plain = value.layout == torch.strided and not value.is_quantized and not value.is_meta
+        # A view that repeats its values may claim to be of any size.
+        if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise CheckpointError(f"{where} holds {name} as a view or a tensor of another layout: save plain tensors")
+        if not value.is_floating_point() or value.element_size() < 2:
+            raise CheckpointError(f"{where} holds {name} of {value.dtype}: weights are fp16, bf16, fp32 or fp64")
+        if not value.sum().isfinite() and not value.isfinite().all():  # a sum is quicker, but may overflow
+            raise CheckpointError(f"{where} holds NaN or infinity in {name}: give weights of a sound run")
+
+
+def load_tensors(path: str | Path) -> Any:
+    """What a file of torch.save holds, on the CPU, tensors read as they are used.
+
+    Nothing but tensors, plain containers and argparse.Namespace (the "args" of the official codes) is unpickled.
+    CheckpointError for a file that is none, is damaged or holds anything else. Torch's own words are not passed on:
+    they advise to unpickle whatever it is.
+    """
+    try:
+        zipped = is_zip(path)
+        if zipped and (damaged := find_damaged(path)):  # torch compares no checksums
+            raise CheckpointError(f"{path} is damaged: {damaged} does not have its CRC-32; copy or save it again")
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # whatever torch finds odd: it is read, or refused below
+            return torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=zipped)
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # an unpickler that is fed foreign bytes raises almost anything
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused:
+            raise CheckpointError(
+                f"{path} holds a {refused[1]}, not tensors, plain containers and argparse.Namespace alone: it was not "
+                "unpickled, as that could run any code; have its maker save the state dict alone"
+            ) from error
+        raise CheckpointError(f"{path} is no checkpoint of tensors, or is truncated or damaged") from error
+
+
+def load_weights(path: str | Path) -> tuple[MPDiT, dict[str, Any]]:
+    """The model of a weights folder, of a run's folder (its EMA) or of a .safetensors file with its config.json beside.
+
+    Returns:
+        The model in evaluation mode on the CPU, and config.json without the model's part.
+
+    Raises:
+        CheckpointError: nothing there, or a file that is damaged, not finite, of another format, or not of this model.
+    """
+    config, tensors, metadata = read_weights(path)
+    model = MPDiT(config)
+    model.load_state_dict(tensors)
+    return model.eval(), metadata
+
+
+def read_weights(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any]]:
+    """As `load_weights`, with the same errors: the model's configuration and tensors, before any model is built."""
+    folder = weights_folder(Path(path))
+    config, metadata = parse_description(_read_json(folder / "config.json"), folder / "config.json")
+    weights = folder / "model.safetensors"
+    try:
+        with safe_open(weights, "pt") as file:
+            stated = (file.metadata() or {}).get("sha256")
+        tensors = load_file(weights)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{weights} can't be read as safetensors: {error}; export the weights again") from error
+    # Before memory is asked for, whatever config.json says.
+    expected = {name: value.shape for name, value in meta_model(config).state_dict().items()}
+    found = {name: value.shape for name, value in tensors.items()}
+    if expected != found:
+        name = min(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+        raise CheckpointError(
+            f"{weights} does not fit {folder / 'config.json'}: {name} has shape "
+            f"{_shape(found.get(name))}, expected {_shape(expected.get(name))}"
+        )
+    if stated not in (None, digest_of(tensors)):  # files that others wrote state none
+        raise CheckpointError(f"{weights} does not match the SHA-256 in its header: it was altered; export it again")
+    check_values(tensors, weights)
+    return config, tensors, metadata
+
+
+def weights_folder(path: Path) -> Path:
+    """The folder that holds model.safetensors and config.json; CheckpointError, naming what was looked for, if none."""
+    if path.suffix == ".safetensors" and path.is_file():
+        if path.name != "model.safetensors":
+            raise CheckpointError(f"{path} must be named model.safetensors, with its config.json beside it")
+        return path.parent
+    for folder in (path, path / "ema"):
+        if (folder / "model.safetensors").is_file():
+            return folder
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} does not exist: give a run's folder, a weights folder or a model.safetensors file"
+        )
+    raise CheckpointError(f"{path} holds no weights: expected {path}/model.safetensors or {path}/ema/model.safetensors")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} can't be read as JSON: {error}") from error
+
+
+def _check_metadata(where: str | Path, description: Mapping[str, Any], channels: int) -> None:
+    """What samples are decoded by, and where weights come from, must have the form that `save_weights` was given."""
+    if not isinstance(description.get("training") or {}, dict):
+        raise CheckpointError(f'{where} has no valid "training": expected an object')
+    data = description.get("data", {})
+    valid = isinstance(data, dict) and isinstance(data.get("decoder") or {}, dict)
+    if valid and (normalization := data.get("normalization", {})) != {}:
+        valid = isinstance(normalization, dict) and normalization.keys() == {"mean", "std"}
+        valid = valid and all(_numbers(values, channels) for values in normalization.values())
+        valid = valid and min(normalization["std"]) > 0
+    if not valid:
+        raise CheckpointError(
+            f'{where} has no valid "data": expected an object with "normalization" {{"mean", "std"}}, finite numbers '
+            f"of {channels} channels each, std above 0"
+        )
+
+
+def _numbers(values: Any, count: int) -> bool:
+    """Whether these are so many finite numbers."""
+    kinds = isinstance(values, list) and all(type(value) in (int, float) for value in values)
+    return kinds and len(values) == count and all(abs(value) < _LARGEST for value in values)
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "none (missing)" if shape is None else str(tuple(shape))

@@ -1,0 +1,5 @@
+"""What a model and a run cost, before anything is built: FLOP, parameters, memory, time."""
+
+from mpdit.planning.account import Account, account
+
+__all__ = ["Account", "account"]

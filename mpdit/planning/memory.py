@@ -1,0 +1,201 @@
+"""Memory of one GPU while it trains, part by part: what DeepSpeed's ZeRO holds of the state, and what backward needs.
+
+P parameters, N ranks. Weights are fp32 (bf16 is autocast), 4 bytes a number. Held, as measured with DeepSpeed 0.19:
+
+- stage 0: weights 4P, moments 8P, average 4P, and after a backward pass gradients 4P;
+- stages 1 and 2: weights 4P; a master copy, moments and average 4P/N, 8P/N and 4P/N; gradients 4P/N, and as much again
+  when the step flattens them; before that stage 1 holds them whole, 4P, over all micro steps;
+- stage 3: 4P/N of each, weights too, gradients twice, and of the whole weights what is being used.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from mpdit.model.config import ModelConfig
+from mpdit.planning.account import Account, account
+from mpdit.planning.activations import AGAIN, SIZE, STREAM
+from mpdit.planning.parts import image_tokens
+
+WORD = 4
+"""Bytes of a weight, a gradient, a moment and an average."""
+BUCKET = 50_000_000
+"""Numbers of a bucket of gradients or weights in launch/zero1.json, zero2.json and zero3.json."""
+MEMORY_ERROR = 0.15
+"""Most that these sums were off, either way, from peaks measured under PyTorch and DeepSpeed (the tests hold it)."""
+MAX_LIVE = 1_000_000_000
+"""Numbers of whole weights that ZeRO-3 keeps at once, DeepSpeed's default."""
+CONTEXT = 0.9 * 2**30
+"""Bytes of a CUDA context with its libraries' workspaces: outside of PyTorch's allocator, and an assumption."""
+FRAGMENTS = 0.03
+"""Share of what is allocated that the allocator reserves beside it: an assumption."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU at the worst moment of a training step.
+
+    Attributes:
+        parameters: weights, or this rank's part of them.
+        master: ZeRO's own fp32 copy of this rank's part.
+        gradients: that are there at the worst moment.
+        optimizer, ema: moments, average.
+        casts: bf16 copies of weights that autocast makes.
+        activations: what backward needs at that moment, for all images of a micro step.
+        buffers: buckets, ZeRO-3's whole weights, and what one operation needs while it runs.
+        overhead: CUDA context and the allocator's loss.
+    """
+
+    parameters: float
+    master: float
+    gradients: float
+    optimizer: float
+    ema: float
+    casts: float
+    activations: float
+    buffers: float
+    overhead: float = 0.0
+
+    @property
+    def allocated(self) -> float:
+        """What torch.cuda.max_memory_allocated would say."""
+        return sum(vars(self).values()) - self.overhead
+
+    @property
+    def total(self) -> float:
+        return self.allocated + self.overhead
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: round(count) for name, count in vars(self).items()} | {"total": round(self.total)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model is trained, as far as memory goes.
+
+    Attributes:
+        zero: ZeRO stage, 0 to 3.
+        gpus: N.
+        images: of one GPU's micro step.
+        accumulation: micro steps of a step.
+        dtype, kernels, checkpointing: see `activations`.
+        bucket: numbers of a bucket.
+        device: False leaves out what only a GPU takes: context and the allocator's loss.
+    """
+
+    zero: int
+    gpus: int
+    images: int
+    accumulation: int = 1
+    dtype: str = "bf16"
+    kernels: bool = True
+    checkpointing: bool = False
+    bucket: int = BUCKET
+    device: bool = True
+
+
+def each_at_its_most(config: ModelConfig, setting: Setting) -> dict[str, float]:
+    """The most bytes of each part at any moment of a step: more, together, than are ever there at once."""
+    moments = _moments(config, setting)
+    parts = {name: max(getattr(moment, name) for moment in moments) for name in Memory.__dataclass_fields__}
+    return parts | {"overhead": memory(config, setting).overhead}
+
+
+def memory(config: ModelConfig, setting: Setting) -> Memory:
+    """The worst moment's bytes: in backward, where activations fall while gradients rise, or in the step."""
+    worst = max(_moments(config, setting), key=lambda moment: moment.allocated)
+    if not setting.device:
+        return worst
+    return Memory(**{**vars(worst), "overhead": CONTEXT + FRAGMENTS * worst.allocated})
+
+
+def _moments(config: ModelConfig, setting: Setting) -> list[Memory]:
+    found = account(config, 1, setting.dtype, setting.kernels, setting.checkpointing)  # type: ignore[arg-type]
+    return [_in_step(found, setting), *_in_backward(found, setting)]
+
+
+def _state(found: Account, setting: Setting) -> dict[str, float]:
+    whole = WORD * found.params_trainable
+    part = whole / setting.gpus if setting.zero else whole
+    tables = WORD * (found.params_total - found.params_trainable)
+    return {
+        "parameters": (part if setting.zero == 3 else whole) + tables,
+        "master": part if setting.zero else 0.0,
+        "optimizer": 2 * part,
+        "ema": part,
+    }
+
+
+def _in_step(found: Account, setting: Setting) -> Memory:
+    state, part = _state(found, setting), _gradients(found, setting)
+    # Stage 0 flattens a bucket for its reduction; stages 1 to 3 a rank's gradients for the optimiser.
+    flat = part if setting.zero else WORD * min(found.params_trainable, 500_000_000)
+    return Memory(**state, gradients=part, casts=0.0, activations=0.0, buffers=flat + _buckets(found, setting))
+
+
+def _in_backward(found: Account, setting: Setting) -> list[Memory]:
+    """A moment at the start, and after each group of parts has been passed, last one first."""
+    state, gradients = _state(found, setting), _gradients(found, setting)
+    if setting.zero == 1:
+        gradients = WORD * found.params_trainable
+    each = gradients / max(1, found.params_trainable)
+    casts = _casts(found) if setting.dtype == "bf16" else 0.0
+    buffers = _buckets(found, setting) + _work(found.config, setting)
+    held = gradients * (2 if setting.zero == 3 else 1 if setting.accumulation > 1 else 0)
+    rows = [row for row in reversed(found.rows) if row.part.name != AGAIN]
+    again = setting.images * (found.activation_bytes_per_image - sum(row.activation_bytes for row in rows))
+    left = setting.images * sum(row.activation_bytes for row in rows)
+    moments = [Memory(**state, gradients=held, casts=casts, activations=left, buffers=buffers)]
+    for row in rows:
+        # With checkpointing a block is computed again once what follows it has been passed.
+        left -= setting.images * row.activation_bytes
+        if setting.zero != 3 and setting.accumulation == 1:
+            held += each * row.part.params
+        more = again if row.part.stage is None and row.part.name == "final layer" else 0
+        moments.append(Memory(**state, gradients=held, casts=casts, activations=left + more, buffers=buffers))
+    return moments
+
+
+def _gradients(found: Account, setting: Setting) -> float:
+    whole = WORD * found.params_trainable
+    return whole / setting.gpus if setting.zero else whole
+
+
+def _buckets(found: Account, setting: Setting) -> float:
+    size = WORD * min(found.params_trainable, setting.bucket)
+    if setting.zero == 3:  # a bucket, and the whole weights
+        return size + (WORD * min(found.params_trainable, MAX_LIVE) if setting.gpus > 1 else 0.0)
+    return 2 * size if setting.zero and setting.gpus > 1 else 0.0
+
+
+def _casts(found: Account) -> float:
+    """Weights that meet their products in bf16: all but tables, the time embedding and modulations."""
+    kept = ("time embedding", "class embedding", "modulation", "final modulation")
+    return 2.0 * sum(row.part.params for row in found.rows if row.part.name not in kept)
+
+
+def _work(config: ModelConfig, setting: Setting) -> float:
+    """The largest block's gradients on their way: of the MLP's hidden values and of the stream."""
+    size = SIZE[setting.dtype]
+    tokens = max(
+        (config.prefix_tokens + image_tokens(config, stage.patch) for stage in config.stages if stage.blocks), default=0
+    )
+    hidden = int(config.width * config.mlp_ratio)
+    return float(setting.images * tokens * (2 * hidden * size + config.width * (2 * STREAM + size)))
+
+
+def largest_micro_batch(config: ModelConfig, setting: Setting, limit: float, most: int) -> int:
+    """The most images of a micro step, up to `most`, that fit into so many bytes; 0 when not one does."""
+
+    def fits(images: int) -> bool:
+        return memory(config, Setting(**{**vars(setting), "images": images})).total <= limit
+
+    if not fits(1):
+        return 0
+    low, high = 1, 1 << max(0, math.ceil(math.log2(most)))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return min(low, most)
