@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from mpdit.interop.diffusers_folder import save_diffusers
     from mpdit.interop.official import load_official, save_official
     from mpdit.model.config import ModelConfig, StageSpec
-    from mpdit.model.mpdit import MPDiT, create_model
+    from mpdit.model.mpdit import MPDiT, create_model, load_weights
     from mpdit.model.official import from_official, to_official
     from mpdit.model.presets import PRESETS
-    from mpdit.model.weights import load_weights, save_weights
+    from mpdit.model.weights import save_weights
 
 _HOME = {
     "ModelConfig": "mpdit.model.config",
@@ -32,7 +32,7 @@ _HOME = {
     "load_official": "mpdit.interop.official",
     "save_official": "mpdit.interop.official",
     "sample": "mpdit.diffusion.sampling",
-    "load_weights": "mpdit.model.weights",
+    "load_weights": "mpdit.model.mpdit",
     "save_weights": "mpdit.model.weights",
 }
 

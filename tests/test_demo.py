@@ -4,7 +4,7 @@ import pytest
 from training_runs import deepspeed, ds_config, new_folder
 
 from mpdit.jobs.evaluate.digits import evaluate_digits
-from mpdit.model.weights import load_weights
+from mpdit.model.mpdit import load_weights
 
 
 @pytest.mark.slow

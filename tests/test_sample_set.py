@@ -28,7 +28,7 @@ from mpdit.diffusion.images import denormalize
 from mpdit.diffusion.sampler import Sampler
 from mpdit.jobs.evaluate.image_sets import open_images
 from mpdit.jobs.sample import Labels, job
-from mpdit.model.weights import load_weights
+from mpdit.model.mpdit import load_weights
 
 
 @pytest.fixture(scope="module")

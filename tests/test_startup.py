@@ -10,7 +10,6 @@ from variants import VARIANTS
 
 from mpdit.commands import COMMANDS
 from mpdit.data.digits import VERSION, build_digits
-from mpdit.model.meta import meta_model
 from mpdit.model.mpdit import MPDiT
 
 HEAVY = (
@@ -59,7 +58,7 @@ def test_a_step_of_training_and_reading_its_weights_import_only_what_they_use(
 
 def test_a_model_without_values_has_the_names_shapes_and_types_of_one_with_them() -> None:
     for name, config in VARIANTS.items():
-        model, real = meta_model(config), MPDiT(config)
+        model, real = MPDiT.on_meta(config), MPDiT(config)
         found, expected = (
             {name: (value.shape, value.dtype) for name, value in (*m.named_parameters(), *m.named_buffers())}
             for m in (model, real)

@@ -20,10 +20,10 @@ from mpdit.data.latents import PackedLatents
 from mpdit.data.writer import write_packed
 from mpdit.interop.official import save_official
 from mpdit.model.config import ModelConfig
-from mpdit.model.mpdit import MPDiT
+from mpdit.model.mpdit import MPDiT, load_weights
 from mpdit.model.official import to_official
 from mpdit.model.presets import preset
-from mpdit.model.weights import load_weights, save_weights
+from mpdit.model.weights import save_weights
 from mpdit.training.main import main
 from mpdit.training.run import Run, prepare
 

@@ -14,7 +14,7 @@ from training_runs import Finished, new_folder, start, trained
 from mpdit.core.dist_env import World
 from mpdit.data.latents import PackedLatents
 from mpdit.data.order import BatchPlan, GlobalOrder
-from mpdit.model.weights import load_weights
+from mpdit.model.mpdit import load_weights
 from mpdit.training.run import prepare
 
 

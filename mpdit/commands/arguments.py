@@ -108,7 +108,7 @@ def add_gpus(parser: argparse.ArgumentParser) -> None:
 
 def load_model(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The model of `add_weights`' arguments on its device, and its metadata."""
-    from mpdit.model.weights import load_weights
+    from mpdit.model.mpdit import load_weights
 
     device = pick_device(args.device)
     model, metadata = load_weights(args.weights)

@@ -120,7 +120,8 @@ def _convert_model(args: argparse.Namespace, checkpoint: bool, target: str) -> O
     from mpdit.core.files import new_folder
     from mpdit.interop.diffusers_folder import save_diffusers
     from mpdit.interop.official import official_model_name, read_official, save_official
-    from mpdit.model.weights import load_weights, save_weights
+    from mpdit.model.mpdit import load_weights
+    from mpdit.model.weights import save_weights
 
     to_file = target == "official" and args.out.suffix.lower() in (".pt", ".pth")
     if to_file and args.out.exists():

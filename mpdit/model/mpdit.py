@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from mpdit.core.errors import ConfigError
 from mpdit.model.blocks import Block, FinalLayer, Stream
 from mpdit.model.config import ModelConfig
 from mpdit.model.embed import ClassTokens, InputStage, grid_of
-from mpdit.model.hub import Pretrained
 from mpdit.model.layout import Images, Latents, Layout, check_images
 from mpdit.model.presets import preset
+from mpdit.model.pretrained import Pretrained
 from mpdit.model.time import FNOTimeEmbedding, Modulation, SinusoidalTimeEmbedding, TimeEmbedding, module_list, wide
 from mpdit.model.transition import Transition
+from mpdit.model.weights import read_weights
 
 
 class Stage(nn.Module):
@@ -30,7 +32,7 @@ class Stage(nn.Module):
         self.blocks = module_list(blocks)
 
 
-class MPDiT(Pretrained, nn.Module):
+class MPDiT(Pretrained):
     """Multi-patch diffusion transformer (MPDiT, section 3): predicts the flow-matching velocity of noisy latents.
 
     With one stage, added class conditioning and per-block modulation it is DiT (SiT with convention="sit").
@@ -45,13 +47,12 @@ class MPDiT(Pretrained, nn.Module):
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         try:
             dispatch.mode()
             attention_mode()
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        self.config = config
         self.checkpointing = False
         self.shortcuts = True
         width, own = config.width, config.modulation == "per_block"
@@ -215,3 +216,16 @@ def create_model(name: str, **overrides: Any) -> MPDiT:
         ConfigError: unknown name or field, or a value that doesn't fit.
     """
     return MPDiT(preset(name, **overrides))
+
+
+def load_weights(path: str | Path) -> tuple[MPDiT, dict[str, Any]]:
+    """Load the model of a weights folder, of a run's folder (its EMA) or of a model.safetensors with its config.json.
+
+    Returns:
+        The model in evaluation mode on the CPU, and config.json without the model's part.
+
+    Raises:
+        CheckpointError: nothing there, or a file that is damaged, not finite, of another format, or not of this model.
+    """
+    config, tensors, metadata = read_weights(path)
+    return MPDiT.from_tensors(config, tensors, path), metadata

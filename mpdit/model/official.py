@@ -17,7 +17,6 @@ from torch import Tensor
 from mpdit.core.errors import CheckpointError
 from mpdit.model.config import Convention, ModelConfig, StageSpec
 from mpdit.model.embed import sincos_position
-from mpdit.model.meta import meta_model
 from mpdit.model.mpdit import MPDiT
 from mpdit.model.weights import check_values
 
@@ -88,7 +87,7 @@ def to_official(model: MPDiT) -> dict[str, Tensor]:
 def official_names(config: ModelConfig) -> dict[str, str]:
     """Our parameter names to the official ones; a part that the official codes lack keeps our name."""
     names = _rename_rules(config)
-    return {ours: names.get(ours, ours) for ours, _ in meta_model(config).named_parameters()}
+    return {ours: names.get(ours, ours) for ours, _ in MPDiT.on_meta(config).named_parameters()}
 
 
 def _rename_rules(config: ModelConfig) -> dict[str, str]:

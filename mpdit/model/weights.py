@@ -21,8 +21,6 @@ from mpdit.core.files import sync_to_disk
 from mpdit.core.tensor_file import digest_of, write_tensors
 from mpdit.core.zips import find_damaged, is_zip
 from mpdit.model.config import ModelConfig
-from mpdit.model.meta import meta_model
-from mpdit.model.mpdit import MPDiT
 
 FORMAT = "mpdit-weights-1"
 _LARGEST = 1e30  # of constants of latents; what is larger is damaged
@@ -122,23 +120,16 @@ def load_tensors(path: str | Path) -> Any:
         raise CheckpointError(f"{path} is no checkpoint of tensors, or is truncated or damaged") from error
 
 
-def load_weights(path: str | Path) -> tuple[MPDiT, dict[str, Any]]:
-    """The model of a weights folder, of a run's folder (its EMA) or of a .safetensors file with its config.json beside.
+def read_weights(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any]]:
+    """Read a weights folder, a run's folder (its EMA) or a .safetensors file with its config.json beside.
 
     Returns:
-        The model in evaluation mode on the CPU, and config.json without the model's part.
+        The model's configuration, its tensors on the CPU, and config.json without the model's part. Whether the first
+        two fit is for the model to say.
 
     Raises:
-        CheckpointError: nothing there, or a file that is damaged, not finite, of another format, or not of this model.
+        CheckpointError: nothing there, or a file that is damaged, not finite or of another format.
     """
-    config, tensors, metadata = read_weights(path)
-    model = MPDiT(config)
-    model.load_state_dict(tensors)
-    return model.eval(), metadata
-
-
-def read_weights(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any]]:
-    """As `load_weights`, with the same errors: the model's configuration and tensors, before any model is built."""
     folder = weights_folder(Path(path))
     config, metadata = parse_description(_read_json(folder / "config.json"), folder / "config.json")
     weights = folder / "model.safetensors"
@@ -148,15 +139,6 @@ def read_weights(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor], dict
         tensors = load_file(weights)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{weights} can't be read as safetensors: {error}; export the weights again") from error
-    # Before memory is asked for, whatever config.json says.
-    expected = {name: value.shape for name, value in meta_model(config).state_dict().items()}
-    found = {name: value.shape for name, value in tensors.items()}
-    if expected != found:
-        name = min(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
-        raise CheckpointError(
-            f"{weights} does not fit {folder / 'config.json'}: {name} has shape "
-            f"{_shape(found.get(name))}, expected {_shape(expected.get(name))}"
-        )
     if stated not in (None, digest_of(tensors)):  # files that others wrote state none
         raise CheckpointError(f"{weights} does not match the SHA-256 in its header: it was altered; export it again")
     check_values(tensors, weights)
@@ -207,7 +189,3 @@ def _numbers(values: Any, count: int) -> bool:
     """Whether these are so many finite numbers."""
     kinds = isinstance(values, list) and all(type(value) in (int, float) for value in values)
     return kinds and len(values) == count and all(abs(value) < _LARGEST for value in values)
-
-
-def _shape(shape: torch.Size | None) -> str:
-    return "none (missing)" if shape is None else str(tuple(shape))

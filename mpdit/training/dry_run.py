@@ -13,7 +13,7 @@ from mpdit.data.manifest import Normalization
 from mpdit.data.normalization import suits
 from mpdit.data.order import GlobalOrder
 from mpdit.data.posterior import to_latents
-from mpdit.model.meta import meta_model
+from mpdit.model.mpdit import MPDiT
 from mpdit.planning import account
 from mpdit.planning.memory import MEMORY_ERROR, Memory
 from mpdit.planning.planner import Plan, plan
@@ -55,7 +55,7 @@ def _settings(run: Run) -> str:
 
 
 def _model(run: Run) -> str:
-    built = sum(parameter.numel() for parameter in meta_model(run.model).parameters())
+    built = sum(parameter.numel() for parameter in MPDiT.on_meta(run.model).parameters())
     found = account(run.model)
     model = run.model
     rows = [

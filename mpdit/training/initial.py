@@ -17,8 +17,8 @@ from mpdit.core.errors import CheckpointError
 from mpdit.data.manifest import DatasetInfo, Normalization
 from mpdit.interop.official import read_official
 from mpdit.model.config import ModelConfig
-from mpdit.model.mpdit import MPDiT
-from mpdit.model.weights import load_weights, weights_folder
+from mpdit.model.mpdit import MPDiT, load_weights
+from mpdit.model.weights import weights_folder
 
 GIVEN_LATER = "???"
 """The value of `init_from` in a configuration file that leaves it to the command line; a dry run does without."""

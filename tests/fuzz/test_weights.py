@@ -38,7 +38,7 @@ from hypothesis import strategies as st
 import mpdit
 from mpdit.core.zips import is_zip
 from mpdit.interop.official import read_official
-from mpdit.model.weights import load_weights
+from mpdit.model.mpdit import load_weights
 
 Weights = tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]
 

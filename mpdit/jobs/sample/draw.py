@@ -28,8 +28,9 @@ from mpdit.jobs.sample.job import PARTS_NAME, SampleJob, VAEChoice, digest_of, s
 from mpdit.jobs.sample.labels import Labels
 from mpdit.jobs.workers import choose_devices, run_parts
 from mpdit.model.config import one_of
+from mpdit.model.mpdit import load_weights
 from mpdit.model.vae import VAEDtype, pixel_range_of
-from mpdit.model.weights import check_flow, load_weights
+from mpdit.model.weights import check_flow
 
 Files = Literal["npz", "png", "both"]
 

@@ -29,9 +29,9 @@ from mpdit.jobs.sample.decoder import LatentDecoder
 from mpdit.jobs.sample.labels import Labels
 from mpdit.jobs.workers import DoPart, Report
 from mpdit.model.config import ModelConfig
-from mpdit.model.mpdit import MPDiT
+from mpdit.model.mpdit import MPDiT, load_weights
 from mpdit.model.vae import VAE, PixelRange, VAEDtype
-from mpdit.model.weights import load_weights, weights_folder
+from mpdit.model.weights import weights_folder
 
 PARTS_NAME = ".parts"
 _ROWS = 64
