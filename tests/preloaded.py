@@ -4,7 +4,7 @@ import gc
 import importlib
 
 from mpdit.core.dist_env import choose_accelerator
-from mpdit.training.connect import _import_without_compiling
+from mpdit.training.distributed import _import_without_compiling
 
 choose_accelerator()
 _import_without_compiling()

@@ -21,7 +21,7 @@ import mpdit.core.files
 import mpdit.core.tensor_file
 import mpdit.model.weights
 import mpdit.training.plots
-from mpdit.core.dist_env import World
+from mpdit.core.dist_env import DistEnv
 from mpdit.training import checkpoint, ema, loop, metrics, saver
 from mpdit.training.guard import Guard
 from mpdit.training.state import KINDS, optimizer_steps
@@ -29,7 +29,7 @@ from mpdit.training.state import KINDS, optimizer_steps
 
 def before_step(rank: int, step: int, act: Callable[[], object]) -> None:
     """Do `act` on this rank before the forward pass of this step."""
-    if World.from_environment().rank != rank:
+    if DistEnv.from_environment().rank != rank:
         return
     real, begun = loop.flow_loss, 0
 
@@ -68,7 +68,7 @@ def run_out_of_memory() -> None:
 
 def hold_back_shard(rank: int, step: int, until: int) -> None:
     """Have this rank write its shard of a step only when another step is in the metrics."""
-    if World.from_environment().rank != rank:
+    if DistEnv.from_environment().rank != rank:
         return
     write = checkpoint.write_shard
 
@@ -85,7 +85,7 @@ def hold_back_shard(rank: int, step: int, until: int) -> None:
 
 def fill_disk(rank: int, limit: int) -> None:
     """Let this rank write so many bytes of tensors, and then find the disk full."""
-    if World.from_environment().rank != rank:
+    if DistEnv.from_environment().rank != rank:
         return
     written = 0
 
@@ -141,7 +141,7 @@ def spoil_samples(faults: Sequence[tuple[str, int]]) -> None:
 class _RecordingGuard(Guard):
     def __init__(self, run: Any, trainer: Any, start_step: int) -> None:
         super().__init__(run, trainer, start_step)
-        self._trainer, self._file = trainer, (run.out / f"state-{run.world.rank}.jsonl").open("a")
+        self._trainer, self._file = trainer, (run.out / f"state-{run.env.rank}.jsonl").open("a")
 
     def judge(self, step: int) -> None:
         super().judge(step)
@@ -185,7 +185,7 @@ POINTS: dict[str, tuple[tuple[Any, str], ...]] = {
 
 def kill_all(rank: int, point: str, when: str, count: int) -> None:
     """Have the `count`-th call of a point on this rank kill the ranks' whole process group, "before" it or "after"."""
-    if World.from_environment().rank != rank:
+    if DistEnv.from_environment().rank != rank:
         return
     left = count
 

@@ -16,7 +16,7 @@ import torch
 from disk import watch_disk
 
 import mpdit
-from mpdit.core.dist_env import World
+from mpdit.core.dist_env import DistEnv
 from mpdit.data import LatentSpec, PackedLatents, PackedWriter, quarantine, write_packed
 from mpdit.data.quarantine import QUARANTINE_NAME, Quarantine
 from mpdit.jobs.extract.parts import PartWriter
@@ -78,7 +78,7 @@ def test_a_record_is_written_down_before_training_goes_on_without_it(
 def test_a_checkpoint_is_of_steps_whose_logs_are_on_the_disk(
     seen: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run: Any = SimpleNamespace(out=tmp_path, world=World(), config=TrainConfig())
+    run: Any = SimpleNamespace(out=tmp_path, env=DistEnv(), config=TrainConfig())
     partial, folder = checkpoint.partial_folder(tmp_path, 1), tmp_path / "checkpoints" / "step-00000001"
     partial.mkdir(parents=True)
     whole = Checkpoint(folder, 1, 64, 1, {}, 1, 2, {}, {"a": [1]}, {})

@@ -15,9 +15,9 @@ import pytest
 from rank_processes import Ranks, free_port
 from training_runs import REPOSITORY, TINY, ds_config
 
-from mpdit.core.dist_env import World
+from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError
-from mpdit.training.connect import connect
+from mpdit.training.distributed import init_distributed
 from mpdit.training.stop import STOPPED
 
 SCRIPT = REPOSITORY / "launch" / "slurm.sh"
@@ -219,22 +219,23 @@ def test_two_tasks_meet_and_train(
 
 
 def test_ranks_are_those_of_the_step(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert World.from_environment() == World(), "a command in the batch script is alone"
+    assert DistEnv.from_environment() == DistEnv(), "a command in the batch script is alone"
     for name, value in {"STEP_NUM_TASKS": "15", "STEP_NUM_NODES": "2", "PROCID": "9", "LOCALID": "1"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    world = World.from_environment()
-    assert world == World(rank=9, size=15, local_rank=1, local_size=8)
+    env = DistEnv.from_environment()
+    assert env == DistEnv(rank=9, size=15, local_rank=1, local_size=8)
     with pytest.raises(ConfigError, match="MASTER_ADDR is not set: use launch/slurm"):
-        connect(world)
+        init_distributed(env)
     monkeypatch.setenv("MASTER_ADDR", "node-7")
     with pytest.raises(ConfigError, match="MASTER_PORT is not set"):
-        connect(world)
+        init_distributed(env)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
-    assert World.from_environment() == World(), "an interactive shell is a step of one task"
+    assert DistEnv.from_environment() == DistEnv(), "an interactive shell is a step of one task"
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "15")
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert World.from_environment() == World(rank=3, size=4, local_rank=0, local_size=4), "a launcher's own go first"
+    ranks = DistEnv(rank=3, size=4, local_rank=0, local_size=4)
+    assert DistEnv.from_environment() == ranks, "a launcher's own go first"
 
 
 def test_the_example_of_a_hostfile_is_one() -> None:

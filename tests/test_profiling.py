@@ -18,7 +18,7 @@ import torch
 from rank_faults import before_step, run_out_of_memory
 from training_runs import REPOSITORY, ds_config, new_folder, start, trained
 
-from mpdit.core.dist_env import World
+from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError
 from mpdit.training.config import TrainConfig
 from mpdit.training.profiling import RANGES, ProfileMode, Profiler, Profiling
@@ -288,8 +288,8 @@ class TestRun:
 
 
 def _prepare(out: Path, *arguments: str) -> Any:
-    world = World(rank=0, size=2, local_rank=0, local_size=2)
-    return prepare(["--ds_config", ds_config(2), "--out", str(out), *arguments], world)
+    env = DistEnv(rank=0, size=2, local_rank=0, local_size=2)
+    return prepare(["--ds_config", ds_config(2), "--out", str(out), *arguments], env)
 
 
 def _prepare_gpu(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from disk import watch_disk
 from training_runs import ds_config
 
-from mpdit.core.dist_env import World
+from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import CheckpointError, ConfigError
 from mpdit.core.files import write_atomically
 from mpdit.training import checkpoint
@@ -34,7 +34,7 @@ def _one_rank() -> Iterator[None]:
 
 
 def _run(out: Path, *arguments: str, ranks: int = 1, stage: int = 2) -> Run:
-    return prepare(["--ds_config", ds_config(stage), "--out", str(out), *arguments], World(size=ranks))
+    return prepare(["--ds_config", ds_config(stage), "--out", str(out), *arguments], DistEnv(size=ranks))
 
 
 def _save(run: Run, step: int, ranks: int = 2) -> Checkpoint:

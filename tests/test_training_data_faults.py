@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from training_runs import TINY, ds_config, new_folder, start, trained
 
-from mpdit.core.dist_env import World
+from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import CheckpointError, ConfigError, DataError, UserError
 from mpdit.data import BatchPlan, GlobalOrder, PackedLatents, make_loader, write_packed
 from mpdit.data.digits import build_digits
@@ -35,7 +35,7 @@ def packed(tmp_path: Path) -> PackedLatents:
 
 def prepared(data: Path | str, out: Path, *arguments: str) -> Run:
     given = ["--data", str(data), *MODEL, "--override", "input_size=8", "--global-batch", "8", "--out", str(out)]
-    return prepare(["--ds_config", ds_config(2), *given, *arguments], World())
+    return prepare(["--ds_config", ds_config(2), *given, *arguments], DistEnv())
 
 
 def flip(path: Path, byte: int) -> None:
@@ -300,5 +300,5 @@ def test_a_forced_run_goes_on_from_the_checkpoints_step_and_position(damaged: tu
     assert [entry["step"] for entry in run.metrics()] == list(range(1, 23))
     assert run.losses()[:20] == whole.losses()
     assert [entry["samples"] for entry in run.metrics()[18:]] == [19 * 32, 20 * 32, 20 * 32 + 64, 20 * 32 + 128]
-    again = prepare(["--ds_config", ds_config(2), *TINY, *arguments_of(folder), *changed, "--out", str(out)], World())
+    again = prepare(["--ds_config", ds_config(2), *TINY, *arguments_of(folder), *changed, "--out", str(out)], DistEnv())
     assert again.config.seed == 7, "it is this run now, without force"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from training_runs import REPOSITORY
 
-from mpdit.core.dist_env import World
+from mpdit.core.dist_env import DistEnv
 from mpdit.data.latents import PackedLatents
 from mpdit.data.writer import write_packed
 from mpdit.model.presets import preset
@@ -164,7 +164,7 @@ def test_normalisation_by_another_datas_constants_is_said(
 
 def test_what_would_be_continued_is_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--ds_config", "launch/zero2.json", "--steps", "9", "--precision", "fp32", "--out", "out"]
-    run = prepare(arguments, World(size=2))
+    run = prepare(arguments, DistEnv(size=2))
     folder = here / "out" / "checkpoints" / "step-00000005"
     partial = checkpoint.partial_folder(here / "out", 5)
     partial.mkdir(parents=True)

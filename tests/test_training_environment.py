@@ -17,15 +17,14 @@ from rank_faults import be_killed, before_step, limit_files
 from rank_processes import Ranks, free_port
 from training_runs import TINY, ds_config, new_folder, tiny
 
-from mpdit.core.dist_env import World
+from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError
 from mpdit.model.presets import preset
 from mpdit.planning.memory import MEMORY_ERROR, Setting, memory
-from mpdit.training import connect as connecting
-from mpdit.training import fitting, loop
+from mpdit.training import distributed, fitting, loop
 from mpdit.training import main as main_module
 from mpdit.training.checkpoint import Checkpoint
-from mpdit.training.connect import connect
+from mpdit.training.distributed import init_distributed
 from mpdit.training.fitting import what_fits
 from mpdit.training.main import main
 from mpdit.training.run import Run, prepare
@@ -150,7 +149,7 @@ def _place(monkeypatch: pytest.MonkeyPatch) -> None:
 def _refused(rank: int, name: str = "") -> str:
     os.environ["RANK"] = str(rank)
     with pytest.raises(ConfigError) as error:
-        connect(World(rank, 2), 0.5, name)
+        init_distributed(DistEnv(rank, 2), 0.5, name)
     return str(error.value)
 
 
@@ -177,14 +176,14 @@ def test_a_port_of_another_program_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         assert told.startswith(f"{place}, where the ranks are to meet, is in use by another program")
         assert "--master_port" in told
         # It takes connections and never says anything.
-        monkeypatch.setattr(connecting, "_GRACE_SECONDS", 0.2)
+        monkeypatch.setattr(distributed, "_GRACE_SECONDS", 0.2)
         assert f"what answers at {place} (MASTER_ADDR, MASTER_PORT) is no rank of this run" in _refused(1)
 
 
 def _big(tmp_path: Path, batch: int, input_size: int) -> Run:
     """MPDiT-XL on eight GPUs at ZeRO stage 1, fed with digits, of which the plan knows nothing."""
     given = ["--ds_config", ds_config(1), "--precision", "bf16", "--plan-gpu", "rtx4090", "--global-batch", str(batch)]
-    run = prepare([*given, "--out", str(tmp_path / "out")], World(0, 8, 0, 8))
+    run = prepare([*given, "--out", str(tmp_path / "out")], DistEnv(0, 8, 0, 8))
     return replace(run, model=preset("MPDiT-XL/4-2", input_size=input_size))
 
 

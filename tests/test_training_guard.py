@@ -18,7 +18,7 @@ from mpdit_kernels import AdamWEMA
 from rank_faults import spoil_samples
 from training_runs import Finished, new_folder, start
 
-from mpdit.core.dist_env import World
+from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError
 from mpdit.data.loaders import Batch
 from mpdit.data.order import BatchPlan, GlobalOrder
@@ -86,7 +86,7 @@ def _check_states(run: Finished, model: bool = True) -> None:
 def _by_hand(finished: Finished, steps: int) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step of a plain loop on one process, that leaves out the updates of FAULTS."""
     given = json.loads((finished.out / "config.json").read_text())["training"]
-    run = prepare(["--ds_config", given["ds_config"], "--out", str(finished.out.with_name("none"))], World())
+    run = prepare(["--ds_config", given["ds_config"], "--out", str(finished.out.with_name("none"))], DistEnv())
     run = replace(run, config=TrainConfig.create(**given))
     model_fields = {"channels": run.manifest.channels, "num_classes": run.manifest.num_classes}
     run = replace(run, model=run.config.model_config(model_fields), plan=BatchPlan(32))
@@ -174,7 +174,7 @@ class _Small:
         module = SimpleNamespace(parameters=lambda: [self.param])
         device = torch.device("cpu")
         engine = SimpleNamespace(optimizer=None, zero_optimization=lambda: False, module=module, device=device)
-        run: Any = SimpleNamespace(out=out, world=World(), config=TrainConfig(**options))
+        run: Any = SimpleNamespace(out=out, env=DistEnv(), config=TrainConfig(**options))
         trainer: Any = SimpleNamespace(engine=engine, optimizer=self.optimizer, device=device)
         self.guard = Guard(run, trainer, start_step)
 
@@ -281,7 +281,7 @@ def test_a_step_is_settled_when_the_next_was_judged_and_ends_the_run_after_enoug
 def test_loss_and_norm_are_over_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: sums.mul_(2))  # another rank met the same
     small = _Small(tmp_path, skip_spikes=2.0)
-    small.guard._run.world = World(size=2)
+    small.guard._run.env = DistEnv(size=2)
     assert all(small.step(step, 1.0) for step in range(1, SPIKE_LEAST + 1))
     assert not small.step(SPIKE_LEAST + 1, 10.0, loss=2.0)
     small.guard.drain()

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from training_runs import TINY, Finished, ds_config, new_folder, start
 
-from mpdit.core.dist_env import World
+from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import UserError
 from mpdit.data.latents import PackedLatents
 from mpdit.data.writer import write_packed
@@ -58,7 +58,7 @@ def _arguments(out: Path, source: Path, *more: str) -> list[str]:
 
 
 def _prepare(out: Path, source: Path, *more: str) -> Run:
-    return prepare(_arguments(out, source, *more), World())
+    return prepare(_arguments(out, source, *more), DistEnv())
 
 
 def _started(run: Run) -> dict[str, torch.Tensor]:
@@ -223,7 +223,7 @@ def test_runs_from_other_weights_are_other_runs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds another run \\(init_from"):
         _prepare(out, second)
     with pytest.raises(UserError, match=r"init_from \w+ there, None here"):
-        prepare(["--ds_config", ds_config(2), *TINY, "--out", str(out)], World())
+        prepare(["--ds_config", ds_config(2), *TINY, "--out", str(out)], DistEnv())
 
 
 class TestRuns:

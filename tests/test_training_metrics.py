@@ -27,7 +27,7 @@ def _told(
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(metrics.time, "monotonic", lambda: clock.now)
     settings = TrainConfig(progress=False, tensorboard=False, **config)
-    run: Any = SimpleNamespace(world=SimpleNamespace(rank=rank), out=out, config=settings)
+    run: Any = SimpleNamespace(env=SimpleNamespace(rank=rank), out=out, config=settings)
     with MetricsLog(run, start) as log:
         for step in range(start, settings.steps):
             clock.now += 100.0 if step == start else 0.5
@@ -65,7 +65,7 @@ def test_a_continued_run_counts_its_time_on_and_keeps_each_step_once(
     purged: list[dict[str, Any]] = []
     writer = SimpleNamespace(add_scalar=lambda *_: None, close=lambda: None)
     monkeypatch.setattr(SummaryWriter, "__new__", lambda _, folder, **options: purged.append(options) or writer)
-    run: Any = SimpleNamespace(world=SimpleNamespace(rank=0), out=tmp_path, config=TrainConfig(steps=9, progress=False))
+    run: Any = SimpleNamespace(env=SimpleNamespace(rank=0), out=tmp_path, config=TrainConfig(steps=9, progress=False))
     for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):  # killed after step 3, saved at step 2
         with MetricsLog(run, start) as log:
             for step in steps:

@@ -15,7 +15,7 @@ from mpdit_kernels import AdamWEMA
 from torch import Tensor
 from training_runs import ds_config
 
-from mpdit.core.dist_env import World
+from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError
 from mpdit.training import optimizers
 from mpdit.training.config import TrainConfig
@@ -264,7 +264,7 @@ def test_the_default_is_adamwema() -> None:
 def test_the_choice_identifies_a_run(tmp_path: Path) -> None:
     def identity(*arguments: str) -> dict[str, Any]:
         line = ["--ds_config", ds_config(2), "--out", str(tmp_path / "none"), *arguments]
-        return prepare(line, World()).identity
+        return prepare(line, DistEnv()).identity
 
     ours, other = identity(), identity("--optimizer", "apex")
     (tmp_path / "config.json").write_text(json.dumps({"identity": ours}))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from training_runs import ds_config
 
-from mpdit.core.dist_env import World
+from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError, UserError
 from mpdit.data.latents import PackedLatents
 from mpdit.data.writer import write_packed
@@ -23,8 +23,8 @@ from mpdit.training.checkpoint import Checkpoint
 from mpdit.training.run import prepare
 
 
-def _prepare(out: Path, *arguments: str, world: World | None = None) -> Any:
-    return prepare(["--ds_config", ds_config(2), "--out", str(out), *arguments], world or World())
+def _prepare(out: Path, *arguments: str, env: DistEnv | None = None) -> Any:
+    return prepare(["--ds_config", ds_config(2), "--out", str(out), *arguments], env or DistEnv())
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def packed(tmp_path: Path) -> PackedLatents:
 
 
 def test_everything_is_resolved(tmp_path: Path) -> None:
-    run = _prepare(tmp_path / "out", "--accumulation", "4", world=World(rank=1, size=2, local_rank=1, local_size=2))
+    run = _prepare(tmp_path / "out", "--accumulation", "4", env=DistEnv(rank=1, size=2, local_rank=1, local_size=2))
     assert run.config.precision == ("bf16" if torch.cuda.is_available() else "fp32")
     assert (run.plan.micro_batch, run.plan.rank) == (8, 1)
     assert (run.model.channels, run.model.num_classes) == (4, 10)
@@ -160,13 +160,13 @@ class TestFolder:
             _prepare(tmp_path / "file" / "out")
 
     def test_runs_that_cannot_share_a_folder_have_folders_of_their_own(self) -> None:
-        def folder(*arguments: str, stage: int = 2, world: World | None = None) -> Path:
-            out: Path = prepare(["--ds_config", ds_config(stage), *arguments], world or World()).out
+        def folder(*arguments: str, stage: int = 2, env: DistEnv | None = None) -> Path:
+            out: Path = prepare(["--ds_config", ds_config(stage), *arguments], env or DistEnv()).out
             return out
 
         base = folder()
         assert base == folder("--log-every", "7"), "the same command finds its run again"
-        assert base == folder(stage=3) == folder(world=World(size=2)), "and so do other ranks and stages"
+        assert base == folder(stage=3) == folder(env=DistEnv(size=2)), "and so do other ranks and stages"
         assert len({base, folder("--seed", "1"), folder("--steps", "9")}) == 3
         assert base.parent == Path("runs")
 

@@ -10,7 +10,7 @@ from mpdit.core.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class World:
+class DistEnv:
     """This process's place among the ranks, as launchers put it into the environment; alone when there is none."""
 
     rank: int = 0
@@ -19,7 +19,7 @@ class World:
     local_size: int = 1
 
     @classmethod
-    def from_environment(cls) -> World:
+    def from_environment(cls) -> DistEnv:
         """From RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE (DeepSpeed) or LOCAL_WORLD_SIZE (torchrun), or from srun.
 
         Of SLURM's variables those of a job step of several tasks count, and only where no launcher has set its own: a
@@ -36,7 +36,7 @@ class World:
         )
 
     @classmethod
-    def _from_srun(cls) -> World:
+    def _from_srun(cls) -> DistEnv:
         size = _number("SLURM_STEP_NUM_TASKS", 1)
         nodes = max(1, _number("SLURM_STEP_NUM_NODES", 1))
         return cls(_number("SLURM_PROCID", 0), size, _number("SLURM_LOCALID", 0), -(-size // nodes))
@@ -50,7 +50,7 @@ def choose_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def set_threads(world: World) -> None:
+def set_threads(env: DistEnv) -> None:
     """Share this machine's cores out over its ranks, unless OMP_NUM_THREADS is set.
 
     Ranks that each start a thread per core wait for one another most of the time.
@@ -58,7 +58,7 @@ def set_threads(world: World) -> None:
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // env.local_size))
 
 
 def gather(value: Any, group: Any = None) -> list[Any]:

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 
 from mpdit.core.cpu import settle_cpu
-from mpdit.core.dist_env import World
+from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError, UserError
 from mpdit.core.files import counted
 from mpdit.core.progress import bar
@@ -66,35 +66,35 @@ def run_parts(job: Job, parts: int, *, processes: int = 1, device: str = "auto",
     Raises ConfigError for more processes than GPUs or both ways at once, and any UserError of a part, after the other
     processes have been ended; finished parts stay. KeyboardInterrupt on SIGINT and SIGTERM.
     """
-    world = World.from_environment()
-    devices = choose_devices(device, processes, world)
-    todo = [part for part in job.todo() if part % world.size == world.rank]
-    total = sum(job.size(part) for part in range(world.rank, parts, world.size))
+    env = DistEnv.from_environment()
+    devices = choose_devices(device, processes, env)
+    todo = [part for part in job.todo() if part % env.size == env.rank]
+    total = sum(job.size(part) for part in range(env.rank, parts, env.size))
     begun = total - sum(job.size(part) for part in todo)
-    shown = None if world.rank else label if world.size == 1 else f"{label}, rank 0 of {world.size}"
+    shown = None if env.rank else label if env.size == 1 else f"{label}, rank 0 of {env.size}"
     with _interruptible():
         with bar(shown, total, unit, initial=begun, leave=True) as progress:
             if processes > 1 and len(todo) > 1:
                 _spawn(job, todo, devices[: len(todo)], progress.update)
                 return True
-            _share_threads(world.local_size)
+            _share_threads(env.local_size)
             if todo:
                 do = job.open(devices[0])
                 for part in todo:
                     do(part, progress.update)
-        if world.rank == 0 and world.size > 1:
-            _await(job, world.size)
-    return world.rank == 0
+        if env.rank == 0 and env.size > 1:
+            _await(job, env.size)
+    return env.rank == 0
 
 
-def choose_devices(device: str, processes: int, world: World | None = None) -> list[torch.device]:
+def choose_devices(device: str, processes: int, env: DistEnv | None = None) -> list[torch.device]:
     """A device for each process: its own GPU, or the CPU for all.
 
     ConfigError when there are too few GPUs, or a launcher has started processes and more are asked for.
     """
-    if world and world.size > 1 and processes > 1:
+    if env and env.size > 1 and processes > 1:
         raise ConfigError(
-            f"{processes} processes are asked for in each of a launcher's {world.size} ranks: ask for one, or start "
+            f"{processes} processes are asked for in each of a launcher's {env.size} ranks: ask for one, or start "
             "without the launcher"
         )
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -106,7 +106,7 @@ def choose_devices(device: str, processes: int, world: World | None = None) -> l
         return [torch.device(device)]
     if processes > gpus:
         raise ConfigError(f"{processes} GPUs are asked for and this machine has {gpus}: ask for at most {gpus}")
-    first = world.local_rank if world and world.size > 1 else 0
+    first = env.local_rank if env and env.size > 1 else 0
     return [torch.device("cuda", (first + index) % gpus) for index in range(processes)]
 
 

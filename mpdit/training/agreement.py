@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mpdit.core.dist_env import World
+from mpdit.core.dist_env import DistEnv
 
 
 class Agreement:
@@ -16,9 +16,9 @@ class Agreement:
     with these. Ranks are in step on their hosts then too: one that is gone is noticed within a step, by an error.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, env: DistEnv) -> None:
         """All ranks must call it."""
-        self._group = torch.distributed.new_group(backend="gloo") if world.size > 1 else None
+        self._group = torch.distributed.new_group(backend="gloo") if env.size > 1 else None
 
     def sum(self, values: Sequence[int]) -> list[int]:
         """The sum over ranks of each value, on every rank. All must call it, with as many values."""

@@ -25,7 +25,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mpdit.core.dist_env import World, gather
+from mpdit.core.dist_env import DistEnv, gather
 from mpdit.core.errors import CheckpointError, one_line
 from mpdit.core.files import sync_to_disk, write_atomically
 from mpdit.core.tensor_file import write_tensors
@@ -131,7 +131,7 @@ def find(run: Run) -> Checkpoint | None:
     All ranks must call it; they share the hashing, and agree: what is damaged for one is passed over by all, aloud.
     Raises CheckpointError, on every rank, when none is sound, or the one to continue from is of another run.
     """
-    resume, world = run.config.resume, run.world
+    resume, env = run.config.resume, run.env
     if resume == "never":
         return None
     folders = gather(committed_folders(run.out))[0]  # as rank 0 sees them
@@ -139,10 +139,10 @@ def find(run: Run) -> Checkpoint | None:
     if resume != "auto":
         named, folders = _named(run, folders)
     for folder in reversed(folders):
-        checkpoint, problem = _verified(folder, world)
+        checkpoint, problem = _verified(folder, env)
         if checkpoint is not None:
             return _fitting(run, checkpoint)
-        if world.rank == 0:
+        if env.rank == 0:
             print(f"warning: passed over: {one_line(problem)}", file=sys.stderr, flush=True)
     if named is not None:
         return _fitting(run, named)
@@ -162,7 +162,7 @@ def _named(run: Run, folders: list[Path]) -> tuple[Checkpoint | None, list[Path]
     Going back to an older one of the run's own is refused.
     """
     resume = run.config.resume
-    named, problem = _verified(Path(resume), run.world)
+    named, problem = _verified(Path(resume), run.env)
     newer = [folder for folder in folders if named and step_of(folder) > named.step]
     own = os.path.realpath(Path(resume).absolute().parent) == os.path.realpath(run.out / "checkpoints")
     if newer and own:
@@ -173,7 +173,7 @@ def _named(run: Run, folders: list[Path]) -> tuple[Checkpoint | None, list[Path]
     if problem and (own or not folders):
         raise CheckpointError(problem)
     follow = newer if named else folders
-    if run.world.rank == 0:
+    if run.env.rank == 0:
         if problem:
             print(f"warning: passed over: {one_line(problem)}", file=sys.stderr, flush=True)
         if follow:
@@ -270,12 +270,12 @@ def _delete(path: Path) -> None:
     path.unlink() if path.is_symlink() else shutil.rmtree(path)
 
 
-def _verified(folder: Path, world: World) -> tuple[Checkpoint | None, str]:
+def _verified(folder: Path, env: DistEnv) -> tuple[Checkpoint | None, str]:
     """The checkpoint, or what is wrong with it; the same on every rank, each of which hashes its share of the files."""
     checkpoint, problem = None, ""
     try:
         checkpoint = Checkpoint.open(folder)
-        for name in sorted(checkpoint.files)[world.rank :: world.size]:
+        for name in sorted(checkpoint.files)[env.rank :: env.size]:
             verify(folder / name, checkpoint.files[name])
     except CheckpointError as error:
         problem = str(error)

@@ -137,7 +137,7 @@ def _start(run: Run, resumed: checkpoint.Checkpoint | None) -> str:
 def _batch(run: Run, step: int) -> str:
     """Read and check what this rank trains on first, and take it to where the model would see it."""
     config, manifest = run.config, run.manifest
-    device = torch.device("cuda", run.world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", run.env.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     loader = make_loader(
         run.dataset,
         GlobalOrder(manifest.num_samples, config.seed),

@@ -19,7 +19,7 @@ def gpu_of(run: Run) -> tuple[Gpu, bool]:
     """The GPU that is planned for, and whether it was named or is here."""
     named = planned_gpu(run.config)
     if named is None and torch.cuda.is_available():
-        named = find_gpu(torch.cuda.get_device_name(run.world.local_rank))
+        named = find_gpu(torch.cuda.get_device_name(run.env.local_rank))
     return named or GPUS[_DEFAULT_GPU], named is not None
 
 
@@ -28,7 +28,7 @@ def request_of(run: Run, gpu: Gpu) -> Request:
     config = run.config
     return Request(
         gpu,
-        run.world.size,
+        run.env.size,
         config.global_batch,
         run.zero_stage,
         config.accumulation,
@@ -64,7 +64,7 @@ def _trained_on(run: Run) -> Gpu:
     gpu, _ = gpu_of(run)
     if not torch.cuda.is_available():
         return gpu
-    name, rank = torch.cuda.get_device_name(run.world.local_rank), run.world.local_rank
+    name, rank = torch.cuda.get_device_name(run.env.local_rank), run.env.local_rank
     total = torch.cuda.get_device_properties(rank).total_memory
     return replace(find_gpu(name) or gpu, name=name, memory=total)
 

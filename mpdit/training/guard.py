@@ -115,7 +115,7 @@ class Guard:
         self._micro: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self._unread: deque[_Verdict] = deque()
         self._path = run.out / "skipped.jsonl"
-        if run.world.rank == 0 and self._path.exists():
+        if run.env.rank == 0 and self._path.exists():
             kept = lines_until(self._path, start_step)
             if kept:
                 write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -135,7 +135,7 @@ class Guard:
         self._micro = []
         sums = torch.stack([_squares(self._engine), torch.stack(means).double().mean()])
         torch.distributed.all_reduce(sums)
-        norm, loss = sums[0].sqrt(), sums[1] / self._run.world.size
+        norm, loss = sums[0].sqrt(), sums[1] / self._run.env.size
         skip = ~(loss.isfinite() & (norm < LARGEST_NORM))  # a NaN is not below
         if self._run.config.skip_spikes:
             skip |= self._leaps(norm, skip)
@@ -205,7 +205,7 @@ class Guard:
             "positions": [samples[0][0], samples[-1][0]],
             "indices": culprits or [index for _, index, _ in samples],
         }
-        if self._run.world.rank == 0:
+        if self._run.env.rank == 0:
             self._list(line, f" ({len(culprits)} of {counted(len(samples), 'sample')})" if culprits else "")
         if self.in_a_row >= self._run.config.max_skips:
             raise self._too_many(verdict.step, reason)

@@ -18,7 +18,7 @@ from mpdit.data.posterior import to_latents
 from mpdit.diffusion.flow import flow_loss
 from mpdit.training import checkpoint, ema
 from mpdit.training.agreement import Agreement
-from mpdit.training.connect import connect, disconnect, extend_timeouts
+from mpdit.training.distributed import disconnect, extend_timeouts, init_distributed
 from mpdit.training.engine import Trainer, build_trainer, check_deepspeed
 from mpdit.training.guard import Guard
 from mpdit.training.metrics import MetricsLog, Stopwatch
@@ -43,20 +43,20 @@ def train(run: Run, stop: StopRequests) -> str:
     damaged record, too many steps in a row that had to be skipped, a full disk, a GPU whose memory runs out.
     """
     config = run.config
-    set_threads(run.world)
-    device = connect(run.world, config.hang_timeout, config.out)
+    set_threads(run.env)
+    device = init_distributed(run.env, config.hang_timeout, config.out)
     check_deepspeed(run)
     with (
         _alone(run),
-        Watchdog(config.hang_timeout, run.out / "hang", run.world.rank) as watchdog,
-        Profiler(config.profiling, run.out / "profile", run.world.rank, device, lambda: _what_fits(run)) as profile,
+        Watchdog(config.hang_timeout, run.out / "hang", run.env.rank) as watchdog,
+        Profiler(config.profiling, run.out / "profile", run.env.rank, device, lambda: _what_fits(run)) as profile,
     ):
         resumed = checkpoint.find(run)
         watchdog.alive("building the model", PATIENCE)
         trainer = build_trainer(run, device)
         if resumed is not None:
             trainer.resume(resumed.shards, resumed.step, resumed.optimizer_steps)
-        if run.world.rank == 0:
+        if run.env.rank == 0:
             _open_folder(run, resumed)
         stop.hold()
         barrier()
@@ -64,7 +64,7 @@ def train(run: Run, stop: StopRequests) -> str:
             stopped = _train(run, trainer, profile, saver, resumed, stop, watchdog)
             watchdog.alive("saving", PATIENCE)
     disconnect()
-    if run.world.rank == 0 and not stopped:
+    if run.env.rank == 0 and not stopped:
         from mpdit.training.plots import plot_loss  # imported by rank 0, when there is time
 
         with contextlib.suppress(UserError):  # nothing is left to plot of a finished run whose log was removed
@@ -101,7 +101,7 @@ def _train(
     guard.before_stop = saver.wait
     if resumed is not None:
         guard.restore(resumed.counters)
-    agreement = Agreement(run.world)
+    agreement = Agreement(run.env)
     extend_timeouts(config.hang_timeout)
     watch, images = Stopwatch(), 0
     with loader, MetricsLog(run, start) as log:
@@ -164,8 +164,8 @@ def _train(
 
 def _draw(run: Run, trainer: Trainer, profile: Profiler, step: int) -> None:
     with profile.range("ema"):
-        average = trainer.gather_ema(keep=run.world.rank == 0)
-    if run.world.rank == 0:
+        average = trainer.gather_ema(keep=run.env.rank == 0)
+    if run.env.rank == 0:
         with profile.range("sample"):
             ema.draw_grid(run, average, step, trainer.device)
 
@@ -184,7 +184,7 @@ def _what_fits(run: Run) -> str:
 def _alone(run: Run) -> Iterator[None]:
     """Hold the run's folder: two runs that save into it would destroy each other's checkpoints."""
     with contextlib.ExitStack() as held:
-        if run.world.rank == 0:
+        if run.env.rank == 0:
             try:
                 held.enter_context(sole_owner(run.out))
             except BlockingIOError:
@@ -208,7 +208,7 @@ def _open_folder(run: Run, resumed: checkpoint.Checkpoint | None) -> None:
     config = run.config
     print(
         f"training {config.model} on {config.data} {begin} to step {config.steps}: batch {config.global_batch} over "
-        f"{run.world.size} ranks, {config.precision}, ZeRO stage {run.zero_stage}, in {run.out}",
+        f"{run.env.size} ranks, {config.precision}, ZeRO stage {run.zero_stage}, in {run.out}",
         file=sys.stderr,
         flush=True,
     )

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mpdit.core.dist_env import World
+from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError, UserError, of_system, one_line
 from mpdit.training.output import steady_output
 from mpdit.training.stop import STOPPED, StopRequests
@@ -59,33 +59,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _code(arguments: Sequence[str], stop: StopRequests) -> int:
-    world = World()
+    env = DistEnv()
     try:
-        world = World.from_environment()
-        return _main(arguments, world, stop)
+        env = DistEnv.from_environment()
+        return _main(arguments, env, stop)
     except UserError as error:
         stop.hold()
-        if world.rank and stop.wait(_GRACE_SECONDS):
+        if env.rank and stop.wait(_GRACE_SECONDS):
             return BAD_INPUT  # the launcher has noticed another rank's, most likely the same
-        _say(world, str(error))
+        _say(env, str(error))
         return BAD_INPUT
     except RuntimeError as error:
         # Most likely another rank is gone and this is the broken connection: let the launcher see that one first.
         begun = stop.held
         stop.hold()
-        if world.size == 1 or not _BROKEN.search(str(error)):
-            stop.wait(_GRACE_SECONDS if world.size > 1 else 0)
+        if env.size == 1 or not _BROKEN.search(str(error)):
+            stop.wait(_GRACE_SECONDS if env.size > 1 else 0)
             raise
         # Rank 1 speaks too, since it may be rank 0 that is gone.
-        if (begun and world.rank < 2) or not stop.wait(_GRACE_SECONDS):
-            print(f"\n{_lost(world, error)}", file=sys.stderr, flush=True)
+        if (begun and env.rank < 2) or not stop.wait(_GRACE_SECONDS):
+            print(f"\n{_lost(env, error)}", file=sys.stderr, flush=True)
             stop.wait(_GRACE_SECONDS)
         return FAILED
 
 
-def _main(arguments: Sequence[str], world: World, stop: StopRequests) -> int:
+def _main(arguments: Sequence[str], env: DistEnv, stop: StopRequests) -> int:
     # Only rank 0 answers --help.
-    with contextlib.redirect_stdout(io.StringIO()) if world.rank else contextlib.nullcontext():
+    with contextlib.redirect_stdout(io.StringIO()) if env.rank else contextlib.nullcontext():
         # What torch's import makes stays: looking through it for garbage, then and again later, takes half a second.
         if fresh := "torch" not in sys.modules:
             gc.disable()
@@ -94,18 +94,18 @@ def _main(arguments: Sequence[str], world: World, stop: StopRequests) -> int:
         if fresh:
             gc.freeze()
             gc.enable()
-        run = prepare(arguments, world)
+        run = prepare(arguments, env)
     if run.config.dry_run:
         from mpdit.training.dry_run import sections
 
         for section in sections(run):
-            if not world.rank:
+            if not env.rank:
                 print(section, end="\n\n", flush=True)
         return 0
     stopped = _train(run, stop)
     if not stopped:
         return 0
-    if not world.rank:
+    if not env.rank:
         print(f"\n{stopped}", file=sys.stderr, flush=True)
     return STOPPED
 
@@ -129,18 +129,18 @@ def _train(run: Run, stop: StopRequests) -> str:
         ) from error
 
 
-def _lost(world: World, error: RuntimeError) -> str:
+def _lost(env: DistEnv, error: RuntimeError) -> str:
     # "[.../gloo/transport/tcp/pair.cc:537] Connection closed by peer [10.0.0.1]:44216. This is typically ..."
     reason = re.sub(r"^\[\S+\] ", "", str(error).strip().splitlines()[-1]).split(". ")[0]
     return (
-        f"rank {world.rank} ends: another of the {world.size} ranks has ended or can't be reached ({reason[:200]}). "
+        f"rank {env.rank} ends: another of the {env.size} ranks has ended or can't be reached ({reason[:200]}). "
         "Its own message, if any, says why; one that was killed, for want of memory for example, leaves none. "
         "Repeat the command to go on from the newest checkpoint"
     )
 
 
-def _say(world: World, message: str) -> None:
+def _say(env: DistEnv, message: str) -> None:
     message = one_line(message)
     # Behind rank 0, whose progress bar may stand on the current line.
-    line = f"\nerror: rank {world.rank}: {message}" if world.rank else f"error: {message}"
+    line = f"\nerror: rank {env.rank}: {message}" if env.rank else f"error: {message}"
     print(line, file=sys.stderr, flush=True)

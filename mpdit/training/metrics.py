@@ -70,7 +70,7 @@ class MetricsLog:
     """
 
     def __init__(self, run: Run, start_step: int) -> None:
-        self._active = run.world.rank == 0
+        self._active = run.env.rank == 0
         if not self._active:
             return
         path = run.out / "metrics.jsonl"

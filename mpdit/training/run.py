@@ -17,7 +17,7 @@ import torch
 from mpdit_kernels import dispatch
 from mpdit_kernels.hardware import GPUS, Gpu, find_gpu
 
-from mpdit.core.dist_env import World
+from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import CheckpointError, ConfigError, DataError
 from mpdit.data.dataset import LatentDataset
 from mpdit.data.digits import VERSION, build_digits
@@ -39,7 +39,7 @@ CHECKPOINT_NAME = re.compile(r"step-\d{8,}")
 MARKER = "COMMITTED"
 """The file in a checkpoint's folder that is written last."""
 
-_CASUAL = {"ds_config", "model", "override", "data", "data_scale", "normalization", "out", "resume"} | {
+MAY_CHANGE_ON_RESUME = {"ds_config", "model", "override", "data", "data_scale", "normalization", "out", "resume"} | {
     *("force", "bad_records", "gpu_stage", "accumulation", "checkpointing", "progress", "tensorboard", "wandb"),
     *("max_skips", "log_every", "sample_every", "sample_steps", "sample_guidance", "checkpoint_every", "keep"),
     *("hang_timeout",),
@@ -61,7 +61,7 @@ class Run:
     ds: dict[str, Any]
     dataset: Quarantine
     plan: BatchPlan
-    world: World
+    env: DistEnv
     out: Path
     identity: dict[str, Any]
     """What decides the weights, flat, in JSON types; a folder holds only one identity."""
@@ -85,12 +85,12 @@ class Run:
             "model": self.model.to_dict(),
             "data": self.manifest.metadata() | {"num_samples": self.manifest.num_samples},
             "deepspeed": self.ds,
-            "world_size": self.world.size,
+            "world_size": self.env.size,
             "kernels": dispatch.mode(),
         }
 
 
-def prepare(arguments: Sequence[str], world: World) -> Run:
+def prepare(arguments: Sequence[str], env: DistEnv) -> Run:
     """Check everything that can be checked without the other ranks; the same outcome on every rank.
 
     Raises:
@@ -98,30 +98,30 @@ def prepare(arguments: Sequence[str], world: World) -> Run:
             embedded digits may have been prepared in the user's cache.
     """
     try:
-        return _prepare(arguments, world)
+        return _prepare(arguments, env)
     except OSError as error:  # a name that is too long, a folder that may not be read, ...
         raise ConfigError(f"{error.filename or 'input'} can't be used: {error.strerror or error}") from error
 
 
-def _prepare(arguments: Sequence[str], world: World) -> Run:
+def _prepare(arguments: Sequence[str], env: DistEnv) -> Run:
     given = parse_arguments(arguments)
-    started, world = world, _planned_world(given, world)
+    started, env = env, _planned_env(given, env)
     ds = read_ds_config(given["ds_config"])
-    given |= arguments_from(ds, given, world.size)
+    given |= arguments_from(ds, given, env.size)
     config = TrainConfig.create(**given)
-    config = config.replace(precision=_precision(config, world))
+    config = config.replace(precision=_precision(config, env))
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("--wandb needs the wandb package: pip install 'mpdit[wandb]', or leave --wandb out")
     if config.profile == "none" and (unread := given.keys() & {"profile_steps", "profile_ranks"}):
         raise ConfigError(f"{min(unread)} is given but nothing is profiled: add --profile torch, or leave it out")
-    config.profiling.check(world.size)
+    config.profiling.check(env.size)
     if not given.keys() & {"global_batch", "accumulation"}:  # a default must not refuse to run on, say, six GPUs
-        parts = world.size
+        parts = env.size
         config = config.replace(global_batch=-(-config.global_batch // parts) * parts)
     try:
-        plan = BatchPlan(config.global_batch, world.size, world.rank, config.accumulation)
+        plan = BatchPlan(config.global_batch, env.size, env.rank, config.accumulation)
     except ConfigError as error:
-        if world is started:
+        if env is started:
             raise
         raise ConfigError(f"{error} (the number of ranks is that of plan_gpus)") from error
     config.model_config({})
@@ -129,7 +129,7 @@ def _prepare(arguments: Sequence[str], world: World) -> Run:
     manifest = dataset.manifest
     model = config.model_config({"channels": manifest.channels, "num_classes": manifest.num_classes})
     manifest.check_model(model)
-    ds = complete(ds, config, world.size)
+    ds = complete(ds, config, env.size)
     identity = _identity(config, model, dataset)
     if not config.out:
         config = config.replace(out=_default_folder(config, identity))
@@ -144,7 +144,7 @@ def _prepare(arguments: Sequence[str], world: World) -> Run:
     check_folder(out, identity, config.resume, config.force)
     sound = Quarantine(dataset, config.bad_records, out / QUARANTINE_NAME, identity["data"], write=not config.dry_run)
     initial = load_initial(config.init_from, model, manifest) if "init_from" in identity and _is_fresh(config) else None
-    return Run(config, model, ds, sound, plan, world, out, identity, initial)
+    return Run(config, model, ds, sound, plan, env, out, identity, initial)
 
 
 def planned_gpu(config: TrainConfig) -> Gpu | None:
@@ -191,7 +191,7 @@ def check_identity(run: Run, theirs: Mapping[str, Any], where: str) -> None:
     With --force rank 0 says what changes instead, and only what can't be changed is an error.
     """
     changes = check_same(theirs, run.identity, f"{where} is of", run.config.force, CheckpointError)
-    if changes and run.world.rank == 0:
+    if changes and run.env.rank == 0:
         print(f"forced: {where} goes on with other settings: {changes}", file=sys.stderr, flush=True)
 
 
@@ -219,7 +219,7 @@ def _embedded_digits() -> LatentDataset:
 
 
 def _identity(config: TrainConfig, model: ModelConfig, dataset: LatentDataset) -> dict[str, Any]:
-    training = {name: value for name, value in config.to_dict().items() if name not in _CASUAL}
+    training = {name: value for name, value in config.to_dict().items() if name not in MAY_CHANGE_ON_RESUME}
     if config.lr_schedule == "constant":
         del training["steps"]  # such a run may be made longer
     return {
@@ -272,12 +272,12 @@ def committed_manifest(folder: Path) -> bytes:
     return text
 
 
-def _planned_world(given: Mapping[str, Any], world: World) -> World:
+def _planned_env(given: Mapping[str, Any], env: DistEnv) -> DistEnv:
     """A dry run of one process may stand for the first of --plan-gpus ranks."""
     gpus = given.get("plan_gpus", 0)
-    if not given.get("dry_run") or world.size > 1 or gpus < 1:
-        return world
-    return World(size=gpus, local_size=gpus)
+    if not given.get("dry_run") or env.size > 1 or gpus < 1:
+        return env
+    return DistEnv(size=gpus, local_size=gpus)
 
 
 def _default_folder(config: TrainConfig, identity: Mapping[str, Any]) -> str:
@@ -291,12 +291,10 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _precision(config: TrainConfig, world: World) -> str:
+def _precision(config: TrainConfig, env: DistEnv) -> str:
     planned = planned_gpu(config) if config.dry_run else None
     gpu = planned is not None or torch.cuda.is_available()
-    capability = (
-        planned.capability if planned else torch.cuda.get_device_capability(world.local_rank) if gpu else (0, 0)
-    )
+    capability = planned.capability if planned else torch.cuda.get_device_capability(env.local_rank) if gpu else (0, 0)
     supported = capability[0] >= 8
     if config.precision == "auto":
         return "bf16" if supported else "fp32"

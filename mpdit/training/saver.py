@@ -57,7 +57,7 @@ class Saver:
         if copied is not None:
             copied.record()
         counted, shapes = optimizer_steps(self._trainer.optimizer), self._trainer.shapes()
-        made = (counted, counters, run.world.size, run.zero_stage, run.identity, shapes)
+        made = (counted, counters, run.env.size, run.zero_stage, run.identity, shapes)
         work = (Checkpoint(folder, step, position, *made, files={}), tensors, copied)
         self._thread = threading.Thread(target=self._work, args=work, name="mpdit-save", daemon=True)
         self._thread.start()
@@ -96,17 +96,17 @@ class Saver:
                 if copied is not None:
                     copied.synchronize()
                 partial.mkdir(parents=True, exist_ok=True)
-                files = checkpoint.write_shard(partial, self._run.world.rank, tensors)
+                files = checkpoint.write_shard(partial, self._run.env.rank, tensors)
             except Exception as error:  # whatever it is, all ranks are to know
                 problem = f"step {planned.step} could not be saved: {_told(error, partial)}"
             everywhere = gather((files, problem), self._group)
             problem = next((found for _, found in everywhere if found), "")
-            if not problem and self._run.world.rank == 0:
+            if not problem and self._run.env.rank == 0:
                 whole = replace(planned, files={name: entry for part, _ in everywhere for name, entry in part.items()})
                 problem = self._finish(whole)
             problem = gather(problem, self._group)[0] or problem
             if problem:
-                if self._run.world.rank == 0:
+                if self._run.env.rank == 0:
                     shutil.rmtree(partial, ignore_errors=True)
                 self._problem = CheckpointError(problem)
         except Exception:  # a rank that is gone: told when training comes to wait for the save

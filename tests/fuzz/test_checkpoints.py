@@ -31,7 +31,7 @@ from fuzzing import (
 )
 from hypothesis import example, given
 
-from mpdit.core.dist_env import World
+from mpdit.core.dist_env import DistEnv
 from mpdit.jobs.evaluate.image_sets import open_images
 from mpdit.training import checkpoint
 from mpdit.training.checkpoint import Checkpoint
@@ -45,7 +45,7 @@ REPOSITORY = Path(__file__).parents[2]
 def _run() -> Run:
     """A run whose checkpoints' folder is the working folder's."""
     with tempfile.TemporaryDirectory() as folder:
-        run = prepare(["--ds_config", str(REPOSITORY / "launch/zero2.json"), "--out", f"{folder}/run"], World())
+        run = prepare(["--ds_config", str(REPOSITORY / "launch/zero2.json"), "--out", f"{folder}/run"], DistEnv())
     return dataclasses.replace(run, out=Path())
 
 

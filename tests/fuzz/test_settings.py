@@ -31,7 +31,7 @@ from fuzzing import (
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mpdit.core.dist_env import World
+from mpdit.core.dist_env import DistEnv
 from mpdit.data.digits import build_digits
 from mpdit.model.config import ModelConfig
 from mpdit.model.presets import PRESETS
@@ -80,7 +80,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         with folder_of({"zero2.json": json.dumps(ZERO2).encode()}):
-            prepare(["--ds_config", "zero2.json"], World())
+            prepare(["--ds_config", "zero2.json"], DistEnv())
         yield
 
 
@@ -130,9 +130,9 @@ def arguments(draw: st.DrawFn) -> list[str]:
     return line
 
 
-def _check(line: list[str], folder: Path, world: World) -> None:
+def _check(line: list[str], folder: Path, env: DistEnv) -> None:
     """Prepared twice from the same arguments, the second time with the first's config.json there, it is one run."""
-    verdict = judge(lambda: _prepared(line, world), folder)
+    verdict = judge(lambda: _prepared(line, env), folder)
     run = verdict.value
     if run is None:
         return
@@ -140,14 +140,14 @@ def _check(line: list[str], folder: Path, world: World) -> None:
     if run.config.resume == "auto" and not run.config.dry_run and not run.out.exists():
         run.out.mkdir(parents=True)
         (run.out / "config.json").write_text(json.dumps(run.describe(), allow_nan=False))
-        again = judge(lambda: _prepared(line, world), folder)
+        again = judge(lambda: _prepared(line, env), folder)
         assert again.refusal is None, again.refusal
         assert json.dumps(again.value.describe()) == json.dumps(run.describe())
 
 
-def _prepared(line: list[str], world: World) -> Run | None:
+def _prepared(line: list[str], env: DistEnv) -> Run | None:
     try:
-        return prepare(line, world)
+        return prepare(line, env)
     except SystemExit as leave:
         if leave.code:
             raise
@@ -215,7 +215,7 @@ LINES = (
 @example(line=["--ds_config", "zero2.json", "--override", "stages=[[4,1000000000]]"], ranks=1)
 def test_arguments_are_refused_or_make_a_run(line: list[str], ranks: int) -> None:
     with _place() as folder:
-        _check(line, folder, World(size=ranks, local_size=ranks))
+        _check(line, folder, DistEnv(size=ranks, local_size=ranks))
 
 
 @st.composite
@@ -262,8 +262,8 @@ _LOOP = "override: {width: &a [*a]}"
 @example(text="override: {width: 1e400}")
 def test_files_of_settings_are_refused_or_make_a_run(text: str) -> None:
     with _place(**{"settings.yaml": text.encode("utf-8", "surrogatepass")}) as folder:
-        _check(["--config", "settings.yaml", "--ds_config", "zero2.json"], folder, World())
-        _check(["--config", "settings.yaml"], folder, World())
+        _check(["--config", "settings.yaml", "--ds_config", "zero2.json"], folder, DistEnv())
+        _check(["--config", "settings.yaml"], folder, DistEnv())
 
 
 DRY = {
@@ -298,7 +298,7 @@ FULL = {
 @example(text='{"zero_optimization": {"": Infinity}}')
 def test_deepspeeds_settings_are_refused_or_make_a_run(text: str) -> None:
     with folder_of({"ds.json": text.encode("utf-8", "surrogatepass")}) as folder:
-        _check(["--ds_config", "ds.json"], folder, World())
+        _check(["--ds_config", "ds.json"], folder, DistEnv())
 
 
 @fuzzed(nightly=300)
@@ -311,7 +311,7 @@ def test_deepspeeds_settings_are_refused_or_make_a_run(text: str) -> None:
 def test_dry_runs_are_refused_or_find_nothing_wrong(text: str, line: list[str]) -> None:
     small = [*line, "--ds_config", "ds.json", "--global-batch", "8", "--accumulation", "1", "--dry-run"]
     with folder_of({**fuzz_places.everything(), "ds.json": text.encode("utf-8", "surrogatepass")}) as folder:
-        verdict = judge(lambda: (run := _prepared(small, World())) and [*sections(run)], folder)
+        verdict = judge(lambda: (run := _prepared(small, DistEnv())) and [*sections(run)], folder)
         assert verdict.refusal is not None or verdict.value is None or "found nothing wrong" in verdict.value[-1]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import PIL
 import torch
 
-from mpdit.core.dist_env import World
+from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError, DataError
 from mpdit.core.files import counted, readable_bytes, write_atomically
 from mpdit.core.version import __version__
@@ -90,18 +90,18 @@ def extract(
     disk, too many broken images, values beyond fp16, or a channel without spread.
     """
     options = options or ExtractOptions()
-    source, folder, world = Path(images), Path(out), World.from_environment()
-    choose_devices(options.device, options.processes, world)
+    source, folder, env = Path(images), Path(out), DistEnv.from_environment()
+    choose_devices(options.device, options.processes, env)
     if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"{folder} lies inside {source}, where it would be taken for images: give another folder")
     _check_folder(folder)
-    job = _plan(source, folder, vae, options, world)
+    job = _plan(source, folder, vae, options, env)
     if (folder / MANIFEST_NAME).exists():
         return finished(job)
     _check_job(job)
     _check_room(job)
-    lock = _begin(job, world)
-    if world.rank and (folder / MANIFEST_NAME).exists():  # nothing was left, and rank 0 has put it together meanwhile
+    lock = _begin(job, env)
+    if env.rank and (folder / MANIFEST_NAME).exists():  # nothing was left, and rank 0 has put it together meanwhile
         return finished(job)
     try:
         first = run_parts(
@@ -113,7 +113,7 @@ def extract(
             os.close(lock)
 
 
-def _plan(source: Path, out: Path, name: str, options: ExtractOptions, world: World) -> ExtractionJob:
+def _plan(source: Path, out: Path, name: str, options: ExtractOptions, env: DistEnv) -> ExtractionJob:
     vae = VAE.load(name, dtype=options.dtype, pixel_range=options.pixel_range)
     side = vae.latent_side(options.image_size)
     # Constants that don't suit the VAE are found here, not after the work.
@@ -151,7 +151,7 @@ def _plan(source: Path, out: Path, name: str, options: ExtractOptions, world: Wo
         decoder=vae.decoder_metadata(),
     )
     batch = options.batch or max(1, _BATCH_PIXELS // options.image_size**2)
-    sharing = max(options.processes, world.local_size)
+    sharing = max(options.processes, env.local_size)
     return ExtractionJob(
         images=images,
         out=out,
@@ -209,10 +209,10 @@ def _check_room(job: ExtractionJob) -> None:
         )
 
 
-def _begin(job: ExtractionJob, world: World) -> int | None:
+def _begin(job: ExtractionJob, env: DistEnv) -> int | None:
     """Note the job in its folder, which rank 0 locks while the others wait for the note."""
     note = job.out / PARTS_NAME / JOB_NAME
-    if world.rank:
+    if env.rank:
         begun = (note, job.out / MANIFEST_NAME)
         missing = f"rank 0 to begin in {job.out}"
         wait_while(lambda: "" if any(path.exists() for path in begun) else missing, _PATIENCE)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mpdit.core.dist_env import World
+from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError, DataError
 from mpdit.core.files import readable_bytes, write_atomically
 from mpdit.diffusion.inference import choose_precision
@@ -95,8 +95,8 @@ def draw(weights: str | Path, out: str | Path, options: DrawOptions | None = Non
     SIGINT and SIGTERM, after a line on stderr that says how much is there.
     """
     options, out = options or DrawOptions(), Path(out)
-    world = World.from_environment()
-    job, protocol, remarks = _plan(Path(weights), out, options, world)
+    env = DistEnv.from_environment()
+    job, protocol, remarks = _plan(Path(weights), out, options, env)
     _check_parts(job)
     before = Finished.load(out)
     if before:
@@ -104,15 +104,15 @@ def draw(weights: str | Path, out: str | Path, options: DrawOptions | None = Non
         before.check(job.image_shape)
         if before.images == job.images:
             shutil.rmtree(out / PARTS_NAME, ignore_errors=True)
-            return DrawReport(out, job.images, 0, 0.0, before.protocol, remarks) if world.rank == 0 else None
+            return DrawReport(out, job.images, 0, 0.0, before.protocol, remarks) if env.rank == 0 else None
         job.kept = before.images // job.part_images * job.part_images
         if job.keep_latents and not (out / LATENTS).is_file():
             raise DataError(f"{out / LATENTS} is gone, so the set can't be continued: give a new folder")
-        if world.rank == 0 and (out / NPZ).is_file():
+        if env.rank == 0 and (out / NPZ).is_file():
             for _ in before.rows(job.part_images, job.image_shape):
                 pass  # damage is found before hours of drawing, not behind them
     _check_room(job)
-    with _folder(job, world):
+    with _folder(job, env):
         left = sum(job.size(part) for part in job.todo())
         started = time.perf_counter()
         try:
@@ -130,12 +130,12 @@ def draw(weights: str | Path, out: str | Path, options: DrawOptions | None = Non
 
 
 def _plan(
-    weights: Path, out: Path, options: DrawOptions, world: World
+    weights: Path, out: Path, options: DrawOptions, env: DistEnv
 ) -> tuple[SampleJob, dict[str, Any], tuple[str, ...]]:
     if options.images < 1 or options.decode_batch < 1:
         raise ConfigError(f"images is {options.images}, decode_batch {options.decode_batch}: give at least 1 of each")
     one_of("files", options.files, ("npz", "png", "both"))
-    device = choose_devices(options.device, options.processes, world)[0]
+    device = choose_devices(options.device, options.processes, env)[0]
     if options.cuda_graph and device.type != "cuda":
         raise ConfigError(f"CUDA graphs need a GPU and the device is {device}: leave them off")
     sampler = options.sampler.replace(precision=choose_precision(options.sampler.precision, device))
@@ -247,21 +247,21 @@ def _check_room(job: SampleJob) -> None:
 
 
 @contextlib.contextmanager
-def _folder(job: SampleJob, world: World) -> Iterator[None]:
+def _folder(job: SampleJob, env: DistEnv) -> Iterator[None]:
     """The folder made, noted whose it is, and by rank 0 locked; after a failure without a finished part, gone again."""
     parts = job.out / PARTS_NAME
     made = [path for path in (job.out, *job.out.absolute().parents) if not path.exists()]
     with disk(job.out):
         parts.mkdir(parents=True, exist_ok=True)
     try:
-        with _locked(parts / _LOCK) if world.rank == 0 else contextlib.nullcontext():
-            if world.rank == 0:
+        with _locked(parts / _LOCK) if env.rank == 0 else contextlib.nullcontext():
+            if env.rank == 0:
                 note: Mapping[str, Any] = {"identity": job.identity, "images": job.images}
                 with disk(parts):
                     write_atomically(parts / _NOTE, json.dumps(note, indent=1) + "\n")
             yield
     except BaseException:
-        if world.size == 1 and not any(parts.glob("*.npz")) and not _is_locked(parts / _LOCK):
+        if env.size == 1 and not any(parts.glob("*.npz")) and not _is_locked(parts / _LOCK):
             shutil.rmtree(parts, ignore_errors=True)
             with contextlib.suppress(OSError):
                 for path in made:

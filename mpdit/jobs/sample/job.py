@@ -17,7 +17,7 @@ import torch
 from mpdit_kernels import dispatch
 from mpdit_kernels.backends import attention_mode
 
-from mpdit.core.dist_env import World
+from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import CheckpointError, ConfigError, DataError
 from mpdit.core.version import __version__
 from mpdit.diffusion.generate import check_finite, generate
@@ -115,10 +115,10 @@ class SampleJob:
         return sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in self.arrays.values())
 
     def todo(self) -> list[int]:
-        world = World.from_environment()
+        env = DistEnv.from_environment()
         for part in range(self.kept // self.part_images, self.parts):
             # Under a launcher each rank reads its own parts to the last byte: all are read again at the end.
-            if part not in self._sound and self._is_done(part, whole=part % world.size == world.rank):
+            if part not in self._sound and self._is_done(part, whole=part % env.size == env.rank):
                 self._sound.add(part)
         return [part for part in range(self.kept // self.part_images, self.parts) if part not in self._sound]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from mpdit.core.dist_env import World, choose_accelerator
+from mpdit.core.dist_env import DistEnv, choose_accelerator
 from mpdit.core.errors import ConfigError
 from mpdit.training.watchdog import PATIENCE
 
@@ -27,7 +27,7 @@ _HERE = "rank 0 is here"
 _OTHER_PORT = "give another port, as in deepspeed --master_port 29501 (MASTER_PORT elsewhere)"
 
 
-def connect(world: World, hang_timeout: float = 0, name: str = "") -> torch.device:
+def init_distributed(env: DistEnv, hang_timeout: float = 0, name: str = "") -> torch.device:
     """Join the ranks through DeepSpeed and return this rank's device; a rank alone needs no free port.
 
     Ranks wait for one another for `hang_timeout` seconds, at most ten minutes. A run's `name` keeps ranks apart that
@@ -37,21 +37,21 @@ def connect(world: World, hang_timeout: float = 0, name: str = "") -> torch.devi
     port is taken, and when a rank doesn't come in time.
     """
     for variable in ("MASTER_ADDR", "MASTER_PORT"):
-        if world.size > 1 and variable not in os.environ:
+        if env.size > 1 and variable not in os.environ:
             raise ConfigError(
-                f"{world.size} ranks were started but {variable} is not set: use launch/slurm.sh, or set it"
+                f"{env.size} ranks were started but {variable} is not set: use launch/slurm.sh, or set it"
             )
     choose_accelerator()
-    for variable, value in (("RANK", world.rank), ("WORLD_SIZE", world.size), ("LOCAL_RANK", world.local_rank)):
+    for variable, value in (("RANK", env.rank), ("WORLD_SIZE", env.size), ("LOCAL_RANK", env.local_rank)):
         os.environ.setdefault(variable, str(value))
     limit = _longest_wait(hang_timeout)
     # NCCL's watch over its own watchdog, 8 minutes by default.
     os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(limit.total_seconds())))
-    if world.size == 1:
+    if env.size == 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     else:
         seconds = min(hang_timeout or _MEETING_SECONDS, _MEETING_SECONDS)
-        store = _meet(world, name, timedelta(seconds=seconds))
+        store = _meet(env, name, timedelta(seconds=seconds))
 
     # DeepSpeed calls it; a newer torch wants another name, which older ones lack.
     warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor.*deprecated", category=FutureWarning)
@@ -60,20 +60,20 @@ def connect(world: World, hang_timeout: float = 0, name: str = "") -> torch.devi
 
     _import_without_compiling()
     accelerator = get_accelerator()
-    device = torch.device(accelerator.device_name(world.local_rank))
+    device = torch.device(accelerator.device_name(env.local_rank))
     if device.type == "cpu":
         # Shared-memory collectives for inference: compiled at start-up (a minute, with g++), used by nothing here.
         # DeepSpeed (0.19.8) tries all it could compile when the table is first read, unless there is one.
         vars(deepspeed.ops).setdefault("__compatible_ops__", defaultdict(bool))["deepspeed_shm_comm"] = False
     else:
-        accelerator.set_device(world.local_rank)
+        accelerator.set_device(env.local_rank)
     backend = accelerator.communication_backend_name()
-    if world.size > 1:
+    if env.size > 1:
         torch.distributed.init_process_group(
             backend,
             store=store,
-            rank=world.rank,
-            world_size=world.size,
+            rank=env.rank,
+            world_size=env.size,
             timeout=timedelta(seconds=_MEETING_SECONDS),
             device_id=device if device.type == "cuda" else None,  # as DeepSpeed does it
         )
@@ -111,7 +111,7 @@ def _longest_wait(hang_timeout: float) -> timedelta:
     return timedelta(seconds=max(1800, 2 * PATIENCE * hang_timeout)) if hang_timeout else timedelta(days=7)
 
 
-def _meet(world: World, name: str, timeout: timedelta) -> Any:
+def _meet(env: DistEnv, name: str, timeout: timedelta) -> Any:
     """The store that all ranks have come to, which rank 0 keeps at MASTER_ADDR:MASTER_PORT (or torchrun does)."""
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     place = f"{address}:{port}"
@@ -124,7 +124,7 @@ def _meet(world: World, name: str, timeout: timedelta) -> Any:
             f"MASTER_ADDR {address!r} can't be found ({error}): give the name or IP address of rank 0's machine, as in "
             "deepspeed --master_addr"
         ) from error
-    kept_here = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    kept_here = env.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if kept_here and not _is_free(int(port)):
         raise ConfigError(_taken(place))
     end = time.monotonic() + timeout.total_seconds()
@@ -133,18 +133,18 @@ def _meet(world: World, name: str, timeout: timedelta) -> Any:
             f"there was no answer from {place} (MASTER_ADDR, MASTER_PORT) in {timeout.total_seconds():g} s: was rank 0 "
             "started there, and is the port open between the machines?"
         )
-    return _store(world, name, place, timeout)
+    return _store(env, name, place, timeout)
 
 
-def _store(world: World, name: str, place: str, timeout: timedelta) -> Any:
+def _store(env: DistEnv, name: str, place: str, timeout: timedelta) -> Any:
     """In a thread, since torch waits without end for a server that takes the connection and then says nothing."""
     found: list[Any] = []
 
     def meet() -> None:
         try:
-            store = next(torch.distributed.rendezvous("env://", world.rank, world.size, timeout=timeout))[0]
+            store = next(torch.distributed.rendezvous("env://", env.rank, env.size, timeout=timeout))[0]
             store = torch.distributed.PrefixStore(f"mpdit {name}", store)
-            if world.rank == 0:
+            if env.rank == 0:
                 store.set(_HERE, "")
             else:
                 store.wait([_HERE], timeout)
