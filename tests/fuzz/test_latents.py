@@ -237,6 +237,7 @@ NPY = {"descr": "<f4", "fortran_order": False, "shape": (1, 4, 8, 8)}
 @example(shape=["x"], dtype="<c8", order=0, version=(0, 0))
 @example(shape=[1, -1, True], dtype="|O", order=None, version=(255, 255))
 @example(shape=[2**40, 2**63], dtype="<i4", order=False, version=(1, 0))
+@example(shape=[2, 64, -1, -1], dtype="<f8", order=False, version=(1, 0))
 @example(shape=[1], dtype="x" * 70000, order=False, version=(2, 0))
 @example(shape=[1, 4, 8, 8], dtype="<M8[s]", order=False, version=(1, 0))
 def test_odd_npy_headers_are_refused_or_what_they_say(

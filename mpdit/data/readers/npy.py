@@ -43,4 +43,6 @@ def _header(content: bytes) -> tuple[np.dtype[Any], tuple[int, ...], Any, int]:
     if np.lib.format.read_magic(stream) != (1, 0):
         raise ValueError("only version 1.0 is read, which is what numpy writes for plain arrays")
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+    if min(shape, default=0) < 0:  # numpy lets them pass, and two of them multiply to a size that may fit
+        raise ValueError(f"shape {shape} has a negative side")
     return dtype, shape, "F" if fortran_order else "C", stream.tell()
