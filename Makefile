@@ -87,10 +87,11 @@ bench-gpu:  ## on a machine with a GPU: PART=kernels|block|forward|step|sampling
 			"make bench-gpu PYTHON=..." >&2; exit 2; }
 	@$(PYTHON) benchmarks/gpu.py $(PART) $(BENCH)
 
-lint: $(INSTALLED)  ## check style and types
+lint: $(INSTALLED)  ## check style, types, and that the rooms import only downwards
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(INSTALLED)  ## mend style
 	$(BIN)/ruff check --fix .
