@@ -11,7 +11,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from mpdit.commands import COMMANDS
 from mpdit.core.cpu import settle_cpu
@@ -55,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line, without importing what the commands need to run."""
-    parser = _Parser(
+    parser = Parser(
         prog="mpdit",
         description="Multi-patch diffusion transformers: sample from trained models, evaluate them, check data.",
         epilog="Train with `deepspeed launch/train.py --ds_config launch/zero2.json`.",
@@ -68,13 +67,6 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_arguments(sub)
         sub.add_argument("--json", action="store_true", help="print one JSON object to stdout instead of text")
     return parser
-
-
-class _Parser(Parser):
-    """argparse whose errors are UserErrors that point to the help, instead of a page of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see `{self.prog} --help`)")
 
 
 def _fail(message: str) -> int:

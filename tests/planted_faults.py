@@ -147,8 +147,8 @@ FAULTS = tuple(Fault(*row) for row in (
      "        sync_to_disk(self.path)\n        last.publish()", "        last.publish()", "test_disk_order.py"),
     (M + "data/readers/edm2.py", "damage of a zip is not noticed", " or crc32(content) != checksum", "",
      "test_data_foreign.py -k damage"),
-    (M + "data/quarantine.py", "what is quarantined is not on the disk", "            os.fsync(self._descriptor)",
-     "            os.stat(self._descriptor)", "test_disk_order.py"),
+    (M + "data/quarantine.py", "what is quarantined is not on the disk", "os.fsync(file.fileno())",
+     "os.stat(file.fileno())", "test_disk_order.py"),
     # training: checkpoints, guard, ends
     (M + "core/files.py", "a file is named before its contents are on the disk",
      "        sync_to_disk(partial)\n        os.replace", "        os.stat(partial)\n        os.replace",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -293,9 +294,13 @@ def test_a_journal_that_cannot_be_written_is_a_clear_error(packed: PackedLatents
 
 def test_a_full_disk_leaves_no_half_trusted_line(packed: PackedLatents, monkeypatch: pytest.MonkeyPatch) -> None:
     flip(packed, 2)
-    write = os.write
-    monkeypatch.setattr(os, "write", lambda descriptor, content: write(descriptor, content[:10]))
-    with pytest.raises(DataError, match=r"quarantine.jsonl can't be written .*cut short"):
+
+    def full(descriptor: int) -> None:
+        os.ftruncate(descriptor, 10)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match=r"quarantine.jsonl can't be written .*No space"):
         opened(packed, 1).read(EVERY)
     monkeypatch.undo()
     monkeypatch.setattr(quarantine, "_PAUSE", 0)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mpdit.core.files import counted, readable_bytes, sole_owner
+from mpdit.core.files import counted, readable_bytes
+from mpdit.core.locks import locked
 
 
 def test_sizes_are_in_the_unit_that_suits() -> None:
@@ -20,11 +21,9 @@ def test_nouns_go_with_their_numbers() -> None:
     assert [counted(number, "image") for number in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
 
 
-def test_a_folder_has_one_owner_at_a_time(tmp_path: Path) -> None:
-    folder = tmp_path / "new" / "run"
-    with sole_owner(folder):
-        assert folder.is_dir()
-        with pytest.raises(BlockingIOError), sole_owner(folder):
-            pass
-    with sole_owner(folder):
+@pytest.mark.parametrize("name", [".", "made.lock"])
+def test_a_file_or_folder_has_one_owner_at_a_time(name: str, tmp_path: Path) -> None:
+    with locked(tmp_path / name, wait=False), pytest.raises(BlockingIOError), locked(tmp_path / name, wait=False):
+        pass
+    with locked(tmp_path / name):
         pass

@@ -1,15 +1,23 @@
-"""argparse without its way of losing a value."""
+"""argparse whose errors are ConfigErrors, and without its way of losing a value."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
+
+from mpdit.core.errors import ConfigError
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses --option=--, which argparse (to Python 3.12) makes an empty list of, whatever the option's type."""
+    """Raises ConfigError for bad arguments, instead of printing a page of usage.
+
+    Refuses --option=-- too, which argparse (to Python 3.12) makes an empty list of, whatever the option's type.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see `{self.prog} --help`)")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         args = sys.argv[1:] if args is None else args

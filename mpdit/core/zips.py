@@ -7,13 +7,14 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 try:
     from isal.isal_zlib import crc32  # several times faster than zlib's
 except ImportError:
     from zlib import crc32
 
-_LOCAL_HEADER_BYTES = 30  # of a member, before its name: PKWARE's APPNOTE 4.3.7
+_LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of a member, before its name and extra field: PKWARE's APPNOTE 4.3.7
 _MOST_DEFLATED = 1032  # times its size is what deflate can stand for
 _PIECE = 1 << 22
 
@@ -45,6 +46,25 @@ def open_zip(path: str | Path) -> zipfile.ZipFile:
     return archive
 
 
+class LocalHeader(NamedTuple):
+    """What precedes a member's bytes."""
+
+    flags: int
+    method: int
+    """zipfile's ZIP_STORED, ZIP_DEFLATED, ..."""
+    end: int
+    """Where the member's bytes begin."""
+
+
+def read_local_header(descriptor: int, offset: int) -> LocalHeader:
+    """Read a member's header where the zip's table of contents has it. Raises BadZipFile when none is there."""
+    content = os.pread(descriptor, _LOCAL_HEADER.size, offset)
+    if len(content) < _LOCAL_HEADER.size or not content.startswith(b"PK\3\4"):
+        raise zipfile.BadZipFile(f"no member begins at byte {offset}")
+    _, _, flags, method, *_, name, extra = _LOCAL_HEADER.unpack(content)
+    return LocalHeader(flags, method, offset + _LOCAL_HEADER.size + name + extra)
+
+
 def find_damaged(path: str | Path) -> str | None:
     """The first member of a zip of stored members whose bytes don't have their CRC-32; None when all have.
 
@@ -52,9 +72,7 @@ def find_damaged(path: str | Path) -> str | None:
     """
     with open_zip(path) as archive, open(path, "rb") as file:
         for member in archive.infolist():
-            file.seek(member.header_offset)
-            header = file.read(_LOCAL_HEADER_BYTES)
-            file.seek(sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28)), os.SEEK_CUR)
+            file.seek(read_local_header(file.fileno(), member.header_offset).end)
             found, left = 0, member.compress_size
             while left and (piece := file.read(min(left, _PIECE))):
                 found, left = crc32(piece, found), left - len(piece)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdit.core.errors import DataError
+from mpdit.core.locks import locked
 from mpdit.data.manifest import MANIFEST_NAME, StoredFile
 
 
@@ -52,26 +53,23 @@ class PartialFile:
         self._partial.unlink(missing_ok=True)
 
 
-def lock_folder(folder: Path) -> int:
-    """Make the folder ours to write a data set into, until the descriptor returned is closed or the process ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise DataError(f"can't write a data set to {folder} ({error.strerror}): give another folder") from error
-    problem = None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        problem = "is being written by another process"
-    except OSError:
-        pass  # a file system without locks: two writers in one folder are then the user's to avoid
-    if (folder / MANIFEST_NAME).exists():
-        problem = "already holds a data set"
-    if problem:
-        os.close(lock)
-        raise DataError(f"{folder} {problem}: give another folder, or delete this one first")
-    return lock
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold a folder, made if need be, to write a data set into. DataError when it holds one or is being written."""
+    with contextlib.ExitStack() as held:
+        problem = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(folder, wait=False))
+        except BlockingIOError:
+            problem = "is being written by another process"
+        except OSError as error:
+            raise DataError(f"can't write a data set to {folder} ({error.strerror}): give another folder") from error
+        if (folder / MANIFEST_NAME).exists():
+            problem = "already holds a data set"
+        if problem:
+            raise DataError(f"{folder} {problem}: give another folder, or delete this one first")
+        yield
 
 
 def close_all(descriptors: list[int]) -> None:

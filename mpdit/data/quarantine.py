@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import sys
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from mpdit.core.errors import DataError, RecordError
 from mpdit.core.files import counted
+from mpdit.core.locks import locked
 from mpdit.data.dataset import LatentDataset
 
 QUARANTINE_NAME = "quarantine.jsonl"
@@ -161,24 +161,17 @@ class _Journal:
 
     def __init__(self, path: Path, data: str, num_samples: int, write: bool) -> None:
         self._path, self._data, self._num_samples, self._write = path, data, num_samples, write
-        self._descriptor = -1
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other ranks from appending meanwhile, so that none reports what we are about to."""
-        if not self._write:
+        with contextlib.ExitStack() as held:
+            try:
+                if self._write:
+                    held.enter_context(locked(self._path))
+            except OSError as error:
+                raise self._unwritable(error) from error
             yield
-            return
-        try:
-            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise self._unwritable(error) from error
-        try:
-            with contextlib.suppress(OSError):  # a file system without locks: two ranks may report the same record
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(self._descriptor)
 
     def replaced(self) -> set[int]:
         """The samples that have been replaced."""
@@ -204,9 +197,10 @@ class _Journal:
         if self._text()[-1:] not in ("", "\n"):  # a line that was cut short must not swallow the next
             content = "\n" + content
         try:
-            if os.write(self._descriptor, content.encode()) != len(content.encode()):
-                raise OSError("a line was cut short")
-            os.fsync(self._descriptor)
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             raise self._unwritable(error) from error
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -49,7 +49,9 @@ class PackedWriter:
         if self._shard_records < 1:
             raise DataError(f"shard_records is {shard_records}: give a whole number of at least 1")
         self._statistics = ChannelStatistics(spec.channels)
-        self._lock: int | None = lock_folder(self.path)
+        self._lock = contextlib.ExitStack()
+        self._lock.enter_context(lock_folder(self.path))
+        self._open = True
         self._shards: list[PartialFile] = []
         self._index = PartialFile(self.path / INDEX_NAME)
 
@@ -78,7 +80,7 @@ class PackedWriter:
 
     def close(self) -> None:
         """Finish the data set. DataError when nothing was written or a channel has no spread to normalise by."""
-        if self._lock is None:
+        if not self._open:
             return
         try:
             if not self.num_samples:
@@ -91,9 +93,8 @@ class PackedWriter:
         """Remove what is not finished and let go of the folder."""
         for file in (*self._shards, self._index):
             file.discard()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.close()
+        self._open = False
 
     def __enter__(self) -> PackedWriter:
         return self

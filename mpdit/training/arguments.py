@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mpdit.core.errors import ConfigError
 from mpdit.core.parser import Parser
@@ -22,11 +22,6 @@ _METAVARS = {
     "profile_steps": "A:B",
     "profile_ranks": "0,3|all",
 }
-
-
-class _Parser(Parser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; --help explains every argument")
 
 
 def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
@@ -70,7 +65,7 @@ def _over(file: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="launch/train.py",
         usage="deepspeed [--num_accelerators N] launch/train.py [--config FILE] --ds_config FILE [arguments]",
         description="Train a multi-patch diffusion transformer; on the embedded digits when no --data is given. "

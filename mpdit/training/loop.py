@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from mpdit.core.dist_env import barrier, set_threads
 from mpdit.core.errors import ConfigError, UserError
-from mpdit.core.files import sole_owner, write_atomically
+from mpdit.core.files import write_atomically
+from mpdit.core.locks import locked
 from mpdit.data.loaders import make_loader
 from mpdit.data.order import GlobalOrder
 from mpdit.data.posterior import to_latents
@@ -186,7 +187,8 @@ def _alone(run: Run) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         if run.env.rank == 0:
             try:
-                held.enter_context(sole_owner(run.out))
+                run.out.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(run.out, wait=False))
             except BlockingIOError:
                 raise ConfigError(
                     f"out {run.out} is in use by another run: wait for its end, or give another --out"

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdit.core.errors import DataError
-from mpdit.core.zips import ZIP_DAMAGE, open_zip
+from mpdit.core.zips import ZIP_DAMAGE, open_zip, read_local_header
 from mpdit.data.files import close_all
 from mpdit.data.manifest import Normalization
 from mpdit.data.readers.base import ForeignLatents, Options, count_classes
@@ -26,7 +26,6 @@ LABELS_NAME = "dataset.json"
 # How bright (mean of RGB, -1..1) Stable Diffusion's decoder shows each channel: mpdit/diffusion/images.py's linear fit.
 _BRIGHTNESS = 0.18215 * np.array((0.2377, 0.2153, 0.0983, -0.3093))
 _BRIGHT = 0.25
-_LOCAL_HEADER_BYTES = 30  # of a zip's member, before its name: PKWARE's APPNOTE 4.3.7
 
 
 def find_edm2(path: Path) -> Path | None:
@@ -127,21 +126,18 @@ class _Zip:
         if row >= len(self._table) or self._names[row] != os.fsencode(name):
             raise DataError(f"{self._path} holds no {name}: give a zip as EDM2's dataset_tool.py encode writes it")
         offset, size, checksum = self._table[row].tolist()
-        header = self._pread(_LOCAL_HEADER_BYTES, offset)
-        skip = sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))  # its name and extra field
-        content = self._pread(size, offset + _LOCAL_HEADER_BYTES + skip)
+        try:
+            content = os.pread(self._descriptors[0], size, read_local_header(self._descriptors[0], offset).end)
+        except OSError as error:
+            raise DataError(f"can't read {self._path} ({error.strerror}): copy it again") from error
+        except zipfile.BadZipFile as error:
+            raise DataError(f"{self._path}: {name} can't be read ({error}): copy the zip again") from error
         if len(content) != size or crc32(content) != checksum:
             raise DataError(f"{self._path}: {name} does not match the zip's CRC-32 {checksum:08x}: copy the zip again")
         return content
 
     def close(self) -> None:
         self._closer()
-
-    def _pread(self, size: int, offset: int) -> bytes:
-        try:
-            return os.pread(self._descriptors[0], size, offset)
-        except OSError as error:
-            raise DataError(f"can't read {self._path} ({error.strerror}): copy it again") from error
 
 
 def _is_npy(name: str) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,17 +102,13 @@ def extract(
         return finished(job)
     _check_job(job)
     _check_room(job)
-    lock = _begin(job, env)
-    if env.rank and (folder / MANIFEST_NAME).exists():  # nothing was left, and rank 0 has put it together meanwhile
-        return finished(job)
-    try:
+    with _begun(job, env):
+        if env.rank and (folder / MANIFEST_NAME).exists():  # nothing was left, and rank 0 has assembled it meanwhile
+            return finished(job)
         first = run_parts(
             job, job.parts, processes=options.processes, device=options.device, label="encoding", unit="img"
         )
         return assemble(job, options.normalization) if first else None
-    finally:
-        if lock is not None:
-            os.close(lock)
 
 
 def _plan(source: Path, out: Path, name: str, options: ExtractOptions, env: DistEnv) -> ExtractionJob:
@@ -209,7 +207,8 @@ def _check_room(job: ExtractionJob) -> None:
         )
 
 
-def _begin(job: ExtractionJob, env: DistEnv) -> int | None:
+@contextlib.contextmanager
+def _begun(job: ExtractionJob, env: DistEnv) -> Iterator[None]:
     """Note the job in its folder, which rank 0 locks while the others wait for the note."""
     note = job.out / PARTS_NAME / JOB_NAME
     if env.rank:
@@ -218,13 +217,10 @@ def _begin(job: ExtractionJob, env: DistEnv) -> int | None:
         wait_while(lambda: "" if any(path.exists() for path in begun) else missing, _PATIENCE)
         if note.exists():
             _check_job(job)
-        return None
-    lock = lock_folder(job.out)
-    try:
+        yield
+        return
+    with lock_folder(job.out):
         note.parent.mkdir(exist_ok=True)
         if not note.exists():
             write_atomically(note, json.dumps(job.identity, indent=1) + "\n")
-    except BaseException:
-        os.close(lock)
-        raise
-    return lock
+        yield

@@ -19,11 +19,12 @@ from tqdm import tqdm
 
 from mpdit.core.errors import ConfigError, DataError
 from mpdit.core.files import counted
-from mpdit.data.manifest import LatentSpec
+from mpdit.core.locks import locked
+from mpdit.data.manifest import PARTS_NAME, LatentSpec
 from mpdit.data.records import find_defect
 from mpdit.jobs.extract.decoding import Decoded, Decoder
 from mpdit.jobs.extract.listing import ImageList
-from mpdit.jobs.extract.parts import PartWriter, Receipt, lock_part
+from mpdit.jobs.extract.parts import PartWriter, Receipt
 from mpdit.jobs.workers import DoPart, Report
 from mpdit.model.vae import VAE, PixelRange, VAEDtype
 
@@ -97,7 +98,9 @@ class _Encoder:
 
     def __call__(self, part: int, report: Report) -> None:
         job = self._job
-        with lock_part(job.out, part), _repeatable(self._device), warnings.catch_warnings():
+        # Waits until no other process works at this part: one whose parent was killed needs a moment to notice.
+        lock = locked(job.out / PARTS_NAME / f"{part:05d}.lock")
+        with lock, _repeatable(self._device), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # of what it makes of odd images
             receipt = Receipt.load(job.out, part, job.digest)
             if receipt and receipt.check(job.out):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import struct
+import zipfile
 import zlib
 from array import array
 from collections.abc import Callable, Mapping
@@ -16,11 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdit.core.errors import DataError
+from mpdit.core.zips import read_local_header
 
 ContainerKind = Literal["folder", "tar", "zip"]
 
-_ZIP_HEADER = struct.Struct("<4s5H3I2H")  # a member's local header, APPNOTE.TXT 4.3.7
-_STORED, _DEFLATED = 0, 8
 _ENCRYPTED = 1  # a bit of a member's flags
 _MOST_BYTES = 1 << 30  # of one image's file, so that a zip bomb is no more than a broken image
 UNLABELLED, IGNORED = -1, -2
@@ -197,21 +196,23 @@ def _zip_member(descriptor: int, offset: int, size: int, crc: int) -> bytes:
 
     `crc` is the central directory's: a zip written as a stream has none in its headers.
     """
-    header = os.pread(descriptor, _ZIP_HEADER.size, offset)
-    if len(header) < _ZIP_HEADER.size or not header.startswith(b"PK\3\4"):
-        raise BrokenImage("has no header in its zip, which is damaged there")
-    _, _, flags, method, _, _, _, _, _, name, extra = _ZIP_HEADER.unpack(header)
-    if flags & _ENCRYPTED:
+    try:
+        header = read_local_header(descriptor, offset)
+    except zipfile.BadZipFile:
+        raise BrokenImage("has no header in its zip, which is damaged there") from None
+    if header.flags & _ENCRYPTED:
         raise BrokenImage("is encrypted")
-    data = _exactly(descriptor, size, offset + _ZIP_HEADER.size + name + extra)
-    if method == _DEFLATED:
+    data = _exactly(descriptor, size, header.end)
+    if header.method == zipfile.ZIP_DEFLATED:
         inflate = zlib.decompressobj(-zlib.MAX_WBITS)
         try:
             data = _limited(inflate.decompress(data, _MOST_BYTES + 1))
         except zlib.error as error:
             raise BrokenImage(f"can't be decompressed: {error}") from error
-    elif method != _STORED:
-        raise BrokenImage(f"is compressed by zip's method {method}; only stored and deflated members can be read")
+    elif header.method != zipfile.ZIP_STORED:
+        raise BrokenImage(
+            f"is compressed by zip's method {header.method}; only stored and deflated members can be read"
+        )
     if zlib.crc32(data) != crc:
         raise BrokenImage("does not match its checksum in the zip")
     return data

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -133,18 +132,6 @@ class PartWriter:
 
 def shard_name(part: int) -> str:
     return f"shard-{part:05d}.bin"
-
-
-@contextlib.contextmanager
-def lock_part(out: Path, part: int) -> Iterator[None]:
-    """Wait until no other process works at this part: one whose parent was killed needs a moment to notice."""
-    lock = os.open(out / PARTS_NAME / f"{part:05d}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
 
 
 def _receipt_path(out: Path, part: int) -> Path:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import re
 import shutil
 import sys
@@ -18,6 +16,7 @@ from typing import Any, Literal
 from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError, DataError
 from mpdit.core.files import readable_bytes, write_atomically
+from mpdit.core.locks import locked
 from mpdit.diffusion.inference import choose_precision
 from mpdit.diffusion.sampler import Sampler
 from mpdit.jobs.npz import NpzReader, disk
@@ -271,19 +270,14 @@ def _folder(job: SampleJob, env: DistEnv) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(locked(path, wait=False))
         except BlockingIOError:
             raise ConfigError(
                 f"--out {path.parent.parent} is being written by another process: wait for it, or give another folder"
             ) from None
-        except OSError:
-            pass  # a file system without locks
         yield
-    finally:
-        os.close(lock)
 
 
 def _is_locked(path: Path) -> bool:
