@@ -59,8 +59,8 @@ class State:
 
 
 def block_team(config: ModelConfig, index: int, tokens: int, images: int, setting: Setting, compiled: bool) -> Team:
-    rows = [row.part for row in account(config).rows if row.part.stage == index and row.part.name in PARTS]
-    macs = sum(part.macs for part in rows) // config.stages[index].blocks
+    parts = account(config).parts
+    macs = sum(part.macs for part in parts if part.stage == index and part.name in PARTS) // config.stages[index].blocks
 
     def make() -> State:
         torch.manual_seed(0)

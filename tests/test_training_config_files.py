@@ -11,7 +11,7 @@ import pytest
 from training_runs import REPOSITORY
 
 from mpdit.core.errors import ConfigError
-from mpdit.planning.planner import Request, plan
+from mpdit.planning.plan import Request, plan
 from mpdit.training.arguments import parse_arguments
 from mpdit.training.config import TrainConfig
 from mpdit.training.run import planned_gpu

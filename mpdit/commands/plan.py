@@ -57,8 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    from mpdit.planning.planner import IMAGENET, Request, plan, usual_network
-    from mpdit.planning.planner_text import text
+    from mpdit.planning.plan import IMAGENET, Request, plan, usual_network
 
     gpu = _gpu(args)
     network = args.network if args.network is not None else usual_network(gpu) / 1e9
@@ -78,7 +77,7 @@ def run(args: argparse.Namespace) -> Outcome:
         network * 1e9,
     )
     found = plan(model_config(args), request)
-    return Outcome(text(args.model, found), {"name": args.model, **found.to_dict()})
+    return Outcome(found.text(args.model), {"name": args.model, **found.to_dict()})
 
 
 def _gpu(args: argparse.Namespace) -> Gpu:

@@ -1,4 +1,4 @@
-"""What a model and a run cost, before anything is built: FLOP, parameters, memory, time."""
+"""Predicts what a model and a run cost, before anything is built: FLOPs, parameters, memory, time."""
 
 from mpdit.planning.account import Account, account
 

@@ -16,19 +16,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mpdit_kernels.command import aligned
 from mpdit_kernels.hardware import Gpu, find_gpu
 
 from mpdit.core.errors import DataError, UserError
 from mpdit.core.files import write_atomically
+from mpdit.core.table import aligned
 from mpdit.model.presets import PRESETS
-from mpdit.planning.efficiency import ATTENTION, LINK, MEASURED, Efficiency, measured
-from mpdit.planning.roofline import step_time
-
-if TYPE_CHECKING:
-    from mpdit.report import Results
+from mpdit.planning.time import ATTENTION, LINK, MEASURED, Efficiency, measured, step_time
+from mpdit.report import Results, read_results
+from mpdit.report.results import OURS
 
 RESULTS = Path("benchmarks", "results")
 LEAST_ERROR = 0.05
@@ -48,41 +45,26 @@ class Step:
 
 
 def calibrate(results: Results) -> tuple[Gpu, Efficiency, list[Step]] | None:
-    """The device, its efficiency, and the steps it was taken from; None where no step of our code was measured.
+    """Return the device, its efficiency, and the steps it was taken from; None where no step of our code was measured.
 
     A device without a datasheet, such as a CPU, goes by the ceilings measured in the same run.
     """
-    from mpdit.report.results import OURS
-
-    name = str(results.machine["gpu" if results.on_gpu else "cpu"])
-    ceilings = results.ceilings
+    name, ceilings = str(results.machine["gpu" if results.on_gpu else "cpu"]), results.ceilings
     if ceilings is None:
         return None
+    copy, matmul, matmul32 = (ceilings[name] for name in ("copy", "matmul", "matmul32"))
     gpu = find_gpu(name) if results.on_gpu else None
-    if gpu is None:
-        gpu = Gpu(
-            name,
-            name,
-            0.0,
-            ceilings["copy"],
-            ceilings["matmul"],
-            ceilings["matmul32"],
-            (0, 0),
-            0.0,
-            "measured ceilings",
-        )
-    ours = (OURS, *PRESETS)  # ways of another model in our code bear its name
-    rows = [row for row in results.rows if row.part == "step" and row.way.partition(",")[0] in ours]
-    products = ceilings["matmul"] / gpu.flops
-    share = Efficiency(products, ATTENTION * products, ceilings["copy"] / gpu.bandwidth, LINK, 1.0, 0.0, "")
+    gpu = gpu or Gpu(name, name, 0.0, copy, matmul, matmul32, (0, 0), 0.0, "measured ceilings")
+    products = matmul / gpu.flops
+    share = Efficiency(products, ATTENTION * products, copy / gpu.bandwidth, LINK, 1.0, 0.0, "")
     if not results.on_gpu:  # fp32 products, at the rate measured for them
         share = dataclasses.replace(share, matmul=1.0, attention=ATTENTION)
+    # The fastest variant of our code on each model and batch; variants on another model bear its name.
     fastest: dict[tuple[str, int], tuple[float, str]] = {}
-    for row in rows:
-        if row.model is None or row.images is None:
-            continue
-        key = row.model, row.images
-        fastest[key] = min(fastest.get(key, (row.seconds.median, row.dtype)), (row.seconds.median, row.dtype))
+    for row in results.of("step"):
+        if row.way.partition(",")[0] in (OURS, *PRESETS) and row.model is not None and row.images is not None:
+            found = row.seconds.median, row.dtype
+            fastest[row.model, row.images] = min(fastest.get((row.model, row.images), found), found)
     steps = [
         Step(model, images, seconds, step_time(PRESETS[model], gpu, share, images, dtype=dtype).total)
         for (model, images), (seconds, dtype) in fastest.items()
@@ -103,8 +85,6 @@ def calibrate(results: Results) -> tuple[Gpu, Efficiency, list[Step]] | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    from mpdit.report import read_results
-
     parser = argparse.ArgumentParser("python -m mpdit.planning.calibrate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("results", nargs="*", type=Path, metavar="RESULTS", help=f"(default: all in {RESULTS})")
     parser.add_argument("--update", action="store_true", help="write what the planner reads")

@@ -10,14 +10,11 @@ P parameters, N ranks. Weights are fp32 (bf16 is autocast), 4 bytes a number. He
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mpdit.model.config import ModelConfig
-from mpdit.planning.account import Account, account
-from mpdit.planning.activations import AGAIN, SIZE, STREAM
-from mpdit.planning.parts import image_tokens
+from mpdit.planning.account import RECOMPUTED, SIZE, STREAM, Account, account, stage_tokens
 
 WORD = 4
 """Bytes of a weight, a gradient, a moment and an average."""
@@ -80,7 +77,7 @@ class Setting:
         gpus: N.
         images: of one GPU's micro step.
         accumulation: micro steps of a step.
-        dtype, kernels, checkpointing: see `activations`.
+        dtype, kernels, checkpointing: see `account`.
         bucket: numbers of a bucket.
         device: False leaves out what only a GPU takes: context and the allocator's loss.
     """
@@ -96,106 +93,76 @@ class Setting:
     device: bool = True
 
 
+def memory(config: ModelConfig, setting: Setting) -> Memory:
+    """Return the worst moment's bytes: in backward, where activations fall while gradients rise, or in the step."""
+    worst = max(_moments(config, setting), key=lambda moment: moment.allocated)
+    return replace(worst, overhead=CONTEXT + FRAGMENTS * worst.allocated) if setting.device else worst
+
+
 def each_at_its_most(config: ModelConfig, setting: Setting) -> dict[str, float]:
-    """The most bytes of each part at any moment of a step: more, together, than are ever there at once."""
+    """Return the most bytes of each part at any moment of a step: more, together, than are ever there at once."""
     moments = _moments(config, setting)
     parts = {name: max(getattr(moment, name) for moment in moments) for name in Memory.__dataclass_fields__}
     return parts | {"overhead": memory(config, setting).overhead}
 
 
-def memory(config: ModelConfig, setting: Setting) -> Memory:
-    """The worst moment's bytes: in backward, where activations fall while gradients rise, or in the step."""
-    worst = max(_moments(config, setting), key=lambda moment: moment.allocated)
-    if not setting.device:
-        return worst
-    return Memory(**{**vars(worst), "overhead": CONTEXT + FRAGMENTS * worst.allocated})
+def largest_micro_batch(config: ModelConfig, setting: Setting, limit: float, most: int) -> int:
+    """Return the most images of a micro step, up to `most`, that fit into so many bytes; 0 when not one does."""
+    fitting, beyond = 0, most + 1
+    while beyond - fitting > 1:
+        middle = (fitting + beyond) // 2
+        fits = memory(config, replace(setting, images=middle)).total <= limit
+        fitting, beyond = (middle, beyond) if fits else (fitting, middle)
+    return fitting
 
 
 def _moments(config: ModelConfig, setting: Setting) -> list[Memory]:
-    found = account(config, 1, setting.dtype, setting.kernels, setting.checkpointing)  # type: ignore[arg-type]
-    return [_in_step(found, setting), *_in_backward(found, setting)]
-
-
-def _state(found: Account, setting: Setting) -> dict[str, float]:
-    whole = WORD * found.params_trainable
-    part = whole / setting.gpus if setting.zero else whole
-    tables = WORD * (found.params_total - found.params_trainable)
-    return {
-        "parameters": (part if setting.zero == 3 else whole) + tables,
-        "master": part if setting.zero else 0.0,
+    """Return the optimiser's step, the start of backward, and the moments after each part that backward has passed."""
+    found = account(config, 1, setting.dtype, setting.kernels, setting.checkpointing)
+    params, zero = found.params_trainable, setting.zero
+    whole = WORD * params
+    part = whole / setting.gpus if zero else whole
+    state = {
+        "parameters": (part if zero == 3 else whole) + WORD * (found.params_total - params),
+        "master": part if zero else 0.0,
         "optimizer": 2 * part,
         "ema": part,
     }
-
-
-def _in_step(found: Account, setting: Setting) -> Memory:
-    state, part = _state(found, setting), _gradients(found, setting)
+    bucket = WORD * min(params, setting.bucket)
+    if zero == 3:  # a bucket, and the whole weights
+        buckets = bucket + (WORD * min(params, MAX_LIVE) if setting.gpus > 1 else 0.0)
+    else:
+        buckets = 2 * bucket if zero and setting.gpus > 1 else 0.0
     # Stage 0 flattens a bucket for its reduction; stages 1 to 3 a rank's gradients for the optimiser.
-    flat = part if setting.zero else WORD * min(found.params_trainable, 500_000_000)
-    return Memory(**state, gradients=part, casts=0.0, activations=0.0, buffers=flat + _buckets(found, setting))
+    flat = part if zero else WORD * min(params, 500_000_000)
+    moments = [Memory(**state, gradients=part, casts=0.0, activations=0.0, buffers=flat + buckets)]
 
-
-def _in_backward(found: Account, setting: Setting) -> list[Memory]:
-    """A moment at the start, and after each group of parts has been passed, last one first."""
-    state, gradients = _state(found, setting), _gradients(found, setting)
-    if setting.zero == 1:
-        gradients = WORD * found.params_trainable
-    each = gradients / max(1, found.params_trainable)
+    gradients = whole if zero == 1 else part
     casts = _casts(found) if setting.dtype == "bf16" else 0.0
-    buffers = _buckets(found, setting) + _work(found.config, setting)
-    held = gradients * (2 if setting.zero == 3 else 1 if setting.accumulation > 1 else 0)
-    rows = [row for row in reversed(found.rows) if row.part.name != AGAIN]
-    again = setting.images * (found.activation_bytes_per_image - sum(row.activation_bytes for row in rows))
+    buffers = buckets + _work(config, setting)
+    held = gradients * (2 if zero == 3 else 1 if setting.accumulation > 1 else 0)
+    rows = [row for row in reversed(found.parts) if row.name != RECOMPUTED]
+    again = setting.images * sum(row.activation_bytes for row in found.parts if row.name == RECOMPUTED)
     left = setting.images * sum(row.activation_bytes for row in rows)
-    moments = [Memory(**state, gradients=held, casts=casts, activations=left, buffers=buffers)]
+    moments.append(Memory(**state, gradients=held, casts=casts, activations=left, buffers=buffers))
     for row in rows:
-        # With checkpointing a block is computed again once what follows it has been passed.
         left -= setting.images * row.activation_bytes
-        if setting.zero != 3 and setting.accumulation == 1:
-            held += each * row.part.params
-        more = again if row.part.stage is None and row.part.name == "final layer" else 0
+        if zero != 3 and setting.accumulation == 1:
+            held += gradients / max(1, params) * row.params
+        # With checkpointing a block is computed again once what follows it has been passed.
+        more = again if row.name == "final layer" else 0
         moments.append(Memory(**state, gradients=held, casts=casts, activations=left + more, buffers=buffers))
     return moments
 
 
-def _gradients(found: Account, setting: Setting) -> float:
-    whole = WORD * found.params_trainable
-    return whole / setting.gpus if setting.zero else whole
-
-
-def _buckets(found: Account, setting: Setting) -> float:
-    size = WORD * min(found.params_trainable, setting.bucket)
-    if setting.zero == 3:  # a bucket, and the whole weights
-        return size + (WORD * min(found.params_trainable, MAX_LIVE) if setting.gpus > 1 else 0.0)
-    return 2 * size if setting.zero and setting.gpus > 1 else 0.0
-
-
 def _casts(found: Account) -> float:
-    """Weights that meet their products in bf16: all but tables, the time embedding and modulations."""
+    """Return the bytes of weights that meet their products in bf16: all but tables, time embedding and modulations."""
     kept = ("time embedding", "class embedding", "modulation", "final modulation")
-    return 2.0 * sum(row.part.params for row in found.rows if row.part.name not in kept)
+    return 2.0 * sum(part.params for part in found.parts if part.name not in kept)
 
 
 def _work(config: ModelConfig, setting: Setting) -> float:
-    """The largest block's gradients on their way: of the MLP's hidden values and of the stream."""
-    size = SIZE[setting.dtype]
-    tokens = max(
-        (config.prefix_tokens + image_tokens(config, stage.patch) for stage in config.stages if stage.blocks), default=0
-    )
-    hidden = int(config.width * config.mlp_ratio)
+    """Return the bytes of the largest block's gradients on their way: of the MLP's hidden values and of the stream."""
+    size, hidden = SIZE[setting.dtype], int(config.width * config.mlp_ratio)
+    tokens = max((stage_tokens(config, stage) for stage in config.stages if stage.blocks), default=0)
     return float(setting.images * tokens * (2 * hidden * size + config.width * (2 * STREAM + size)))
-
-
-def largest_micro_batch(config: ModelConfig, setting: Setting, limit: float, most: int) -> int:
-    """The most images of a micro step, up to `most`, that fit into so many bytes; 0 when not one does."""
-
-    def fits(images: int) -> bool:
-        return memory(config, Setting(**{**vars(setting), "images": images})).total <= limit
-
-    if not fits(1):
-        return 0
-    low, high = 1, 1 << max(0, math.ceil(math.log2(most)))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return min(low, most)

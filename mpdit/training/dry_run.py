@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from mpdit_kernels.command import aligned
 
 from mpdit.core.errors import ConfigError
+from mpdit.core.table import aligned
 from mpdit.data.loaders import make_loader
 from mpdit.data.manifest import Normalization
 from mpdit.data.normalization import suits
@@ -16,7 +16,7 @@ from mpdit.data.posterior import to_latents
 from mpdit.model.mpdit import MPDiT
 from mpdit.planning import account
 from mpdit.planning.memory import MEMORY_ERROR, Memory
-from mpdit.planning.planner import Plan, plan
+from mpdit.planning.plan import Plan, plan
 from mpdit.training import checkpoint
 from mpdit.training.engine import check_deepspeed
 from mpdit.training.fitting import gpu_of, request_of

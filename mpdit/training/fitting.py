@@ -9,7 +9,7 @@ import torch
 from mpdit_kernels.hardware import GPUS, Gpu, find_gpu
 
 from mpdit.planning.memory import MEMORY_ERROR, memory
-from mpdit.planning.planner import Request, usual_network
+from mpdit.planning.plan import Request, usual_network
 from mpdit.training.run import Run, planned_gpu
 
 _DEFAULT_GPU = "a100-40gb"

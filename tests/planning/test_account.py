@@ -14,7 +14,7 @@ from mpdit.cli import main
 from mpdit.core.errors import ConfigError
 from mpdit.model.config import ModelConfig
 from mpdit.planning import account
-from mpdit.planning.activations import AGAIN, activation_bytes
+from mpdit.planning.account import RECOMPUTED
 
 MODELS = {**mpdit.PRESETS, "MPDiT-XL/4-2 at 64": mpdit.PRESETS["MPDiT-XL/4-2"].replace(input_size=64), **VARIANTS}
 LARGE = "MPDiT-XL/8-4-2"
@@ -178,7 +178,7 @@ def test_activation_bytes_are_what_autograd_keeps(name, way):
     config, kernels, checkpointing = MODELS[name], ways == "kernels", bool(more)
     found = (kept(config, 4, kernels, dtype, checkpointing) - kept(config, 2, kernels, dtype, checkpointing)) / 2
     found += account_again(config, dtype, kernels) if checkpointing else 0
-    ours = activation_bytes(config, dtype, kernels, checkpointing)
+    ours = account(config, 1, dtype, kernels, checkpointing).activation_bytes_per_image
     assert ours == pytest.approx(found, rel=0.05 if name in CLOSE else 1e-4, abs=8)
 
 
@@ -189,8 +189,8 @@ def test_activation_bytes_of_the_large_models(name):
 
 
 def account_again(config, dtype, kernels):
-    rows = account(config, dtype=dtype, kernels=kernels, checkpointing=True).rows
-    return next(row.activation_bytes for row in rows if row.part.name == AGAIN)
+    parts = account(config, dtype=dtype, kernels=kernels, checkpointing=True).parts
+    return next(part.activation_bytes for part in parts if part.name == RECOMPUTED)
 
 
 def test_the_rows_sum_up():
@@ -203,10 +203,12 @@ def test_the_rows_sum_up():
 
 
 def test_activations_scale_as_they_should():
-    whole, again = activation_bytes(XL), activation_bytes(XL, checkpointing=True)
-    assert again < 0.25 * whole
-    assert activation_bytes(XL, "fp32") > 1.5 * whole
-    assert activation_bytes(XL, kernels=False) > 1.3 * whole
+    def kept(**options):
+        return account(XL, **options).activation_bytes_per_image
+
+    assert kept(checkpointing=True) < 0.25 * kept()
+    assert kept(dtype="fp32") > 1.5 * kept()
+    assert kept(kernels=False) > 1.3 * kept()
 
 
 def test_the_command_prints_json_and_text(capsys):

@@ -8,9 +8,8 @@ from benchmark_files import file, row, samples, save
 from mpdit_kernels.hardware import GPUS
 
 import mpdit
-from mpdit.planning import calibrate, efficiency
-from mpdit.planning.efficiency import Efficiency
-from mpdit.planning.roofline import step_time
+from mpdit.planning import calibrate, time
+from mpdit.planning.time import Efficiency, efficiency, step_time
 from mpdit.report import performance_block, read_results
 
 ROOT = Path(__file__).parents[2]
@@ -50,14 +49,14 @@ def test_the_factor_and_the_error_are_those_of_the_steps(tmp_path):
 
 
 def test_update_is_what_the_planner_reads(tmp_path, monkeypatch, capsys):
-    for module in (calibrate, efficiency):
+    for module in (calibrate, time):
         monkeypatch.setattr(module, "MEASURED", tmp_path / "measured.json")
-    assert not efficiency.efficiency(GPUS["h200"]).measured
+    assert not efficiency(GPUS["h200"]).measured
     assert calibrate.main([str(written(tmp_path, {("MPDiT-XL/4-2", 128, "ours"): 1.3})), "--update"]) == 0
     assert "h200" in capsys.readouterr().out
-    found = efficiency.efficiency(GPUS["h200"])
+    found = efficiency(GPUS["h200"])
     assert found.measured and found.step == pytest.approx(1.3) and found.error == calibrate.LEAST_ERROR
-    assert not efficiency.efficiency(GPUS["a100-40gb"]).measured
+    assert not efficiency(GPUS["a100-40gb"]).measured
 
 
 def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
@@ -72,7 +71,7 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
 def test_measured_json_is_that_of_the_committed_results(tmp_path, monkeypatch):
     monkeypatch.setattr(calibrate, "MEASURED", tmp_path / "measured.json")
     assert calibrate.main([*map(str, COMMITTED), "--update"]) == 0
-    committed = json.loads(efficiency.MEASURED.read_text())
+    committed = json.loads(time.MEASURED.read_text())
     assert json.loads((tmp_path / "measured.json").read_text()) == committed
 
 

@@ -10,11 +10,9 @@ from mpdit_kernels.hardware import GPUS, find_gpu
 import mpdit
 from mpdit.cli import main
 from mpdit.core.errors import ConfigError
-from mpdit.planning import account, efficiency
-from mpdit.planning.efficiency import Efficiency
-from mpdit.planning.network import Fabric, communication, volume
-from mpdit.planning.planner import Request, plan, usual_network
-from mpdit.planning.roofline import step_time
+from mpdit.planning import account, time
+from mpdit.planning.plan import Request, plan, usual_network
+from mpdit.planning.time import Efficiency, Fabric, communication, efficiency, step_time, volume
 
 XL, DIT = mpdit.PRESETS["MPDiT-XL/4-2"], mpdit.PRESETS["DiT-XL/2"]
 IDEAL = Efficiency(1, 1, 1, 1, 1, 0, "nowhere")
@@ -77,7 +75,7 @@ def test_gradients_hide_behind_backward_and_weights_do_not():
 def test_products_take_exact_flops_over_the_peak():
     gpu = GPUS["h200"]
     found = step_time(XL, gpu, IDEAL, 128)
-    linear = sum(row.part.executed_macs(128) for row in account(XL, 128).rows if row.part.linear)
+    linear = sum(part.executed_macs(128) for part in account(XL, 128).parts if part.linear)
     assert found.products == pytest.approx(6 * 128 * linear / gpu.flops)
     words = 1 + 2 * 4  # the gradient read, weight, both moments and average read and written
     assert found.optimizer == pytest.approx(4 * words * 480_839_216 / gpu.bandwidth)
@@ -90,7 +88,7 @@ def test_products_take_exact_flops_over_the_peak():
 
 
 def test_the_ratio_to_dit_is_near_that_of_the_flops():
-    share = efficiency.efficiency(GPUS["h200"])
+    share = efficiency(GPUS["h200"])
     ours, theirs = (step_time(config, GPUS["h200"], share, 128).total for config in (XL, DIT))
     assert theirs / ours == pytest.approx(account(DIT).macs / account(XL).macs, rel=0.1)
 
@@ -141,7 +139,7 @@ def test_it_splits_a_step_until_it_fits():
 
 def test_a_measured_gpu_is_planned_by_its_measurement(monkeypatch):
     known = dataclasses.asdict(dataclasses.replace(IDEAL, matmul=0.5, measured=True, source="a test"))
-    monkeypatch.setattr(efficiency, "measured", lambda: {"h100": known})
+    monkeypatch.setattr(time, "measured", lambda: {"h100": known})
     assert plan(XL, Request(GPUS["h100"])).share.measured
     assert plan(XL, Request(GPUS["h100"])).time.products > plan(XL, Request(GPUS["h200"])).time.products
 
@@ -151,9 +149,7 @@ def test_a_measured_gpu_is_planned_by_its_measurement(monkeypatch):
     [
         ({"gpus": 7}, "multiple of 7"),
         ({"accumulation": 3}, "in 3 micro steps"),
-        ({"zero": 4}, "ZeRO stage"),
         ({"gpus": 2048}, "multiple of 2048"),
-        ({"gpus": 0}, "gpus is 0"),
         ({"epochs": 0}, "epochs is 0"),
     ],
 )

@@ -10,12 +10,20 @@ from typing import Any
 from mpdit_kernels.hardware import Gpu
 
 from mpdit.core.errors import ConfigError
+from mpdit.core.table import aligned
 from mpdit.model.config import ModelConfig
 from mpdit.planning.account import account
-from mpdit.planning.efficiency import Efficiency, efficiency
 from mpdit.planning.memory import MEMORY_ERROR, Memory, Setting, each_at_its_most, largest_micro_batch, memory
-from mpdit.planning.network import Communication, Fabric, communication, volume
-from mpdit.planning.roofline import StepTime, step_time
+from mpdit.planning.time import (
+    Communication,
+    Efficiency,
+    Fabric,
+    StepTime,
+    communication,
+    efficiency,
+    step_time,
+    volume,
+)
 
 IMAGENET = 1_281_167
 """Images of ImageNet's training set."""
@@ -24,7 +32,7 @@ MOST_IMAGES = 1 << 16
 
 
 def usual_network(gpu: Gpu) -> float:
-    """Bytes a second of one GPU to other nodes, one direction: an HDR adapter each for A100, else NDR."""
+    """Return bytes a second of one GPU to other nodes, one direction: an HDR adapter each for A100, else NDR."""
     return 25e9 if gpu.capability == (8, 0) else 50e9
 
 
@@ -55,11 +63,6 @@ class Request:
     network: float = 25e9
 
     def __post_init__(self) -> None:
-        if self.zero not in (0, 1, 2, 3):
-            raise ConfigError(f"zero is {self.zero}: give a ZeRO stage of 0, 1, 2 or 3")
-        for name in ("gpus", "global_batch", "images", "gpus_per_node"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}: give a whole number of at least 1")
         if not 0 < self.epochs < 1e9:
             raise ConfigError(f"epochs is {self.epochs:g}: give a number above 0 and below a billion")
         parts = self.gpus * (self.accumulation or 1)
@@ -81,7 +84,7 @@ class Request:
         return Fabric(self.gpus_per_node, self.gpu.link, self.network, efficiency(self.gpu).link)
 
     def setting(self, images: int = 1, accumulation: int = 1, checkpointing: bool | None = None) -> Setting:
-        """What memory depends on."""
+        """Return what memory depends on."""
         again = self.checkpointing if checkpointing is None else checkpointing
         return Setting(self.zero, self.gpus, images, accumulation, self.precision, checkpointing=again)
 
@@ -152,9 +155,9 @@ class Plan:
         return flops / rate
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types: bytes, seconds, and hours of the run."""
+        """Return JSON types: bytes, seconds, and hours of the run."""
         request = self.request
-        volumes = {str(zero): dict(zip(("gradients", "weights"), self._volume(zero), strict=True)) for zero in range(4)}
+        volumes = {str(zero): dict(zip(("gradients", "weights"), self.volume(zero), strict=True)) for zero in range(4)}
         return {
             "gpu": dataclasses.asdict(request.gpu),
             "gpus": request.gpus,
@@ -189,22 +192,37 @@ class Plan:
             "scaling": {name: [dataclasses.asdict(row) for row in rows] for name, rows in self.scaling.items()},
         }
 
-    def _volume(self, zero: int) -> tuple[float, float]:
-        return volume(zero, self.request.gpus, account(self.config).params_trainable, self.accumulation)
+    def volume(self, zero: int, gpus: int | None = None) -> tuple[float, float]:
+        """Return the bytes that one GPU sends in a step at a ZeRO stage: (of gradients, of weights)."""
+        return volume(zero, gpus or self.request.gpus, account(self.config).params_trainable, self.accumulation)
+
+    def text(self, name: str) -> str:
+        """Return the plan of the model of this name for people, most wanted first."""
+        request = self.request
+        nodes = request.fabric.nodes(request.gpus)
+        title = (
+            f"{name} on {request.gpus} x {request.gpu.name}{f' in {nodes} nodes' if nodes > 1 else ''}, ZeRO stage "
+            f"{request.zero}, {request.precision}{', checkpointing' if request.checkpointing else ''}: global batch "
+            f"{request.global_batch} = {request.gpus} GPUs x {self.micro_batch} images x {self.accumulation} micro "
+            "steps"
+        )
+        notes = (
+            f"Times are {'measured' if self.share.measured else 'not measured'}: {self.share.source}. A step may "
+            f"differ by {self.share.error:.0%}; memory by {MEMORY_ERROR:.0%}. Peaks: {request.gpu.source}."
+        )
+        tables = (_answers(self), _memory_rows(self), _time_rows(self), _volume_rows(self), _scaling_rows(self))
+        return "\n\n".join([title, *map(aligned, tables), notes])
 
 
 def plan(config: ModelConfig, request: Request) -> Plan:
     """Plan a run of a model. Raises ConfigError for a request that no run could fulfil."""
-    most = min(request.images_per_gpu, MOST_IMAGES)
     limit = request.gpu.memory
     largest_whole, largest_again = (
         largest_micro_batch(config, request.setting(checkpointing=again), limit, MOST_IMAGES) for again in (False, True)
     )
     if not largest_again:
         raise ConfigError(_impossible(config, request))
-    accumulation = request.accumulation
-    if accumulation is None:
-        accumulation = _fewest(config, request, most)
+    accumulation = request.accumulation or _fewest_micro_steps(config, request)
     images = request.images_per_gpu // accumulation
     whole, again = (memory(config, request.setting(images, accumulation, way)) for way in (False, True))
     time, sent = _step(config, request, images, accumulation)
@@ -226,7 +244,7 @@ def plan(config: ModelConfig, request: Request) -> Plan:
 
 
 def _impossible(config: ModelConfig, request: Request) -> str:
-    """Why not one image fits, and what would help."""
+    """Return why not one image fits, and what would help."""
     least = memory(config, request.setting(1, checkpointing=True))
     of_image = least.activations + least.buffers > request.gpu.memory / 2
     remedy = "a GPU with more memory" + ("" if of_image else ", more GPUs" if request.zero else "")
@@ -238,12 +256,13 @@ def _impossible(config: ModelConfig, request: Request) -> str:
     )
 
 
-def _fewest(config: ModelConfig, request: Request, most: int) -> int:
-    """Micro steps: the fewest that divide a GPU's images and fit, with room for the error if any do; else one."""
-    counts = [steps for steps in range(1, most + 1) if request.images_per_gpu % steps == 0]
+def _fewest_micro_steps(config: ModelConfig, request: Request) -> int:
+    """Return the fewest that divide a GPU's images and fit, with room for the error if any do; else one."""
+    images = request.images_per_gpu
+    counts = [steps for steps in range(1, min(images, MOST_IMAGES) + 1) if images % steps == 0]
     for limit in (request.gpu.memory / (1 + MEMORY_ERROR), request.gpu.memory):
         for steps in counts:
-            if memory(config, request.setting(request.images_per_gpu // steps, steps)).total <= limit:
+            if memory(config, request.setting(images // steps, steps)).total <= limit:
                 return steps
     return 1
 
@@ -260,27 +279,99 @@ def _step(config: ModelConfig, request: Request, images: int, accumulation: int)
 
 
 def _scaling(config: ModelConfig, request: Request, images: int, accumulation: int) -> dict[str, list[Scale]]:
-    """From 8 GPUs to 4096, and what was asked for: with a fixed batch a GPU, and with a fixed global batch."""
-    counts = sorted({request.gpus, *(8 << doubling for doubling in range(10))})
-    fixed: dict[str, list[tuple[int, int, int]]] = {"images_per_gpu": [], "global_batch": []}
-    for gpus in counts:
-        fixed["images_per_gpu"].append((gpus, images, accumulation))
+    """Return steps on 8 to 4096 GPUs and on those asked for, with a fixed batch a GPU and a fixed global batch."""
+    found: dict[str, list[Scale]] = {"images_per_gpu": [], "global_batch": []}
+    for gpus in sorted({request.gpus, *(8 << doubling for doubling in range(10))}):
+        _add_scale(found["images_per_gpu"], config, request, gpus, images, accumulation)
         each, left = divmod(request.global_batch, gpus)
         if each and not left:
             micro = math.gcd(each, images) if each > images else each
-            fixed["global_batch"].append((gpus, micro, each // micro))
-    return {name: _scales(config, request, rows) for name, rows in fixed.items()}
-
-
-def _scales(config: ModelConfig, request: Request, rows: list[tuple[int, int, int]]) -> list[Scale]:
-    found: list[Scale] = []
-    for gpus, images, accumulation in rows:
-        batch = gpus * images * accumulation
-        scaled = dataclasses.replace(request, gpus=gpus, global_batch=batch, accumulation=accumulation)
-        time, sent = _step(config, scaled, images, accumulation)
-        seconds = time.total + sent.exposed
-        speed = batch / seconds
-        perfect = found[0].images_per_second / found[0].gpus * gpus if found else speed
-        fits = memory(config, scaled.setting(images, accumulation)).total <= request.gpu.memory
-        found.append(Scale(gpus, images * accumulation, fits, seconds, speed, speed / perfect))
+            _add_scale(found["global_batch"], config, request, gpus, micro, each // micro)
     return found
+
+
+def _add_scale(
+    rows: list[Scale], config: ModelConfig, request: Request, gpus: int, images: int, accumulation: int
+) -> None:
+    """Append a step on another number of GPUs; the first row is what perfect scaling starts from."""
+    batch = gpus * images * accumulation
+    scaled = dataclasses.replace(request, gpus=gpus, global_batch=batch, accumulation=accumulation)
+    time, sent = _step(config, scaled, images, accumulation)
+    seconds = time.total + sent.exposed
+    speed = batch / seconds
+    perfect = rows[0].images_per_second / rows[0].gpus * gpus if rows else speed
+    fits = memory(config, scaled.setting(images, accumulation)).total <= request.gpu.memory
+    rows.append(Scale(gpus, images * accumulation, fits, seconds, speed, speed / perfect))
+
+
+Rows = list[tuple[str, ...]]
+
+
+def _answers(plan: Plan) -> Rows:
+    request, error = plan.request, plan.share.error
+    need, limit = plan.memory.total, request.gpu.memory
+    verdict = "no" if not plan.fits else "narrowly" if need * (1 + MEMORY_ERROR) > limit else "yes"
+    whole, again = plan.largest
+    advice = f"more micro steps: at most {whole} images each"
+    if not whole:
+        advice = f"--checkpointing, and at most {again} images a micro step"
+    low, high = plan.hours * (1 - error), plan.hours * (1 + error)
+    return [
+        ("does it fit?", f"{verdict}: {_gib(need)} of {_gib(limit)} GiB a GPU"),
+        *([] if plan.fits else [("to make it fit", advice)]),
+        ("largest micro-batch", f"{whole} images, {again} with checkpointing"),
+        ("step", f"{_ms(plan.step_seconds)} ms, of which {_ms(plan.communication.exposed)} ms waiting for the network"),
+        ("speed", f"{plan.images_per_second:,.0f} images/s, {plan.mfu:.0%} of the datasheet's FLOP/s (MFU)"),
+        (
+            "the run",
+            f"{plan.hours:,.1f} hours ({low:,.1f} to {high:,.1f}) for {request.epochs:g} epochs of {request.images:,} "
+            f"images, {plan.steps:,} steps, {plan.hours * request.gpus:,.0f} GPU hours",
+        ),
+    ]
+
+
+def _memory_rows(plan: Plan) -> Rows:
+    columns = (plan.memory_whole, plan.memory_checkpointing)
+    rows: Rows = [("GiB a GPU", "worst moment", "with checkpointing", "each at its most, as asked")]
+    for name in Memory.__dataclass_fields__:
+        rows.append((name, *(_gib(vars(column)[name]) for column in columns), _gib(plan.memory_parts[name])))
+    return [*rows, ("total", *(_gib(column.total) for column in columns), "")]
+
+
+def _time_rows(plan: Plan) -> Rows:
+    parts = vars(plan.time) | {"communication left over": plan.communication.exposed}
+    rows = [(name, _ms(value), f"{value / plan.step_seconds:.0%}") for name, value in parts.items() if value]
+    return [("ms a step", "", "share"), *rows]
+
+
+def _volume_rows(plan: Plan) -> Rows:
+    request, fabric = plan.request, plan.request.fabric
+    within = min(request.gpus, fabric.gpus_per_node)
+    across = request.gpus if request.gpus > fabric.gpus_per_node else fabric.gpus_per_node * 2
+    head = ("a GPU sends, a step", "gradients", "weights", f"in a node, {within} GPUs", f"across nodes, {across} GPUs")
+    rows: Rows = [head]
+    for zero in range(4):
+        sent = (f"{count / 1e9:.2f} GB" for count in plan.volume(zero))
+        times = (f"{_ms(fabric.seconds(sum(plan.volume(zero, gpus)), gpus, 0))} ms" for gpus in (within, across))
+        rows.append((f"ZeRO {zero}{' (chosen)' if zero == request.zero else ''}", *sent, *times))
+    return rows
+
+
+def _scaling_rows(plan: Plan) -> Rows:
+    def cells(row: Scale | None) -> tuple[str, str]:
+        if row is None:
+            return "", ""
+        return f"{row.images_per_second:,.0f}{'' if row.fits else ', too large'}", f"{row.efficiency:.0%}"
+
+    head = ("GPUs", "same batch a GPU: images/s", "of perfect", "same global batch: images/s", "of perfect")
+    strong = {row.gpus: row for row in plan.scaling["global_batch"]}
+    weak = plan.scaling["images_per_gpu"]
+    return [head, *((str(row.gpus), *cells(row), *cells(strong.get(row.gpus))) for row in weak)]
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.2f}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f}"
