@@ -189,6 +189,6 @@ def everything() -> Files:
     files["trace.json"] = json.dumps(trace_document()).encode()
     files["empty"] = None
     files["file"] = b"some text\n"
-    files["README.md"] = b"<!-- performance: written by mpdit report --update -->\n<!-- end of performance -->\n"
+    files["PAGE.md"] = b"<!-- performance: written by mpdit report --update -->\n<!-- end of performance -->\n"
     files["full/kept"] = b"kept"
     return files

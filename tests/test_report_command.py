@@ -15,8 +15,9 @@ from mpdit.report.readme import BEGIN, END
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a README and results, where commands run."""
-    (tmp_path / "README.md").write_text(f"{BEGIN}\n{END}\n")
+    """A folder with a page and results, where commands run."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/benchmarks.md").write_text(f"{BEGIN}\n{END}\n")
     content = benchmark_files.full()
     content["benchmarks"] = content["benchmarks"][:11] + content["benchmarks"][-12:]  # a step, and some kernels
     benchmark_files.save(tmp_path / "benchmarks" / "results" / "2030-01-02-h200.json", content)
@@ -60,14 +61,17 @@ def test_writes_report_and_plots(checkout: Path, capsys: pytest.CaptureFixture[s
 
 def test_update(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", "--update"]) == 0
-    assert "README.md: performance of 1 results files written" in capsys.readouterr().out
-    text = (checkout / "README.md").read_text()
+    assert "docs/benchmarks.md: performance of 1 results files written" in capsys.readouterr().out
+    text = (checkout / "docs/benchmarks.md").read_text()
     assert "NVIDIA H200" in text
-    assert cli.main(["report", "--update", "README.md", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["changed"] is False and (checkout / "README.md").read_text() == text
+    assert cli.main(["report", "--update", "docs/benchmarks.md", "--json"]) == 0
+    assert (
+        json.loads(capsys.readouterr().out)["changed"] is False
+        and (checkout / "docs/benchmarks.md").read_text() == text
+    )
     next((checkout / "benchmarks" / "results").iterdir()).unlink()
     assert cli.main(["report", "--update"]) == 0
-    assert "No GPU has been measured yet" in (checkout / "README.md").read_text()
+    assert "No GPU has been measured yet" in (checkout / "docs/benchmarks.md").read_text()
 
 
 def test_a_row_of_ours_that_is_red_now_is_a_regression(runs: dict[str, str]) -> None:

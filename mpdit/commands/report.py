@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SUMMARY = "turn benchmark results into tables and plots, or compare two"
 DESCRIPTION = (
     "Print benchmark results as Markdown, or write them with plots into a folder; compare two results files row by row "
-    "with the significance of each change; rewrite the README's section on performance; or sum up a profiler's trace."
+    "with the significance of each change; rewrite the figures in docs/benchmarks.md; or sum up a profiler's trace."
 )
 _RESULTS = Path("benchmarks", "results")
 _THRESHOLD = 2.0
@@ -42,9 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--update",
         nargs="?",
         type=Path,
-        const=Path("README.md"),
-        metavar="README",
-        help="write the section on performance between its markers (default: README.md, if given without a file)",
+        const=Path("docs/benchmarks.md"),
+        metavar="PAGE",
+        help="write the figures between a page's markers (default: docs/benchmarks.md, if given without a file)",
     )
     modes.add_argument(
         "--compare",

@@ -1,4 +1,4 @@
-"""README.md's section on performance, written from committed results."""
+"""The figures in docs/benchmarks.md, written from committed results."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ _CPU_ONLY = "No GPU has been measured yet: what follows is a CPU's, and says not
 
 
 def update_readme(path: Path, results: Sequence[Results]) -> bool:
-    """Put the block between the markers of a README; False when it was there already.
+    """Put the block between the markers of a page; False when it was there already.
 
     DataError when there is not exactly one pair of markers.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no such file; give the README to update: `mpdit report --update FILE`")
+        raise DataError(f"{path}: no such file; give the page to update: `mpdit report --update FILE`")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no text ({error}): give the README to update") from error
+        raise DataError(f"{path} is no text ({error}): give the page to update") from error
     before, *rest = text.split(BEGIN)
     if len(rest) != 1 or text.count(END) != 1 or END not in rest[0]:
         raise DataError(f"{path}: has not exactly one block from {BEGIN} to {END}; put both markers where it is to be")

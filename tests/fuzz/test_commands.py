@@ -31,7 +31,7 @@ PLACES = st.sampled_from(
         *(
             "results.json",
             "trace.json",
-            "README.md",
+            "PAGE.md",
             "empty",
             "file",
             "full",
@@ -128,7 +128,7 @@ _SOUND = [
     ["report", "results.json", "--out", "new"],
     ["report", "--compare", "results.json", "results.json", "--fail-on-regression"],
     ["report", "--trace", "trace.json"],
-    ["report", "results.json", "--update", "README.md"],
+    ["report", "results.json", "--update", "PAGE.md"],
 ]
 
 
