@@ -178,9 +178,9 @@ WRONG = (
     "sample run --out new --num 2 --steps 1 --format png --json",
     "sample run --out new --num 2 --steps 1 --classes 7",
     "extract nowhere new --vae nowhere",
-    "report results.json --update --update README.md",
+    "report results.json --update --update PAGE.md",
     "report results.json --out new --json --json",
-    "report README.md",
+    "report PAGE.md",
     "report --trace results.json",
     "report --compare results.json nowhere",
     "nothing",
@@ -210,7 +210,7 @@ def test_every_command_line_is_refused_or_works(line: list[str]) -> None:
             assert contents(folder) == before  # these only look
         elif verdict.refusal is None:
             after = contents(folder)
-            assert all(after[name] == before[name] for name in before if name != "README.md")  # nothing is overwritten
+            assert all(after[name] == before[name] for name in before if name != "PAGE.md")  # nothing is overwritten
         if verdict.refusal is None and "--json" in line and "--help" not in line:
             json.loads(verdict.value, parse_constant=_no_constant)
 
