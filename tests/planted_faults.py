@@ -186,7 +186,7 @@ FAULTS = tuple(Fault(*row) for row in (
      "test_extraction_command.py -k finished_parts"),
     (M + "model/vae.py", "decoded pixels are rounded otherwise than in the papers", "(127.5 * signed + 128).nan",
      "(127.5 * signed + 127.5).nan", "test_vae.py"),
-    (M + "jobs/evaluate/frechet.py", "the covariance is biased", "np.cov(values, rowvar=False)",
+    (M + "jobs/evaluate/statistics.py", "the covariance is biased", "np.cov(values, rowvar=False)",
      "np.cov(values, rowvar=False, bias=True)", "test_evaluation_frechet.py"),
     (M + "jobs/evaluate/adm.py", "sFID is of the pooled features", "sfid=_frechet(found.spatial, target.spatial)",
      "sfid=_frechet(found.pool, target.pool)", "test_evaluation_adm.py -k known_features"),

@@ -17,12 +17,10 @@ from torch import Tensor
 import mpdit
 from mpdit import cli
 from mpdit.core.errors import DataError
-from mpdit.jobs.evaluate import features
-from mpdit.jobs.evaluate import reference as reference_module
-from mpdit.jobs.evaluate.adm import ImagesEvaluation, evaluate_images
+from mpdit.jobs.evaluate import adm
+from mpdit.jobs.evaluate.adm import ImagesEvaluation, Reference, evaluate_images, write_reference
 from mpdit.jobs.evaluate.image_sets import open_images
 from mpdit.jobs.evaluate.inception import Inception
-from mpdit.jobs.evaluate.reference import Reference, write_reference
 from mpdit.model.weights import save_weights
 
 
@@ -36,7 +34,7 @@ class KnownFeatures(Inception):
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         flat = images.flatten(1).float() / 64
-        pool, spatial = (torch.zeros(len(flat), size) for size in (features.POOL_FEATURES, features.SPATIAL_FEATURES))
+        pool, spatial = (torch.zeros(len(flat), size) for size in (adm.POOL_FEATURES, adm.SPATIAL_FEATURES))
         pool[:, : flat.shape[1]] = flat
         spatial[:, : flat.shape[1]] = 2 * flat
         return pool, spatial
@@ -49,10 +47,10 @@ class KnownFeatures(Inception):
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer features, as most of KnownFeatures are zeros anyway, and covariances of 2048 take their time."""
-    monkeypatch.setattr(features, "POOL_FEATURES", 64)
-    monkeypatch.setattr(features, "SPATIAL_FEATURES", 63)
+    monkeypatch.setattr(adm, "POOL_FEATURES", 64)
+    monkeypatch.setattr(adm, "SPATIAL_FEATURES", 63)
     stored = {"pool": ("mu", "sigma", 64), "spatial": ("mu_s", "sigma_s", 63)}
-    monkeypatch.setattr(reference_module, "_STORED", stored)
+    monkeypatch.setattr(adm, "_STORED", stored)
 
 
 def pictures(count: int, side: int = 2, seed: int = 0, low: int = 0, high: int = 256) -> np.ndarray:
@@ -126,7 +124,7 @@ def test_a_set_against_itself_and_against_its_reference(tmp_path: Path) -> None:
 
 
 def test_the_reference_written_is_adms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference_module, "REFERENCE_IMAGES", 10)
+    monkeypatch.setattr(adm, "REFERENCE_IMAGES", 10)
     images = pictures(25)
     folder = write_folder(tmp_path / "set", images)
     write_reference(open_images(folder), tmp_path / "ref.npz", KnownFeatures(), batch=4)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mpdit.core.errors import DataError
-from mpdit.jobs.evaluate.frechet import frechet_distance, gaussian_statistics
+from mpdit.jobs.evaluate.statistics import frechet_distance, gaussian_statistics
 
 
 def _rotation(size: int, seed: int) -> np.ndarray:

@@ -11,10 +11,15 @@ from torch import Tensor
 
 from mpdit.core import progress
 from mpdit.core.errors import DataError
-from mpdit.jobs.evaluate import features, scores
-from mpdit.jobs.evaluate.features import StreamingGaussian, evenly
-from mpdit.jobs.evaluate.frechet import frechet_distance, gaussian_statistics
-from mpdit.jobs.evaluate.scores import inception_score, precision_recall
+from mpdit.jobs.evaluate import statistics
+from mpdit.jobs.evaluate.adm import evenly
+from mpdit.jobs.evaluate.statistics import (
+    StreamingGaussian,
+    frechet_distance,
+    gaussian_statistics,
+    inception_score,
+    precision_recall,
+)
 
 
 def brute_force(reference: Tensor, samples: Tensor, k: int) -> tuple[float, float]:
@@ -43,14 +48,14 @@ def test_precision_and_recall_by_brute_force(k: int, reference: int, samples: in
 def test_blocks_of_distances_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     reference, samples = torch.randn(23, 4), torch.randn(31, 4) * 1.5 + 1
     whole = precision_recall(reference, samples)
-    monkeypatch.setattr(scores, "_BLOCK_ENTRIES", 60)
+    monkeypatch.setattr(statistics, "_BLOCK_ENTRIES", 60)
     assert precision_recall(reference, samples) == whole
     assert 0 < whole[0] < 1 and 0 < whole[1] < 1
 
 
 def test_progress_reaches_its_total(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(progress, "_LINE_SECONDS", 0.0)
-    monkeypatch.setattr(scores, "_BLOCK_ENTRIES", 600)
+    monkeypatch.setattr(statistics, "_BLOCK_ENTRIES", 600)
     reference, samples = torch.randn(23, 4), torch.randn(31, 4)
     precision_recall(reference, samples)
     assert not capsys.readouterr().err
@@ -116,7 +121,7 @@ def test_no_inception_score_of_nothing(logits: Tensor) -> None:
 @pytest.mark.parametrize("batches", [[200], [1, 50, 149], [7] * 28 + [4]])
 @pytest.mark.parametrize("offset", [0.0, 1e6])
 def test_streamed_statistics_are_numpys(monkeypatch: pytest.MonkeyPatch, batches: list[int], offset: float) -> None:
-    monkeypatch.setattr(features, "_BLOCK_ROWS", 64)
+    monkeypatch.setattr(statistics, "_BLOCK_ROWS", 64)
     rows = torch.randn(200, 5, dtype=torch.float64) * torch.tensor([1, 10, 0.1, 1, 0]) + offset
     sums = StreamingGaussian(5)
     for part in rows.split(batches):

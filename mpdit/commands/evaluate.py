@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 from mpdit.commands.arguments import add_device, add_sampler, load_model, pick_device, sampler, whole
 from mpdit.commands.outcome import Outcome
 from mpdit.commands.outputs import check_file
 from mpdit.core.errors import CheckpointError, ConfigError
+from mpdit.core.files import write_atomically
 from mpdit.diffusion.sampler import DIGITS_SAMPLER
 
 SUMMARY = "measure samples by FID and its kin, or a trained model of the digits"
@@ -91,16 +94,15 @@ def _measure_model(args: argparse.Namespace) -> Outcome:
     check_digits(metadata)
     out = _out(args)
     result = evaluate_digits(model, metadata, settings, progress=True)
-    result.save(out)
+    _save(out, result.to_dict())
     text = f"{result}\nclassifier on held-out real digits: {result.classifier_accuracy:.3f}\nwritten to {out}"
     return Outcome(text, result.to_dict())
 
 
 def _measure_images(args: argparse.Namespace) -> Outcome:
-    from mpdit.jobs.evaluate.adm import check_comparable, evaluate_images
+    from mpdit.jobs.evaluate.adm import Reference, check_comparable, evaluate_images
     from mpdit.jobs.evaluate.image_sets import open_images
     from mpdit.jobs.evaluate.inception import Inception
-    from mpdit.jobs.evaluate.reference import Reference
 
     if args.reference is None:
         if not args.weights.exists():
@@ -115,14 +117,14 @@ def _measure_images(args: argparse.Namespace) -> Outcome:
     check_comparable(samples, reference)
     inception = Inception(args.inception, device)
     result = evaluate_images(samples, reference, inception, batch=args.batch, progress=True)
-    result.save(out)
+    _save(out, result.to_dict())
     return Outcome(f"{result}\n{len(samples)} samples against {args.reference}; written to {out}", result.to_dict())
 
 
 def _write_reference(args: argparse.Namespace) -> Outcome:
+    from mpdit.jobs.evaluate.adm import write_reference
     from mpdit.jobs.evaluate.image_sets import open_images
     from mpdit.jobs.evaluate.inception import Inception
-    from mpdit.jobs.evaluate.reference import write_reference
 
     path = args.write_reference
     for name in ("reference", "out"):
@@ -140,6 +142,15 @@ def _write_reference(args: argparse.Namespace) -> Outcome:
     figures = write_reference(images, path, inception, batch=args.batch, label="reference")
     text = f"statistics of {figures['images']} images and {figures['kept_images']} of them: {path}"
     return Outcome("\n".join([text, *(f"warning: {warning}" for warning in figures["warnings"])]), figures)
+
+
+def _save(out: Path, figures: dict[str, Any]) -> None:
+    """Write the figures as a JSON file, replacing an older one as a whole; folders are made where missing."""
+    from mpdit.jobs.npz import disk
+
+    with disk(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, json.dumps(figures, indent=2) + "\n")
 
 
 def _is_model(path: Path) -> bool:

@@ -29,8 +29,8 @@ from fuzzing import (
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from mpdit.jobs.evaluate.adm import Reference
 from mpdit.jobs.evaluate.image_sets import open_images
-from mpdit.jobs.evaluate.reference import Reference
 from mpdit.jobs.extract.crop import decode_image
 from mpdit.jobs.extract.listing import BrokenImage
 from mpdit.jobs.extract.sources import list_images

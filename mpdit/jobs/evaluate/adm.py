@@ -9,7 +9,9 @@ fp32, everything after them float64.
 from __future__ import annotations
 
 import dataclasses
-import json
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +19,192 @@ from typing import Any
 import numpy as np
 import PIL
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from mpdit.core.errors import DataError
-from mpdit.core.files import write_atomically
+from mpdit.core.files import counted
+from mpdit.core.progress import bar
 from mpdit.core.version import __version__
-from mpdit.jobs.evaluate.features import Gaussian, extract
-from mpdit.jobs.evaluate.frechet import frechet_distance
-from mpdit.jobs.evaluate.image_sets import ImageSet
-from mpdit.jobs.evaluate.inception import POOL_FEATURES, Inception, torch_fidelity_version
-from mpdit.jobs.evaluate.reference import Reference
-from mpdit.jobs.evaluate.scores import NEIGHBOURS, SPLIT, inception_score, precision_recall
-from mpdit.jobs.npz import disk
+from mpdit.jobs.evaluate.image_sets import NPZ_KEYS, ImageSet, open_images
+from mpdit.jobs.evaluate.inception import POOL_FEATURES, SPATIAL_FEATURES, Inception, torch_fidelity_version
+from mpdit.jobs.evaluate.statistics import (
+    NEIGHBOURS,
+    SPLIT,
+    Gaussian,
+    StreamingGaussian,
+    frechet_distance,
+    inception_score,
+    precision_recall,
+)
+from mpdit.jobs.npz import NpzReader, disk, new_npz
 
 PAPERS_SAMPLES = 50_000
 """Samples that figures in papers are measured on."""
+REFERENCE_IMAGES = 10_000
+"""Images kept for precision and recall, as in ADM's reference files."""
+
+_STORED = {"pool": ("mu", "sigma", POOL_FEATURES), "spatial": ("mu_s", "sigma_s", SPATIAL_FEATURES)}
+"""Arrays of an ADM reference npz, and their number of features."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What figures are computed from; a reference may lack some of it."""
+
+    pool: Gaussian | None
+    spatial: Gaussian | None
+    kept: Tensor
+    """Pool features fp32 [kept images, 2048], in order, on the CPU."""
+    sha256: str
+    """Of all pixels, uint8 RGB in order: the same for the same images in files of another kind. Of a reference npz that
+    of the file."""
+
+
+def extract_features(
+    images: ImageSet,
+    inception: Inception,
+    *,
+    batch: int,
+    keep: NDArray[np.int64],
+    label: str | None = None,
+    on_kept: Callable[[NDArray[np.uint8]], None] | None = None,
+) -> Features:
+    """Run all images through Inception, `batch` at a time, and keep the pool features of those numbered in `keep`.
+
+    `on_kept` is handed the pixels [n, H, W, 3] of the images kept, in order. DataError for features that aren't finite.
+    """
+    device = _float64_device(inception)
+    pool_sums, spatial_sums = (StreamingGaussian(size, device) for size in (POOL_FEATURES, SPATIAL_FEATURES))
+    kept = []
+    digest = hashlib.sha256()
+    start = 0
+    with bar(label, len(images)) as progress, ThreadPoolExecutor(1) as hasher:
+        for pixels in images.batches(batch):
+            hashed = hasher.submit(digest.update, pixels.reshape(-1).data)
+            pool, spatial = inception(torch.from_numpy(pixels))
+            if not (pool.isfinite().all() and spatial.isfinite().all()):
+                raise DataError(
+                    f"Inception's features of images {start} .. {start + len(pixels) - 1} of {images.path} hold NaN or "
+                    "infinity: check its weights"
+                )
+            pool_sums.add(pool)
+            spatial_sums.add(spatial)
+            chosen = keep[(keep >= start) & (keep < start + len(pixels))] - start
+            kept.append(pool[torch.from_numpy(chosen).to(pool.device)].cpu())
+            if on_kept is not None and len(chosen):
+                on_kept(pixels[chosen])
+            start += len(pixels)
+            hashed.result()
+            progress.update(len(pixels))
+    return Features(pool_sums.result(), spatial_sums.result(), torch.cat(kept), digest.hexdigest())
+
+
+class Reference:
+    """An ADM reference npz (mu, sigma, mu_s, sigma_s, arr_0), a part of it that makes sense, or images.
+
+    Statistics stored in the npz are used as they are, and its images for precision and recall alone, as ADM does.
+    Without any the images give the statistics too. Of a folder at most 10 000 images, evenly taken, go into precision
+    and recall; of an npz all do. `crop` as in `open_images`. DataError for a file that holds neither, or statistics of
+    other shapes.
+    """
+
+    def __init__(self, path: str | Path, crop: int | None = None) -> None:
+        self.path = Path(path)
+        self.images: ImageSet | None = None
+        self._stored: dict[str, Gaussian] = {}
+        if self.path.is_file():
+            reader = NpzReader(self.path)
+            found = set(reader.keys)
+            self._stored = {
+                name: _read_gaussian(reader, *keys) for name, keys in _STORED.items() if found & {*keys[:2]}
+            }
+            if not self._stored and not found & {*NPZ_KEYS}:
+                raise DataError(
+                    f"{self.path} holds neither statistics (mu and sigma) nor images (arr_0), only "
+                    f"{', '.join(reader.keys) or 'nothing'}: give ADM's reference npz"
+                )
+            if not found & {*NPZ_KEYS}:
+                return
+        self.images = open_images(self.path, crop)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Return what is odd about it, and which figures it doesn't give."""
+        notes = self.images.notes if self.images else ("the reference holds no images: no precision and recall",)
+        if self._stored and "pool" not in self._stored:
+            notes += ("the reference holds no mu and sigma: no FID",)
+        if self._stored and "spatial" not in self._stored:
+            notes += ("the reference holds no mu_s and sigma_s: no sFID",)
+        if len(self._kept()) not in (0, REFERENCE_IMAGES):
+            notes += (
+                f"precision and recall go by {len(self._kept())} reference images, papers' by {REFERENCE_IMAGES}: they "
+                "depend on that number",
+            )
+        return notes
+
+    def measure(self, inception: Inception, *, batch: int, label: str | None = None) -> Features:
+        """Return statistics and features, as far as they are stored or follow from images."""
+        if self.images is None:
+            features = Features(None, None, torch.empty(0, POOL_FEATURES), "")
+        else:
+            features = extract_features(self.images, inception, batch=batch, keep=self._kept(), label=label)
+        if self._stored:
+            pool, spatial = (self._stored.get(name) for name in _STORED)
+            features = dataclasses.replace(features, pool=pool, spatial=spatial)
+        return dataclasses.replace(features, sha256=_file_hash(self.path)) if self.path.is_file() else features
+
+    def protocol(self) -> dict[str, Any]:
+        """Return plain JSON types, to be kept beside the figures."""
+        return {
+            "path": str(self.path),
+            "images": len(self.images or ()),
+            "cropped": self.images is not None and self.images.cropped,
+            "statistics": "stored" if self._stored else "of the images",
+            "precision_recall_images": len(self._kept()),
+        }
+
+    def _kept(self) -> NDArray[np.int64]:
+        count = len(self.images) if self.images else 0
+        return evenly(count, count if self.path.is_file() else REFERENCE_IMAGES)
+
+
+def evenly(total: int, count: int) -> NDArray[np.int64]:
+    """Return `count` numbers of 0 .. total - 1 evenly spread, ascending; all of them when there are no more."""
+    count = min(total, count)
+    return np.arange(count, dtype=np.int64) * total // max(count, 1)
+
+
+def write_reference(
+    images: ImageSet, path: str | Path, inception: Inception, *, batch: int, label: str | None = None
+) -> dict[str, Any]:
+    """Write ADM's reference npz of the images: mu, sigma, mu_s, sigma_s float64 and arr_0, at most 10 000 of them.
+
+    arr_0, uint8 [M, H, W, 3], are taken evenly in order. The file is there whole or not at all. Returns plain JSON
+    types: what was written and from what. DataError for fewer than 2 images, a full disk, or as `extract_features`.
+    """
+    if len(images) < 2:
+        raise DataError(f"{len(images)} image in {images.path}: statistics need at least 2")
+    keep = evenly(len(images), REFERENCE_IMAGES)
+    with disk(Path(path)), new_npz(path) as npz:
+        with npz.rows("arr_0", (len(keep), *images.size, 3), np.uint8) as write:
+            features = extract_features(images, inception, batch=batch, keep=keep, label=label, on_kept=write)
+        for name, (mu_key, sigma_key, _) in _STORED.items():
+            mu, sigma = getattr(features, name)
+            npz.array(mu_key, mu)
+            npz.array(sigma_key, sigma)
+    return {
+        "reference": str(path),
+        "images": len(images),
+        "kept_images": len(keep),
+        "image_size": list(images.size),
+        "cropped": images.cropped,
+        "source": str(images.path),
+        "source_sha256": features.sha256,
+        "sha256": _file_hash(Path(path)),
+        "inception": inception.protocol(),
+        "warnings": [*images.notes, *inception.notes],
+    }
 
 
 @dataclass(frozen=True)
@@ -60,26 +234,17 @@ class ImagesEvaluation:
         return "\n".join([*table, *(f"warning: {warning}" for warning in self.warnings)])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Return plain JSON types."""
         return dataclasses.asdict(self) | {"warnings": list(self.warnings)}
-
-    def save(self, path: str | Path) -> None:
-        """Write it as a JSON file, replacing an older one as a whole; folders are made where missing."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with disk(path):
-            write_atomically(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
 
 def check_comparable(samples: ImageSet, reference: Reference) -> None:
-    """DataError when the figures can't be measured: too few images, or of two sizes."""
+    """Raise DataError when the figures can't be measured: too few images, or of two sizes."""
     least = NEIGHBOURS + 1 if reference.images is not None else 2
     for name, images in (("samples", samples), ("reference", reference.images)):
         if images is not None and len(images) < least:
             figures = f"precision and recall with k = {NEIGHBOURS} need" if least > 2 else "a covariance needs"
-            raise DataError(
-                f"{name} {images.path}: {len(images)} image{'s' * (len(images) != 1)}, but {figures} at least {least}"
-            )
+            raise DataError(f"{name} {images.path}: {counted(len(images), 'image')}, but {figures} at least {least}")
     if reference.images is not None and samples.size != reference.images.size:
         (height, width), (reference_height, reference_width) = samples.size, reference.images.size
         raise DataError(
@@ -91,18 +256,19 @@ def check_comparable(samples: ImageSet, reference: Reference) -> None:
 def evaluate_images(
     samples: ImageSet, reference: Reference, inception: Inception, *, batch: int = 64, progress: bool = False
 ) -> ImagesEvaluation:
-    """Measure samples against a reference, `batch` images at a time. DataError as `check_comparable` and `extract`."""
+    """Measure samples against a reference, `batch` images at a time.
+
+    Raises DataError as `check_comparable` and `extract_features`.
+    """
     check_comparable(samples, reference)
-    device = inception.device
     target = reference.measure(inception, batch=batch, label="reference" if progress else None)
     keep = np.arange(len(samples))
-    found = extract(samples, inception, batch=batch, keep=keep, label="samples" if progress else None)
+    found = extract_features(samples, inception, batch=batch, keep=keep, label="samples" if progress else None)
     precision = recall = None
-    if target.kept is not None:
-        exact = torch.device("cpu") if device.type == "mps" else device  # it has no float64
-        precision, recall = precision_recall(
-            target.kept.to(exact), found.kept.to(exact), label="precision and recall" if progress else None
-        )
+    if len(target.kept):
+        exact, label = _float64_device(inception), "precision and recall" if progress else None
+        precision, recall = precision_recall(target.kept.to(exact), found.kept.to(exact), label=label)
+    device = inception.device
     return ImagesEvaluation(
         fid=_frechet(found.pool, target.pool),
         sfid=_frechet(found.spatial, target.spatial),
@@ -131,8 +297,13 @@ def evaluate_images(
     )
 
 
-def _frechet(first: Gaussian, second: Gaussian | None) -> float | None:
-    return None if second is None else frechet_distance(*first, *second)
+def _frechet(samples: Gaussian | None, reference: Gaussian | None) -> float | None:
+    return None if samples is None or reference is None else frechet_distance(*samples, *reference)
+
+
+def _float64_device(inception: Inception) -> torch.device:
+    """Return where float64 is computed: on Inception's device, but for mps, which has none."""
+    return torch.device("cpu") if inception.device.type == "mps" else inception.device
 
 
 def _warnings(samples: ImageSet, reference: Reference, inception: Inception) -> tuple[str, ...]:
@@ -148,3 +319,23 @@ def _warnings(samples: ImageSet, reference: Reference, inception: Inception) -> 
     if len(samples) <= POOL_FEATURES:
         warnings.append(f"fewer samples than FID's {POOL_FEATURES} features: their covariance is singular")
     return tuple(warnings)
+
+
+def _read_gaussian(reader: NpzReader, mu_key: str, sigma_key: str, size: int) -> Gaussian:
+    missing = {mu_key, sigma_key} - {*reader.keys}
+    if missing:
+        raise DataError(f"{reader.path} holds one of {mu_key} and {sigma_key}, but not {missing.pop()}: give both")
+    mu, sigma = reader.array(mu_key), reader.array(sigma_key)
+    if mu.shape != (size,) or sigma.shape != (size, size) or mu.dtype.kind != "f" or sigma.dtype.kind != "f":
+        raise DataError(
+            f"{mu_key} and {sigma_key} in {reader.path} are {mu.dtype} {mu.shape} and {sigma.dtype} {sigma.shape}: "
+            f"expected floating point [{size}] and [{size}, {size}], the features of ADM's evaluator"
+        )
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise DataError(f"{mu_key} or {sigma_key} in {reader.path} holds NaN or infinity: make or download it again")
+    return mu.astype(np.float64), sigma.astype(np.float64)
+
+
+def _file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

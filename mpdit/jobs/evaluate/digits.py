@@ -1,4 +1,4 @@
-"""Are they digits, and all kinds of them? Class agreement and Frechet distance against the real set.
+"""Judges drawn digits by class agreement and by their Frechet distance to the real set.
 
 Class agreement asks a classifier, trained on real digits, whether guided samples show the class they were asked for; a
 model that repeats one good digit per class passes it. The Frechet distance of unguided samples to the real set, both
@@ -9,10 +9,8 @@ about 0.04 apart, one repeated digit per class is many times as far.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,14 +20,12 @@ from sklearn.svm import SVC
 from torch import Tensor
 
 from mpdit.core.errors import DataError
-from mpdit.core.files import write_atomically
 from mpdit.core.version import __version__
 from mpdit.data.digits import decode_digits, real_digits, reduce_digits
 from mpdit.diffusion.generate import check_finite, generate
 from mpdit.diffusion.images import denormalize
 from mpdit.diffusion.sampler import DIGITS_SAMPLER, Sampler
-from mpdit.jobs.evaluate.frechet import frechet_distance, gaussian_statistics
-from mpdit.jobs.npz import disk
+from mpdit.jobs.evaluate.statistics import frechet_distance, gaussian_statistics
 from mpdit.model.mpdit import MPDiT
 
 _HELD_OUT_EVERY = 4
@@ -53,19 +49,12 @@ class DigitsEvaluation:
         return f"class agreement: {self.class_agreement:.3f}\nfrechet distance: {self.frechet_distance:.3f}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Return plain JSON types."""
         return dataclasses.asdict(self)
-
-    def save(self, path: str | Path) -> None:
-        """Write it as a JSON file, replacing an older one as a whole; folders are made where missing."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with disk(path):
-            write_atomically(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
 
 class DigitsJudge:
-    """The real digits' statistics and a classifier of them: what samples are held against.
+    """Holds the real digits' statistics and a classifier of them, against which samples are measured.
 
     DataError when the classifier itself scores below 0.96 on the real digits held out from its training.
     """
@@ -89,11 +78,11 @@ class DigitsJudge:
             )
 
     def class_agreement(self, pixels: NDArray[np.float64], classes: Tensor) -> float:
-        """Fraction of digits [N, 64], 0..1, that the classifier takes for `classes` [N]."""
+        """Return the fraction of digits [N, 64], 0..1, that the classifier takes for `classes` [N]."""
         return float((self._classifier.predict(pixels) == classes.numpy()).mean())
 
     def frechet_distance(self, pixels: NDArray[np.float64]) -> float:
-        """Distance of digits [N, 64], 0..1, to the real set."""
+        """Return the distance of digits [N, 64], 0..1, to the real set."""
         return frechet_distance(*gaussian_statistics(pixels), *self._statistics)
 
 
@@ -140,7 +129,7 @@ def evaluate_digits(
 
 
 def check_digits(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The "data" entry of a weight file's metadata; DataError when it does not say the embedded digits."""
+    """Return the "data" entry of a weight file's metadata; DataError when it is not that of the embedded digits."""
     data = metadata.get("data", {})
     if data.get("kind") != "digits":
         raise DataError(

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mpdit.core.errors import DataError
+from mpdit.core.files import counted
 from mpdit.core.progress import bar
 from mpdit.core.read_ahead import read_ahead
 from mpdit.jobs.extract.crop import decode_image, to_rgb
@@ -31,9 +32,6 @@ _UNFINISHED = ".parts"  # what `mpdit sample` leaves while it isn't done
 _AHEAD = 3  # batches decoded before they are asked for
 _NAMED = 5  # of many files, as many are named in a message
 
-_Header = tuple[tuple[int, int], bool] | None
-"""Height and width of an image file, and has it alpha? None when it can't be read."""
-
 
 class ImageSet(ABC):
     """Images of one size; open_images() makes them."""
@@ -42,70 +40,54 @@ class ImageSet(ABC):
     """As given by the user."""
     size: tuple[int, int]
     """Height and width, in pixels."""
-    protocol: dict[str, Any] | None = None
+    protocol: dict[str, Any] | None
     """How they were sampled, where that is recorded beside them."""
     cropped: bool = False
-    """Were they cropped to that size on reading?"""
+    """Whether they were cropped to that size on reading."""
     notes: tuple[str, ...] = ()
     """What is odd about them without being wrong."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many."""
+        """Return how many there are."""
 
     @abstractmethod
     def batches(self, count: int) -> Iterator[NDArray[np.uint8]]:
-        """uint8 RGB [n, H, W, 3] in order, `count` images at a time, read ahead in threads.
+        """Yield uint8 RGB [n, H, W, 3] in order, `count` images at a time, read ahead in threads.
 
         DataError for images that can't be decoded: all are tried, counted, and the first ones named.
         """
 
 
 def open_images(path: str | Path, crop: int | None = None) -> ImageSet:
-    """The images of a folder (any depth), of an npz, or of a folder that `mpdit sample` wrote.
+    """Open the images of a folder (any depth), of an npz, or of a folder that `mpdit sample` wrote.
 
     Grey and palette images become RGB, and alpha is dropped with a note, as PIL's convert("RGB") has it, which ADM
     and DiT read images by. With `crop` the files of a folder are cropped to squares of that side, as `mpdit extract`
-    crops them; without, they must be of one size. DataError when there are none, sizes differ, or a file is no image;
-    every file's header is read before that is said.
+    crops them; without, they must be of one size. DataError when there are none, sizes differ, they aren't as many as
+    their protocol says, or a file is no image; every file's header is read before that is said.
     """
     path = Path(path)
-    if path.is_file():
-        images: ImageSet = _NpzImages(path, path, _stored_protocol(path))
-    elif not path.is_dir():
+    if not path.exists():
         raise DataError(f"{path} does not exist: give a folder of images or an npz")
-    elif (path / "samples.npz").is_file():
-        file = path / "samples.npz"
-        images = _NpzImages(path, file, _stored_protocol(file) or _protocol_beside(path))
-    else:
-        protocol = _protocol_beside(path)
-        if protocol is None and (path / _UNFINISHED).is_dir():
-            raise DataError(f"{path} holds unfinished samples: repeat the `mpdit sample` command that draws them")
-        folder = path / "images" if protocol is not None and (path / "images").is_dir() else path
-        return _check_count(_FolderImages(path, folder, protocol, crop))
-    if crop is not None and images.size != (crop, crop):
-        raise DataError(
-            f"images in {path} are {images.size[1]} x {images.size[0]} pixels and an npz isn't cropped: leave the size "
-            f"of {crop} out"
-        )
-    return _check_count(images)
-
-
-def _check_count(images: ImageSet) -> ImageSet:
-    """DataError when they aren't as many as their protocol says."""
+    file = path if path.is_file() else path / "samples.npz"
+    images: ImageSet = _NpzImages(path, file, crop) if file.is_file() else _FolderImages(path, crop)
     wanted = (images.protocol or {}).get("images")
     if isinstance(wanted, int) and wanted != len(images):
         raise DataError(
-            f"{images.path} holds {len(images)} image{'s' * (len(images) > 1)}, and their protocol says {wanted}: "
+            f"{path} holds {counted(len(images), 'image')}, and their protocol says {wanted}: "
             "repeat the `mpdit sample` command that drew them"
         )
     return images
 
 
 class _NpzImages(ImageSet):
-    def __init__(self, path: Path, file: Path, protocol: dict[str, Any] | None) -> None:
-        self.path, self.protocol = path, protocol
-        self._reader = NpzReader(file)
+    def __init__(self, path: Path, file: Path, crop: int | None) -> None:
+        self.path, self._reader = path, NpzReader(file)
+        if "protocol" in self._reader.keys:
+            self.protocol = _parse(str(self._reader.array("protocol")), file)
+        else:
+            self.protocol = _protocol_beside(path)
         key = next((key for key in NPZ_KEYS if key in self._reader.keys), None)
         if key is None:
             raise DataError(f"{file} holds no images: expected arr_0, uint8 [N, H, W, 3], as ADM names it")
@@ -118,6 +100,11 @@ class _NpzImages(ImageSet):
                 "[N, H, W], 0 .. 255"
             )
         self._count, self.size = shape[0], (shape[1], shape[2])
+        if crop is not None and self.size != (crop, crop):
+            raise DataError(
+                f"images in {path} are {shape[2]} x {shape[1]} pixels and an npz isn't cropped: leave the size of "
+                f"{crop} out"
+            )
 
     def __len__(self) -> int:
         return self._count
@@ -133,25 +120,30 @@ class _NpzImages(ImageSet):
 
 
 class _FolderImages(ImageSet):
-    def __init__(self, path: Path, folder: Path, protocol: dict[str, Any] | None, crop: int | None) -> None:
-        self.path, self.protocol, self._crop = path, protocol, crop
-        self.cropped = crop is not None
+    def __init__(self, path: Path, crop: int | None) -> None:
+        self.path, self.cropped, self._crop = path, crop is not None, crop
+        self.protocol = _protocol_beside(path)
+        if self.protocol is None and (path / _UNFINISHED).is_dir():
+            raise DataError(f"{path} holds unfinished samples: repeat the `mpdit sample` command that draws them")
+        folder = path / "images" if self.protocol is not None and (path / "images").is_dir() else path
         self._files = list_images(folder)
         if not self._files:
             raise DataError(f"{folder} holds no images ({', '.join(SUFFIXES)}): give another folder")
+        sizes, alpha, broken = [], 0, []
         with bar("checking images", len(self._files)) as progress, ThreadPoolExecutor(_workers()) as pool:
-            headers: list[_Header] = []
-            for header in read_ahead(pool, (functools.partial(_header, file) for file in self._files), 1000):
-                headers.append(header)
+            headers = read_ahead(pool, (functools.partial(_read_header, file) for file in self._files), 1000)
+            for file, header in zip(self._files, headers, strict=True):
+                if header is None:
+                    broken.append(file)
+                else:
+                    sizes.append(header[0])
+                    alpha += header[1]
                 progress.update()
-        broken = [file for file, header in zip(self._files, headers, strict=True) if header is None]
         if broken:
             raise DataError(f"{self._list(broken)} can't be read as images: replace or delete them")
-        sizes = [header[0] for header in headers if header is not None]
         if crop is None:
             self._check_sizes(sizes)
         self.size = sizes[0] if crop is None else (crop, crop)
-        alpha = sum(header[1] for header in headers if header is not None)
         if alpha:
             self.notes = (f"{alpha} of {len(self._files)} images in {path} have an alpha channel, which is ignored",)
 
@@ -161,10 +153,9 @@ class _FolderImages(ImageSet):
     def batches(self, count: int) -> Iterator[NDArray[np.uint8]]:
         broken: list[Path] = []
         with ThreadPoolExecutor(_workers()) as pool:
-            chunks = [self._files[start : start + count] for start in range(0, len(self._files), count)]
-            tasks = (functools.partial(_decode, file, self._crop) for file in self._files)
-            decoded = read_ahead(pool, tasks, _AHEAD * count)
-            for files in chunks:
+            decoded = read_ahead(pool, (functools.partial(_decode, f, self._crop) for f in self._files), _AHEAD * count)
+            for start in range(0, len(self._files), count):
+                files = self._files[start : start + count]
                 images = [next(decoded) for _ in files]
                 broken += [file for file, image in zip(files, images, strict=True) if image is None]
                 if not broken:
@@ -175,22 +166,20 @@ class _FolderImages(ImageSet):
     def _check_sizes(self, sizes: Sequence[tuple[int, int]]) -> None:
         other = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
         if other is not None:
-            told = " and ".join(
-                f"{self._files[i].relative_to(self.path)} {sizes[i][1]} x {sizes[i][0]}" for i in (0, other)
-            )
+            shown = [f"{self._files[i].relative_to(self.path)} {sizes[i][1]} x {sizes[i][0]}" for i in (0, other)]
             raise DataError(
-                f"images in {self.path} differ in size (width x height): {told}: crop them to one size (a reference's "
-                "with --image-size)"
+                f"images in {self.path} differ in size (width x height): {' and '.join(shown)}: crop them to one size "
+                "(a reference's with --image-size)"
             )
 
     def _list(self, files: Sequence[Path]) -> str:
         names = ", ".join(str(file.relative_to(self.path)) for file in files[:_NAMED])
         names += ", ..." if len(files) > _NAMED else ""
-        return f"{len(files)} image{'s' * (len(files) > 1)} in {self.path} ({names})"
+        return f"{counted(len(files), 'image')} in {self.path} ({names})"
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Image files below a folder by their suffix, sorted by path; hidden ones are left out, links are followed."""
+    """List image files below a folder by their suffix, sorted by path; hidden ones are left out, links are followed."""
     found: list[Path] = []
     seen: set[tuple[int, int]] = set()
     for root, folders, files in os.walk(folder, followlinks=True):
@@ -204,7 +193,8 @@ def list_images(folder: Path) -> list[Path]:
     return sorted(found, key=lambda file: file.relative_to(folder).parts)
 
 
-def _header(file: Path) -> _Header:
+def _read_header(file: Path) -> tuple[tuple[int, int], bool] | None:
+    """Return height and width of an image file, and whether it has alpha; None when it can't be read."""
     try:
         with Image.open(file) as image:
             return (image.height, image.width), image.has_transparency_data
@@ -213,7 +203,7 @@ def _header(file: Path) -> _Header:
 
 
 def _decode(file: Path, crop: int | None) -> NDArray[np.uint8] | None:
-    """uint8 RGB [H, W, 3]; None when it is broken."""
+    """Return uint8 RGB [H, W, 3]; None when it is broken."""
     try:
         if crop is not None:
             return decode_image(file.read_bytes(), crop)
@@ -225,12 +215,6 @@ def _decode(file: Path, crop: int | None) -> NDArray[np.uint8] | None:
 
 def _workers() -> int:
     return min(32, len(os.sched_getaffinity(0)) + 2)
-
-
-def _stored_protocol(file: Path) -> dict[str, Any] | None:
-    """The "protocol" that `mpdit sample` keeps in the npz."""
-    reader = NpzReader(file)
-    return _parse(str(reader.array("protocol")), file) if "protocol" in reader.keys else None
 
 
 def _protocol_beside(folder: Path) -> dict[str, Any] | None:

@@ -14,7 +14,6 @@ import importlib.metadata
 import importlib.util
 import sys
 import types
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ HASH_PREFIX = "6726825d"
 """What the sha256 of the standard weights begins with."""
 POOL_FEATURES, SPATIAL_FEATURES = 2048, 17 * 17 * 7
 
-_MODULE = "torch_fidelity.feature_extractor_inceptionv3"
 _SPATIAL_CHANNELS = 7
 
 
@@ -53,24 +51,24 @@ class Inception:
                 f"{self.path} is damaged (its sha256 begins with {self.sha256[:8]}, not {HASH_PREFIX}): delete it, "
                 "it is then downloaded again"
             )
-        self._net = _build(module, _read_weights(self.path), self.path).to(self.device)
+        self._net = _build(module, self.path).to(self.device)
         self._spatial = torch.empty(0)
         self._net.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._keep_spatial)
 
     @property
     def is_standard(self) -> bool:
-        """Are these the weights that papers use?"""
+        """Whether these are the weights that papers use."""
         return self.sha256.startswith(HASH_PREFIX)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Why its figures can't be compared with others."""
-        standard = "not the standard weights of Inception: the figures can't be compared with others'"
-        return () if self.is_standard else (standard,)
+        warning = "not the standard weights of Inception: the figures can't be compared with others'"
+        return () if self.is_standard else (warning,)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 RGB [B, H, W, 3] -> fp32 on the network's device: pool_3 [B, 2048], mixed_6/conv [B, 2023].
+        """Return pool_3 [B, 2048] and mixed_6/conv [B, 2023], fp32 on the network's device, of uint8 RGB [B, H, W, 3].
 
         The spatial features are the first 7 channels at 17 x 17 places, channels last as in TensorFlow.
         """
@@ -85,12 +83,12 @@ class Inception:
 
     @torch.inference_mode()
     def logits(self, pool: Tensor) -> Tensor:
-        """fp32 [N, 1008] of pool features [N, 2048]: the softmax layer's weights without its bias, as ADM has it."""
+        """Return fp32 [N, 1008] of pool features [N, 2048]: the softmax layer without its bias, as ADM has it."""
         weight = self._net.get_parameter("fc.weight")
         return torch.cat([part.to(self.device) @ weight.T for part in pool.split(8192)])
 
     def protocol(self) -> dict[str, Any]:
-        """Plain JSON types, to be kept beside the figures."""
+        """Return plain JSON types, to be kept beside the figures."""
         return {"weights": str(self.path), "sha256": self.sha256, "standard": self.is_standard}
 
     def _keep_spatial(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -98,47 +96,43 @@ class Inception:
 
 
 def torch_fidelity_version() -> str:
-    """Of the package installed; "unknown" where it has no metadata."""
+    """Return the version of the package installed; "unknown" where it has no metadata."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version("torch-fidelity")
     return "unknown"
 
 
 def _import_module() -> Any:
-    """torch-fidelity's Inception without the rest of the package, which imports torchvision.
+    """Import torch-fidelity's Inception without the rest of the package, which imports torchvision.
 
-    A shell stands in for the package while the module is imported, and is gone afterwards: whoever imports
-    torch_fidelity later gets the whole of it.
+    An empty package stands in for the real one meanwhile and is gone afterwards: whoever imports torch_fidelity later
+    gets the whole of it.
     """
-    shell: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    remedy = "pip install 'mpdit[imagenet]'"
+    stand_in = None
     if "torch_fidelity" not in sys.modules:
         spec = importlib.util.find_spec("torch_fidelity")
         if spec is None or not spec.submodule_search_locations:
-            raise ConfigError("Inception comes with torch-fidelity, which is missing: pip install 'mpdit[imagenet]'")
-        shell = _package_shell(list(spec.submodule_search_locations))
+            raise ConfigError(f"Inception comes with torch-fidelity, which is missing: {remedy}")
+        stand_in = types.ModuleType("torch_fidelity")
+        stand_in.__path__ = list(spec.submodule_search_locations)
+        sys.modules["torch_fidelity"] = stand_in
     try:
-        with shell:
-            return importlib.import_module(_MODULE)
+        return importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
     except ImportError as error:
-        raise ConfigError(
-            f"torch-fidelity's Inception can't be imported ({error}): pip install 'mpdit[imagenet]'"
-        ) from error
-
-
-@contextlib.contextmanager
-def _package_shell(locations: list[str]) -> Iterator[None]:
-    shell = types.ModuleType("torch_fidelity")
-    shell.__path__ = locations
-    sys.modules["torch_fidelity"] = shell
-    try:
-        yield
+        raise ConfigError(f"torch-fidelity's Inception can't be imported ({error}): {remedy}") from error
     finally:
-        for name in [n for n in sys.modules if n == "torch_fidelity" or n.startswith("torch_fidelity.")]:
-            del sys.modules[name]
+        if stand_in is not None:
+            for name in [n for n in sys.modules if n == "torch_fidelity" or n.startswith("torch_fidelity.")]:
+                del sys.modules[name]
 
 
-def _build(module: Any, state: Mapping[str, Tensor], path: Path) -> nn.Module:
-    """The network with these weights, in evaluation mode; its constructor, which loads them, is handed ours."""
+def _build(module: Any, path: Path) -> nn.Module:
+    """Return the network with the weights of a file, in evaluation mode."""
+    state = load_tensors(path)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} is no state dict: give torch-fidelity's {FILE_NAME}")
+    # The constructor downloads weights and loads them: it is handed ours instead.
     original = module.load_state_dict_from_url
     module.load_state_dict_from_url = lambda *args, **kwargs: state
     try:
@@ -172,10 +166,3 @@ def _sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ConfigError(f"Inception's weights {path} can't be read: {error.strerror or error}") from error
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    state = load_tensors(path)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} is no state dict: give torch-fidelity's {FILE_NAME}")
-    return state
