@@ -111,7 +111,7 @@ def test_a_full_disk_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: p
     def full(self: Any, records: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mpdit.data.files.PartialFile.write", full)
+    monkeypatch.setattr("mpdit.data.writer.PartialFile.write", full)
     with pytest.raises(OSError, match="No space left"):
         convert_latents(source, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []

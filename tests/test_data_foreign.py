@@ -224,7 +224,7 @@ def test_a_given_number_of_classes_saves_reading_the_labels(tmp_path: Path) -> N
     dataset = open_latents(path, num_classes=1000)
     assert dataset.manifest.num_classes == 1000
     assert np.array_equal(dataset.read(np.array([2, 12]))[1], LABELS[[2, 12]])
-    with pytest.raises(DataError, match=r"imagenet256_labels/7\.npy: label 1000 is outside 0 \.\. 999"):
+    with pytest.raises(DataError, match=r"imagenet256_labels/7\.npy has label 1000, outside 0 \.\. 999"):
         dataset.read(np.array([2, 7]))
     assert open_latents(path).manifest.num_classes == 1001
 
@@ -344,7 +344,7 @@ DEFECTS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         lambda p: _replace(p / SHARD, lambda t: t | {"latents_flip": t["latents_flip"] / 0}),
         rf"{SHARD}: row 0 \(sample 10\) a value is NaN or infinite",
     ),
-    "cut off": ("lightningdit", lambda p: os.truncate(p / SHARD, 900), f"{SHARD} has 900 bytes, fewer"),
+    "cut off": ("lightningdit", lambda p: os.truncate(p / SHARD, 900), f"{SHARD} can't be read as safetensors .*not fully covered"),
     "rubbish": ("lightningdit", lambda p: (p / SHARD).write_bytes(b"\xff" * 99), f"{SHARD} can't be read"),
     "empty": ("lightningdit", lambda p: (p / SHARD).write_bytes(b""), f"{SHARD} can't be read"),
     "other constants": (

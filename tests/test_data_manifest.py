@@ -113,7 +113,7 @@ def _set(*path):
         (_set("channels", 10**400), "can't hold|channels"),
         (_set("num_classes", 3), "class_names holds 4 names for num_classes 3"),
         (_set("variants", ["flipped"]), "variants"),
-        (_set("class_names", 0, 7), "class_names holds 7"),
+        (_set("class_names", 0, 7), "item of field 'class_names' of the manifest is 7"),
         (_set("normalization", "std", 0, 0.0), "above zero"),
         (_set("normalization", "std", 0, -1.0), "negative"),
         (_set("normalization", "mean", 0, float("nan")), "finite"),

@@ -256,7 +256,7 @@ def test_checksum_is_zlibs_with_and_without_isal(monkeypatch):
     data = np.random.default_rng(0).bytes(10_001)
     assert crc32(data) == zlib.crc32(data)
     monkeypatch.setitem(sys.modules, "isal.isal_zlib", None)  # any import of it fails
-    spec = importlib.util.find_spec("mpdit.data.records")
+    spec = importlib.util.find_spec("mpdit.core.zips")
     again = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(again)
     assert again.crc32 is zlib.crc32 is not crc32

@@ -56,6 +56,23 @@ def new_folder(path: Path) -> Iterator[Path]:
     sync_to_disk(path.parent)
 
 
+class OpenFile:
+    """A file open for positioned reads by any thread, which is closed when it is no longer used. Raises OSError."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def close(self) -> None:
+        """Close the file; closing again changes nothing, and reading after that is an OSError."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+        self.descriptor = -1
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            self.close()
+
+
 def readable_bytes(count: float) -> str:
     """A size in the largest decimal unit it holds one of: "0 B", "20.5 kB", "1.3 GB"."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -1,4 +1,4 @@
-"""What training, loaders and tools ask of a data set of latents, whatever files it lies in."""
+"""The interface of a data set of latents, whatever files it lies in."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LatentDataset(ABC):
     @property
     @abstractmethod
     def labels(self) -> NDArray[np.int64]:
-        """int64 [N], of every sample."""
+        """Labels int64 [N] of every sample."""
 
     @property
     def digest(self) -> str:
@@ -34,11 +34,14 @@ class LatentDataset(ABC):
     def read(
         self, indices: NDArray[np.int64], out: NDArray[np.float16] | None = None
     ) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
-        """Moments fp16 [B, V, 2C, H, W] and labels int64 [B] of the samples with these indices, int64 [B].
+        """Return moments fp16 [B, V, 2C, H, W] and labels int64 [B] of the samples with these indices, int64 [B].
 
-        Posterior means before stds, of latents that are not multiplied by any factor. Fills `out`, C-contiguous and
-        of that shape, when given. Safe to call from several threads. Raises RecordError, naming file and sample, for
-        a record that can't be read, is damaged, or holds NaN, infinity or a negative std; `out` is unspecified then.
+        Moments are posterior means before stds, of latents that are not multiplied by any factor. Fills `out`,
+        C-contiguous and of that shape, when given. Safe to call from several threads.
+
+        Raises:
+            RecordError: naming file and sample, for a record that can't be read, is damaged, or holds NaN, infinity
+                or a negative std; `out` is unspecified then.
         """
 
     @abstractmethod

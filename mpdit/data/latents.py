@@ -1,22 +1,20 @@
-"""Reading packed latents: random access to records, each checked against its CRC-32."""
+"""Reads packed latents: random access to records, each checked against its CRC-32."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import weakref
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpdit.core.errors import DataError, RecordError
+from mpdit.core.files import OpenFile
+from mpdit.core.zips import crc32
 from mpdit.data.dataset import LatentDataset
-from mpdit.data.files import close_all
-from mpdit.data.manifest import LatentSpec, Manifest, Normalization, StoredFile
-from mpdit.data.records import INDEX_DTYPE, VALUE_DTYPE, crc32, find_defect
-
-__all__ = ["LatentSpec", "Manifest", "Normalization", "PackedLatents", "StoredFile"]
+from mpdit.data.manifest import Manifest, StoredFile
+from mpdit.data.records import INDEX_DTYPE, VALUE_DTYPE, find_bad_label, find_defect
 
 _REMEDY = "copy or write the data set again"
 _CACHED_BYTES = 1 << 18
@@ -44,32 +42,24 @@ class PackedLatents(LatentDataset):
         self._checksums: NDArray[np.uint32] = index["crc32"].copy()
         self._sound = np.zeros(len(index), np.bool_)  # found free of defects: the checksum tells that no byte changed
         self._starts = np.cumsum([0, *(shard.records for shard in self.manifest.shards)])
-        self._files: list[int] = []
-        self._closer = weakref.finalize(self, close_all, self._files)
-        for shard in self.manifest.shards:
-            self._files.append(_open(self.path, shard))
+        self._files = [_open(self.path, shard) for shard in self.manifest.shards]
 
     @classmethod
     def open(cls, path: str | Path) -> PackedLatents:
-        """The data set in the folder `path`."""
+        """Open the data set in the folder `path`."""
         return cls(path)
-
-    def close(self) -> None:
-        """Close the shards; this happens by itself when the data set is no longer used."""
-        self._closer()
 
     @property
     def labels(self) -> NDArray[np.int64]:
         return self._labels
 
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
     def read(
         self, indices: NDArray[np.int64], out: NDArray[np.float16] | None = None
     ) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
-        """Moments fp16 [B, V, 2C, H, W] and labels int64 [B] of the records with these indices, int64 [B].
-
-        Fills `out`, C-contiguous and of that shape, when given. Raises RecordError, naming shard, record and byte
-        offset, for a record that can't be read, doesn't match its checksum, or holds NaN, infinity or a negative std.
-        """
         shape = (len(indices), *self.manifest.record_shape)
         moments = np.empty(shape, VALUE_DTYPE) if out is None else out
         nbytes = self.manifest.record_bytes
@@ -82,7 +72,7 @@ class PackedLatents(LatentDataset):
             for row, (shard, offset, checksum) in enumerate(wanted[start : start + step], start):
                 record = memory[row * nbytes : (row + 1) * nbytes]
                 try:
-                    got = os.preadv(self._files[shard], (record,), offset)
+                    got = os.preadv(self._files[shard].descriptor, (record,), offset)
                 except OSError as error:
                     raise self._error(indices[row], f"can't be read ({error})") from error
                 if got != nbytes:
@@ -109,29 +99,25 @@ class PackedLatents(LatentDataset):
 
 def _read_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
     path = folder / manifest.index.file
-    os.close(_open(folder, manifest.index))
-    index = np.fromfile(path, dtype=INDEX_DTYPE)
+    _open(folder, manifest.index)
+    index = np.fromfile(path, INDEX_DTYPE)
     if hashlib.sha256(index.data).hexdigest() != manifest.index.sha256:
         raise DataError(f"{path} does not match its hash in the manifest: it was altered; {_REMEDY}")
-    bad = (index["label"] < 0) | (index["label"] >= manifest.num_classes)
-    if bad.any():
-        record = int(np.argmax(bad))
+    if bad := find_bad_label(index["label"], manifest.num_classes):
         raise DataError(
-            f"{path}: record {record} has label {index['label'][record]}, outside 0 .. {manifest.num_classes - 1}; "
-            "write the data set again with the right labels or num_classes"
+            f"{path}: record {bad[0]} {bad[1]}; write the data set again with the right labels or num_classes"
         )
     return index
 
 
-def _open(folder: Path, stored: StoredFile) -> int:
-    """A file descriptor, once the file is there and of the right size."""
+def _open(folder: Path, stored: StoredFile) -> OpenFile:
+    """Return an open file, once it is there and of the right size."""
     path = folder / stored.file
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        file = OpenFile(path)
     except OSError as error:
         raise DataError(f"can't open {path} ({error.strerror}); {_REMEDY}") from error
-    size = os.fstat(descriptor).st_size
+    size = os.fstat(file.descriptor).st_size
     if size != stored.bytes:
-        os.close(descriptor)
         raise DataError(f"{path} has {size} bytes, the manifest says {stored.bytes}: truncated or altered; {_REMEDY}")
-    return descriptor
+    return file

@@ -1,4 +1,4 @@
-"""The manifest of a packed data set: what its records are, which files hold them, and that both are plausible.
+"""Reads and checks the manifest of a packed data set: what its records are, and which files hold them.
 
 A packed data set is a folder of
     manifest.json    everything below, and its own SHA-256; written last, so a folder without it holds no data set
@@ -10,6 +10,7 @@ Nothing in it is ever unpickled.
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import hashlib
 import json
@@ -18,9 +19,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from mpdit.core.errors import DataError
+from mpdit.data.normalization import Normalization
 from mpdit.data.records import INDEX_DTYPE, VALUE_DTYPE
 from mpdit.model.config import MOST_CLASSES, ModelConfig
 from mpdit.model.vae import LARGEST_PIXEL
@@ -35,28 +37,6 @@ JOB_NAME = "job.json"
 """Of the folder in which an extraction keeps what is not yet put together, and of its note on the job."""
 ORIGINAL = ("original",)
 ORIGINAL_AND_FLIPPED = ("original", "flipped")
-
-
-@dataclass(frozen=True)
-class Normalization:
-    """Per-channel constants: a model sees (latent - mean) / std."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        for name in ("mean", "std"):
-            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
-            if not all(math.isfinite(value) for value in getattr(self, name)):
-                raise DataError(f"{name} {getattr(self, name)} of the channels must be finite numbers")
-        if len(self.mean) != len(self.std):
-            raise DataError(f"{len(self.mean)} channel means beside {len(self.std)} stds: give one each per channel")
-        if any(value < 0 for value in self.std):
-            raise DataError(f"std {self.std} of the channels must not be negative")
-
-    def __str__(self) -> str:
-        mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
-        return f"mean {mean}, std {std}"
 
 
 @dataclass(frozen=True)
@@ -240,25 +220,6 @@ class Manifest(DatasetInfo):
             raise DataError(f"{path} can't be parsed ({error}): copy or write the data set again") from None
 
 
-_NORMALIZATION: dict[str, type] = {"mean": list, "std": list}
-_STORED_FILE: dict[str, type] = {"file": str, "records": int, "bytes": int, "sha256": str}
-_MANIFEST: dict[str, type] = {
-    "kind": str,
-    "num_samples": int,
-    "channels": int,
-    "height": int,
-    "width": int,
-    "variants": list,
-    "num_classes": int,
-    "class_names": list,
-    "posterior_noise": bool,
-    "normalization": dict,
-    "statistics": dict,
-    "source": dict,
-    "decoder": dict,
-    "index": dict,
-    "shards": list,
-}
 _TYPE_NAMES = {list: "a list", str: "text", int: "a whole number", bool: "true or false", dict: "an object"}
 
 
@@ -269,34 +230,27 @@ def _parse(document: Any) -> Manifest:
             f"format {header['format']!r:.40} version {header['version']!r:.20} can't be read: "
             f"this mpdit reads {FORMAT!r} up to version {VERSION}; upgrade mpdit"
         )
-    values = _fields(document, _MANIFEST, "the manifest")
-    for name in ("variants", "class_names"):
-        _items(values[name], str, name)
-    for name in ("normalization", "statistics"):
-        lists = _fields(values[name], _NORMALIZATION, name)
-        values[name] = Normalization(**{key: tuple(_items(item, (int, float), key)) for key, item in lists.items()})
-    values["index"] = StoredFile(**_fields(values["index"], _STORED_FILE, "index"))
-    values["shards"] = tuple(StoredFile(**_fields(shard, _STORED_FILE, "a shard")) for shard in values["shards"])
-    manifest = Manifest(**values)
+    manifest: Manifest = _read(document, Manifest, "the manifest")
     if header["version"] > 1 and _fields(document, {"sha256": str}, "the manifest")["sha256"] != manifest.sha256:
         raise DataError("its fields don't match its sha256, so it was altered")
     return manifest
 
 
-def _fields(value: Any, types: Mapping[str, type], what: str) -> dict[str, Any]:
-    """The named fields of a JSON object, each of its type; fields we don't know are left to newer versions."""
-    if not isinstance(value, dict):
-        raise DataError(f"{what} is {value!r:.80}: expected an object with {', '.join(types)}")
-    for name, kind in types.items():
-        if name not in value:
-            raise DataError(f"{what} lacks the field {name!r}")
-        if type(value[name]) is not kind:
-            raise DataError(f"field {name!r} of {what} is {value[name]!r:.80}: expected {_TYPE_NAMES[kind]}")
-    return {name: value[name] for name in types}
+def _read(value: Any, declared: Any, what: str) -> Any:
+    """Return a JSON value as a field of the declared type holds it. Raises DataError for a value of another type."""
+    if dataclasses.is_dataclass(declared):
+        return declared(**_fields(value, get_type_hints(declared), what))  # type: ignore[operator]
+    origin = get_origin(declared)
+    kind = {tuple: list, collections.abc.Mapping: dict}.get(origin, declared)
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise DataError(f"{what} is {value!r:.80}: expected {_TYPE_NAMES.get(kind, 'a number')}")
+    return tuple(_read(item, get_args(declared)[0], f"an item of {what}") for item in value) if kind is list else value
 
 
-def _items(values: list[Any], kinds: type | tuple[type, ...], what: str) -> list[Any]:
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            raise DataError(f"{what} holds {value!r:.80}, which is of the wrong type")
-    return values
+def _fields(value: Any, declared: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Return the declared fields of a JSON object; those we don't know are left to newer versions."""
+    if type(value) is not dict:
+        raise DataError(f"{what} is {value!r:.80}: expected an object with {', '.join(declared)}")
+    for name in declared.keys() - value.keys():
+        raise DataError(f"{what} lacks the field {name!r}")
+    return {name: _read(value[name], kind, f"field {name!r} of {what}") for name, kind in declared.items()}

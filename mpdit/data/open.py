@@ -10,10 +10,10 @@ from mpdit.data.dataset import LatentDataset
 from mpdit.data.latents import PackedLatents
 from mpdit.data.manifest import JOB_NAME, MANIFEST_NAME, PARTS_NAME
 from mpdit.data.normalization import NormalizationMode, choose_normalization
-from mpdit.data.readers import EDM2Latents, LightningDiTLatents, NpyPairs, Options, parse_scale
-from mpdit.data.readers.edm2 import find_edm2
-from mpdit.data.readers.lightningdit import find_lightningdit
-from mpdit.data.readers.npy_pairs import find_pairs
+from mpdit.data.readers.base import Options, parse_scale
+from mpdit.data.readers.edm2 import EDM2Latents, find_edm2
+from mpdit.data.readers.lightningdit import LightningDiTLatents, find_lightningdit
+from mpdit.data.readers.npy import NpyPairs, find_pairs
 
 
 def open_latents(

@@ -1,4 +1,4 @@
-"""What a record is: its values, its checksum, its index entry and what is measured of it."""
+"""Checks, checksums and statistics of records, and the dtypes they are stored in."""
 
 from __future__ import annotations
 
@@ -8,12 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-try:
-    from isal.isal_zlib import crc32  # zlib's CRC-32 with carry-less multiplication, several times faster
-except ImportError:
-    from zlib import crc32
-
-__all__ = ["INDEX_DTYPE", "VALUE_DTYPE", "ChannelStatistics", "crc32", "find_defect", "index_entries"]
+from mpdit.core.zips import crc32
 
 VALUE_DTYPE = np.dtype("<f2")
 INDEX_DTYPE = np.dtype([("label", "<i4"), ("crc32", "<u4")])
@@ -23,7 +18,7 @@ _NOT_FINITE, _NEGATIVE_NOT_FINITE, _NEGATIVE_ZERO = 0x7C00, 0xFC00, 0x8000
 
 
 def index_entries(moments: NDArray[np.float16], labels: NDArray[Any]) -> NDArray[np.void]:
-    """The index of records fp16 [B, V, 2C, H, W] with labels int [B]."""
+    """Return the index entries [B], of INDEX_DTYPE, of records fp16 [B, V, 2C, H, W] with labels int [B]."""
     entries = np.empty(len(moments), INDEX_DTYPE)
     entries["label"] = labels
     entries["crc32"] = [crc32(record) for record in moments]
@@ -31,7 +26,7 @@ def index_entries(moments: NDArray[np.float16], labels: NDArray[Any]) -> NDArray
 
 
 def find_defect(moments: NDArray[np.float16]) -> tuple[int, str] | None:
-    """The first record of fp16 [B, V, 2C, H, W] that can't be moments, and why; None when all can.
+    """Return the first record of fp16 [B, V, 2C, H, W] that can't be moments, and why; None when all can.
 
     Sound batches are passed by three integer reductions over the bit patterns, cheap enough for every batch read.
     """
@@ -49,8 +44,15 @@ def find_defect(moments: NDArray[np.float16]) -> tuple[int, str] | None:
     return row, "a posterior std is negative" if finite[row] else "a value is NaN or infinite"
 
 
+def find_bad_label(labels: NDArray[Any], num_classes: int) -> tuple[int, str] | None:
+    """Return the first row of labels int [B] that is outside 0 .. num_classes - 1, and why; None when none is."""
+    bad = (labels < 0) | (labels >= num_classes)
+    row = int(np.argmax(bad)) if bad.any() else None
+    return None if row is None else (row, f"has label {labels[row]}, outside 0 .. {num_classes - 1}")
+
+
 class ChannelStatistics:
-    """Mean and standard deviation of each latent channel, gathered batch by batch in float64.
+    """Gathers mean and standard deviation of each latent channel, batch by batch in float64.
 
     A latent is drawn from its posterior, so the variance is that of the means plus the mean of the variances.
     """
@@ -69,7 +71,7 @@ class ChannelStatistics:
         self._variance += np.square(std).sum(axis=others, dtype=np.float64)
 
     def sums(self) -> dict[str, Any]:
-        """What was gathered, in JSON types that keep every bit, for `merge`."""
+        """Return what was gathered, in JSON types that keep every bit, for `merge`."""
         sums = {"mean": self._mean, "mean_squared": self._mean_squared, "variance": self._variance}
         return {"count": self._count} | {name: values.tolist() for name, values in sums.items()}
 
@@ -82,15 +84,12 @@ class ChannelStatistics:
 
     @property
     def has_noise(self) -> bool:
-        """Whether any posterior std was above zero."""
+        """True when any posterior std was above zero."""
         return bool(self._variance.any())
 
     def result(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """(means, stds), one each per channel, to 9 digits: the last bits depend on how the batches were cut."""
+        """Return (means, stds), one each per channel, to 9 digits: the last bits depend on how batches were cut."""
         mean = self._mean / self._count
         variance = (self._mean_squared + self._variance) / self._count - mean**2
-        return _nine_digits(mean), _nine_digits(np.sqrt(variance.clip(min=0)))
-
-
-def _nine_digits(values: NDArray[np.float64]) -> tuple[float, ...]:
-    return tuple(float(f"{value:.9g}") for value in values)
+        std = np.sqrt(variance.clip(min=0))
+        return tuple(float(f"{value:.9g}") for value in mean), tuple(float(f"{value:.9g}") for value in std)

@@ -1,9 +1,12 @@
-"""Writing packed latents, record by record, so that a data set is there whole or not at all."""
+"""Writes packed latents, record by record, so that a data set is there whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,12 +16,68 @@ from numpy.typing import ArrayLike, NDArray
 
 from mpdit.core.errors import DataError
 from mpdit.core.files import sync_to_disk
-from mpdit.data.files import PartialFile, lock_folder
+from mpdit.core.locks import locked
 from mpdit.data.latents import PackedLatents
-from mpdit.data.manifest import INDEX_NAME, MANIFEST_NAME, LatentSpec, Manifest, Normalization
-from mpdit.data.records import VALUE_DTYPE, ChannelStatistics, find_defect, index_entries
+from mpdit.data.manifest import INDEX_NAME, MANIFEST_NAME, LatentSpec, Manifest, StoredFile
+from mpdit.data.normalization import Normalization
+from mpdit.data.records import VALUE_DTYPE, ChannelStatistics, find_bad_label, find_defect, index_entries
 
 _SHARD_BYTES = 1 << 30
+
+
+class PartialFile:
+    """A file under a temporary name, hashed while it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._partial = path.with_name(path.name + ".partial")
+        self._stream = open(self._partial, "wb")  # noqa: SIM115 (written to until finish)
+        self._hash = hashlib.sha256()
+        self._bytes = 0
+        self.records = 0
+
+    def write(self, records: NDArray[Any]) -> None:
+        data = records.reshape(-1).view(np.uint8).data
+        self._stream.write(data)
+        self._hash.update(data)
+        self._bytes += len(data)
+        self.records += len(records)
+
+    def finish(self) -> StoredFile:
+        """Bring the contents to the disk; the name stays temporary. Finishing again changes nothing."""
+        if not self._stream.closed:
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+            self._stream.close()
+        return StoredFile(self._path.name, self.records, self._bytes, self._hash.hexdigest())
+
+    def publish(self) -> None:
+        os.replace(self._partial, self._path)
+
+    def discard(self) -> None:
+        """Remove the file unless it was published."""
+        with contextlib.suppress(OSError):  # closing flushes, which a full disk refuses once more
+            self._stream.close()
+        self._partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold a folder, made if need be, to write a data set into. DataError when it holds one or is being written."""
+    with contextlib.ExitStack() as held:
+        problem = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(folder, wait=False))
+        except BlockingIOError:
+            problem = "is being written by another process"
+        except OSError as error:
+            raise DataError(f"can't write a data set to {folder} ({error.strerror}): give another folder") from error
+        if (folder / MANIFEST_NAME).exists():
+            problem = "already holds a data set"
+        if problem:
+            raise DataError(f"{folder} {problem}: give another folder, or delete this one first")
+        yield
 
 
 class PackedWriter:
@@ -51,7 +110,6 @@ class PackedWriter:
         self._statistics = ChannelStatistics(spec.channels)
         self._lock = contextlib.ExitStack()
         self._lock.enter_context(lock_folder(self.path))
-        self._open = True
         self._shards: list[PartialFile] = []
         self._index = PartialFile(self.path / INDEX_NAME)
 
@@ -78,38 +136,27 @@ class PackedWriter:
         self._index.write(entries)
         self.num_samples += len(values)
 
-    def close(self) -> None:
-        """Finish the data set. DataError when nothing was written or a channel has no spread to normalise by."""
-        if not self._open:
-            return
-        try:
-            if not self.num_samples:
-                raise DataError(f"no records were written to {self.path}: a data set needs at least one")
-            self._publish(self._manifest())
-        finally:
-            self.discard()
-
-    def discard(self) -> None:
-        """Remove what is not finished and let go of the folder."""
-        for file in (*self._shards, self._index):
-            file.discard()
-        self._lock.close()
-        self._open = False
-
     def __enter__(self) -> PackedWriter:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.discard()
+        files = (*self._shards, self._index)
+        with self._lock:
+            try:
+                if kind is None:
+                    self._publish(files)
+            finally:
+                for file in files:
+                    file.discard()
 
-    def _manifest(self) -> Manifest:
+    def _publish(self, files: tuple[PartialFile, ...]) -> None:
+        """Bring all to the disk and name the files, the manifest last."""
+        if not self.num_samples:
+            raise DataError(f"no records were written to {self.path}: a data set needs at least one")
         measured = Normalization(*self._statistics.result())
-        return Manifest(
+        manifest = Manifest(
             **{field.name: getattr(self.spec, field.name) for field in dataclasses.fields(LatentSpec)},
             num_samples=self.num_samples,
             posterior_noise=self._statistics.has_noise,
@@ -118,9 +165,7 @@ class PackedWriter:
             index=self._index.finish(),
             shards=tuple(shard.finish() for shard in self._shards),
         )
-
-    def _publish(self, manifest: Manifest) -> None:
-        for file in (*self._shards, self._index):
+        for file in files:
             file.publish()
         last = PartialFile(self.path / MANIFEST_NAME)
         last.write(np.frombuffer(manifest.to_json().encode(), np.uint8))
@@ -132,13 +177,8 @@ class PackedWriter:
     def _check_labels(self, labels: NDArray[Any]) -> NDArray[Any]:
         if labels.ndim != 1 or labels.dtype.kind not in "iu":
             raise DataError(f"labels are {labels.dtype} of shape {labels.shape}: give whole numbers, one per record")
-        bad = (labels < 0) | (labels >= self.spec.num_classes)
-        if bad.any():
-            row = int(np.argmax(bad))
-            raise DataError(
-                f"record {self.num_samples + row} has label {labels[row]}, outside 0 .. {self.spec.num_classes - 1}: "
-                "mend the label or raise num_classes"
-            )
+        if bad := find_bad_label(labels, self.spec.num_classes):
+            raise DataError(f"record {self.num_samples + bad[0]} {bad[1]}: mend the label or raise num_classes")
         return labels
 
     def _check_moments(self, moments: NDArray[Any], count: int) -> NDArray[np.float16]:
@@ -150,8 +190,7 @@ class PackedWriter:
             )
         with np.errstate(over="ignore", invalid="ignore"):
             values = np.ascontiguousarray(moments, dtype=VALUE_DTYPE)
-        defect = find_defect(values)
-        if defect:
+        if defect := find_defect(values):
             row, what = defect
             raise DataError(f"record {self.num_samples + row} can't be stored as fp16 moments: {what}; leave it out")
         return values
@@ -168,16 +207,13 @@ def write_packed(
     shard_records: int | None = None,
     **spec: Any,
 ) -> PackedLatents:
-    """Pack latents that are at hand as arrays: `write_packed("my_data", latents, labels)`.
+    """Pack latents that are in memory as arrays: `write_packed("my_data", latents, labels)`.
 
     means [N, C, H, W], or [N, 2, C, H, W] when each comes as original and flipped, and posterior stds of the same
     shape (zero when not given), in any float dtype, memory-mapped if large; labels int [N]. num_classes defaults to
     the highest label + 1; `spec` takes the other fields of LatentSpec. DataError as in PackedWriter.
     """
     labels = np.asarray(labels)
-    unknown = spec.keys() - {field.name for field in dataclasses.fields(LatentSpec)}
-    if unknown:
-        raise DataError(f"unknown field {min(unknown)!r}: see the fields of LatentSpec")
     if means.ndim not in (4, 5) or (stds is not None and stds.shape != means.shape) or len(means) != len(labels):
         raise DataError(
             f"means have shape {means.shape}, stds {None if stds is None else stds.shape}, labels {labels.shape}: "

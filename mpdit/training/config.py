@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mpdit.core.errors import ConfigError
 from mpdit.data.normalization import NormalizationMode
-from mpdit.data.readers import parse_scale
+from mpdit.data.readers.base import parse_scale
 from mpdit.diffusion.flow import FlowConfig, LossWeight, TimeSampler
 from mpdit.diffusion.sampling import MOST_STEPS
 from mpdit.model.config import ModelConfig

@@ -1,11 +1,11 @@
-"""EDM2's and REPA's latents: a .npy file of posterior mean and std for each image, labels in dataset.json."""
+"""Reads EDM2's and REPA's latents: a .npy file of posterior mean and std for each image, labels in dataset.json."""
 
 from __future__ import annotations
 
 import json
 import os
-import weakref
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,12 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdit.core.errors import DataError
-from mpdit.core.zips import ZIP_DAMAGE, open_zip, read_local_header
-from mpdit.data.files import close_all
-from mpdit.data.manifest import Normalization
+from mpdit.core.files import OpenFile
+from mpdit.core.zips import ZIP_DAMAGE, crc32, open_zip, read_local_header
+from mpdit.data.normalization import Normalization
 from mpdit.data.readers.base import ForeignLatents, Options, count_classes
 from mpdit.data.readers.npy import parse_npy, read_file
-from mpdit.data.records import crc32
 from mpdit.model.vae import SIGNED, UNIT, PixelRange
 
 LABELS_NAME = "dataset.json"
@@ -29,7 +28,7 @@ _BRIGHT = 0.25
 
 
 def find_edm2(path: Path) -> Path | None:
-    """The folder or zip file in `path`, or itself, that holds dataset.json; None without one."""
+    """Return the folder or zip file in `path`, or itself, that holds dataset.json; None without one."""
     for candidate in (path, path / "vae-sd"):
         if (candidate / LABELS_NAME).is_file():
             return candidate
@@ -83,7 +82,7 @@ class EDM2Latents(ForeignLatents):
 
 
 class _Folder:
-    """Files by their names relative to a folder."""
+    """The files of a folder, read by their names in it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -101,7 +100,7 @@ class _Folder:
 
 
 class _Zip:
-    """The stored members of a zip, found by name and read at their positions, from several threads."""
+    """The stored members of a zip, read by name at their positions, from several threads."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -115,8 +114,7 @@ class _Zip:
             raise DataError(f"{path}: {compressed[0]} is compressed: write the zip with stored members, as EDM2 does")
         self._names = np.array([name for name, _ in members] or [b""])
         self._table = np.array([(m.header_offset, m.compress_size, m.CRC) for _, m in members], np.int64).reshape(-1, 3)
-        self._descriptors = [os.open(path, os.O_RDONLY | os.O_CLOEXEC)]
-        self._closer = weakref.finalize(self, close_all, self._descriptors)
+        self._file = OpenFile(path)
 
     def npy_names(self) -> set[str]:
         return {name for name in map(os.fsdecode, self._names.tolist()) if _is_npy(name)}
@@ -127,7 +125,7 @@ class _Zip:
             raise DataError(f"{self._path} holds no {name}: give a zip as EDM2's dataset_tool.py encode writes it")
         offset, size, checksum = self._table[row].tolist()
         try:
-            content = os.pread(self._descriptors[0], size, read_local_header(self._descriptors[0], offset).end)
+            content = os.pread(self._file.descriptor, size, read_local_header(self._file.descriptor, offset).end)
         except OSError as error:
             raise DataError(f"can't read {self._path} ({error.strerror}): copy it again") from error
         except zipfile.BadZipFile as error:
@@ -137,7 +135,7 @@ class _Zip:
         return content
 
     def close(self) -> None:
-        self._closer()
+        self._file.close()
 
 
 def _is_npy(name: str) -> bool:
@@ -145,7 +143,7 @@ def _is_npy(name: str) -> bool:
 
 
 def _parse_labels(path: Path, content: bytes) -> list[tuple[str, int]]:
-    """(name, label) of each sample that dataset.json lists."""
+    """Return (name, label) of each sample that dataset.json lists."""
     where = path / LABELS_NAME
     try:
         rows = json.loads(content)["labels"]
@@ -167,12 +165,10 @@ def _parse_labels(path: Path, content: bytes) -> list[tuple[str, int]]:
 
 
 def _check_names(path: Path, listed: list[str], present: set[str]) -> None:
-    """DataError, naming the first, unless the same names are listed and present."""
+    """Raise DataError, naming the first, unless the same names are listed and present."""
     names = set(listed)
     if len(names) != len(listed):
-        seen: set[str] = set()
-        twice = next(name for name in listed if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise DataError(f"{path / LABELS_NAME} lists {twice} twice: mend it")
+        raise DataError(f"{path / LABELS_NAME} lists {Counter(listed).most_common(1)[0][0]} twice: mend it")
     if missing := names - present:
         raise DataError(f"{path} lacks {min(missing)!r:.200} and {len(missing) - 1} more that {LABELS_NAME} lists")
     if extra := present - names:

@@ -1,48 +1,41 @@
-"""LightningDiT's latents: safetensors files of drawn samples, mirrored samples and labels."""
+"""Reads LightningDiT's latents: safetensors files of drawn samples, mirrored samples and labels."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import weakref
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from mpdit.core.errors import CheckpointError, DataError
-from mpdit.data.files import close_all
-from mpdit.data.manifest import Normalization
+from mpdit.core.files import OpenFile
+from mpdit.data.normalization import Normalization
 from mpdit.data.readers.base import ForeignLatents, Options, count_classes
 from mpdit.model.weights import load_tensors
 
 STATISTICS_NAME = "latents_stats.pt"
 
 _LATENTS, _FLIPPED, _LABELS = "latents", "latents_flip", "labels"
-_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4"}
-_MOST_HEADER_BYTES = 100_000_000  # the format's own limit
+_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_INTEGERS = {"I64": "<i8", "I32": "<i4"}
 
 
 def find_lightningdit(path: Path) -> bool:
-    """Whether a folder holds safetensors files."""
+    """Return whether a folder holds safetensors files."""
     return path.is_dir() and any(path.glob("*.safetensors"))
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    """Where a tensor lies in its file."""
+class _Tensor(NamedTuple):
+    """Where a tensor lies in its file, and as what."""
 
     dtype: str
-    shape: tuple[int, ...]
+    shape: list[int]
     offset: int
-
-    @property
-    def row_bytes(self) -> int:
-        return math.prod(self.shape[1:]) * np.dtype(_DTYPES[self.dtype]).itemsize
 
 
 class LightningDiTLatents(ForeignLatents):
@@ -59,8 +52,7 @@ class LightningDiTLatents(ForeignLatents):
     def __init__(self, path: Path, options: Options) -> None:
         super().__init__(path)
         self._paths = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("."))
-        self._descriptors: list[int] = []
-        self._closer = weakref.finalize(self, close_all, self._descriptors)
+        self._files: list[OpenFile] = []
         self._shards = [self._open(file) for file in self._paths]
         flipped = {_FLIPPED in shard for shard in self._shards}
         if len(flipped) > 1:
@@ -83,7 +75,8 @@ class LightningDiTLatents(ForeignLatents):
 
     def close(self) -> None:
         super().close()
-        self._closer()
+        for file in self._files:
+            file.close()
 
     def _stored(self, index: int) -> NDArray[Any]:
         shard, row = self._locate(index)
@@ -104,83 +97,59 @@ class LightningDiTLatents(ForeignLatents):
         return self._rows(shard, _LABELS, 0, self._shards[shard][_LABELS].shape[0]).astype(np.int64)
 
     def _rows(self, shard: int, name: str, start: int, stop: int) -> NDArray[Any]:
-        """Rows start .. stop - 1 of a tensor; bf16 as fp32."""
+        """Return rows start .. stop - 1 of a tensor; bf16 as fp32."""
         tensor = self._shards[shard][name]
-        size = (stop - start) * tensor.row_bytes
+        dtype = np.dtype((_FLOATS | _INTEGERS)[tensor.dtype])
+        row_bytes = math.prod(tensor.shape[1:]) * dtype.itemsize
+        size = (stop - start) * row_bytes
         try:
-            content = os.pread(self._descriptors[shard], size, tensor.offset + start * tensor.row_bytes)
+            content = os.pread(self._files[shard].descriptor, size, tensor.offset + start * row_bytes)
         except OSError as error:
             raise DataError(f"can't read {self._paths[shard]} ({error.strerror}): copy it again") from error
         if len(content) != size:
             raise DataError(f"{self._paths[shard]} ends before row {stop - 1} of {name}: truncated; copy it again")
-        values = np.frombuffer(content, _DTYPES[tensor.dtype]).reshape(stop - start, *tensor.shape[1:])
+        values = np.frombuffer(content, dtype).reshape(stop - start, *tensor.shape[1:])
         return (values.astype(np.uint32) << 16).view(np.float32) if tensor.dtype == "BF16" else values
 
     def _open(self, path: Path) -> dict[str, _Tensor]:
-        """The tensors of a file, once its header is read and fits the file."""
+        """Return where the tensors of a file lie, once its header is sound and fits the file."""
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self._descriptors.append(descriptor)
-            length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
-            if length > _MOST_HEADER_BYTES:
-                raise ValueError(f"a header of {length} bytes")
-            header = json.loads(os.pread(descriptor, length, 8))
-            tensors = {
-                name: _tensor(header[name], 8 + length) for name in (_LATENTS, _FLIPPED, _LABELS) if name in header
-            }
-            _check_tensors(path, tensors, os.fstat(descriptor).st_size)
-            with safe_open(path, "np"):  # which sees that tensors neither overlap nor leave bytes to nobody
-                return tensors
-        except DataError:
-            raise
-        except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
-            raise DataError(f"{path} can't be read as safetensors ({error!r:.120}): copy or write it again") from error
-
-
-def _tensor(entry: dict[str, Any], start: int) -> _Tensor:
-    """An entry of a safetensors header: dtype, shape and data_offsets counted from the header's end."""
-    shape = tuple(entry["shape"])
-    first, last = entry["data_offsets"]
-    if entry["dtype"] not in _DTYPES:
-        raise ValueError(f"dtype {entry['dtype']}")
-    if not all(type(n) is int and n >= 0 for n in (*shape, first, last)) or not shape:
-        raise ValueError(f"shape {shape} at {first} .. {last}")
-    tensor = _Tensor(entry["dtype"], shape, start + first)
-    if last - first != shape[0] * tensor.row_bytes:
-        raise ValueError(f"{last - first} bytes for {tensor.dtype} {shape}")
-    return tensor
-
-
-def _check_tensors(path: Path, tensors: dict[str, _Tensor], size: int) -> None:
-    for name in (_LATENTS, _LABELS):
-        if name not in tensors:
-            raise DataError(f"{path} has no tensor {name!r}: give a folder of latents as LightningDiT extracts them")
-    labels = tensors[_LABELS]
-    if len(labels.shape) != 1 or labels.dtype[0] != "I":
-        raise DataError(f"{path}: labels are {labels.dtype} {list(labels.shape)}, not whole numbers [N]")
-    for name in tensors.keys() - {_LABELS}:
-        latents = tensors[name]
-        if len(latents.shape) != 4 or latents.dtype[0] == "I" or latents.shape[0] != labels.shape[0]:
-            raise DataError(
-                f"{path}: {name} is {latents.dtype} {list(latents.shape)}, not floats [N, C, H, W] for "
-                f"{labels.shape[0]} labels"
-            )
-    if any(t.offset + t.shape[0] * t.row_bytes > size for t in tensors.values()):
-        raise DataError(f"{path} has {size} bytes, fewer than its header says: truncated; copy it again")
+            with safe_open(path, "np"):  # checks shapes, dtypes and places of all tensors, and the file's size
+                self._files.append(OpenFile(path))
+            length = int.from_bytes(os.pread(self._files[-1].descriptor, 8, 0), "little")
+            header = json.loads(os.pread(self._files[-1].descriptor, length, 8))
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{path} can't be read as safetensors ({error}): copy or write it again") from error
+        tensors = {
+            name: _Tensor(header[name]["dtype"], header[name]["shape"], 8 + length + header[name]["data_offsets"][0])
+            for name in (_LATENTS, _FLIPPED, _LABELS)
+            if name in header
+        }
+        for name in (_LATENTS, _LABELS):
+            if name not in tensors:
+                raise DataError(f"{path} has no tensor {name!r}: give latents as LightningDiT extracts them")
+        labels = tensors[_LABELS]
+        if len(labels.shape) != 1 or labels.dtype not in _INTEGERS:
+            raise DataError(f"{path}: labels are {labels.dtype} {labels.shape}, not whole numbers [N]")
+        for name in tensors.keys() - {_LABELS}:
+            dtype, shape, _ = tensors[name]
+            if len(shape) != 4 or dtype not in _FLOATS or shape[0] != labels.shape[0]:
+                raise DataError(
+                    f"{path}: {name} is {dtype} {shape}, not floats [N, C, H, W] for {labels.shape[0]} labels"
+                )
+        return tensors
 
 
 def _read_statistics(path: Path) -> Normalization | None:
-    """The mean and std of latents_stats.pt, None without the file."""
+    """Read the mean and std of latents_stats.pt; None without the file."""
     if not path.exists():
         return None
     try:
         stored = load_tensors(path)
-        constants = [stored[name].double().flatten().tolist() for name in ("mean", "std")]
+        return Normalization(*(tuple(stored[name].double().flatten().tolist()) for name in ("mean", "std")))
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
     except (CheckpointError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError):
         raise DataError(
             f"{path} does not hold tensors mean and std and nothing else: remove it, or write it with LightningDiT"
         ) from None
-    try:
-        return Normalization(*map(tuple, constants))
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None

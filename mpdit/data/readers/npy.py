@@ -1,20 +1,133 @@
-"""One array in each .npy file, without ever unpickling."""
+"""Reads MPDiT's and fast-DiT's latents: a .npy file of one drawn sample and a .npy file of its label for each image."""
 
 from __future__ import annotations
 
 import functools
 import io
 import math
-from typing import Any
+import os
+import re
+import statistics
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpdit.core.errors import DataError
+from mpdit.data.normalization import Normalization
+from mpdit.data.readers.base import ForeignLatents, Options, count_classes
+from mpdit.data.records import find_bad_label
+
+SD_SCALE = 0.18215
+"""The factor of Stable Diffusion's VAE, by which fast-DiT multiplies and MPDiT does not."""
+
+_SD_STD = (3.0, 5.2)
+"""Where the std of latents of Stable Diffusion's VAE lies: about 4, so about 0.8 with the factor."""
+
+_FEATURES, _LABELS = "features", "labels"
+
+
+def find_pairs(path: Path) -> tuple[Path, Path] | None:
+    """Return the folders of latents and of labels in `path`, which may be that of latents; None without any.
+
+    They are named features and labels, or NAME_features and NAME_labels; as MPDiT's extraction adds the encoder to one
+    of the names only, NAME_vae_features goes with NAME_labels too. DataError when several pairs are there.
+    """
+    if labels := _labels_of(path):
+        return path, labels
+    inside = [path / _FEATURES, *sorted(path.glob(f"*_{_FEATURES}"))]
+    found = [(folder, labels) for folder in inside if (labels := _labels_of(folder))]
+    if len(found) > 1:
+        names = ", ".join(folder.name for folder, _ in found)
+        raise DataError(f"{path} holds several data sets ({names}): give the path of one of these folders")
+    return found[0] if found else None
+
+
+def _labels_of(features: Path) -> Path | None:
+    """Return the folder of labels beside a folder of latents; None if it is none, or has none."""
+    if features.is_dir() and re.fullmatch(rf"(.+_)?{_FEATURES}", features.name):
+        name = features.name.removesuffix(_FEATURES)
+        for prefix in (name, name.removesuffix("vae_")):
+            if (folder := features.with_name(prefix + _LABELS)).is_dir():
+                return folder
+    return None
+
+
+class NpyPairs(ForeignLatents):
+    """Latents [1, C, H, W] or [C, H, W] and labels [1] or [] in pairs of .npy files of the same name.
+
+    Samples are in the order of the numbers that are the files' names. Both folders are listed when it is opened, about
+    10 s for 1.28 million images on a local disk. The label files are read then as well, about a minute more, unless
+    the number of classes is given: then each is read, and its range checked, together with its latent.
+
+    The official MPDiT stores latents as its VAE draws them, fast-DiT multiplies them by 0.18215, in the same files.
+    When the factor isn't given it is known by the std of the latents, or else opening is refused.
+    """
+
+    format: ClassVar[str] = "npy pairs"
+    _scale_origin: ClassVar[str] = "found by their std"
+
+    def __init__(self, features: Path, labels: Path, options: Options) -> None:
+        super().__init__(features)
+        self._label_folder = labels
+        self._names = _paired_names(features, labels)
+        if options.num_classes is None:
+            self._known_labels = self._scan_labels(np.arange(len(self._names)))
+            self._num_classes = count_classes(labels, self._known_labels, None)
+        else:
+            self._num_classes = options.num_classes
+        self._describe(len(self._names), options, num_classes=self._num_classes)
+
+    def _stored(self, index: int) -> NDArray[Any]:
+        values = parse_npy(read_file(self._path(index)), self._where(index))
+        if values.ndim == 3:
+            values = values[None]
+        if values.ndim != 4 or len(values) != 1 or values.dtype.kind != "f":
+            raise self._error(index, f"holds {values.dtype} {list(values.shape)}, not floats [1, C, H, W] or [C, H, W]")
+        return values
+
+    def _where(self, index: int) -> str:
+        return self._path(index)
+
+    def _path(self, index: int, folder: Path | None = None) -> str:
+        return os.path.join(folder or self.path, os.fsdecode(self._names[index]))
+
+    def _read_labels(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        labels = self._scan_labels(indices)
+        if bad := find_bad_label(labels, self._num_classes):
+            index = int(indices[bad[0]])
+            file = self._path(index, self._label_folder)
+            raise self._of_record(DataError(f"{file} {bad[1]}: mend it or raise num_classes"), index)
+        return labels
+
+    def _scan_labels(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        labels = np.empty(len(indices), np.int64)
+
+        def fill(rows: slice) -> None:
+            for row in range(rows.start, rows.stop):
+                index = int(indices[row])
+                try:
+                    labels[row] = _read_label(self._path(index, self._label_folder))
+                except DataError as error:
+                    raise self._of_record(error, index) from error
+
+        self._in_threads(fill, len(indices))
+        return labels
+
+    def _scale_of(self, stored: Normalization) -> float:
+        std = math.sqrt(statistics.fmean(std**2 for std in stored.std))
+        for scale in (1.0, SD_SCALE):
+            if _SD_STD[0] <= std / scale <= _SD_STD[1]:
+                return scale
+        raise DataError(
+            f"{self.path}: the latents' std is {std:.3g}, neither about 4, as of Stable Diffusion's VAE, nor about "
+            f"0.8, as times {SD_SCALE}: give the factor they were multiplied by with --data-scale (1 if by none)"
+        )
 
 
 def parse_npy(content: bytes, where: str) -> NDArray[Any]:
-    """The array in the bytes of a .npy file; DataError, beginning with `where`, for anything but a whole one."""
+    """Return the array in the bytes of a .npy file, without ever unpickling. DataError unless it is a whole one."""
     length = int.from_bytes(content[8:10], "little")
     try:
         dtype, shape, order, start = _header(content[: 10 + length])
@@ -28,7 +141,7 @@ def parse_npy(content: bytes, where: str) -> NDArray[Any]:
 
 
 def read_file(path: str) -> bytes:
-    """The bytes of a file; DataError when it can't be read."""
+    """Read a file. Raises DataError when it can't be read."""
     try:
         with open(path, "rb", buffering=0) as file:
             return file.read()
@@ -38,7 +151,7 @@ def read_file(path: str) -> bytes:
 
 @functools.lru_cache(maxsize=256)
 def _header(content: bytes) -> tuple[np.dtype[Any], tuple[int, ...], Any, int]:
-    """(dtype, shape, order, offset of the data). Cached: all files of a data set have the same few headers."""
+    """Return (dtype, shape, order, offset of the data). Cached: a data set's files have the same few headers."""
     stream = io.BytesIO(content)
     if np.lib.format.read_magic(stream) != (1, 0):
         raise ValueError("only version 1.0 is read, which is what numpy writes for plain arrays")
@@ -46,3 +159,39 @@ def _header(content: bytes) -> tuple[np.dtype[Any], tuple[int, ...], Any, int]:
     if min(shape, default=0) < 0:  # numpy lets them pass, and two of them multiply to a size that may fit
         raise ValueError(f"shape {shape} has a negative side")
     return dtype, shape, "F" if fortran_order else "C", stream.tell()
+
+
+def _read_label(path: str) -> int:
+    value = parse_npy(read_file(path), path)
+    if value.size != 1 or value.dtype.kind not in "iu":
+        raise DataError(f"{path} holds {value.dtype} {list(value.shape)}, not one whole number: mend it")
+    return int(value.item())
+
+
+def _paired_names(features: Path, labels: Path) -> NDArray[np.bytes_]:
+    """Return file names in order. Raises DataError, naming the first, for names that are in one folder only."""
+    here, there = _list(features), _list(labels)
+    if here != there:
+        name = os.fsdecode(min(here ^ there, key=_by_number))
+        inside, missing = (features, labels) if os.fsencode(name) in here else (labels, features)
+        raise DataError(
+            f"{inside} has {name} and {missing} has not ({len(here)} files of latents, {len(there)} of labels): "
+            "each image needs both"
+        )
+    if not here:
+        raise DataError(f"{features} holds no .npy files: check the path")
+    # Fixed width: a million strings of their own would take ten times the memory.
+    return np.array(sorted(here, key=_by_number))
+
+
+def _list(folder: Path) -> set[bytes]:
+    try:
+        with os.scandir(os.fsencode(folder)) as entries:
+            return {e.name for e in entries if e.name.endswith(b".npy") and not e.name.startswith(b".")}
+    except OSError as error:
+        raise DataError(f"can't read {folder} ({error.strerror}): check the path") from error
+
+
+def _by_number(name: bytes) -> tuple[bool, int, bytes]:
+    stem = name[: -len(b".npy")]
+    return (False, int(stem), name) if stem.isdigit() else (True, 0, name)

@@ -14,11 +14,11 @@ import numpy as np
 
 from mpdit.core.errors import DataError
 from mpdit.core.files import sync_to_disk, write_atomically
-from mpdit.data.files import PartialFile
 from mpdit.data.latents import PackedLatents
 from mpdit.data.manifest import INDEX_NAME, MANIFEST_NAME, PARTS_NAME, LatentSpec, Manifest, Normalization
 from mpdit.data.normalization import NormalizationMode, choose_normalization
 from mpdit.data.records import INDEX_DTYPE, ChannelStatistics
+from mpdit.data.writer import PartialFile
 from mpdit.jobs.extract.job import ExtractionJob, printable
 from mpdit.jobs.extract.parts import Effort, Receipt
 

@@ -17,7 +17,6 @@ from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError, DataError
 from mpdit.core.files import counted, readable_bytes, write_atomically
 from mpdit.core.version import __version__
-from mpdit.data.files import lock_folder
 from mpdit.data.manifest import (
     JOB_NAME,
     MANIFEST_NAME,
@@ -29,6 +28,7 @@ from mpdit.data.manifest import (
 )
 from mpdit.data.normalization import NormalizationMode, choose_normalization
 from mpdit.data.records import INDEX_DTYPE
+from mpdit.data.writer import lock_folder
 from mpdit.jobs.extract.assemble import REPORT_NAME, ExtractReport, assemble, compare, finished, load_json
 from mpdit.jobs.extract.classes import ClassMode
 from mpdit.jobs.extract.crop import CROP

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from mpdit.core.errors import DataError
 from mpdit.core.files import sync_to_disk, write_atomically
-from mpdit.data.files import PartialFile
 from mpdit.data.manifest import PARTS_NAME, StoredFile
 from mpdit.data.records import ChannelStatistics, index_entries
+from mpdit.data.writer import PartialFile
 
 
 @dataclass
