@@ -344,7 +344,11 @@ DEFECTS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         lambda p: _replace(p / SHARD, lambda t: t | {"latents_flip": t["latents_flip"] / 0}),
         rf"{SHARD}: row 0 \(sample 10\) a value is NaN or infinite",
     ),
-    "cut off": ("lightningdit", lambda p: os.truncate(p / SHARD, 900), f"{SHARD} can't be read as safetensors .*not fully covered"),
+    "cut off": (
+        "lightningdit",
+        lambda p: os.truncate(p / SHARD, 900),
+        f"{SHARD} can't be read as safetensors .*not fully",
+    ),
     "rubbish": ("lightningdit", lambda p: (p / SHARD).write_bytes(b"\xff" * 99), f"{SHARD} can't be read"),
     "empty": ("lightningdit", lambda p: (p / SHARD).write_bytes(b""), f"{SHARD} can't be read"),
     "other constants": (

@@ -22,8 +22,8 @@ from PIL import Image
 from mpdit import cli
 from mpdit.core.errors import ConfigError, DataError
 from mpdit.data import PackedLatents, verify
-from mpdit.data.writer import PartialFile
 from mpdit.data.normalization import PAPER
+from mpdit.data.writer import PartialFile
 from mpdit.jobs.extract import extract as extraction
 from mpdit.jobs.extract.extract import ExtractOptions, ExtractReport, extract
 from mpdit.jobs.extract.sources import list_images
