@@ -19,9 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mpdit_kernels.command import aligned
-
 from mpdit.core.errors import DataError
+from mpdit.core.table import aligned
 from mpdit.training.profiling import RANGES
 
 _OPERATORS = "mpdit_kernels::"
