@@ -12,7 +12,7 @@ from typing import NamedTuple, cast
 
 import torch
 from mpdit_kernels import fno_time_embedding
-from mpdit_kernels.flops import fno_macs
+from mpdit_kernels.fno import reference as fno
 from mpdit_kernels.fno.op import LAYERS
 from mpdit_kernels.fno.reference import GRID, MODES
 from torch import Tensor, nn
@@ -114,7 +114,7 @@ class FNOTimeEmbedding(TimeEmbedding):
         width, channels, layers = config.width, config.time_width, config.time_layers
         params = 2 * channels + layers * (2 * channels**2 * MODES + channels**2 + channels) + width * (channels + 1)
         macs = GRID * channels + layers * (MODES + GRID) * channels**2 + channels * width
-        once, each = fno_macs(channels, width, layers)
+        once, each = fno.macs(channels, width, layers)
         # GELU's arguments, and each middle layer's transform and input; the kernels keep a transform and a derivative.
         # Then the mean and what the last layer makes of it, and the embedding, which the modulation's SiLU keeps.
         signals = 2 if kernels and layers == LAYERS else 3 * (layers - 2) + 1
