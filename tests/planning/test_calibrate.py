@@ -10,7 +10,8 @@ from mpdit_kernels.hardware import GPUS
 import mpdit
 from mpdit.planning import calibrate, time
 from mpdit.planning.time import Efficiency, efficiency, step_time
-from mpdit.report import performance_block, read_results
+from mpdit.report.markdown import performance_block
+from mpdit.report.results import read_results
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
