@@ -1,1 +1,1 @@
-"""Presents benchmark results and traces: tables, plots, README's section, and what changed between two runs."""
+"""Presents benchmark results and traces: tables, plots, the figures in docs, and what changed between two runs."""

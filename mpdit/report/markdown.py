@@ -1,4 +1,4 @@
-"""Results in Markdown: the whole report, and README's section on performance."""
+"""Results in Markdown: the whole report, and the figures in docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def tables(results: Results) -> list[str]:
 
 
 def performance_block(results: Sequence[Results]) -> str:
-    """Return the newest figures of each machine for README; a CPU's only where no GPU has any."""
+    """Return the newest figures of each machine; a CPU's only where no GPU has any."""
     if not any(r.rows for r in results):
         return "No GPU has been measured yet."
     blocks = [] if any(r.rows for r in results if r.on_gpu) else [_CPU_ONLY]
@@ -100,16 +100,16 @@ def performance_block(results: Sequence[Results]) -> str:
 
 
 def update_readme(path: Path, results: Sequence[Results]) -> bool:
-    """Put the block between the markers of a README; return False when it was there already.
+    """Put the block between the markers of a page; return False when it was there already.
 
     DataError when there is not exactly one pair of markers.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no such file; give the README to update: `mpdit report --update FILE`")
+        raise DataError(f"{path}: no such file; give the page to update: `mpdit report --update FILE`")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no text ({error}): give the README to update") from error
+        raise DataError(f"{path} is no text ({error}): give the page to update") from error
     before, *rest = text.split(BEGIN)
     if len(rest) != 1 or text.count(END) != 1 or END not in rest[0]:
         raise DataError(f"{path}: has not exactly one block from {BEGIN} to {END}; put both markers where it is to be")
