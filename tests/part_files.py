@@ -5,33 +5,28 @@ from __future__ import annotations
 import os
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mpdit.core.errors import DataError
-from mpdit.jobs.workers import DoPart, Report
+from mpdit.jobs.workers import DoPart, Job, Report
 
 
-@dataclass(frozen=True)
-class Files:
+@dataclass(kw_only=True)
+class Files(Job):
     """A part is a file that holds who wrote it; part `bad` can't be written, in the way `how` says."""
 
-    folder: Path
-    parts: int = 6
+    identity: dict[str, Any] = field(default_factory=dict)
+    count: int = 12
+    part_images: int = 2
     bad: int = -1
     how: str = "user"
 
-    @property
-    def out(self) -> Path:
-        return self.folder
-
-    def todo(self) -> list[int]:
-        return [part for part in range(self.parts) if not self._path(part).exists()]
-
-    def size(self, part: int) -> int:
-        return part + 1
+    def is_done(self, part: int, whole: bool) -> bool:
+        return self._path(part).exists()
 
     def open(self, device: torch.device) -> DoPart:
         def do(part: int, report: Report) -> None:
@@ -53,28 +48,23 @@ class Files:
         raise ValueError("a bug")
 
     def _path(self, part: int) -> Path:
-        return self.folder / f"part-{part}"
+        return self.out / f"part-{part}"
 
 
-@dataclass(frozen=True)
-class Slow:
+@dataclass(kw_only=True)
+class Slow(Job):
     """Four parts that take a minute each; who is at work leaves a file with its process id as its name."""
 
-    folder: Path
+    identity: dict[str, Any] = field(default_factory=dict)
+    count: int = 4000
+    part_images: int = 1000
 
-    @property
-    def out(self) -> Path:
-        return self.folder
-
-    def todo(self) -> list[int]:
-        return [0, 1, 2, 3]
-
-    def size(self, part: int) -> int:
-        return 1000
+    def is_done(self, part: int, whole: bool) -> bool:
+        return False
 
     def open(self, device: torch.device) -> DoPart:
         def do(part: int, report: Report) -> None:
-            (self.folder / str(os.getpid())).touch()
+            (self.out / str(os.getpid())).touch()
             for _ in range(1000):
                 time.sleep(0.06)
                 report(1)

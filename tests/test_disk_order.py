@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 from disk import watch_disk
+from extraction_data import encoded, pixels, save_vae, write_tree
 
 import mpdit
 from mpdit.core.dist_env import DistEnv
 from mpdit.data import LatentSpec, PackedLatents, PackedWriter, quarantine, write_packed
 from mpdit.data.quarantine import QUARANTINE_NAME, Quarantine
-from mpdit.jobs.extract.parts import PartWriter
+from mpdit.jobs.extract.extract import ExtractOptions, extract
 from mpdit.model.weights import save_weights
 from mpdit.training import checkpoint, ema
 from mpdit.training.checkpoint import Checkpoint
@@ -44,14 +45,18 @@ def test_packed_latents_are_there_when_their_manifest_is(seen: list[str], tmp_pa
 
 
 def test_a_part_of_an_extraction_is_there_when_its_receipt_is(seen: list[str], tmp_path: Path) -> None:
-    (tmp_path / ".parts").mkdir()
-    with PartWriter(tmp_path, 3, channels=1) as writer:
-        writer.add(np.ones((2, 1, 2, 2, 2), np.float16), np.zeros(2, np.int32))
-        writer.finish("a job")
-    names = ("shard-00003.bin", ".parts/00003.index")
+    images = write_tree(tmp_path / "images", {"a/1.png": encoded(pixels(1)), "a/2.png": encoded(pixels(2))})
+    vae = str(save_vae(tmp_path / "vae"))
+    seen.clear()
+    assert extract(images, tmp_path / "out", vae, ExtractOptions(image_size=32, part_images=1))
+    names = ("out/shard-00001.bin", "out/.parts/00001.index")
     files = [*(f"sync {name}.partial" for name in names), *(f"{name}.partial -> {name}" for name in names)]
-    receipt = (".parts/.00003.json.partial", ".parts/00003.json")
-    assert seen == [*files, "sync .", f"sync {receipt[0]}", f"{receipt[0]} -> {receipt[1]}", "sync .parts"]
+    receipt = ("out/.parts/.00001.json.partial", "out/.parts/00001.json")
+    part = [*files, "sync out", f"sync {receipt[0]}", f"{receipt[0]} -> {receipt[1]}", "sync out/.parts"]
+    begin = seen.index(part[0])
+    assert seen[begin : begin + len(part)] == part
+    manifest = ("out/.manifest.json.partial", "out/manifest.json")
+    assert seen[-4:] == ["sync out", f"sync {manifest[0]}", f"{manifest[0]} -> {manifest[1]}", "sync out"]
 
 
 def test_weights_have_their_names_last(seen: list[str], tmp_path: Path) -> None:

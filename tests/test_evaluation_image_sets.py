@@ -16,7 +16,7 @@ import mpdit
 from mpdit import cli
 from mpdit.core.errors import DataError
 from mpdit.jobs.evaluate.image_sets import ImageSet, list_images, open_images
-from mpdit.jobs.extract.crop import decode_image
+from mpdit.jobs.extract.decode import decode_image
 from mpdit.jobs.npz import NpzReader, new_npz
 from mpdit.model.weights import save_weights
 

@@ -10,8 +10,8 @@ import pytest
 from extraction_data import encoded, pixels
 from PIL import Image
 
-from mpdit.jobs.extract.crop import center_crop, decode_image
-from mpdit.jobs.extract.listing import BrokenImage
+from mpdit.jobs.extract.decode import center_crop, decode_image
+from mpdit.jobs.extract.sources import BrokenImage
 
 BOX, BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
 

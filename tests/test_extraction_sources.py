@@ -14,19 +14,18 @@ import pytest
 from extraction_data import encoded, pixels, some_files, tar_bytes, write_tree, write_zip
 
 from mpdit.core.errors import ConfigError, DataError
-from mpdit.jobs.extract.listing import BrokenImage, ImageList
-from mpdit.jobs.extract.sources import list_images
+from mpdit.jobs.extract.sources import BrokenImage, ImageIndex, list_images
 
 FILES = some_files({"bee": 2, "ant": 3, "Cat": 1})
 IMAGE = encoded(pixels(0))
 ORDER = ["Cat/0.jpg", "ant/0.jpg", "ant/1.png", "ant/2.webp", "bee/0.jpg", "bee/1.png"]
 
 
-def _contents(images: ImageList) -> dict[str, bytes]:
+def _contents(images: ImageIndex) -> dict[str, bytes]:
     return {name: images.read(i) for i, name in enumerate(images.names)}
 
 
-def _check(images: ImageList, prefix: str = "") -> None:
+def _check(images: ImageIndex, prefix: str = "") -> None:
     """The list is that of FILES, sorted by class (as Python sorts), then name."""
     assert images.class_names == ("Cat", "ant", "bee")
     assert images.labels.tolist() == [0, 1, 1, 1, 2, 2]
@@ -52,7 +51,7 @@ def test_classes_are_the_top_folders_and_links_are_followed(tmp_path: Path) -> N
     assert images.read(2) == images.read(5) == IMAGE
     with pytest.raises(BrokenImage, match="No such file"):
         images.read(3)
-    assert images.ignored.files == [("a/loop", "is a link to a folder above it")]
+    assert images.ignored == [("a/loop", "is a link to a folder above it")]
 
 
 def test_what_is_no_image_is_counted_and_named_and_hidden_files_are_not(tmp_path: Path) -> None:
@@ -65,9 +64,9 @@ def test_what_is_no_image_is_counted_and_named_and_hidden_files_are_not(tmp_path
     ):
         images = list_images(source)
         assert images.names == ["a/1.png", "b/2.png"]
-        assert images.ignored.count == 3
-        assert dict(images.ignored.files)["stray.png"] == "lies outside the class folders"
-        assert {name for name, _ in images.ignored.files} == odd.keys()
+        assert len(images.ignored) == 3
+        assert dict(images.ignored)["stray.png"] == "lies outside the class folders"
+        assert {name for name, _ in images.ignored} == odd.keys()
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
@@ -101,7 +100,7 @@ def test_zip_written_as_a_stream(tmp_path: Path, method: int) -> None:
     images = list_images(tmp_path / "s.zip")
     _check(images)
     raw = bytearray((tmp_path / "s.zip").read_bytes())
-    raw[int(images.offset[1]) + 80] ^= 0xFF
+    raw[int(images.places[1, 1]) + 80] ^= 0xFF
     (tmp_path / "s.zip").write_bytes(raw)
     with pytest.raises(BrokenImage, match=r"checksum|decompressed"):
         images.read(1)
@@ -150,7 +149,7 @@ def test_webdataset_shards(tmp_path: Path) -> None:
     assert images.labels.tolist() == [0, 1, 3, 3, 7]
     assert images.class_names == tuple("01234567")
     assert set(_contents(images).values()) == {IMAGE}
-    assert images.ignored.files == [("s-000.tar/k0.txt", "is no image by its name")]
+    assert images.ignored == [("s-000.tar/k0.txt", "is no image by its name")]
     write_tree(tmp_path, {"one.tar": tar_bytes(shards["s-000.tar"])})
     assert list_images(tmp_path / "one.tar").names == ["sub/k1.png", "k0.jpg"]
 
@@ -160,7 +159,7 @@ def test_other_images_of_a_webdataset_key_are_no_samples(tmp_path: Path) -> None
     write_tree(tmp_path, {"t.tar": tar_bytes(files | {"p.2.png": IMAGE, "p.2.json": b'{"label": 0}'})})
     images = list_images(tmp_path / "t.tar")
     assert images.names == ["p.1.png", "p.2.png", "s0.jpg"] and images.labels.tolist() == [0, 0, 1]
-    assert images.ignored.files == [("s0.seg.png", "lies beside s0.jpg, the image of its key")]
+    assert images.ignored == [("s0.seg.png", "lies beside s0.jpg, the image of its key")]
     assert len(list_images(tmp_path / "t.tar", "one")) == 4
     for pair in (("s0.jpg", "s0.png"), ("s0.a.jpg", "s0.b.jpg")):
         write_tree(tmp_path, {"t.tar": tar_bytes(dict.fromkeys(pair, IMAGE) | {"s0.cls": b"1"})})
@@ -334,7 +333,7 @@ def test_links_and_odd_members_of_tars_are_never_followed(tmp_path: Path) -> Non
             archive.addfile(member)
     images = list_images(write_tree(tmp_path / "t", {"t.tar": stream.getvalue()}))
     assert images.names == ["a/1.png", "../b/2.png"]  # a name is a name: nothing is written under it
-    assert [name for name, _ in images.ignored.files] == ["a/link.png", "a/hard.png", "a/p.png"]
+    assert [name for name, _ in images.ignored] == ["a/link.png", "a/hard.png", "a/p.png"]
     assert {path.name for path in tmp_path.iterdir()} == {"secret.png", "t"}
 
 
@@ -343,7 +342,7 @@ def test_what_is_broken_in_a_zip_is_one_broken_image(tmp_path: Path) -> None:
     bad = write_zip(tmp_path / "lzma.zip", {"a/0.png": IMAGE}, zipfile.ZIP_LZMA)
     images = list_images(path)
     raw = bytearray(path.read_bytes())
-    second = int(images.offset[1])
+    second = int(images.places[1, 1])
     raw[second + 60] ^= 0xFF
     path.write_bytes(raw)
     assert images.read(0) == IMAGE

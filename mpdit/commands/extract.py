@@ -13,8 +13,8 @@ from mpdit.commands.outputs import check_new_folder
 from mpdit.core.files import counted
 
 if TYPE_CHECKING:
+    from mpdit.jobs.extract.encode import Timing
     from mpdit.jobs.extract.extract import ExtractReport
-    from mpdit.jobs.extract.parts import Effort
 
 SUMMARY = "encode a folder or archive of images into a packed data set"
 DESCRIPTION = (
@@ -155,7 +155,7 @@ def _text(report: ExtractReport) -> str:
     measured, used = manifest.statistics, manifest.normalization
     for channel, row in enumerate(zip(measured.mean, used.mean, measured.std, used.std, strict=True)):
         lines.append(f"{channel:7d}" + "{:16.4f}{:11.4f}{:15.4f}{:11.4f}".format(*row))
-    lines.append(_effort(report.effort) if report.effort else "it was finished before: nothing was done")
+    lines.append(_describe(report.timing) if report.timing else "it was finished before: nothing was done")
     return "\n".join(lines)
 
 
@@ -163,29 +163,29 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
-def _effort(effort: Effort) -> str:
-    rates = _rates(effort)
+def _describe(timing: Timing) -> str:
+    rates = _rates(timing)
     remedy = {
         "decoding": "more --workers or cores would help",
         "encoding": "more or faster GPUs, or --dtype bf16, would help",
     }
     return (
-        f"each process: decoding {rates['decode_images_per_second']:.1f} img/s in {effort.workers} thread(s), the VAE "
+        f"each process: decoding {rates['decode_images_per_second']:.1f} img/s in {timing.workers} thread(s), the VAE "
         f"{rates['encode_images_per_second']:.1f} img/s, together {rates['images_per_second']:.1f} img/s; the VAE "
         f"waited for images {rates['waited_share']:.0%} of the time; {rates['bound']} bounds: {remedy[rates['bound']]}"
     )
 
 
-def _rates(effort: Effort) -> dict[str, Any]:
+def _rates(timing: Timing) -> dict[str, Any]:
     """Of one process: what its decoding threads and its VAE do at their most, and what both did together."""
     tiny = 1e-9
-    decode = effort.images * effort.workers / max(effort.decode, tiny)
-    encode = effort.images / max(effort.encode, tiny)
+    decode = timing.images * timing.workers / max(timing.decode, tiny)
+    encode = timing.images / max(timing.encode, tiny)
     return {
         "decode_images_per_second": round(decode, 3),
         "encode_images_per_second": round(encode, 3),
-        "images_per_second": round(effort.images / max(effort.total, tiny), 3),
-        "waited_share": round(effort.waited / max(effort.total, tiny), 4),
+        "images_per_second": round(timing.images / max(timing.total, tiny), 3),
+        "waited_share": round(timing.waited / max(timing.total, tiny), 4),
         "bound": "decoding" if decode < encode else "encoding",
     }
 
@@ -203,5 +203,5 @@ def _figures(report: ExtractReport) -> dict[str, Any]:
         "empty_classes": report.empty_classes,
         "statistics": manifest["statistics"],
         "normalization": manifest["normalization"],
-        "rates": _rates(report.effort) if report.effort else None,
+        "rates": _rates(report.timing) if report.timing else None,
     }

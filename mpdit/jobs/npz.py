@@ -16,80 +16,70 @@ from mpdit.core.errors import DataError
 from mpdit.core.files import new_file
 from mpdit.core.zips import ZIP_DAMAGE, open_zip
 
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
 
 class NpzReader:
     """The arrays of an npz: headers at once, contents when asked for. DataError for a file that isn't a sound npz."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        with self._reading("the zip"), open_zip(self.path) as archive:
+        self.keys: tuple[str, ...] = ()
+        with self._reading("the zip") as archive:
             self.keys = tuple(name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy"))
 
     def header(self, key: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        """Shape and dtype of an array of at least one dimension in C order; DataError for one in Fortran order."""
-        with self._reading(key), self._member(key) as (stream, size):
-            return self._header(stream, size, key)
+        """Return shape and dtype of an array of at least one dimension in C order; DataError for any other."""
+        with self._member(key) as (_, shape, fortran, dtype):
+            if (fortran and len(shape) > 1) or not shape:
+                raise DataError(f"{key} in {self.path} is a number or in Fortran order: save an array in C order")
+            return shape, dtype
 
     def array(self, key: str) -> NDArray[Any]:
-        """A whole array; never unpickles."""
-        with self._reading(key), self._member(key) as (stream, size):
-            shape, fortran, dtype = self._header_of(stream, size, key)
-            # Not by numpy, which asks for as much memory as the header says.
-            data = stream.read(math.prod(shape) * dtype.itemsize)
-            if len(data) != math.prod(shape) * dtype.itemsize or stream.read(1):
-                raise EOFError(f"it has too few or too many bytes for its shape {shape}")
-            return np.frombuffer(bytearray(data), dtype).reshape(shape, order="F" if fortran else "C")
+        """Return a whole array; never unpickles."""
+        with self._member(key) as (stream, shape, fortran, dtype):
+            data = _read(stream, math.prod(shape) * dtype.itemsize, last=True)
+            return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
 
     def rows(self, key: str, count: int) -> Iterator[NDArray[Any]]:
-        """The array's rows in order, `count` at a time and the rest last; the zip's checksum is compared at the end."""
-        with self._reading(key), self._member(key) as (stream, size):
-            shape, dtype = self._header(stream, size, key)
+        """Yield the array's rows in order, `count` at a time; the zip's checksum is compared with the last ones.
+
+        DataError as `header`, and for damage.
+        """
+        self.header(key)
+        with self._member(key) as (stream, shape, _, dtype):
             row_bytes = dtype.itemsize * math.prod(shape[1:])
             if not row_bytes:
                 raise ValueError("its rows hold nothing")
             for start in range(0, shape[0], count):
                 rows = min(count, shape[0] - start)
-                data = stream.read(rows * row_bytes)
-                if len(data) != rows * row_bytes:
-                    raise EOFError(f"it ends in row {start + len(data) // row_bytes} of {shape[0]}")
-                yield np.frombuffer(bytearray(data), dtype).reshape(rows, *shape[1:])  # bytes would be read-only
-            if stream.read(1):
-                raise EOFError("it goes on after its last row")
-
-    def _header(self, stream: IO[bytes], size: int, key: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        shape, fortran, dtype = self._header_of(stream, size, key)
-        if (fortran and len(shape) > 1) or not shape:
-            raise DataError(f"{key} in {self.path} is a number or in Fortran order: save an array in C order")
-        return shape, dtype
-
-    def _header_of(self, stream: IO[bytes], size: int, key: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-        read: dict[tuple[int, int], Callable[..., tuple[tuple[int, ...], bool, np.dtype[Any]]]] = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }
-        version = np.lib.format.read_magic(stream)
-        if version not in read:
-            raise DataError(f"{key} in {self.path} is in npy format {version}: save it again with numpy.savez")
-        try:
-            shape, fortran, dtype = read[version](stream)
-        except Exception as error:  # numpy raises what it meets, from ValueError to SyntaxError and tokenize's errors
-            raise ValueError(f"its header can't be read: {error}") from error
-        if dtype.hasobject or any(type(side) is not int or side < 0 for side in shape):
-            raise ValueError(f"{dtype} of shape {shape} is no array of plain numbers")
-        if stream.tell() + math.prod(shape) * dtype.itemsize != size:
-            raise EOFError(f"its shape is {shape}, and it has too few or too many bytes")
-        return shape, fortran, dtype
+                data = _read(stream, rows * row_bytes, last=start + rows == shape[0])
+                yield np.frombuffer(data, dtype).reshape(rows, *shape[1:])
 
     @contextlib.contextmanager
-    def _member(self, key: str) -> Iterator[tuple[IO[bytes], int]]:
-        """An array's .npy file and its size."""
-        with open_zip(self.path) as archive, archive.open(f"{key}.npy") as stream:
-            yield stream, archive.getinfo(f"{key}.npy").file_size
+    def _member(self, key: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], bool, np.dtype[Any]]]:
+        """Open an array's .npy file behind its header: yields the values' stream, shape, Fortran order and dtype."""
+        with self._reading(key) as archive, archive.open(f"{key}.npy") as stream:
+            version = np.lib.format.read_magic(stream)
+            if version not in _HEADERS:
+                raise DataError(f"{key} in {self.path} is in npy format {version}: save it again with numpy.savez")
+            try:
+                shape, fortran, dtype = _HEADERS[version](stream)
+            except Exception as error:  # numpy raises what it meets, ValueError, SyntaxError, tokenize's errors
+                raise ValueError(f"its header can't be read: {error}") from error
+            if dtype.hasobject or any(type(side) is not int or side < 0 for side in shape):
+                raise ValueError(f"{dtype} of shape {shape} is no array of plain numbers")
+            size = archive.getinfo(f"{key}.npy").file_size
+            if stream.tell() + math.prod(shape) * dtype.itemsize != size:
+                raise EOFError(f"its shape is {shape}, and it has too few or too many bytes")
+            yield stream, shape, fortran, dtype
 
     @contextlib.contextmanager
-    def _reading(self, what: str) -> Iterator[None]:
+    def _reading(self, what: str) -> Iterator[zipfile.ZipFile]:
+        """Open the zip; what it and numpy raise in the block becomes a DataError."""
         try:
-            yield
+            with open_zip(self.path) as archive:
+                yield archive
         except DataError:
             raise
         except KeyError as error:
@@ -100,6 +90,14 @@ class NpzReader:
             raise DataError(f"{self.path} is damaged or no npz ({what}: {error}): make or load it again") from error
 
 
+def _read(stream: IO[bytes], size: int, *, last: bool) -> bytearray:
+    """Read so many bytes, into memory that can be written to; behind the `last` ones the stream must end."""
+    data = stream.read(size)  # numpy would ask for as much memory as the header says
+    if len(data) != size or (last and stream.read(1)):
+        raise EOFError("it has too few or too many bytes for its shape")
+    return bytearray(data)
+
+
 class NpzWriter:
     """Adds arrays to an npz; `new_npz` makes it."""
 
@@ -108,7 +106,7 @@ class NpzWriter:
 
     @contextlib.contextmanager
     def rows(self, key: str, shape: tuple[int, ...], dtype: Any) -> Iterator[Callable[[NDArray[Any]], None]]:
-        """A function that appends rows [n, ...] to an array of this shape; ValueError unless all rows came."""
+        """Yield a function that appends rows [n, ...] to an array of this shape; ValueError unless all rows came."""
         wanted = np.dtype(dtype)
         left = shape[0]
         with self._archive.open(f"{key}.npy", "w", force_zip64=True) as stream:
@@ -134,7 +132,7 @@ class NpzWriter:
 
 @contextlib.contextmanager
 def disk(path: Path) -> Iterator[None]:
-    """A full or failing disk, in a block that writes `path`, as a DataError that says how to go on."""
+    """Turn a full or failing disk, in a block that writes `path`, into a DataError that says how to go on."""
     try:
         yield
     except OSError as error:

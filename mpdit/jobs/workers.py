@@ -9,55 +9,135 @@ any number of nodes that see the same folder.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import multiprocessing
 import os
 import queue
+import shutil
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from mpdit.core.cpu import settle_cpu
-from mpdit.core.dist_env import DistEnv
-from mpdit.core.errors import ConfigError, UserError
-from mpdit.core.files import counted
+from mpdit.core.dist_env import DistEnv, set_threads
+from mpdit.core.errors import ConfigError, DataError, UserError
+from mpdit.core.files import counted, readable_bytes, write_atomically
+from mpdit.core.locks import locked
 from mpdit.core.progress import bar
+from mpdit.data.manifest import PARTS_NAME
+from mpdit.jobs.npz import disk
 
 Report = Callable[[int], object]
-"""Called with the number of items done since the last call."""
+"""Called with the number of images done since the last call."""
 
 DoPart = Callable[[int, Report], None]
 
 _POLL_SECONDS = 1.0
 _LEAVE_SECONDS = 10.0
 _REMIND_SECONDS = 300.0
+_PATIENCE_SECONDS = 20.0
+"""That rank 0 may take to begin before the others say that they wait."""
 
 
-class Job(Protocol):
-    """What is shared out; it must be picklable, as each process gets a copy."""
+@dataclass(kw_only=True)
+class Job(ABC):
+    """Images that are worked at in parts, in a folder; it must be picklable, as each process gets a copy."""
+
+    out: Path
+    identity: dict[str, Any]
+    """What the result depends on, in JSON types: parts made with another are not this job's."""
+    count: int
+    """Images, all parts together."""
+    part_images: int
+    """Images of a part; the last one may have fewer."""
+    kept: int = 0
+    """Images at the start, whole parts, that lie in the folder's finished files already."""
+    _sound: set[int] = field(default_factory=set, init=False)
 
     @property
-    def out(self) -> Path:
-        """The folder that the parts lie in."""
+    def digest(self) -> str:
+        """SHA-256 of the identity, which every part carries."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
-    def todo(self) -> list[int]:
-        """The parts that are not finished, in order, by what is on the disk."""
+    @property
+    def parts(self) -> range:
+        """The numbers of the parts."""
+        return range(self.kept // self.part_images, -(-self.count // self.part_images))
+
+    @property
+    def parts_folder(self) -> Path:
+        """The folder of what isn't put together yet."""
+        return self.out / PARTS_NAME
+
+    def span(self, part: int) -> tuple[int, int]:
+        """Return a part's first image, and the one behind its last."""
+        first = part * self.part_images
+        return first, min(first + self.part_images, self.count)
 
     def size(self, part: int) -> int:
-        """Items of a part, for the progress bar."""
+        """Return how many images a part has."""
+        first, last = self.span(part)
+        return last - first
 
+    def todo(self) -> list[int]:
+        """Return the parts that are not finished, in order, by what is on the disk.
+
+        Parts found finished are not looked at again. Those that are this rank's to do are read to the last byte.
+        """
+        env = DistEnv.from_environment()
+        left = [part for part in self.parts if part not in self._sound]
+        with bar(None if self._sound else "checking parts", len(left), "part") as progress:
+            for part in left:
+                if self.is_done(part, whole=part % env.size == env.rank):
+                    self._sound.add(part)
+                progress.update()
+        return [part for part in left if part not in self._sound]
+
+    @abstractmethod
+    def is_done(self, part: int, whole: bool) -> bool:
+        """Whether a part is there and of this job; with `whole` every byte of it is checked."""
+
+    @abstractmethod
     def open(self, device: torch.device) -> DoPart:
-        """Load what a process needs; the function returned does one part and reports its items as they are done."""
+        """Load what a process needs; the function returned does one part and reports its images as they are done."""
 
 
-def run_parts(job: Job, parts: int, *, processes: int = 1, device: str = "auto", label: str, unit: str = "img") -> bool:
-    """Do what is left of a job of `parts` parts; returns whether this process is the one to put them together.
+@contextlib.contextmanager
+def begin(job: Job, note: str, content: Mapping[str, Any], check: Callable[[], bool]) -> Iterator[None]:
+    """Hold a job's folder: rank 0 locks it and writes down what its parts are of, for which the other ranks wait.
+
+    note, content: name and contents of that file.
+    check: called on the other ranks until it returns that rank 0 has begun, or finished; it raises if the folder is
+    another job's.
+    """
+    if DistEnv.from_environment().rank:
+        wait_while(lambda: "" if check() else f"rank 0 to begin in {job.out}", _PATIENCE_SECONDS)
+        yield
+        return
+    with contextlib.ExitStack() as held:
+        with disk(job.out):
+            job.parts_folder.mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(locked(job.out, wait=False))
+            except BlockingIOError:
+                raise DataError(
+                    f"{job.out} is being written by another process: wait for it, or give another folder"
+                ) from None
+            write_atomically(job.parts_folder / note, json.dumps(content, indent=1) + "\n")
+        yield
+
+
+def run_parts(job: Job, *, processes: int = 1, device: str = "auto", label: str) -> bool:
+    """Do what is left of a job; returns whether this process is the one to put the parts together.
 
     With `processes` above 1 that many are started here, each on a GPU of its own where `device` is "cuda" or "auto"
     finds any, and handed one part after another. Under a launcher (WORLD_SIZE above 1) rank r of w does parts r, r + w,
@@ -69,26 +149,32 @@ def run_parts(job: Job, parts: int, *, processes: int = 1, device: str = "auto",
     env = DistEnv.from_environment()
     devices = choose_devices(device, processes, env)
     todo = [part for part in job.todo() if part % env.size == env.rank]
-    total = sum(job.size(part) for part in range(env.rank, parts, env.size))
+    total = sum(job.size(part) for part in job.parts if part % env.size == env.rank)
     begun = total - sum(job.size(part) for part in todo)
     shown = None if env.rank else label if env.size == 1 else f"{label}, rank 0 of {env.size}"
     with _interruptible():
-        with bar(shown, total, unit, initial=begun, leave=True) as progress:
+        with bar(shown, total, initial=begun, leave=True) as progress:
             if processes > 1 and len(todo) > 1:
                 _spawn(job, todo, devices[: len(todo)], progress.update)
                 return True
-            _share_threads(env.local_size)
+            set_threads(env)
             if todo:
                 do = job.open(devices[0])
                 for part in todo:
                     do(part, progress.update)
         if env.rank == 0 and env.size > 1:
-            _await(job, env.size)
+
+            def missing() -> str:
+                left = job.todo()
+                owners = ", ".join(map(str, sorted({part % env.size for part in left})))
+                return f"{counted(len(left), 'part')} of other ranks ({owners}) in {job.out}" if left else ""
+
+            wait_while(missing)
     return env.rank == 0
 
 
 def choose_devices(device: str, processes: int, env: DistEnv | None = None) -> list[torch.device]:
-    """A device for each process: its own GPU, or the CPU for all.
+    """Choose a device for each process: its own GPU, or the CPU for all.
 
     ConfigError when there are too few GPUs, or a launcher has started processes and more are asked for.
     """
@@ -110,12 +196,32 @@ def choose_devices(device: str, processes: int, env: DistEnv | None = None) -> l
     return [torch.device("cuda", (first + index) % gpus) for index in range(processes)]
 
 
-@dataclass(frozen=True)
-class _Failure:
-    """Why a process gave up: the message of a user's mistake, or a traceback."""
+def check_room(out: Path, needed: int, what: str) -> None:
+    """Raise DataError when the disk of a folder, made or not, has no room for so many bytes."""
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise DataError(
+            f"{out} needs {readable_bytes(needed)} for {what}, and {readable_bytes(free)} are free: make room, or give "
+            "a folder on another disk"
+        )
 
-    message: str
-    kind: type[UserError] | None
+
+def difference(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """Return the first setting in which two identities differ, as "steps: 250 there, 50 here"; empty when none does."""
+    theirs, ours = _flat(found), _flat(asked)
+    for name in (*ours, *theirs):
+        there, here = (json.dumps(side.get(name, "none")) for side in (theirs, ours))
+        if there != here:
+            return f"{name}: {there} there, {here} here"
+    return ""
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
 
 
 def _spawn(job: Job, todo: Sequence[int], devices: Sequence[torch.device], advance: Report) -> None:
@@ -138,8 +244,8 @@ def _spawn(job: Job, todo: Sequence[int], devices: Sequence[torch.device], advan
             except queue.Empty:
                 _check_alive(workers)
                 continue
-            if isinstance(report, _Failure):
-                raise (report.kind or RuntimeError)(report.message)
+            if isinstance(report, Exception):
+                raise report
             if report is None:
                 left -= 1
             else:
@@ -163,7 +269,7 @@ def _check_alive(workers: Sequence[Any]) -> None:
 
 
 def _work(job: Job, device: str, processes: int, tasks: Any, reports: Any, parent: int) -> None:
-    """One process: parts until there are no more."""
+    """Do parts in a process of its own until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches the whole group; the parent ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     settle_cpu()
@@ -175,7 +281,7 @@ def _work(job: Job, device: str, processes: int, tasks: Any, reports: Any, paren
 
     try:
         place = torch.device(device)
-        _share_threads(processes)
+        set_threads(DistEnv(local_size=processes))
         if place.type == "cuda":
             torch.cuda.set_device(place)
         do = job.open(place)
@@ -183,24 +289,15 @@ def _work(job: Job, device: str, processes: int, tasks: Any, reports: Any, paren
             do(part, report)
         reports.put(None)
     except UserError as error:
-        reports.put(_Failure(str(error), type(error)))
+        reports.put(error)
     except OSError as error:  # a full disk, for example: the user's to mend, so without a traceback
-        reports.put(_Failure(f"{error.filename or 'input or output'}: {error.strerror or error}", UserError))
+        reports.put(UserError(f"{error.filename or 'input or output'}: {error.strerror or error}"))
     except Exception:
-        reports.put(_Failure(traceback.format_exc(), None))
-
-
-def _await(job: Job, ranks: int) -> None:
-    def missing() -> str:
-        todo = job.todo()
-        owners = ", ".join(map(str, sorted({part % ranks for part in todo})))
-        return f"{counted(len(todo), 'part')} of other ranks ({owners}) in {job.out}" if todo else ""
-
-    wait_while(missing)
+        reports.put(RuntimeError(traceback.format_exc()))
 
 
 def wait_while(missing: Callable[[], str], patience: float = 0) -> None:
-    """Until nothing of other ranks is missing; what is, is said after so many seconds and then every five minutes.
+    """Wait until nothing of other ranks is missing; what is, is said after so many seconds and every five minutes.
 
     Most launchers end us if one of the others fails.
     """
@@ -216,14 +313,9 @@ def wait_while(missing: Callable[[], str], patience: float = 0) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def _share_threads(processes: int) -> None:
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
-
-
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM as SIGINT: `finally` blocks run, and the command says that it was interrupted."""
+    """Have SIGTERM do what SIGINT does: `finally` blocks run, and the command says that it was interrupted."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

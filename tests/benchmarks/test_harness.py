@@ -9,7 +9,7 @@ import harness
 import pytest
 import torch
 from harness import Built, Case, Duel, Outcome, Team, Unavailable
-from tools import timing
+from mpdit_kernels import timing
 
 
 class Ticks:

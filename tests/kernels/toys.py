@@ -15,9 +15,8 @@ from unittest import mock
 import torch
 import triton
 import triton.language as tl
-from mpdit_kernels import launch
-from tools import ahead, budget
-from tools.cases import Case, Cost
+from mpdit_kernels import ahead, budget, launch
+from mpdit_kernels.cases import Case, Cost
 from torch import Tensor
 
 
@@ -98,12 +97,12 @@ def _usage(target: str, kernel: object, *args: object, **constants: int) -> dict
 
 def _left_by_pruning() -> list[dict[str, int]]:
     """Candidates of SPILL that the tuner would time."""
-    from tools import measure
+    from mpdit_kernels import search
 
-    bench = measure.Bench(None, "cuda", torch.float32, None)  # type: ignore[arg-type]
+    bench = search.Bench(None, "cuda", torch.float32, None)  # type: ignore[arg-type]
     candidates = [SPILL.default(), *SPILL.candidates()]
     with mock.patch.object(launch, "architecture", return_value="sm_80"):
-        return measure._runnable(SPILL, candidates, [_case("spilled", _pick_spill)], bench)
+        return search._runnable(SPILL, candidates, [_case("spilled", _pick_spill)], bench)
 
 
 def main(folder: Path) -> dict[str, object]:

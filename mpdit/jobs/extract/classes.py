@@ -1,8 +1,9 @@
-"""Which class each image is of, by what its source says."""
+"""Decides which class each image is of, by what its source says."""
 
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,38 +13,66 @@ from numpy.typing import NDArray
 
 from mpdit.core.errors import ConfigError, DataError
 from mpdit.core.files import counted
-from mpdit.jobs.extract.listing import UNLABELLED, Found
 
 ClassMode = Literal["auto", "label", "folder", "archive", "one"]
+
+LABELS_NAME = "dataset.json"
+"""EDM's file of labels: {"labels": [["00000/img00000000.png", 5], ...]}."""
+UNLABELLED, IGNORED = -1, -2
+"""In the place of labels: of an image that has none, and of one that is no sample."""
 
 _MOST_CLASSES = 1 << 20
 _ONE_CLASS = "all"
 _NAMED = 5
 
 Classes = tuple[tuple[str, ...], NDArray[np.int32]]
-"""Names of the classes, and a label for each image, int32 [N]; -1 for one that lies outside them."""
+"""Names of the classes, and a label for each image, int32 [N]; below 0 for one that is no sample."""
+
+
+class Evidence:
+    """What a source says of its images, of each in the order they were found."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.folders: list[str] = []
+        """The folder that may be its class; "" for none."""
+        self.archives: list[str] = []
+        """The archive it lies in, without suffix; "" for none."""
+        self.labels = array("i")
+        """By webdataset's files, or UNLABELLED, or IGNORED."""
+        self.dataset_labels: Mapping[str, Any] | None = None
+        """By image name, from a dataset.json."""
+        self.unlabelled = False
+        """Whether there is a dataset.json that says that there are no labels."""
+        self.class_folders: set[str] = set()
+        """The top folders of a tree."""
+        self.archived_folders: set[str] = set()
+        """Paths of folders in archives that have an entry of their own, or hold a file that is no image."""
+        self.ignored: list[tuple[str, str]] = []
+        """Files that are not among the images, and why."""
 
 
 def check_mode(mode: str) -> None:
+    """Raise ConfigError for an unknown mode."""
     if mode not in get_args(ClassMode):
         raise ConfigError(f"classes is {mode!r}: choose one of {', '.join(get_args(ClassMode))}")
 
 
 def as_label(value: Any) -> int:
-    """A class's number as a source gives it; ValueError when it is none."""
+    """Return a class's number as a source gives it; ValueError when it is none."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _MOST_CLASSES:
         raise ValueError(f"{value!r:.40} is no whole number from 0 to {_MOST_CLASSES - 1}")
     return value
 
 
-def classify(path: Path, found: Found, mode: ClassMode) -> Classes:
-    """The classes by `mode`; "auto" takes labels, else folders, else archives, whichever there are first.
+def classify(path: Path, found: Evidence, mode: ClassMode) -> Classes:
+    """Return the classes by `mode`; "auto" takes labels, else folders, else archives, whichever there are first.
 
     Raises DataError, naming image and remedy, when the source doesn't have what is needed.
     """
-    if found.labels is not None and mode in ("auto", "label"):
-        _look_up(path, found, found.labels)
-    has_label = any(label >= 0 for label in found.label)
+    if found.dataset_labels is not None and mode in ("auto", "label"):
+        _look_up(path, found, found.dataset_labels)
+    has_label = any(label >= 0 for label in found.labels)
     match mode:
         case "one":
             return (_ONE_CLASS,), np.zeros(len(found.names), np.int32)
@@ -58,24 +87,24 @@ def classify(path: Path, found: Found, mode: ClassMode) -> Classes:
     guess = mode == "auto" and not found.unlabelled
     if mode == "folder" or (guess and any(found.folders)):
         return _by_folder(path, found)
-    if mode == "archive" or (guess and _one_class_each(found)):
-        names = tuple(sorted({found.archives[index] for index in found.container}))
-        return names, _number(names, [found.archives[index] for index in found.container])
+    archives = set(found.archives)
+    if mode == "archive" or (guess and _one_class_each(archives)):
+        return _by_name(archives, found.archives)
     raise DataError(
         f"{path} has no classes: its {len(found.names)} images have neither labels nor folders of their own; give each "
         "class a folder, or say what the classes are: archive (each tar or zip is one), folder, or one (all images)"
     )
 
 
-def _by_labels(path: Path, found: Found) -> Classes:
-    for name, label in zip(found.names, found.label, strict=True):
+def _by_labels(path: Path, found: Evidence) -> Classes:
+    for name, label in zip(found.names, found.labels, strict=True):
         if label == UNLABELLED:
             raise DataError(f"{path}: image {name} has no label, and others have: add it, or choose other classes")
-    labels = np.array(found.label, np.int32)
+    labels = np.array(found.labels, np.int32)
     return tuple(str(label) for label in range(int(labels.max()) + 1)), labels
 
 
-def _look_up(path: Path, found: Found, labels: Mapping[str, Any]) -> None:
+def _look_up(path: Path, found: Evidence, labels: Mapping[str, Any]) -> None:
     """Give each image the label that dataset.json has for it. An entry without an image is an image that is missing."""
     missing = labels.keys() - set(found.names)
     if missing:
@@ -86,47 +115,45 @@ def _look_up(path: Path, found: Found, labels: Mapping[str, Any]) -> None:
     for index, name in enumerate(found.names):
         if name in labels:
             try:
-                found.label[index] = as_label(labels[name])
+                found.labels[index] = as_label(labels[name])
             except ValueError as error:
                 raise DataError(f"{path}: the label of {name} in dataset.json can't be used: {error}") from error
 
 
-def _by_folder(path: Path, found: Found) -> Classes:
-    if empty := [*found.empty_folders, *_empty_in_archives(found)]:
+def _by_folder(path: Path, found: Evidence) -> Classes:
+    if empty := (found.class_folders | _archived_class_folders(found)) - set(found.folders):
         raise DataError(
             f"{path} has {counted(len(empty), 'class folder')} without an image ({_some(empty)}): a class without "
             "images can't be learnt; fill or remove what is empty"
         )
-    names = tuple(sorted(set(found.folders) - {""}))
-    for name, folder in zip(found.names, found.folders, strict=True):
-        if not folder:
-            found.ignored.add(name, "lies outside the class folders")
-    return names, _number(names, found.folders)
+    outside = [name for name, folder in zip(found.names, found.folders, strict=True) if not folder]
+    found.ignored += [(name, "lies outside the class folders") for name in outside]
+    return _by_name(set(found.folders) - {""}, found.folders)
 
 
-def _empty_in_archives(found: Found) -> set[str]:
-    """Folders beside those that are classes, of which no archive has an image."""
+def _archived_class_folders(found: Evidence) -> set[str]:
+    """Return the names of folders in archives that lie beside class folders, and hold no image themselves."""
     with_images = {name.rpartition("/")[0] for name, folder in zip(found.names, found.folders, strict=True) if folder}
     beside = {folder.rpartition("/")[0] for folder in with_images}
     above = {folder[:end] for folder in with_images for end, letter in enumerate(folder) if letter == "/"}
-    empty = found.archived_folders - with_images - above - {"", "."}
-    names = {parent_and_name[2] for folder in empty if (parent_and_name := folder.rpartition("/"))[0] in beside}
-    return names - set(found.folders)
+    others = (folder.rpartition("/") for folder in found.archived_folders - with_images - above - {"", "."})
+    return {name for parent, _, name in others if parent in beside}
 
 
-def _number(names: Sequence[str], values: Sequence[str]) -> NDArray[np.int32]:
-    numbers = {name: number for number, name in enumerate(names)}
-    return np.array([numbers.get(value, -1) for value in values], np.int32)
+def _by_name(names: Iterable[str], values: Sequence[str]) -> Classes:
+    """Number classes in the order of their names, and images by the name of each."""
+    classes = tuple(sorted(names))
+    numbers = {name: number for number, name in enumerate(classes)}
+    return classes, np.array([numbers.get(value, -1) for value in values], np.int32)
 
 
-def _one_class_each(found: Found) -> bool:
+def _one_class_each(archives: set[str]) -> bool:
     """Whether each archive seems to be a class: there are several, not numbered through as shards are."""
-    names = {found.archives[index] for index in found.container}
-    parts = [re.fullmatch(r"(.*?)(\d+)", name) for name in names]
-    counted = sorted(int(part[2]) for part in parts if part)
-    numbered = len(counted) == len(names) and len({part[1] for part in parts if part}) == 1
-    consecutive = numbered and counted == list(range(counted[0], counted[0] + len(counted)))
-    return len(names) > 1 and "" not in names and not consecutive
+    parts = [re.fullmatch(r"(.*?)(\d+)", name) for name in archives]
+    numbers = sorted(int(part[2]) for part in parts if part)
+    numbered = len(numbers) == len(archives) and len({part[1] for part in parts if part}) == 1
+    consecutive = numbered and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    return len(archives) > 1 and "" not in archives and not consecutive
 
 
 def _some(names: Iterable[Any]) -> str:

@@ -2,45 +2,49 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import PIL
 import torch
 
 from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError, DataError
-from mpdit.core.files import counted, readable_bytes, write_atomically
+from mpdit.core.files import counted, sync_to_disk, write_atomically
 from mpdit.core.version import __version__
+from mpdit.data.latents import PackedLatents
 from mpdit.data.manifest import (
+    INDEX_NAME,
     JOB_NAME,
     MANIFEST_NAME,
     ORIGINAL,
     ORIGINAL_AND_FLIPPED,
     PARTS_NAME,
     LatentSpec,
+    Manifest,
     Normalization,
 )
 from mpdit.data.normalization import NormalizationMode, choose_normalization
-from mpdit.data.records import INDEX_DTYPE
-from mpdit.data.writer import lock_folder
-from mpdit.jobs.extract.assemble import REPORT_NAME, ExtractReport, assemble, compare, finished, load_json
+from mpdit.data.records import INDEX_DTYPE, ChannelStatistics
+from mpdit.data.writer import PartialFile
 from mpdit.jobs.extract.classes import ClassMode
-from mpdit.jobs.extract.crop import CROP
-from mpdit.jobs.extract.job import ExtractionJob, printable
+from mpdit.jobs.extract.decode import CROP
+from mpdit.jobs.extract.encode import ExtractionJob, Receipt, Timing, printable
 from mpdit.jobs.extract.sources import list_images
-from mpdit.jobs.workers import choose_devices, run_parts, wait_while
+from mpdit.jobs.workers import begin, check_room, choose_devices, difference, run_parts
 from mpdit.model.vae import SIGNED, VAE, PixelRange, VAEDtype
 
+_REPORT_NAME = "extraction.json"
 _BATCH_PIXELS = 64 * 256 * 256
-_PATIENCE = 20.0
-"""Seconds that rank 0 may take to begin before the others say that they wait."""
 _SLACK_BYTES = 1 << 20  # of manifest, report and receipts
+_IGNORED_NAMED = 1000  # of the files that are no images, as many are named in the report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +79,24 @@ class ExtractOptions:
                 raise ConfigError(f"{name} is {value!r}: give a whole number of at least {least}")
 
 
+@dataclass(frozen=True)
+class ExtractReport:
+    """What came of it."""
+
+    path: Path
+    manifest: Manifest
+    images: int
+    """Found; those that became samples and those skipped."""
+    skipped: list[list[str]]
+    """Name and reason of each image left out."""
+    ignored: int
+    """Files that are no images."""
+    empty_classes: list[str]
+    """Classes of which every image was skipped, or whose number none has."""
+    timing: Timing | None
+    """Where the time went; None when the data set was there already."""
+
+
 def extract(
     images: str | Path, out: str | Path, vae: str, options: ExtractOptions | None = None
 ) -> ExtractReport | None:
@@ -96,19 +118,35 @@ def extract(
     choose_devices(options.device, options.processes, env)
     if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"{folder} lies inside {source}, where it would be taken for images: give another folder")
-    _check_folder(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not holds_extraction(folder):
+        what = "already holds a data set" if (folder / MANIFEST_NAME).exists() else "is not empty"
+        raise DataError(f"{folder} {what}: give a new folder, nothing is overwritten")
     job = _plan(source, folder, vae, options, env)
-    if (folder / MANIFEST_NAME).exists():
-        return finished(job)
-    _check_job(job)
-    _check_room(job)
-    with _begun(job, env):
-        if env.rank and (folder / MANIFEST_NAME).exists():  # nothing was left, and rank 0 has assembled it meanwhile
-            return finished(job)
-        first = run_parts(
-            job, job.parts, processes=options.processes, device=options.device, label="encoding", unit="img"
-        )
-        return assemble(job, options.normalization) if first else None
+
+    def is_begun() -> bool:
+        _check_job(job)
+        return (job.parts_folder / JOB_NAME).exists() or (folder / MANIFEST_NAME).exists()
+
+    is_begun()
+    if not (folder / MANIFEST_NAME).exists():
+        held = sum(path.stat().st_size for path in folder.glob("shard-*.bin"))
+        needed = len(job.images) * (job.spec.record_bytes + 2 * INDEX_DTYPE.itemsize) + _SLACK_BYTES - held
+        check_room(folder, needed, counted(len(job.images), "image"))
+        with begin(job, JOB_NAME, job.identity, is_begun):
+            # Rank 0 may have put all together meanwhile.
+            if not (folder / MANIFEST_NAME).exists():
+                first = run_parts(job, processes=options.processes, device=options.device, label="encoding")
+                return _assemble(job, options.normalization) if first else None
+    shutil.rmtree(job.parts_folder, ignore_errors=True)
+    return _read_report(folder, None)
+
+
+def holds_extraction(out: Path) -> bool:
+    """Whether the folder is an extraction's, finished or not."""
+    if (out / MANIFEST_NAME).exists():
+        return (out / _REPORT_NAME).exists()
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    return names == {PARTS_NAME} or (out / PARTS_NAME / JOB_NAME).exists()
 
 
 def _plan(source: Path, out: Path, name: str, options: ExtractOptions, env: DistEnv) -> ExtractionJob:
@@ -120,7 +158,9 @@ def _plan(source: Path, out: Path, name: str, options: ExtractOptions, env: Dist
     if kind == "digits":
         raise ConfigError("kind 'digits' is that of the embedded data set, which needs no VAE: choose another")
     images = list_images(source, options.classes)
-    versions = {"mpdit": __version__, "pillow": PIL.__version__, "torch": torch.__version__, "diffusers": _diffusers()}
+    import diffusers
+
+    versions = {"mpdit": __version__, "pillow": PIL.__version__, "torch": torch.__version__}
     recorded = {
         "count": len(images),
         "listing_sha256": images.digest(),
@@ -130,12 +170,7 @@ def _plan(source: Path, out: Path, name: str, options: ExtractOptions, env: Dist
         "vae_sha256": vae.sha256,
         "dtype": options.dtype,
         "pixel_range": list(options.pixel_range),
-        "versions": versions,
-    }
-    identity = recorded | {
-        "part_images": options.part_images,
-        "kind": kind,
-        "normalization": options.normalization,
+        "versions": versions | {"diffusers": str(diffusers.__version__)},
     }
     spec = LatentSpec(
         channels=vae.channels,
@@ -148,79 +183,113 @@ def _plan(source: Path, out: Path, name: str, options: ExtractOptions, env: Dist
         source={"images": source.resolve().name, **recorded, "vae": name},
         decoder=vae.decoder_metadata(),
     )
-    batch = options.batch or max(1, _BATCH_PIXELS // options.image_size**2)
-    sharing = max(options.processes, env.local_size)
+    made_by = {"part_images": options.part_images, "kind": kind, "normalization": options.normalization}
     return ExtractionJob(
-        images=images,
         out=out,
+        identity=recorded | made_by,
+        count=len(images),
+        part_images=options.part_images,
+        images=images,
         spec=spec,
-        identity=identity,
         vae=name,
         vae_sha256=vae.sha256,
         dtype=options.dtype,
         pixel_range=options.pixel_range,
         image_size=options.image_size,
-        part_images=options.part_images,
-        batch=batch,
-        workers=options.workers or max(1, len(os.sched_getaffinity(0)) // sharing),
+        batch=options.batch or max(1, _BATCH_PIXELS // options.image_size**2),
+        workers=options.workers or max(1, len(os.sched_getaffinity(0)) // max(options.processes, env.local_size)),
         max_skipped=options.max_skipped,
     )
 
 
-def _diffusers() -> str:
-    import diffusers
-
-    return str(diffusers.__version__)
-
-
-def holds_extraction(out: Path) -> bool:
-    """Whether the folder is an extraction's, finished or not."""
-    if (out / MANIFEST_NAME).exists():
-        return (out / REPORT_NAME).exists()
-    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    return names == {PARTS_NAME} or (out / PARTS_NAME / JOB_NAME).exists()
-
-
-def _check_folder(out: Path) -> None:
-    if out.is_dir() and any(out.iterdir()) and not holds_extraction(out):
-        what = "already holds a data set" if (out / MANIFEST_NAME).exists() else "is not empty"
-        raise DataError(f"{out} {what}: give a new folder, nothing is overwritten")
-
-
 def _check_job(job: ExtractionJob) -> None:
-    """DataError when the folder holds parts of another job, naming the difference."""
-    path = job.out / PARTS_NAME / JOB_NAME
-    if path.exists():
-        compare(job, load_json(path), "the parts of another extraction")
-
-
-def _check_room(job: ExtractionJob) -> None:
-    """DataError when the disk has no room for what is still to be written."""
-    existing = next(path for path in (job.out, *job.out.absolute().parents) if path.exists())
-    held = sum(path.stat().st_size for path in job.out.glob("shard-*.bin"))
-    needed = len(job.images) * (job.spec.record_bytes + 2 * INDEX_DTYPE.itemsize) + _SLACK_BYTES - held
-    free = shutil.disk_usage(existing).free
-    if needed > free:
+    """Raise DataError, naming a difference, when the folder holds another job's data set or parts."""
+    if (job.out / MANIFEST_NAME).exists():
+        what, found = "the data set", _load_json(job.out / _REPORT_NAME).get("job")
+    elif (job.parts_folder / JOB_NAME).exists():
+        what, found = "the parts", _load_json(job.parts_folder / JOB_NAME)
+    else:
+        return
+    if differing := difference(found or {}, job.identity):
         raise DataError(
-            f"{job.out} needs {readable_bytes(needed)} for {counted(len(job.images), 'image')}, and "
-            f"{readable_bytes(free)} are free: make room, or give a folder on another disk"
+            f"{job.out} holds {what} of another extraction ({differing}): give another folder, delete this one, or "
+            "repeat the command as it was"
         )
 
 
-@contextlib.contextmanager
-def _begun(job: ExtractionJob, env: DistEnv) -> Iterator[None]:
-    """Note the job in its folder, which rank 0 locks while the others wait for the note."""
-    note = job.out / PARTS_NAME / JOB_NAME
-    if env.rank:
-        begun = (note, job.out / MANIFEST_NAME)
-        missing = f"rank 0 to begin in {job.out}"
-        wait_while(lambda: "" if any(path.exists() for path in begun) else missing, _PATIENCE)
-        if note.exists():
-            _check_job(job)
-        yield
-        return
-    with lock_folder(job.out):
-        note.parent.mkdir(exist_ok=True)
-        if not note.exists():
-            write_atomically(note, json.dumps(job.identity, indent=1) + "\n")
-        yield
+def _assemble(job: ExtractionJob, mode: NormalizationMode) -> ExtractReport:
+    """Put the finished parts together: index, report, and last the manifest."""
+    receipts = [_receipt(job, part) for part in job.parts]
+    skipped = [item for receipt in receipts for item in receipt.skipped]
+    job.check_skipped(skipped)
+    if len(skipped) == len(job.images):
+        raise DataError(f"all {len(skipped)} images are broken, the first: {' '.join(skipped[0])}; check the images")
+    statistics = ChannelStatistics(job.spec.channels)
+    for receipt in receipts:
+        statistics.merge(receipt.statistics)
+    measured = Normalization(*statistics.result())
+    normalization = choose_normalization(mode, measured)
+    index = PartialFile(job.out / INDEX_NAME)
+    counts = np.zeros(job.spec.num_classes, np.int64)
+    try:
+        for receipt in receipts:
+            if receipt.index:
+                entries = np.fromfile(job.parts_folder / receipt.index.file, INDEX_DTYPE)
+                counts += np.bincount(entries["label"], minlength=len(counts))
+                index.write(entries)
+        manifest = Manifest(
+            **{field.name: getattr(job.spec, field.name) for field in dataclasses.fields(LatentSpec)},
+            num_samples=int(counts.sum()),
+            posterior_noise=statistics.has_noise,
+            normalization=normalization,
+            statistics=measured,
+            index=index.finish(),
+            shards=tuple(receipt.shard for receipt in receipts if receipt.shard),
+        )
+        index.publish()
+    finally:
+        index.discard()
+    report = {
+        "job": job.identity,
+        "images": len(job.images),
+        "samples": manifest.num_samples,
+        "skipped": skipped,
+        "ignored": len(job.images.ignored),
+        "ignored_files": [[printable(name), reason] for name, reason in job.images.ignored[:_IGNORED_NAMED]],
+        "empty_classes": [job.spec.class_names[label] for label in np.flatnonzero(counts == 0)],
+    }
+    write_atomically(job.out / _REPORT_NAME, json.dumps(report, indent=1) + "\n")
+    sync_to_disk(job.out)
+    write_atomically(job.out / MANIFEST_NAME, manifest.to_json())
+    shutil.rmtree(job.parts_folder)
+    timings = [receipt.effort for receipt in receipts]
+    total = Timing(*(sum(getattr(timing, field.name) for timing in timings) for field in dataclasses.fields(Timing)))
+    return _read_report(job.out, dataclasses.replace(total, workers=timings[-1].workers))
+
+
+def _receipt(job: ExtractionJob, part: int) -> Receipt:
+    receipt = job.receipt(part)
+    if receipt is None:
+        raise DataError(f"part {part} of {job.out} has vanished: repeat the command, which does it again")
+    return receipt
+
+
+def _read_report(out: Path, timing: Timing | None) -> ExtractReport:
+    report = _load_json(out / _REPORT_NAME)
+    return ExtractReport(
+        path=out,
+        manifest=PackedLatents.open(out).manifest,
+        images=report["images"],
+        skipped=report["skipped"],
+        ignored=report["ignored"],
+        empty_classes=report["empty_classes"],
+        timing=timing,
+    )
+
+
+def _load_json(path: Path) -> Mapping[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return values if isinstance(values, dict) else {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} can't be read ({error}): delete {path.parent} and start again") from error

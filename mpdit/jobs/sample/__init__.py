@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from mpdit.jobs.sample.draw import DrawOptions, DrawReport, draw
-from mpdit.jobs.sample.labels import Labels
+from mpdit.jobs.sample.worker import Labels
 
 __all__ = ["DrawOptions", "DrawReport", "Labels", "draw"]

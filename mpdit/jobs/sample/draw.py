@@ -1,41 +1,45 @@
-"""Drawing a sample set: checks first, parts by any number of processes, the finished files last."""
+"""Draws a sample set: checks first, parts by any number of processes, the finished files last."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError, DataError
-from mpdit.core.files import readable_bytes, write_atomically
-from mpdit.core.locks import locked
+from mpdit.core.files import counted
+from mpdit.data.manifest import PARTS_NAME
 from mpdit.diffusion.inference import choose_precision
 from mpdit.diffusion.sampler import Sampler
-from mpdit.jobs.npz import NpzReader, disk
-from mpdit.jobs.sample.assemble import assemble
-from mpdit.jobs.sample.decoder import PREVIEW, LatentDecoder, check_vae, named_vae
-from mpdit.jobs.sample.finished import FORMAT, LATENTS, NPZ, Finished, check_same, difference, identity_of
-from mpdit.jobs.sample.job import PARTS_NAME, SampleJob, VAEChoice, digest_of, sha256_of
-from mpdit.jobs.sample.labels import Labels
-from mpdit.jobs.workers import choose_devices, run_parts
+from mpdit.jobs.sample.files import FORMAT, LATENTS, NPZ, FinishedSet, assemble, identity_of
+from mpdit.jobs.sample.worker import (
+    PREVIEW,
+    Labels,
+    LatentDecoder,
+    SampleJob,
+    VAEChoice,
+    check_vae,
+    named_vae,
+    sha256_of,
+)
+from mpdit.jobs.workers import begin, check_room, choose_devices, difference, run_parts
 from mpdit.model.config import one_of
 from mpdit.model.mpdit import load_weights
 from mpdit.model.vae import VAEDtype, pixel_range_of
 from mpdit.model.weights import check_flow
 
-Files = Literal["npz", "png", "both"]
+_NOTE_NAME = "samples.json"
+"""Of the file beside the parts that says what they are of."""
 
-_NOTE = "samples.json"
-_LOCK = "lock"
-_OURS = re.compile(rf"{_LOCK}|\.?{re.escape(_NOTE)}.*|\.?\d{{8,}}-\d{{8,}}.*")
+Files = Literal["npz", "png", "both"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,14 +100,15 @@ def draw(weights: str | Path, out: str | Path, options: DrawOptions | None = Non
     options, out = options or DrawOptions(), Path(out)
     env = DistEnv.from_environment()
     job, protocol, remarks = _plan(Path(weights), out, options, env)
-    _check_parts(job)
-    before = Finished.load(out)
+    if out.is_dir() and any(out.iterdir()) and not holds_samples(out):
+        raise ConfigError(f"--out {out} is not empty: give a new folder, nothing is overwritten")
+    before = FinishedSet.load(out)
+    _check_same(job, before)
     if before:
-        check_same(out, identity_of(before.protocol), job.identity, before.images, job.images)
         before.check(job.image_shape)
-        if before.images == job.images:
-            shutil.rmtree(out / PARTS_NAME, ignore_errors=True)
-            return DrawReport(out, job.images, 0, 0.0, before.protocol, remarks) if env.rank == 0 else None
+        if before.images == job.count:
+            shutil.rmtree(job.parts_folder, ignore_errors=True)
+            return DrawReport(out, job.count, 0, 0.0, before.protocol, remarks) if env.rank == 0 else None
         job.kept = before.images // job.part_images * job.part_images
         if job.keep_latents and not (out / LATENTS).is_file():
             raise DataError(f"{out / LATENTS} is gone, so the set can't be continued: give a new folder")
@@ -111,26 +116,36 @@ def draw(weights: str | Path, out: str | Path, options: DrawOptions | None = Non
             for _ in before.rows(job.part_images, job.image_shape):
                 pass  # damage is found before hours of drawing, not behind them
     _check_room(job)
-    with _folder(job, env):
+
+    def is_begun() -> bool:
+        finished = FinishedSet.load(out)
+        _check_same(job, finished)
+        return (job.parts_folder / _NOTE_NAME).is_file() or (finished is not None and finished.images == job.count)
+
+    with begin(job, _NOTE_NAME, {"identity": job.identity, "images": job.count}, is_begun):
+        if env.rank and not job.parts_folder.is_dir():
+            return None  # rank 0 has put all together meanwhile
         left = sum(job.size(part) for part in job.todo())
         started = time.perf_counter()
         try:
-            last = run_parts(
-                job, job.parts, processes=options.processes, device=options.device, label="samples", unit="img"
-            )
+            last = run_parts(job, processes=options.processes, device=options.device, label="samples")
         except KeyboardInterrupt:
-            there = job.images - sum(job.size(part) for part in job.todo())
-            print(f"{there} of {job.images} images are drawn: repeat the command to go on from there", file=sys.stderr)
+            there = job.count - sum(job.size(part) for part in job.todo())
+            print(f"{there} of {job.count} images are drawn: repeat the command to go on from there", file=sys.stderr)
             raise
         seconds = time.perf_counter() - started
-        if not last:
-            return None
-        return DrawReport(out, job.images, left, seconds, assemble(job, protocol, before), remarks)
+        return DrawReport(out, job.count, left, seconds, assemble(job, protocol, before), remarks) if last else None
+
+
+def holds_samples(out: Path) -> bool:
+    """Whether the folder is a sample set's, finished or not."""
+    return (out / PARTS_NAME / _NOTE_NAME).is_file() or FinishedSet.load(out) is not None
 
 
 def _plan(
     weights: Path, out: Path, options: DrawOptions, env: DistEnv
 ) -> tuple[SampleJob, dict[str, Any], tuple[str, ...]]:
+    """Return the job, what its set says of itself when it is finished, and remarks."""
     if options.images < 1 or options.decode_batch < 1:
         raise ConfigError(f"images is {options.images}, decode_batch {options.decode_batch}: give at least 1 of each")
     one_of("files", options.files, ("npz", "png", "both"))
@@ -169,11 +184,12 @@ def _plan(
     del protocol["batch"]  # each environment names its own
     protocol["part_images"] = _part_images(out, protocol) or sampler.batch
     job = SampleJob(
+        out=out,
+        identity=identity_of(protocol),
+        count=options.images,
+        part_images=protocol["part_images"],
         weights=weights,
         weights_sha256=protocol["weights_sha256"],
-        out=out,
-        images=options.images,
-        part_images=protocol["part_images"],
         sampler=sampler,
         labels=labels,
         vae=choice,
@@ -182,107 +198,47 @@ def _plan(
         image_shape=shape,
         keep_latents=options.latents,
         graphed=options.cuda_graph,
-        identity=identity_of(protocol),
         loaded=(model, vae),
     )
     return job, protocol, tuple(remarks)
 
 
 def _part_images(out: Path, protocol: Mapping[str, Any]) -> int | None:
-    """Images a part has in the folder, where it holds samples of this protocol."""
-    before = Finished.load(out)
-    found = identity_of(before.protocol) if before else (_noted(out) or ({}, 0))[0]
+    """Return how many images a part has in the folder, where it holds samples of this protocol."""
+    before = FinishedSet.load(out)
+    found = identity_of(before.protocol) if before else (_read_note(out) or ({}, 0))[0]
     images = found.get("part_images")
     return None if difference(found, identity_of(protocol) | {"part_images": images}) else images
 
 
-def holds_samples(out: Path) -> bool:
-    """Whether the folder is a sample set's, finished or not."""
-    if (out / PARTS_NAME / _NOTE).is_file() or Finished.load(out):
-        return True
-    # Another rank may have been faster than the one that writes the note.
-    if not out.is_dir() or {path.name for path in out.iterdir()} != {PARTS_NAME}:
-        return False
-    return all(_OURS.fullmatch(path.name) for path in (out / PARTS_NAME).iterdir())
+def _check_same(job: SampleJob, before: FinishedSet | None) -> None:
+    """Raise ConfigError when the folder holds parts, or a finished set, of another protocol or of more images."""
+    note = _read_note(job.out)
+    held = [note] if note and any(job.parts_folder.glob("*.npz")) else []
+    held += [(identity_of(before.protocol), before.images)] if before else []
+    for identity, images in held:
+        if differing := difference(identity, job.identity):
+            raise ConfigError(f"--out {job.out} holds samples of another protocol ({differing}): give a new folder")
+        if job.count < images:
+            raise ConfigError(
+                f"--out {job.out} holds {counted(images, 'image')} or a part of them, and --num is {job.count}: give "
+                "at least as many, or a new folder"
+            )
 
 
-def _check_parts(job: SampleJob) -> None:
-    """ConfigError when the folder holds finished parts of another protocol or of more images, or something else."""
-    if job.out.is_dir() and any(job.out.iterdir()) and not holds_samples(job.out):
-        raise ConfigError(f"--out {job.out} is not empty: give a new folder, nothing is overwritten")
-    noted = _noted(job.out)
-    if noted and any(_job_of(path) == digest_of(noted[0]) for path in (job.out / PARTS_NAME).glob("*.npz")):
-        check_same(job.out, noted[0], job.identity, noted[1], job.images)
-
-
-def _noted(out: Path) -> tuple[dict[str, Any], int] | None:
-    """Identity and number of images of the set that the folder's parts are of."""
+def _read_note(out: Path) -> tuple[dict[str, Any], int] | None:
+    """Return identity and number of images of the set that the folder's parts are of."""
     try:
-        note = json.loads((out / PARTS_NAME / _NOTE).read_text(encoding="utf-8"))
+        note = json.loads((out / PARTS_NAME / _NOTE_NAME).read_text(encoding="utf-8"))
         return dict(note["identity"]), int(note["images"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _job_of(path: Path) -> str | None:
-    try:
-        return json.loads(str(NpzReader(path).array("record")))["job"]
-    except (DataError, ValueError, KeyError, TypeError):
-        return None
-
-
 def _check_room(job: SampleJob) -> None:
-    """DataError when the disk has no room for what is still to be written, compressed PNGs not counted."""
-    existing = next(path for path in (job.out, *job.out.absolute().parents) if path.exists())
-    held = sum(path.stat().st_size for path in (job.out / PARTS_NAME).glob("*.npz"))
-    files = 0 if job.identity["files"]["format"] == "png" else job.images
-    needed = (files + job.images - job.kept) * job.bytes_per_image - held
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise DataError(
-            f"{job.out} needs {readable_bytes(needed)} for {job.images} images, parts and result, and "
-            f"{readable_bytes(free)} are free: make room, or give a folder on another disk"
-        )
-
-
-@contextlib.contextmanager
-def _folder(job: SampleJob, env: DistEnv) -> Iterator[None]:
-    """The folder made, noted whose it is, and by rank 0 locked; after a failure without a finished part, gone again."""
-    parts = job.out / PARTS_NAME
-    made = [path for path in (job.out, *job.out.absolute().parents) if not path.exists()]
-    with disk(job.out):
-        parts.mkdir(parents=True, exist_ok=True)
-    try:
-        with _locked(parts / _LOCK) if env.rank == 0 else contextlib.nullcontext():
-            if env.rank == 0:
-                note: Mapping[str, Any] = {"identity": job.identity, "images": job.images}
-                with disk(parts):
-                    write_atomically(parts / _NOTE, json.dumps(note, indent=1) + "\n")
-            yield
-    except BaseException:
-        if env.size == 1 and not any(parts.glob("*.npz")) and not _is_locked(parts / _LOCK):
-            shutil.rmtree(parts, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                for path in made:
-                    path.rmdir()
-        raise
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(locked(path, wait=False))
-        except BlockingIOError:
-            raise ConfigError(
-                f"--out {path.parent.parent} is being written by another process: wait for it, or give another folder"
-            ) from None
-        yield
-
-
-def _is_locked(path: Path) -> bool:
-    try:
-        with _locked(path):
-            return False
-    except ConfigError:
-        return True
+    """Raise DataError when the disk has no room for what is still to be written, compressed PNGs not counted."""
+    image_bytes = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in job.arrays.values())
+    held = sum(path.stat().st_size for path in job.parts_folder.glob("*.npz"))
+    files = 0 if job.identity["files"]["format"] == "png" else job.count
+    needed = (files + job.count - job.kept) * image_bytes - held
+    check_room(job.out, needed, f"{counted(job.count, 'image')}, parts and result")

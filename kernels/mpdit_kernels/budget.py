@@ -1,0 +1,239 @@
+"""python -m mpdit_kernels.budget: compile every kernel ahead of time and hold it to what was committed.
+
+Needs no GPU. Each case's launches, in bf16, are compiled for A100 (sm_80) and H100 or H200 (sm_90); registers, spills,
+shared memory, widths of loads and matrix instructions are compared with budget.json. Exit codes: 0 within budget,
+1 over it, 2 bad usage.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpdit_kernels.cases import OPERATIONS, Case, all_cases
+from mpdit_kernels.command import Parser, aligned, write_atomically
+from mpdit_kernels.dispatch import SHARED_LIMITS, TRITON_INSTALLED, interpreting
+
+BUDGET = Path(__file__).parent / "budget.json"
+MATRIX = ("", "mma", "wgmma")
+"""From worst to best."""
+FIELDS = {"registers": int, "spills": int, "shared": int, "load": int, "wide": int, "matrix": dict, "triton": str}
+"""Of an entry, with their types."""
+UPDATE = "python -m mpdit_kernels.budget --update"
+
+Budget = dict[str, dict[str, Any]]
+"""From Row.key to what was measured, with the version of Triton."""
+
+
+@dataclass
+class Row:
+    """One kernel of one case, compiled for one architecture; `problems` is what judging found."""
+
+    case: str
+    kernel: str
+    arch: str
+    config: str
+    usage: Any
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        return " | ".join((self.case, self.kernel, self.arch))
+
+    def entry(self, triton_version: str) -> dict[str, Any]:
+        """What the budget holds of it."""
+        used = self.usage
+        moves = [*used.loads.items(), *used.stores.items()]
+        wide = sum(width * count for width, count in moves if width >= 16)
+        return {
+            "registers": used.registers,
+            "spills": used.spills,
+            "shared": used.shared,
+            "load": max(used.loads, default=0),
+            "wide": round(100 * wide / max(1, sum(width * count for width, count in moves))),
+            "matrix": used.products,
+            "triton": triton_version,
+        }
+
+
+def measure(cases: Sequence[Case], archs: Sequence[str]) -> list[Row]:
+    """Record and compile every launch of the cases; equal launches within a case are one row."""
+    from mpdit_kernels import ahead, launch
+
+    rows, jobs = [], []
+    for case in cases:
+        for arch in archs:
+            with launch.record(arch) as launches:
+                case.launch(*case.inputs("meta", torch.bfloat16))
+            seen: dict[str, list[str]] = {}
+            for recorded in launches:
+                variants = seen.setdefault(_name(recorded.kernel), [])
+                form = ahead.form(recorded)
+                if form in variants:
+                    continue
+                variants.append(form)
+                name = _name(recorded.kernel) + (f" {len(variants)}" if len(variants) > 1 else "")
+                rows.append(Row(case.name, name, arch, _config(recorded.constants), None))
+                jobs.append((recorded, arch))
+    for row, used in zip(rows, ahead.usages(jobs), strict=True):
+        row.usage = used
+    return rows
+
+
+def judge(rows: Sequence[Row], budget: Budget, in_scope: Callable[[str], bool], version: str) -> list[str]:
+    """Write each row's problems into it; returns the budget's keys in scope that no kernel answers to."""
+    for row in rows:
+        row.problems = list(_problems(row, budget.get(row.key), version))
+    return sorted(set(filter(in_scope, budget)) - {row.key for row in rows})
+
+
+def _problems(row: Row, allowed: dict[str, Any] | None, version: str) -> list[str]:
+    if isinstance(row.usage, str):
+        return [f"does not compile: {row.usage}"]
+    used, found = row.entry(version), []
+    now = f"(now {row.config})" if row.config else ""
+    if used["spills"]:
+        found.append(f"spills {used['spills']} bytes a thread: take a smaller tile or more warps {now}")
+    if used["shared"] > SHARED_LIMITS[row.arch]:
+        found.append(
+            f"takes {used['shared']} bytes of shared memory where {row.arch} has {SHARED_LIMITS[row.arch]}: "
+            f"take fewer stages or a smaller tile {now}"
+        )
+    if allowed is None:
+        return [*found, f"is not in the budget: {UPDATE}"]
+    if allowed["load"] >= 16 > used["load"]:
+        found.append(
+            f"loads {used['load']} bytes at a time where the budget has {allowed['load']}: the compiler must see "
+            "strides divisible by 16 and neighbouring columns (tl.multiple_of, a constant width)"
+        )
+    kind, wanted = _best(used["matrix"]), _best(allowed["matrix"])
+    if MATRIX.index(kind) < MATRIX.index(wanted):
+        found.append(
+            f"has {f'only {kind}' if kind else 'no matrix'} instructions where the budget has {wanted}: tl.dot needs "
+            f"tiles of at least 16, wgmma 64 rows and four warps {now}"
+        )
+    if allowed["triton"] != version:
+        return found
+    for name, unit, remedy in (
+        ("registers", "a thread", "a smaller tile or more warps take fewer"),
+        ("shared", "bytes", "fewer stages or a smaller tile take less"),
+    ):
+        if used[name] > allowed[name]:
+            found.append(f"{name} {used[name]} {unit}, budget {allowed[name]}: {remedy} {now}; if meant: {UPDATE}")
+    if used["wide"] < allowed["wide"]:
+        found.append(
+            f"moves {used['wide']} % of its bytes 16 at a time, budget {allowed['wide']} %: look for a stride that is "
+            f"no multiple of 16 or a mask along columns; if meant: {UPDATE}"
+        )
+    return found
+
+
+def read(path: Path) -> Budget:
+    """The budget in a file; an empty one when there is no file.
+
+    Raises:
+        ValueError: it is none that --update has written.
+    """
+    budget = json.loads(path.read_text()) if path.exists() else {}
+    if not isinstance(budget, dict):
+        raise ValueError("expected a JSON object from kernels to what they may take")
+    for key, entry in budget.items():
+        if key.count(" | ") != 2:
+            raise ValueError(f"{key!r} does not name a case, a kernel and an architecture, separated by ' | '")
+        for name, kind in FIELDS.items():
+            if not isinstance(entry, dict) or type(entry.get(name)) is not kind:
+                raise ValueError(f"{key}: expected {name!r} of type {kind.__name__}")
+        if not set(entry["matrix"]) <= set(MATRIX):
+            raise ValueError(f"{key}: 'matrix' is {entry['matrix']}, expected counts of {' and '.join(MATRIX[1:])}")
+    return budget
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser("python -m mpdit_kernels.budget", description="Hold compiled kernels to budget.json")
+    parser.add_argument("--arch", nargs="+", default=[*SHARED_LIMITS], choices=[*SHARED_LIMITS], metavar="ARCH",
+                        help=f"architectures, of: {', '.join(SHARED_LIMITS)}")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print data instead of a table")
+    parser.add_argument("--update", action="store_true", help="write what is measured into budget.json")
+    parser.add_argument("--budget", type=Path, default=BUDGET, help="another file than the committed one")
+    parser.add_only()
+    options = parser.parse_args(arguments)
+    if not TRITON_INSTALLED:
+        parser.error("triton is not installed")
+    if interpreting():
+        parser.error("TRITON_INTERPRET=1 is set, and a process that interprets kernels can't compile them: unset it")
+    import triton
+
+    try:
+        budget = read(options.budget)
+    except (OSError, ValueError) as error:
+        parser.error(f"{options.budget}: {error}")
+    cases = all_cases(folders=options.only)
+    rows = measure(cases, options.arch)
+    operations = {case.operation for case in cases}
+
+    def in_scope(key: str) -> bool:
+        case, _, arch = key.split(" | ")
+        return arch in options.arch and (set(options.only) == set(OPERATIONS) or case.split(",", 1)[0] in operations)
+
+    if options.update:
+        kept = {key: entry for key, entry in budget.items() if not in_scope(key)}
+        budget = kept | {row.key: row.entry(triton.__version__) for row in rows if not isinstance(row.usage, str)}
+        lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(budget[key])}" for key in sorted(budget))
+        write_atomically(options.budget, f"{{\n{lines}\n}}\n")
+    stale = judge(rows, budget, in_scope, triton.__version__)
+    print(_as_json(rows, stale) if options.json else _as_text(rows, stale, budget, triton.__version__))
+    return 1 if stale or any(row.problems for row in rows) else 0
+
+
+def _as_json(rows: Sequence[Row], stale: Sequence[str]) -> str:
+    kernels = [{**asdict(row), "usage": row.usage if isinstance(row.usage, str) else asdict(row.usage)} for row in rows]
+    return json.dumps({"kernels": kernels, "stale": list(stale)}, indent=1)
+
+
+def _as_text(rows: Sequence[Row], stale: Sequence[str], budget: Budget, version: str) -> str:
+    table = [("kernel", "case", "arch", "registers", "spills", "shared KB", "widest load", "matrix", "verdict")]
+    for row in rows:
+        cells = ("?",) * 5
+        if not isinstance(row.usage, str):
+            used = row.entry(version)
+            best = _best(used["matrix"])
+            cells = (str(used["registers"]), str(used["spills"]), f"{used['shared'] / 1024:.1f}", str(used["load"]),
+                     f"{used['matrix'][best]} {best}" if best else "-")  # fmt: skip
+        table.append((row.kernel, row.case, row.arch, *cells, "over" if row.problems else "ok"))
+    lines = [aligned(table), ""]
+    lines += [f"{row.key}: {problem}" for row in rows for problem in row.problems]
+    lines += [f"{key}: is in the budget, but no kernel answers to it: {UPDATE}" for key in stale]
+    others = sorted({budget[row.key]["triton"] for row in rows if row.key in budget} - {version})
+    if others:
+        lines.append(
+            f"The budget was made with Triton {', '.join(others)} and this is {version}, where registers may differ: "
+            "of those entries only spills, limits of shared memory, 16-byte loads and matrix instructions were judged."
+        )
+    over = sum(bool(row.problems) for row in rows)
+    lines.append(f"{len(rows)} kernels compiled, {over} over budget, {len(stale)} stale entries")
+    return "\n".join(lines)
+
+
+def _best(products: dict[str, int]) -> str:
+    return max(products, key=MATRIX.index, default="")
+
+
+def _name(kernel: Any) -> str:
+    """ "adaln.forward" for the kernel _forward of mpdit_kernels.adaln.triton_impl."""
+    folder = kernel.fn.__module__.split(".")[-2:-1]
+    return ".".join([*folder, kernel.fn.__name__.lstrip("_")])
+
+
+def _config(constants: dict[str, Any]) -> str:
+    sizes = {name: value for name, value in constants.items() if type(value) is int}
+    return " ".join(f"{name}={value}" for name, value in sizes.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
