@@ -19,8 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mpdit.training import loop, saver
-from mpdit.training.main import main
+from mpdit.training import loop
+from mpdit.training.checkpoint.save import AsyncCheckpointer
+from mpdit.training.cli import main
 
 REPOSITORY = Path(__file__).parents[1]
 INTERVAL = 1000
@@ -28,7 +29,7 @@ INTERVAL = 1000
 WARM_UP = 10
 
 
-class TimedSaver(saver.Saver):
+class TimedSaver(AsyncCheckpointer):
     """Notes when saves begin, how long the call takes, and when they are committed."""
 
     def __init__(self, *arguments: Any) -> None:
@@ -62,7 +63,7 @@ _DONE: list[float] = []
 
 def train(arguments: list[str], result: str) -> int:
     """One rank: train, and write what was timed."""
-    loop.Saver, loop.MetricsLog = TimedSaver, TimedLog  # type: ignore[misc]
+    loop.AsyncCheckpointer, loop.MetricsLog = TimedSaver, TimedLog  # type: ignore[misc]
     code = main(arguments)
     if code == 0 and os.environ["RANK"] == "0":
         saves = _SAVERS[0]

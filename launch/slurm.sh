@@ -51,7 +51,7 @@ MASTER_ADDR=${hosts%%$'\n'*}
 export MASTER_ADDR
 export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 
-# The run's code when it was stopped and saved, as mpdit/training/stop.py has it.
+# The run's code when it was stopped and saved, as mpdit/training/safety/stop.py has it.
 saved=75
 # A rank that ends has a minute before srun ends the others: time to save, or to say what went wrong. Ranks, and their
 # number, are read from what srun sets.

@@ -6,6 +6,6 @@ from mpdit.core.cpu import settle_cpu
 
 if __name__ == "__main__":
     settle_cpu()
-    from mpdit.training.main import main
+    from mpdit.training.cli import main
 
     sys.exit(main())

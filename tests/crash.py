@@ -32,8 +32,7 @@ from rank_processes import Ranks
 from training_runs import tiny
 
 from mpdit.core.errors import CheckpointError
-from mpdit.training.checkpoint import Checkpoint, verify
-from mpdit.training.run import committed_folders
+from mpdit.training.checkpoint.format import Checkpoint, committed_folders, verify
 
 RANK_0_ALONE = set(POINTS) - {"state copied", "shard written", "piece of a file written", "any fsync", "step taken"}
 LIMIT = 180

@@ -4,10 +4,10 @@ import gc
 import importlib
 
 from mpdit.core.dist_env import choose_accelerator
-from mpdit.training.distributed import _import_without_compiling
+from mpdit.training.engine import import_deepspeed
 
 choose_accelerator()
-_import_without_compiling()
+import_deepspeed()
 for name in (
     *("deepspeed.runtime.engine", "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.stage_1_and_2"),
     *("matplotlib.backends.backend_agg", "matplotlib.figure", "nvidia.dali.plugin.pytorch", "sklearn.datasets"),

@@ -22,9 +22,11 @@ import mpdit.core.tensor_file
 import mpdit.model.weights
 import mpdit.training.plots
 from mpdit.core.dist_env import DistEnv
-from mpdit.training import checkpoint, ema, loop, metrics, saver
-from mpdit.training.guard import Guard
-from mpdit.training.state import KINDS, optimizer_steps
+from mpdit.training import export, loop, metrics
+from mpdit.training.checkpoint import format, resume, save
+from mpdit.training.checkpoint.deepspeed_state import fragments, optimizer_steps
+from mpdit.training.checkpoint.format import KINDS
+from mpdit.training.safety.guard import Guard
 
 
 def before_step(rank: int, step: int, act: Callable[[], object]) -> None:
@@ -70,7 +72,7 @@ def hold_back_shard(rank: int, step: int, until: int) -> None:
     """Have this rank write its shard of a step only when another step is in the metrics."""
     if DistEnv.from_environment().rank != rank:
         return
-    write = checkpoint.write_shard
+    write = format.write_shard
 
     def held_back(partial: Path, rank: int, tensors: Any) -> Any:
         limit, log = time.monotonic() + 60, partial.parents[1] / "metrics.jsonl"
@@ -80,7 +82,7 @@ def hold_back_shard(rank: int, step: int, until: int) -> None:
             time.sleep(0.05)
         return write(partial, rank, tensors)
 
-    checkpoint.write_shard = held_back
+    format.write_shard = held_back
 
 
 def fill_disk(rank: int, limit: int) -> None:
@@ -139,21 +141,23 @@ def spoil_samples(faults: Sequence[tuple[str, int]]) -> None:
 
 
 class _RecordingGuard(Guard):
-    def __init__(self, run: Any, trainer: Any, start_step: int) -> None:
-        super().__init__(run, trainer, start_step)
-        self._trainer, self._file = trainer, (run.out / f"state-{run.env.rank}.jsonl").open("a")
+    def __init__(self, run: Any, engine: Any, *arguments: Any, **options: Any) -> None:
+        super().__init__(run, engine, *arguments, **options)
+        self._file = (run.out / f"state-{run.env.rank}.jsonl").open("a")
 
-    def judge(self, step: int) -> None:
-        super().judge(step)
+    def decide(self, step: int, means: Sequence[Tensor]) -> Tensor:
         self._step = step
+        return super().decide(step, means)
 
-    def settle(self) -> None:
-        fragments, steps = self._trainer.fragments(), optimizer_steps(self._trainer.optimizer)
-        line = {kind: _digest([part.values[kind] for part in fragments]) for kind in KINDS}
-        line["model"] = _digest([param.detach() for param in self._trainer.engine.module.parameters()])
-        self._file.write(json.dumps({"step": self._step, "steps": steps} | line) + "\n")
-        self._file.flush()
-        super().settle()
+    def flush(self, unread: int = 0) -> None:
+        if unread:  # once a step, after the optimiser
+            optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)  # within ZeRO's, if any
+            parts, steps = fragments(self._engine, optimizer), optimizer_steps(optimizer)
+            line = {kind: _digest([part.values[kind] for part in parts]) for kind in KINDS}
+            line["model"] = _digest([param.detach() for param in self._engine.module.parameters()])
+            self._file.write(json.dumps({"step": self._step, "steps": steps} | line) + "\n")
+            self._file.flush()
+        super().flush(unread)
 
 
 def _digest(tensors: list[Tensor]) -> str:
@@ -164,18 +168,18 @@ def _digest(tensors: list[Tensor]) -> str:
 
 
 POINTS: dict[str, tuple[tuple[Any, str], ...]] = {
-    "state copied": ((saver.Saver, "save"),),
-    "shard written": ((checkpoint, "write_shard"),),
+    "state copied": ((save.AsyncCheckpointer, "save"),),
+    "shard written": ((format, "write_shard"),),
     "piece of a file written": ((mpdit.core.tensor_file, "_write"),),
-    "manifest written": ((checkpoint, "write_manifest"),),
-    "folder named": ((checkpoint, "publish"),),
+    "manifest written": ((format, "write_manifest"),),
+    "folder named": ((format, "publish"),),
     "any rename": ((os, "rename"), (os, "replace")),
     "any fsync": ((os, "fsync"),),
-    "marker written": ((checkpoint, "mark"),),
-    "old one removed": ((checkpoint, "remove"),),
+    "marker written": ((format, "mark"),),
+    "old one removed": ((format, "remove"),),
     "any file removed": ((os, "unlink"),),
-    "average exported": ((ema, "export"),),
-    "leftovers cleared": ((checkpoint, "tidy"),),
+    "average exported": ((export, "export"),),
+    "leftovers cleared": ((resume, "tidy"),),
     "metrics written": ((metrics.MetricsLog, "write"),),
     "step taken": ((metrics.MetricsLog, "advance"),),
     "loss plotted": ((mpdit.training.plots, "plot_loss"),),

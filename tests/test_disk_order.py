@@ -22,11 +22,11 @@ from mpdit.data import LatentSpec, PackedLatents, PackedWriter, quarantine, writ
 from mpdit.data.quarantine import QUARANTINE_NAME, Quarantine
 from mpdit.jobs.extract.extract import ExtractOptions, extract
 from mpdit.model.weights import save_weights
-from mpdit.training import checkpoint, ema
-from mpdit.training.checkpoint import Checkpoint
+from mpdit.training import export
+from mpdit.training.checkpoint import format, save
+from mpdit.training.checkpoint.format import Checkpoint
 from mpdit.training.config import TrainConfig
-from mpdit.training.guard import Guard
-from mpdit.training.saver import Saver
+from mpdit.training.safety.guard import Guard
 
 
 @pytest.fixture
@@ -84,22 +84,19 @@ def test_a_checkpoint_is_of_steps_whose_logs_are_on_the_disk(
     seen: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run: Any = SimpleNamespace(out=tmp_path, env=DistEnv(), config=TrainConfig())
-    partial, folder = checkpoint.partial_folder(tmp_path, 1), tmp_path / "checkpoints" / "step-00000001"
+    partial, folder = format.partial_folder(tmp_path, 1), tmp_path / "checkpoints" / "step-00000001"
     partial.mkdir(parents=True)
     whole = Checkpoint(folder, 1, 64, 1, {}, 1, 2, {}, {"a": [1]}, {})
-    whole = replace(whole, files=checkpoint.write_shard(partial, 0, {"ema/a/0": torch.ones(1)}))
+    whole = replace(whole, files=format.write_shard(partial, 0, {"ema/a/0": torch.ones(1)}))
     seen.clear()
 
-    param = torch.nn.Parameter(torch.zeros(1))
-    trainer: Any = SimpleNamespace(engine=None, optimizer=SimpleNamespace(), device=param.device)
+    engine = SimpleNamespace(device=torch.device("cpu"))
     line: dict[str, Any] = {"step": 1, "reason": "loss"}
-    Guard(run, trainer, 0)._list(line, "")
+    Guard(run, engine, 0, lambda: None)._list(line, "")
     assert seen == ["sync skipped.jsonl"]
 
-    monkeypatch.setattr(ema, "export", lambda *_: seen.append("average"))
+    monkeypatch.setattr(export, "export", lambda *_: seen.append("average"))
     (tmp_path / "metrics.jsonl").touch()
-    saver = object.__new__(Saver)
-    saver._run = run
-    assert saver._finish(whole) == ""
+    assert save.finish(run, whole) == ""
     assert seen[1] == "sync metrics.jsonl"
     assert seen[-2:] == ["sync checkpoints/step-00000001", "average"]

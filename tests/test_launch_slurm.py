@@ -18,7 +18,7 @@ from training_runs import REPOSITORY, TINY, ds_config
 from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError
 from mpdit.training.distributed import init_distributed
-from mpdit.training.stop import STOPPED
+from mpdit.training.safety.stop import STOPPED
 
 SCRIPT = REPOSITORY / "launch" / "slurm.sh"
 LAUNCHER_VARIABLES = (

@@ -22,7 +22,7 @@ from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError
 from mpdit.training.config import TrainConfig
 from mpdit.training.profiling import RANGES, ProfileMode, Profiler, Profiling
-from mpdit.training.run import prepare
+from mpdit.training.setup import prepare
 
 GPU = torch.device("cuda", 0)
 PROFILED = ("--precision", "fp32", "--profile", "torch", "--profile-steps", "10:12", "--sample-every", "10")

@@ -47,7 +47,7 @@ def test_a_step_of_training_and_reading_its_weights_import_only_what_they_use(
     code = (
         "sys.addaudithook(lambda event, args: event == 'import' and args[0] == 'mpdit.training.plots' and seen.extend("
         "'plotted too early' for name in sys.modules if name.startswith('matplotlib')));"
-        "from mpdit.training.main import main; out = sys.argv[-1]; print(main(sys.argv[1:]));"
+        "from mpdit.training.cli import main; out = sys.argv[-1]; print(main(sys.argv[1:]));"
         "from mpdit import load_weights; load_weights(out)"
     )
     arguments = ["--ds_config", str(REPOSITORY / "launch" / "zero2.json"), *TINY, "--steps", "1", "--loader", "torch"]

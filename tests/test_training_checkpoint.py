@@ -7,6 +7,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,9 @@ from training_runs import ds_config
 from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import CheckpointError, ConfigError
 from mpdit.core.files import write_atomically
-from mpdit.training import checkpoint
-from mpdit.training.checkpoint import Checkpoint
-from mpdit.training.run import Run, prepare
-from mpdit.training.state import _Source, read_average
-
-KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
+from mpdit.training.checkpoint import format, resume
+from mpdit.training.checkpoint.format import KINDS, Checkpoint, ShardReader, read_average
+from mpdit.training.setup import Run, prepare
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,17 +37,17 @@ def _run(out: Path, *arguments: str, ranks: int = 1, stage: int = 2) -> Run:
 
 def _save(run: Run, step: int, ranks: int = 2) -> Checkpoint:
     """Commit a checkpoint of one parameter [2, 3] as `ranks` ranks would, each with its half."""
-    partial = checkpoint.partial_folder(run.out, step)
+    partial = format.partial_folder(run.out, step)
     partial.mkdir(parents=True)
     files: dict[str, Any] = {}
     for rank, part in enumerate(torch.arange(6.0).add(step).chunk(ranks)):
         tensors = {f"{kind}/a/{rank * len(part)}": part for kind in KINDS}
-        files |= checkpoint.write_shard(partial, rank, tensors)
+        files |= format.write_shard(partial, rank, tensors)
     folder = run.out / "checkpoints" / f"step-{step:08d}"
     position = step * run.config.global_batch
     whole = Checkpoint(folder, step, position, step, {}, ranks, 2, run.identity, {"a": [2, 3]}, files)
-    checkpoint.commit(partial, whole)
-    checkpoint.rotate(run.out, run.config.keep)
+    format.commit(partial, whole)
+    format.rotate(run.out, run.config.keep)
     return whole
 
 
@@ -64,7 +62,7 @@ def run(tmp_path: Path) -> Run:
 
 
 def _found(run: Run) -> Checkpoint:
-    found = checkpoint.find(run)
+    found = resume.find(run)
     assert found is not None
     return found
 
@@ -76,12 +74,12 @@ def _names(run: Run) -> list[str]:
 def test_the_newest_is_found_with_all_that_was_written(run: Run) -> None:
     found = _found(run)
     assert (found.step, found.position, found.optimizer_steps) == (6, 6 * run.config.global_batch, 6)
-    average = read_average(found.shards, found.shapes)
+    average = read_average(found)
     assert torch.equal(average["a"], torch.arange(6.0).add(6).view(2, 3))
 
 
 def test_nothing_is_found_in_a_new_folder(tmp_path: Path) -> None:
-    assert checkpoint.find(_run(tmp_path / "run")) is None
+    assert resume.find(_run(tmp_path / "run")) is None
 
 
 def test_the_oldest_are_removed_and_nothing_partial_stays(run: Run) -> None:
@@ -95,11 +93,11 @@ def test_an_unfinished_save_is_not_a_checkpoint(run: Run) -> None:
         (folder / name).mkdir()
     shutil.copytree(folder / "step-00000006", folder / "step-00000009")
     (folder / "step-00000009" / "COMMITTED").unlink()  # killed between the two
-    checkpoint.rotate(run.out, 2)
+    format.rotate(run.out, 2)
     assert len(_names(run)) == 5, "it must push no sound one out"
     found = _found(run)
     assert found.step == 6
-    checkpoint.tidy(run.out, found)
+    resume.tidy(run.out, found)
     assert _names(run) == ["step-00000003", "step-00000006", "step-00000009.damaged"]
     _save(run, 9)
     assert _found(run).step == 9
@@ -181,8 +179,8 @@ def test_a_broken_one_is_passed_over_aloud_and_set_aside(
     assert "step-00000006" in told
     assert any(part in told for part in message.split("|"))
     with pytest.raises(CheckpointError, match=message):
-        checkpoint.find(_run(run.out.with_name("branch"), "--resume", str(folder)))
-    checkpoint.tidy(run.out, found)
+        resume.find(_run(run.out.with_name("branch"), "--resume", str(folder)))
+    resume.tidy(run.out, found)
     assert _names(run) == ["step-00000003", "step-00000006.damaged"]
 
 
@@ -193,7 +191,7 @@ def test_a_damaged_newer_one_does_not_push_a_sound_one_out(tmp_path: Path) -> No
     assert _names(run) == ["step-00000006"]
     shutil.copytree(whole.folder, whole.folder.with_name("step-00000009"))
     _flip(whole.folder.with_name("step-00000009") / "rank-00000.safetensors")
-    checkpoint.tidy(run.out, _found(run))
+    resume.tidy(run.out, _found(run))
     _save(run, 7)
     assert _names(run) == ["step-00000007", "step-00000009.damaged"]
 
@@ -206,7 +204,7 @@ def test_a_copy_under_another_name_is_passed_over_and_nothing_else(
     found = _found(run)
     assert found.step == 6
     assert "step-00000009 holds step 3: it was renamed or copied" in capsys.readouterr().err
-    checkpoint.tidy(run.out, found)
+    resume.tidy(run.out, found)
     assert _names(run) == ["step-00000003", "step-00000006", "step-00000009.damaged"]
     shutil.rmtree(folder / "step-00000009.damaged")
     for name, step in (("step-00000003", 3), ("step-00000006", 6)):  # the older one from before a forced change
@@ -230,7 +228,7 @@ def test_links_to_checkpoints_moved_elsewhere_are_followed_and_rotated_out(run: 
     folder.rename(tmp_path / "moved")
     folder.symlink_to(tmp_path / "moved")
     (folder.parent / ".step-00000001.removed").symlink_to(tmp_path / "moved")  # killed while it was removed
-    checkpoint.tidy(run.out, _found(run))
+    resume.tidy(run.out, _found(run))
     assert _names(run) == ["step-00000003", "step-00000006"]
     _save(run, 9)
     assert _names(run) == ["step-00000006", "step-00000009"]
@@ -239,9 +237,9 @@ def test_links_to_checkpoints_moved_elsewhere_are_followed_and_rotated_out(run: 
 
 def test_a_run_does_not_go_on_from_beyond_its_end(run: Run) -> None:
     assert _found(_run(run.out, "--steps", "6", "--force")).step == 6
-    for resume in ("auto", str(run.out / "checkpoints" / "step-00000006")):
+    for given in ("auto", str(run.out / "checkpoints" / "step-00000006")):
         with pytest.raises(CheckpointError, match="is past the run's 5 steps: give --steps 6 or more"):
-            checkpoint.find(_run(run.out, "--steps", "5", "--force", "--resume", resume))
+            resume.find(_run(run.out, "--steps", "5", "--force", "--resume", given))
 
 
 def test_everything_is_on_the_disk_before_what_follows_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,12 +266,12 @@ def test_a_trained_run_without_a_readable_checkpoint_is_not_started_over(run: Ru
     for folder in (run.out / "checkpoints").iterdir():
         (folder / "rank-00000.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"no checkpoint that can be read: .*another --out .*\(--init-from takes"):
-        checkpoint.find(run)
+        resume.find(run)
     shutil.rmtree(run.out / "checkpoints")
-    assert checkpoint.find(run) is None  # killed before the first checkpoint
+    assert resume.find(run) is None  # killed before the first checkpoint
     (run.out / "ema").mkdir()
     with pytest.raises(CheckpointError, match="no checkpoint that can be read"):
-        checkpoint.find(run)
+        resume.find(run)
 
 
 def test_a_run_of_an_earlier_version_is_not_started_over(run: Run) -> None:
@@ -281,7 +279,7 @@ def test_a_run_of_an_earlier_version_is_not_started_over(run: Run) -> None:
         (folder / "COMMITTED").unlink()
     (run.out / "ema").mkdir()
     with pytest.raises(CheckpointError, match="no checkpoint that can be read"):
-        checkpoint.find(run)
+        resume.find(run)
 
 
 def test_other_ranks_and_other_stages_may_continue(run: Run) -> None:
@@ -293,7 +291,7 @@ def test_a_named_checkpoint_is_taken_into_another_folder(run: Run, tmp_path: Pat
     older = str(run.out / "checkpoints" / "step-00000003")
     assert _found(_run(tmp_path / "branch", "--resume", older)).step == 3
     with pytest.raises(CheckpointError, match="holds newer checkpoints"):
-        checkpoint.find(_run(run.out, "--resume", older))
+        resume.find(_run(run.out, "--resume", older))
 
 
 def test_a_run_begun_from_a_named_checkpoint_goes_on_when_its_command_is_repeated(run: Run, tmp_path: Path) -> None:
@@ -309,7 +307,7 @@ def test_a_run_begun_from_a_named_checkpoint_goes_on_when_its_command_is_repeate
     assert _found(_run(*command)).folder == own, "the named one has been rotated out"
     _flip(own / "rank-00000.safetensors")
     with pytest.raises(CheckpointError, match="no checkpoint that can be read"):
-        checkpoint.find(_run(*command))
+        resume.find(_run(*command))
 
 
 def test_going_back_is_refused_also_by_a_link(run: Run, tmp_path: Path) -> None:
@@ -317,10 +315,10 @@ def test_going_back_is_refused_also_by_a_link(run: Run, tmp_path: Path) -> None:
     folder.rename(tmp_path / "moved")
     folder.symlink_to(tmp_path / "moved")
     with pytest.raises(CheckpointError, match="holds newer checkpoints"):
-        checkpoint.find(_run(run.out, "--resume", str(folder)))
+        resume.find(_run(run.out, "--resume", str(folder)))
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(CheckpointError, match="does not exist"):
-        checkpoint.find(_run(tmp_path / "branch", "--resume", str(tmp_path / "loop")))
+        resume.find(_run(tmp_path / "branch", "--resume", str(tmp_path / "loop")))
 
 
 @pytest.mark.parametrize(
@@ -332,20 +330,20 @@ def test_a_named_checkpoint_must_exist_and_be_of_this_run(
 ) -> None:
     named = ["--resume", str(run.out / "checkpoints" / "step-00000003"), *arguments]
     with pytest.raises((CheckpointError, ConfigError), match=message):
-        checkpoint.find(_run(tmp_path / "branch", *named))
+        resume.find(_run(tmp_path / "branch", *named))
 
 
 def test_values_that_no_shard_holds_are_missed(run: Run) -> None:
     found = _found(run)
-    shards = dict(list(found.shards.items())[:1])
+    half = replace(found, files=dict(list(found.files.items())[:1]))
     with pytest.raises(CheckpointError, match="3 of 6 values of ema a"):
-        read_average(shards, found.shapes)
+        read_average(half)
     with pytest.raises(CheckpointError, match="0 of 4 values of ema b"):
-        read_average(found.shards, {"b": [4]})
+        read_average(replace(found, shapes={"b": [4]}))
 
 
 def test_any_stretch_of_values_is_read_from_the_shards_that_hold_it(run: Run) -> None:
-    source = _Source(_found(run).shards)
+    source = ShardReader(_found(run).shards)
     for start, stop in itertools.combinations(range(7), 2):
         found = torch.empty(stop - start)
         source.read("weight", "a", start, found)

@@ -14,6 +14,7 @@ from mpdit.training.arguments import parse_arguments
 from mpdit.training.config import TrainConfig
 from mpdit.training.deepspeed_config import arguments_from, complete, read_ds_config, zero_stage
 
+RENAMED_FIELDS: dict[str, Any] = {"grad_accum_steps": 4, "activation_checkpointing": True}
 LAUNCH = Path(__file__).parents[1] / "launch"
 
 
@@ -43,6 +44,19 @@ def test_arguments_hold_only_what_was_given() -> None:
     config = TrainConfig.create(**given)
     assert config.model_overrides == {"width": 64, "stages": [[4, 1]]}
     assert config.model_config({"num_classes": 7}).num_classes == 7
+
+
+def test_earlier_names_are_accepted_and_hidden(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for line in ("--accumulation 4 --checkpointing", "--grad-accum-steps 4 --activation_checkpointing"):
+        assert parse_arguments(["--ds_config", "a", *line.split()]) == RENAMED_FIELDS | {"ds_config": "a"}
+    assert parse_arguments(["--ds_config", "a", "--no-checkpointing"])["activation_checkpointing"] is False
+    (tmp_path / "run.yaml").write_text("ds_config: a\naccumulation: 4\ncheckpointing: true")
+    assert parse_arguments(["--config", str(tmp_path / "run.yaml")]) == RENAMED_FIELDS | {"ds_config": "a"}
+    assert TrainConfig.create(accumulation=4, checkpointing=True) == TrainConfig(**RENAMED_FIELDS)
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    text = capsys.readouterr().out
+    assert "--grad-accum-steps" in text and "--accumulation" not in text and " --checkpointing" not in text
 
 
 @pytest.mark.parametrize(
@@ -151,7 +165,7 @@ def test_a_missing_ds_config_is_one_clear_error(tmp_path: Path) -> None:
     ("ds", "given", "values"),
     [
         ({"train_batch_size": 64}, {"global_batch": 128}, ("64", "--global-batch is 128")),
-        ({"gradient_accumulation_steps": 2}, {"accumulation": 4}, ("2", "--accumulation is 4")),
+        ({"gradient_accumulation_steps": 2}, {"grad_accum_steps": 4}, ("2", "--grad-accum-steps is 4")),
         ({"gradient_clipping": 0.5}, {"clip": 1.0}, ("0.5", "--clip is 1.0")),
         (
             {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
@@ -161,7 +175,7 @@ def test_a_missing_ds_config_is_one_clear_error(tmp_path: Path) -> None:
         ({"torch_autocast": {"enabled": False}}, {"precision": "bf16"}, ("False", "bf16")),
         ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, {}, ("float16", "bfloat16")),
         ({"train_micro_batch_size_per_gpu": 7}, {"global_batch": 128}, ("7", "128")),
-        ({"train_micro_batch_size_per_gpu": 16}, {"global_batch": 64, "accumulation": 4}, ("16", "64")),
+        ({"train_micro_batch_size_per_gpu": 16}, {"global_batch": 64, "grad_accum_steps": 4}, ("16", "64")),
         ({"train_micro_batch_size_per_gpu": 16, "gradient_accumulation_steps": 3}, {"global_batch": 64}, ("16", "64")),
     ],
 )
@@ -184,11 +198,11 @@ def test_what_only_the_ds_config_gives_is_taken(tmp_path: Path) -> None:
         },
     )
     taken = arguments_from(ds, {}, world_size=2)
-    assert taken == {"global_batch": 64, "accumulation": 4, "clip": 0.5, "precision": "bf16"}
+    assert taken == {"global_batch": 64, "grad_accum_steps": 4, "clip": 0.5, "precision": "bf16"}
 
 
 def test_what_the_ds_config_lacks_is_filled_in() -> None:
-    config = TrainConfig(global_batch=64, accumulation=4, clip=0.5, precision="bf16")
+    config = TrainConfig(global_batch=64, grad_accum_steps=4, clip=0.5, precision="bf16")
     full = complete({"zero_optimization": {"stage": 2}}, config, world_size=2)
     assert full["train_batch_size"] == 64
     assert full["gradient_accumulation_steps"] == 4

@@ -14,7 +14,7 @@ from mpdit.core.errors import ConfigError
 from mpdit.planning.plan import Request, plan
 from mpdit.training.arguments import parse_arguments
 from mpdit.training.config import TrainConfig
-from mpdit.training.run import planned_gpu
+from mpdit.training.setup import planned_gpu
 
 FILES = sorted((REPOSITORY / "launch").glob("*.yaml"))
 
@@ -54,7 +54,7 @@ def test_values_mean_what_they_would_as_arguments(tmp_path: Path) -> None:
         "betas": (0.9, 0.95),
         "ema_decay": 0.9999,
         "tensorboard": False,
-        "checkpointing": True,
+        "activation_checkpointing": True,
         "out": "runs/a b",
         "override": (
             *("width=64", "stages=[[4, 1], [2, 1]]", 'transition="linear_conv"', "skip=false", "mlp_ratio=2.0"),
@@ -163,10 +163,11 @@ def test_a_shipped_files_prediction_is_the_planners(path: Path) -> None:
     )
     found = re.search(pattern, path.read_text())
     assert found, "its header says what it costs"
-    gpu = planned_gpu(config)
+    gpu = planned_gpu(config.plan_gpu)
     assert gpu is not None
     assert (int(found[3]), found[4]) == (config.plan_gpus, gpu.name)
-    planned = plan(config.model_config({}), Request(gpu, config.plan_gpus, config.global_batch, 2, config.accumulation))
+    request = Request(gpu, config.plan_gpus, config.global_batch, 2, config.grad_accum_steps)
+    planned = plan(config.model_config({}), request)
     hours = config.steps * planned.step_seconds / 3600
     assert planned.fits
     assert float(found[1]) == pytest.approx(hours, abs=0.06)

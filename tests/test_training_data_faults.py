@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -20,7 +19,8 @@ from mpdit.core.errors import CheckpointError, ConfigError, DataError, UserError
 from mpdit.data import BatchPlan, GlobalOrder, PackedLatents, make_loader, write_packed
 from mpdit.data.digits import build_digits
 from mpdit.data.loaders import Batch
-from mpdit.training.run import Run, check_identity, prepare
+from mpdit.training.fingerprint import check_same
+from mpdit.training.setup import Run, prepare
 
 KINDS = ("torch", "dali")
 SAMPLES, SHARD = 24, 6
@@ -160,18 +160,16 @@ class TestResuming:
         ],
     )
     def test_other_settings_are_refused_with_the_difference_unless_forced(
-        self, begun: Run, arguments: list[str], difference: str, capsys: pytest.CaptureFixture[str]
+        self, begun: Run, arguments: list[str], difference: str
     ) -> None:
         data, before = begun.dataset.path, (begun.out / "config.json").read_bytes()
         with pytest.raises(ConfigError, match=rf"{difference}\).*--force"):
             prepared(data, begun.out, *arguments)
         assert (begun.out / "config.json").read_bytes() == before
         forced = prepared(data, begun.out, *arguments, "--force")
-        check_identity(forced, begun.identity, "checkpoint")
-        assert difference in capsys.readouterr().err
-        unforced = dataclasses.replace(forced, config=forced.config.replace(force=False))
-        with pytest.raises(CheckpointError, match=rf"{difference}\).*--force"):
-            check_identity(unforced, begun.identity, "checkpoint")
+        assert check_same(begun.identity, forced.identity, "it is of", True, CheckpointError) == difference
+        with pytest.raises(CheckpointError, match=rf"^it is of another run \({difference}\).*--force"):
+            check_same(begun.identity, forced.identity, "it is of", False, CheckpointError)
 
     @pytest.mark.parametrize(
         ("arguments", "difference"),

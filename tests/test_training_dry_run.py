@@ -17,10 +17,10 @@ from mpdit.data.latents import PackedLatents
 from mpdit.data.writer import write_packed
 from mpdit.model.presets import preset
 from mpdit.planning import account
-from mpdit.training import checkpoint
-from mpdit.training.checkpoint import Checkpoint
-from mpdit.training.main import main
-from mpdit.training.run import prepare
+from mpdit.training.checkpoint import format
+from mpdit.training.checkpoint.format import Checkpoint
+from mpdit.training.cli import main
+from mpdit.training.setup import prepare
 
 FILES = sorted((REPOSITORY / "launch").glob("*.yaml"))
 
@@ -166,12 +166,12 @@ def test_what_would_be_continued_is_said(here: Path, capsys: pytest.CaptureFixtu
     arguments = ["--ds_config", "launch/zero2.json", "--steps", "9", "--precision", "fp32", "--out", "out"]
     run = prepare(arguments, DistEnv(size=2))
     folder = here / "out" / "checkpoints" / "step-00000005"
-    partial = checkpoint.partial_folder(here / "out", 5)
+    partial = format.partial_folder(here / "out", 5)
     partial.mkdir(parents=True)
     (here / "out" / "config.json").write_text(json.dumps(run.describe()))
-    files = checkpoint.write_shard(partial, 0, {"weight/a/0": torch.zeros(3)})
+    files = format.write_shard(partial, 0, {"weight/a/0": torch.zeros(3)})
     saved = Checkpoint(folder, 5, 5 * 64, 5, {}, 2, 2, run.identity, {"a": [3]}, files)
-    checkpoint.commit(partial, saved)
+    format.commit(partial, saved)
     before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}
 
     code, out, _ = _main(capsys, *arguments, "--plan-gpus", "2")
@@ -202,11 +202,11 @@ def test_a_run_that_is_too_large_for_the_gpu_is_refused_after_all_is_said(
     imagenet: dict[int, PackedLatents], here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--config", "launch/single_gpu_24gb.yaml", "--data", str(imagenet[32].path)]
-    code, out, err = _main(capsys, *arguments, "--accumulation", "1")
+    code, out, err = _main(capsys, *arguments, "--grad-accum-steps", "1")
     assert code == 2
     assert "does not fit" in out
-    assert "RTX 4090 has 23.50: give --accumulation for at most 96 images a micro step, not 256" in err
-    code, out, _ = _main(capsys, *arguments, "--accumulation", "1", "--checkpointing")
+    assert "RTX 4090 has 23.50: give --grad-accum-steps for at most 96 images a micro step, not 256" in err
+    code, out, _ = _main(capsys, *arguments, "--grad-accum-steps", "1", "--activation-checkpointing")
     assert code == 0
 
 

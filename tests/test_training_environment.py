@@ -21,13 +21,12 @@ from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError
 from mpdit.model.presets import preset
 from mpdit.planning.memory import MEMORY_ERROR, Setting, memory
-from mpdit.training import distributed, fitting, loop
-from mpdit.training import main as main_module
-from mpdit.training.checkpoint import Checkpoint
+from mpdit.training import cli, distributed, loop, oom_advice
+from mpdit.training.checkpoint.format import Checkpoint
+from mpdit.training.cli import main
 from mpdit.training.distributed import init_distributed
-from mpdit.training.fitting import what_fits
-from mpdit.training.main import main
-from mpdit.training.run import Run, prepare
+from mpdit.training.oom_advice import what_fits
+from mpdit.training.setup import Run, prepare
 
 
 def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_costs_no_checkpoint() -> None:
@@ -110,7 +109,7 @@ def test_a_broken_connection_is_told_as_a_rank_that_is_gone(
         raise RuntimeError(said)
 
     monkeypatch.setattr(loop, "train", train)
-    monkeypatch.setattr(main_module, "_GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(cli, "_GRACE_SECONDS", 0.1)
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     assert main(["--ds_config", ds_config(2), *TINY, "--out", str(tmp_path / "out")]) == 1
@@ -119,7 +118,7 @@ def test_a_broken_connection_is_told_as_a_rank_that_is_gone(
 
 PRINTS = """
 import sys
-from mpdit.training.output import steady_output
+from mpdit.training.cli import _output_that_cannot_fail as steady_output
 with steady_output():
     for line in range(10000):
         print("line", line)
@@ -195,21 +194,21 @@ def _needed(run: Run, zero: int, micro_steps: int, checkpointing: bool = False) 
 def test_a_gpu_that_is_too_small_gets_the_fewest_micro_steps_that_fit(tmp_path: Path) -> None:
     run = _big(tmp_path, 8192, 32)
     advice = what_fits(run)
-    assert "GiB on each RTX 4090, with 1024 images a micro step: give --accumulation " in advice
-    accumulation = int(advice.split("--accumulation ")[1].split(",")[0])
+    assert "GiB on each RTX 4090, with 1024 images a micro step: give --grad-accum-steps " in advice
+    accumulation = int(advice.split("--grad-accum-steps ")[1].split(",")[0])
     room = GPUS["rtx4090"].memory / (1 + MEMORY_ERROR)
     assert _needed(run, 1, accumulation) <= room < _needed(run, 1, accumulation // 2)
 
 
 def test_what_is_tried_when_more_micro_steps_are_not_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = _big(tmp_path, 64, 128)
-    monkeypatch.setattr(fitting, "MEMORY_ERROR", 0)
+    monkeypatch.setattr(oom_advice, "MEMORY_ERROR", 0)
 
     def advice(limit: float) -> str:
         monkeypatch.setitem(GPUS, "rtx4090", replace(GPUS["rtx4090"], memory=limit))
         return what_fits(run)
 
-    assert "give --accumulation 8, which" in advice(_needed(run, 1, 8))
-    assert "give --accumulation 8 --checkpointing, which" in advice(_needed(run, 1, 8, True))
-    assert "give --accumulation 8 --ds_config launch/zero2.json, which" in advice(_needed(run, 2, 8))
+    assert "give --grad-accum-steps 8, which" in advice(_needed(run, 1, 8))
+    assert "give --grad-accum-steps 8 --activation-checkpointing, which" in advice(_needed(run, 1, 8, True))
+    assert "give --grad-accum-steps 8 --ds_config launch/zero2.json, which" in advice(_needed(run, 2, 8))
     assert "nothing that leaves room fits: use a smaller model, more GPUs" in advice(2**30)

@@ -26,9 +26,10 @@ from mpdit.data.posterior import to_latents
 from mpdit.diffusion.flow import flow_loss
 from mpdit.model.mpdit import MPDiT
 from mpdit.training.config import TrainConfig
-from mpdit.training.guard import SPIKE_HORIZON, SPIKE_LEAST, Guard
+from mpdit.training.metrics import LossMean
 from mpdit.training.optimizers import EPS
-from mpdit.training.run import prepare
+from mpdit.training.safety.guard import SPIKE_HORIZON, SPIKE_LEAST, Guard
+from mpdit.training.setup import prepare
 
 RUN = ("--precision", "fp32", "--skip-spikes", "10")
 FAULTS = {3: ("loss", [20]), 5: ("gradient", [3]), 12: ("loss", [0, 31]), 13: ("gradient", [17]), 18: ("spike", [5])}
@@ -127,7 +128,7 @@ def test_a_skipped_step_is_as_if_its_update_had_not_been(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_every_rank_skips_the_same_steps_with_everything_sharded() -> None:
-    run = start(new_folder("run"), *RUN, "--accumulation", "2", ranks=2, stage=3, fault=SPOIL)
+    run = start(new_folder("run"), *RUN, "--grad-accum-steps", "2", ranks=2, stage=3, fault=SPOIL)
     # DeepSpeed leaves the model in parts until its next forward pass where it skips a step itself.
     _check(run, model=False)
     for line, expected in zip(run.metrics(), _by_hand(run, 2), strict=False):  # clipped from then on
@@ -175,16 +176,18 @@ class _Small:
         device = torch.device("cpu")
         engine = SimpleNamespace(optimizer=None, zero_optimization=lambda: False, module=module, device=device)
         run: Any = SimpleNamespace(out=out, env=DistEnv(), config=TrainConfig(**options))
-        trainer: Any = SimpleNamespace(engine=engine, optimizer=self.optimizer, device=device)
-        self.guard = Guard(run, trainer, start_step)
+        self.guard = Guard(run, engine, start_step, wait_for_save=lambda: None)
+        self.loss_mean = LossMean(device)
 
     def step(self, step: int, norm: float, loss: float = 1.0) -> bool:
         """Whether the optimiser took a step of this norm and loss."""
         before = self.param.detach().clone()
         numbers = torch.tensor([4 * step, 4 * step + 1])
-        self.guard.observe(torch.tensor([loss, 1.0]), Batch(numbers, numbers, numbers + 100, numbers))
+        losses = torch.tensor([loss, 1.0])
+        self.guard.record(losses, Batch(numbers, numbers, numbers + 100, numbers))
         self.param.grad = norm * torch.tensor([0.6, 0.0, -0.8])
-        self.guard.judge(step)
+        self.optimizer.skip = self.guard.decide(step, [losses.mean()])
+        self.loss_mean.add([losses.mean()], self.optimizer.skip)
         self.optimizer.step()
         return not torch.equal(before, self.param.detach())
 
@@ -206,16 +209,16 @@ def test_a_spike_is_what_its_rule_says(tmp_path: Path) -> None:
         else:
             skipped.append(step)
         if step == 150:  # through a checkpoint, with every bit
-            small.guard.drain()
+            small.guard.flush()
             state = json.loads(json.dumps(small.guard.state()))
             assert state["norm_average"] == pytest.approx(average, rel=1e-6)
             other = _Small(tmp_path, start_step=150, skip_spikes=2.0, max_skips=1000)
             other.guard.restore(state)
-            other.guard.drain()
+            other.guard.flush()
             assert other.guard.state() == state
             other.param.data.copy_(small.param.data)
             small = other
-    small.guard.drain()
+    small.guard.flush()
     assert small.guard.skipped == len(skipped) > 0
     lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == skipped
@@ -247,30 +250,30 @@ def test_what_is_not_finite(tmp_path: Path, norm: float, loss: float, reason: st
     assert small.step(1, 9e18)
     assert not small.step(2, norm, loss)
     assert small.step(3, 1.0)
-    small.guard.settle()
+    small.guard.flush(unread=1)
     (line,) = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert (line["step"], line["reason"], line["positions"]) == (2, reason, [8, 9])
     assert line["indices"] == ([108] if reason == "loss" else [108, 109])
-    assert small.guard.take_loss() == 1.0
-    assert math.isnan(small.guard.take_loss())
+    assert small.loss_mean.take() == 1.0
+    assert math.isnan(small.loss_mean.take())
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_step_is_settled_when_the_next_was_judged_and_ends_the_run_after_enough(tmp_path: Path) -> None:
+def test_a_skip_is_counted_when_the_next_step_was_decided_and_ends_the_run_after_enough(tmp_path: Path) -> None:
     small = _Small(tmp_path, max_skips=3)
     for step in range(1, 4):
         assert not small.step(step, math.inf)
-        small.guard.settle()
+        small.guard.flush(unread=1)
         assert small.guard.skipped == small.guard.in_a_row == step - 1
     with pytest.raises(ConfigError, match=r"^3 steps in a row .* step 3, .*no checkpoint yet: lower --lr"):
-        small.guard.drain()
+        small.guard.flush()
 
     # As from a checkpoint of step 1, in another process.
     again = _Small(tmp_path, start_step=1, max_skips=3)
     again.guard.restore({"skipped": 1, "skipped_in_a_row": 1})
     assert [json.loads(line)["step"] for line in (tmp_path / "skipped.jsonl").read_text().splitlines()] == [1]
     assert again.step(2, 1.0)
-    again.guard.drain()
+    again.guard.flush()
     assert (again.guard.skipped, again.guard.in_a_row, again.guard.norm) == (1, 0, pytest.approx(1.0))
     assert again.guard.state()["norm_count"] == 0
     _Small(tmp_path, start_step=0)
@@ -284,7 +287,7 @@ def test_loss_and_norm_are_over_all_ranks(tmp_path: Path, monkeypatch: pytest.Mo
     small.guard._run.env = DistEnv(size=2)
     assert all(small.step(step, 1.0) for step in range(1, SPIKE_LEAST + 1))
     assert not small.step(SPIKE_LEAST + 1, 10.0, loss=2.0)
-    small.guard.drain()
+    small.guard.flush()
     (line,) = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert (line["loss"], line["norm"]) == (1.5, pytest.approx(10 * math.sqrt(2)))
 
@@ -297,7 +300,7 @@ def test_the_end_of_patience_names_the_last_good_checkpoint_and_what_to_change(t
     small = _Small(tmp_path, max_skips=1)
     small.step(1, math.nan)
     with pytest.raises(ConfigError) as error:
-        small.guard.drain()
+        small.guard.flush()
     remedy = "repeat the command with a larger --max-skips, or with --force and a lower --lr or --clip"
     assert str(error.value).endswith(f"the last good checkpoint is {saved}: {remedy}")
 

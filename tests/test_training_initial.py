@@ -24,8 +24,8 @@ from mpdit.model.mpdit import MPDiT, load_weights
 from mpdit.model.official import to_official
 from mpdit.model.presets import preset
 from mpdit.model.weights import save_weights
-from mpdit.training.main import main
-from mpdit.training.run import Run, prepare
+from mpdit.training.cli import main
+from mpdit.training.setup import Run, prepare
 
 TABLE = "classes.table.weight"
 SMALL: dict[str, Any] = {"width": 32, "stages": [[4, 1], [2, 1]], "class_tokens": 2}

@@ -20,7 +20,7 @@ from mpdit.core.errors import ConfigError
 from mpdit.training import optimizers
 from mpdit.training.config import TrainConfig
 from mpdit.training.optimizers import build_optimizer, check, probed, with_ema
-from mpdit.training.run import check_folder, prepare
+from mpdit.training.setup import check_folder, prepare
 
 CPU = torch.device("cpu")
 SETTINGS: dict[str, Any] = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-8, "weight_decay": 0.1}

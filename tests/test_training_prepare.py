@@ -18,9 +18,9 @@ from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError, UserError
 from mpdit.data.latents import PackedLatents
 from mpdit.data.writer import write_packed
-from mpdit.training import checkpoint
-from mpdit.training.checkpoint import Checkpoint
-from mpdit.training.run import prepare
+from mpdit.training.checkpoint import format
+from mpdit.training.checkpoint.format import Checkpoint
+from mpdit.training.setup import prepare
 
 
 def _prepare(out: Path, *arguments: str, env: DistEnv | None = None) -> Any:
@@ -174,11 +174,11 @@ class TestFolder:
 def test_a_forced_run_that_was_killed_at_once_goes_on_either_way(tmp_path: Path) -> None:
     prepared = functools.partial(_prepare, tmp_path / "run")
     run = prepared()
-    partial = checkpoint.partial_folder(run.out, 4)
+    partial = format.partial_folder(run.out, 4)
     partial.mkdir(parents=True)
-    files = checkpoint.write_shard(partial, 0, {"weight/a/0": torch.zeros(3)})
+    files = format.write_shard(partial, 0, {"weight/a/0": torch.zeros(3)})
     folder = run.out / "checkpoints" / "step-00000004"
-    checkpoint.commit(partial, Checkpoint(folder, 4, 256, 4, {}, 1, 2, run.identity, {"a": [3]}, files))
+    format.commit(partial, Checkpoint(folder, 4, 256, 4, {}, 1, 2, run.identity, {"a": [3]}, files))
     forced = prepared("--seed", "7", "--force")
     (run.out / "config.json").write_text(json.dumps(forced.describe()))  # and no checkpoint yet
     assert prepared().identity == run.identity

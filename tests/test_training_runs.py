@@ -15,7 +15,7 @@ from mpdit.core.dist_env import DistEnv
 from mpdit.data.latents import PackedLatents
 from mpdit.data.order import BatchPlan, GlobalOrder
 from mpdit.model.mpdit import load_weights
-from mpdit.training.run import prepare
+from mpdit.training.setup import prepare
 
 
 def _relative(ours: Finished, theirs: Finished) -> float:
@@ -90,7 +90,7 @@ def test_two_ranks_train_as_one_in_bf16_to_a_thousandth() -> None:
 
 
 def test_accumulation_and_recomputation_change_nothing_but_rounding() -> None:
-    split = trained("--precision", "fp32", "--accumulation", "4", "--checkpointing", "--loader", "torch")
+    split = trained("--precision", "fp32", "--grad-accum-steps", "4", "--activation-checkpointing", "--loader", "torch")
     assert _relative(split, trained("--precision", "fp32")) < 1e-5
 
 

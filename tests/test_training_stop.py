@@ -16,7 +16,7 @@ from rank_faults import be_signalled, before_step
 from rank_processes import Ranks, wait_for_step
 from training_runs import REPOSITORY, TINY, ds_config, new_folder, start, tiny, trained
 
-from mpdit.training.stop import REASONS, STOPPED, reasons
+from mpdit.training.safety.stop import REASONS, STOPPED, reasons
 
 TRAIN = [sys.executable, str(REPOSITORY / "launch" / "train.py"), "--ds_config", ds_config(2)]
 
@@ -104,7 +104,7 @@ def _wait_until_caught(pid: int, number: int) -> None:
 
 HELD = """
 import os, signal, sys, time
-from mpdit.training.stop import StopRequests
+from mpdit.training.safety.stop import StopRequests
 number = getattr(signal, sys.argv[1])
 with StopRequests() as stop:
     stop.hold()
@@ -137,7 +137,7 @@ def test_reasons_name_what_any_rank_was_asked_by() -> None:
 
 RANK = """
 import sys, time
-from mpdit.training.launcher import Launcher
+from mpdit.training.safety.launcher import Launcher
 launcher, end = Launcher.find(), time.monotonic() + float(sys.argv[-1])
 print(launcher.is_lost(), flush=True)
 while not launcher.is_lost() and time.monotonic() < end:
@@ -228,7 +228,7 @@ def test_a_rank_that_hangs_is_told_of_by_all_and_ends_all() -> None:
 WATCHED = """
 import ctypes, sys, time
 from pathlib import Path
-from mpdit.training import watchdog
+from mpdit.training.safety import watchdog
 watchdog._GRACE_SECONDS = 0.5
 with watchdog.Watchdog(0.5, Path(sys.argv[1]), 7) as dog:
     dog.alive("sleeping", 100)

@@ -1,18 +1,27 @@
-"""The command line of a training run, made from TrainConfig's fields."""
+"""The settings of a run as a user gives them: arguments, made from TrainConfig's fields, and a YAML file of the same.
+
+A YAML file becomes arguments first. Its values are taken as the text that stands there, since YAML's own guesses would
+turn 2e-4 into text, 10:12 into 612 and 012 into 10. So whatever a field accepts as an argument it accepts in a file,
+and nothing else.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+import difflib
+import json
+from collections.abc import Hashable, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
 
 from mpdit.core.errors import ConfigError
 from mpdit.core.parser import Parser
-from mpdit.training.config import TrainConfig
-from mpdit.training.config_file import read_config_file
+from mpdit.training.config import RENAMED, TrainConfig, parse_override
 
-_OWN_WORDS = {"ds_config", "override", "out", "init_from", "plan_gpu", "plan_gpus"}
+_DEFAULT_IN_HELP = {"ds_config", "override", "out", "init_from", "plan_gpu", "plan_gpus"}
 """Fields whose help says by itself what holds when they are not given."""
 
 _METAVARS = {
@@ -23,45 +32,41 @@ _METAVARS = {
     "profile_ranks": "0,3|all",
 }
 
+_SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_SYNONYMS = {
+    **dict.fromkeys(("num_steps", "max_steps", "train_steps", "num_epochs", "epochs"), "steps"),
+    **dict.fromkeys(("dataset", "data_path", "data_dir"), "data"),
+    **{"learning_rate": "lr", "batch_size": "global_batch", "ema": "ema_decay", "model_name": "model"},
+    **{"output_dir": "out", "gradient_accumulation_steps": "grad_accum_steps"},
+}
+"""What other projects call a field, where no likeness of letters tells."""
+
 
 def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
-    """The fields of TrainConfig that were given, and only those, so that defaults stay distinguishable.
+    """Return the fields of TrainConfig that were given, and only those, so that defaults stay distinguishable.
 
     Every argument may be written with dashes or underscores. What a `--config` file gives is taken where the arguments
-    don't give it themselves; its overrides come before theirs. ConfigError for what can't be parsed; `--help` prints
-    and leaves by SystemExit(0).
+    don't give it themselves; its overrides come before theirs. Raises ConfigError for what can't be parsed; `--help`
+    prints and leaves by SystemExit(0).
     """
     parser = _parser()
     given = vars(parser.parse_args([_dashed(argument) for argument in arguments]))
     given.pop("local_rank", None)
-    if empty := next((name for name, value in given.items() if value == ""), None):
-        raise ConfigError(f"argument --{empty.replace('_', '-')}: an empty value; give one, or leave it out")
     files = given.pop("config", [])
-    if "" in files:
-        raise ConfigError("argument --config: an empty value; give one, or leave it out")
+    if empty := next((name for name, value in (*given.items(), *(("config", f) for f in files)) if value == ""), None):
+        raise ConfigError(f"argument --{empty.replace('_', '-')}: an empty value; give one, or leave it out")
     if len(files) > 1:
         raise ConfigError(f"--config is given {len(files)} times: give one file, and what differs as arguments")
     for path in files:
-        given = _over(_from_file(parser, path), given)
+        file = _read_config_file(parser, path)
+        override = [*file.get("override", []), *given.get("override", [])]
+        given = file | given | ({"override": override} if override else {})
     if "ds_config" not in given:
         raise ConfigError("--ds_config is missing: give a DeepSpeed configuration, for example launch/zero2.json")
-    for name in ("override", "betas"):
-        if name in given:
-            given[name] = tuple(given[name])
-    return given
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
-def _from_file(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
-    arguments = read_config_file(path)
-    try:
-        return vars(parser.parse_args(arguments))
-    except ConfigError as error:
-        raise ConfigError(f"config {path}: {error}") from None
-
-
-def _over(file: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    override = [*file.get("override", []), *given.get("override", [])]
-    return file | given | ({"override": override} if override else {})
+# Arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,13 +91,16 @@ def _parser() -> argparse.ArgumentParser:
         names = ["--ds_config"] if field.name == "ds_config" else []
         names.append(_dashed(f"--{field.name}"))
         parser.add_argument(*names, dest=field.name, help=_help(field), **_kind(field, kinds[field.name]))
+        for old in (old for old, new in RENAMED.items() if new == field.name):
+            hidden = {"dest": field.name, "help": argparse.SUPPRESS, **_kind(field, kinds[field.name])}
+            parser.add_argument(_dashed(f"--{old}"), **hidden)
     # Added by launchers; the rank is read from the environment.
     parser.add_argument("--local-rank", help=argparse.SUPPRESS)
     return parser
 
 
 def _dashed(argument: str) -> str:
-    """--global_batch=8 as --global-batch=8; what isn't an option's name stays."""
+    """Return --global_batch=8 as --global-batch=8; what isn't an option's name stays."""
     name, equals, value = argument.partition("=")
     return f"{name.replace('_', '-')}{equals}{value}" if name.startswith("--") else argument
 
@@ -111,14 +119,114 @@ def _kind(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
 
 
 def _help(field: dataclasses.Field[Any]) -> str:
-    text = str(field.metadata["help"])
-    if field.name in _OWN_WORDS:
+    text, other = str(field.metadata["help"]), field.metadata["imagenet_default"]
+    if field.name in _DEFAULT_IN_HELP:
         return text
-    default, otherwise = _show(field.default), field.metadata["otherwise"]
-    return f"{text} (default: {default}{'' if otherwise is None else f', with other data {_show(otherwise)}'})"
+    return f"{text} (default: {_show(field.default)}{'' if other is None else f', with other data {_show(other)}'})"
 
 
 def _show(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+# YAML files
+
+
+class _TextLoader(yaml.BaseLoader):
+    """Scalars as text, tags ignored, keys once, no aliases: nested, a few of them stand for millions of values."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise ConfigError(f"line {event.start_mark.line + 1} has the alias *{event.anchor}: write its value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(f"line {key.start_mark.line + 1} has a key that is no name: give name: value")
+            if key.value in seen:
+                raise ConfigError(f"line {key.start_mark.line + 1} gives {key.value!r} a second time: remove one")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _read_config_file(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
+    """Return the fields that a YAML file gives.
+
+    Keys are fields of TrainConfig, with dashes or underscores. `override` is a mapping, or a list of FIELD=VALUE; a
+    value of several numbers is a list. Paths in the file are relative to the current folder, as on the command line.
+
+    Raises:
+        ConfigError: naming the file: it can't be read or is no YAML mapping, or a key is unknown, given twice or
+            without a value that suits its field.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or no name of a file
+        raise ConfigError(f"config {path} can't be read: {error}") from error
+    try:
+        settings = yaml.load(text, _TextLoader)
+        if not isinstance(settings, dict):
+            raise ConfigError("holds no settings: expected lines like `lr: 2e-4`")
+        kinds = get_type_hints(TrainConfig)
+        words: dict[str, list[str]] = {}
+        for key, value in settings.items():
+            name = RENAMED.get(key.replace("-", "_"), key.replace("-", "_"))
+            if name not in kinds:
+                close = [_SYNONYMS[name]] if name in _SYNONYMS else difflib.get_close_matches(name, kinds, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else "launch/train.py --help lists the fields"
+                raise ConfigError(f"unknown key {key!r}: {hint}")
+            if name in words:
+                raise ConfigError(f"{name!r} is given twice, with dashes and with underscores: remove one")
+            words[name] = _argument(name, value, kinds[name])
+        return vars(parser.parse_args([word for argument in words.values() for word in argument]))
+    except ConfigError as error:
+        raise ConfigError(f"config {path}: {error}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+        reason = f"line {mark.line + 1}: {problem}" if mark else problem
+        raise ConfigError(f"config {path} is not YAML: {reason}") from error
+
+
+def _argument(name: str, value: Any, kind: Any) -> list[str]:
+    """Return a key's value as words of a command line."""
+    option = _dashed(f"--{name}")
+    if name == "override":
+        if isinstance(value, dict):
+            return [f"{option}={field}={json.dumps(_plain(item))}" for field, item in value.items()]
+        return [f"{option}={_scalar(name, text)}" for text in (value if isinstance(value, list) else [value])]
+    if name == "betas":
+        if not isinstance(value, list):
+            raise ConfigError(f"{name} is {_form(value)}: give a list, for example [0.9, 0.999]")
+        return [option, *(_scalar(name, item) for item in value)]
+    text = _scalar(name, value)
+    if kind is not bool:
+        return [f"{option}={text}"]
+    if text.lower() not in _SWITCH:
+        raise ConfigError(f"{name} is {text!r}: give true or false")
+    return [option if _SWITCH[text.lower()] else f"--no-{option.removeprefix('--')}"]
+
+
+def _plain(value: Any) -> Any:
+    """Return what a text in a mapping means: JSON where it is some, as in FIELD=VALUE."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return parse_override(f"_={value}")[1]
+
+
+def _scalar(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"{name} is {_form(value)}: give one value")
+    if value.lower() in ("", "~", "null"):
+        raise ConfigError(f"{name} has no value: give one, or remove the line")
+    return value
+
+
+def _form(value: Any) -> str:
+    return "a list" if isinstance(value, list) else "a mapping" if isinstance(value, dict) else repr(value)

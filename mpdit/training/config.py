@@ -20,6 +20,9 @@ from mpdit.model.presets import preset
 from mpdit.training.profiling import ProfileMode, Profiling
 
 _BEYOND = 2**63  # what is counted, is counted in 64 bits
+RENAMED = {"accumulation": "grad_accum_steps", "checkpointing": "activation_checkpointing"}
+"""Earlier names of fields: accepted as arguments and in YAML files, and the names in a run's config.json."""
+
 DIGITS = "digits"
 """The value of `data` that stands for the embedded handwritten digits."""
 
@@ -30,11 +33,11 @@ Schedule = Literal["constant", "cosine", "linear"]
 
 
 def _option(
-    default: Any, help: str, *, otherwise: Any = None, minimum: float | None = None, below: float = math.inf
+    default: Any, help: str, *, imagenet_default: Any = None, minimum: float = -math.inf, below: float = math.inf
 ) -> Any:
-    """A field. `otherwise` is the default for data other than the digits; numbers lie in [minimum, below)."""
-    bounds = None if minimum is None else (minimum, below)
-    return dataclasses.field(default=default, metadata={"help": help, "otherwise": otherwise, "bounds": bounds})
+    """Describe a field. `imagenet_default` holds for data other than the digits; numbers lie in [minimum, below)."""
+    metadata = {"help": help, "imagenet_default": imagenet_default, "bounds": (minimum, below)}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,7 @@ class TrainConfig:
     """
 
     ds_config: str = _option("launch/zero2.json", "DeepSpeed configuration: a JSON file, for example launch/zero2.json")
-    model: str = _option("MPDiT-Digits/4-2", "name of a preset (mpdit.PRESETS)", otherwise="MPDiT-B/4-2")
+    model: str = _option("MPDiT-Digits/4-2", "name of a preset (mpdit.PRESETS)", imagenet_default="MPDiT-B/4-2")
     override: tuple[str, ...] = _option(
         (), "FIELD=VALUE of the model's configuration, VALUE as JSON or text; may be repeated: --override width=64"
     )
@@ -90,19 +93,21 @@ class TrainConfig:
     )
     gpu_stage: bool = _option(False, "let DALI copy batches to the GPU in its pipeline; not yet run on a GPU")
 
-    steps: int = _option(1200, "optimiser steps of the whole run", otherwise=400_000, minimum=1)
-    global_batch: int = _option(64, "samples a step, over all ranks and micro steps", otherwise=1024, minimum=1)
-    accumulation: int = _option(1, "micro steps a step is split into, to fit memory", minimum=1)
-    lr: float = _option(4e-3, "peak learning rate of AdamW", otherwise=2e-4, minimum=0, below=1e6)
+    steps: int = _option(1200, "optimiser steps of the whole run", imagenet_default=400_000, minimum=1)
+    global_batch: int = _option(64, "samples a step, over all ranks and micro steps", imagenet_default=1024, minimum=1)
+    grad_accum_steps: int = _option(1, "micro steps a step is split into, to fit memory", minimum=1)
+    lr: float = _option(4e-3, "peak learning rate of AdamW", imagenet_default=2e-4, minimum=0, below=1e6)
     lr_schedule: Schedule = _option(
-        "cosine", "what follows the warm-up: constant, or down to 0 at the last step", otherwise="constant"
+        "cosine", "what follows the warm-up: constant, or down to 0 at the last step", imagenet_default="constant"
     )
-    warmup: int = _option(100, "steps over which the learning rate rises linearly from 0", otherwise=0, minimum=0)
+    warmup: int = _option(
+        100, "steps over which the learning rate rises linearly from 0", imagenet_default=0, minimum=0
+    )
     betas: tuple[float, float] = _option(
-        (0.9, 0.95), "decay of AdamW's two moments", otherwise=(0.9, 0.999), minimum=0, below=1
+        (0.9, 0.95), "decay of AdamW's two moments", imagenet_default=(0.9, 0.999), minimum=0, below=1
     )
     weight_decay: float = _option(0.01, "decoupled weight decay, scaled by the learning rate", minimum=0)
-    clip: float = _option(1.0, "largest norm of the gradient; 0 does not clip", otherwise=0.0, minimum=0)
+    clip: float = _option(1.0, "largest norm of the gradient; 0 does not clip", imagenet_default=0.0, minimum=0)
     skip_spikes: float = _option(
         0.0,
         "skip a step whose gradient norm is above this many times the average norm of the steps taken; 0 skips none",
@@ -114,7 +119,7 @@ class TrainConfig:
         minimum=1,
     )
     ema_decay: float = _option(
-        0.995, "decay a step of the average of the weights (EMA)", otherwise=0.9999, minimum=0, below=1
+        0.995, "decay a step of the average of the weights (EMA)", imagenet_default=0.9999, minimum=0, below=1
     )
 
     optimizer: OptimizerName = _option(
@@ -126,7 +131,9 @@ class TrainConfig:
     time_sampler: TimeSampler = _option("logit_normal", "how times are drawn")
     # Neighbouring pixels of the enlarged digits are nearly equal, so noise averages out: learn at noisier times.
     logit_mean: float = _option(
-        1.0, "mean of the logit of the times, if logit_normal", otherwise=0.0, minimum=-math.inf
+        1.0,
+        "mean of the logit of the times, if logit_normal",
+        imagenet_default=0.0,
     )
     logit_std: float = _option(1.0, "standard deviation of the logit of the times, if logit_normal", minimum=0)
     loss_weight: LossWeight = _option("uniform", "weight of a time in the loss")
@@ -138,16 +145,18 @@ class TrainConfig:
         "auto: bf16 on GPUs that have it, fp32 elsewhere",
     )
     tf32: bool = _option(False, "let GPUs round the inputs of fp32 products to TF32")
-    checkpointing: bool = _option(False, "recompute activations in the backward pass, to save memory")
+    activation_checkpointing: bool = _option(False, "recompute activations in the backward pass, to save memory")
 
-    log_every: int = _option(10, "steps between lines of metrics", otherwise=100, minimum=1)
+    log_every: int = _option(10, "steps between lines of metrics", imagenet_default=100, minimum=1)
     sample_every: int = _option(
-        400, "steps between sample grids; 0, or more than --steps, draws none", otherwise=10_000, minimum=0
+        400, "steps between sample grids; 0, or more than --steps, draws none", imagenet_default=10_000, minimum=0
     )
-    sample_steps: int = _option(25, "Euler steps of a sample grid", otherwise=50, minimum=1, below=MOST_STEPS + 1)
+    sample_steps: int = _option(
+        25, "Euler steps of a sample grid", imagenet_default=50, minimum=1, below=MOST_STEPS + 1
+    )
     sample_guidance: float = _option(1.5, "guidance of a sample grid", minimum=0)
     checkpoint_every: int = _option(
-        400, "steps between checkpoints; 0 saves at the end only", otherwise=5000, minimum=0
+        400, "steps between checkpoints; 0 saves at the end only", imagenet_default=5000, minimum=0
     )
     keep: int = _option(2, "newest checkpoints kept", minimum=1)
     hang_timeout: float = _option(
@@ -185,12 +194,8 @@ class TrainConfig:
         kinds = get_type_hints(TrainConfig)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if get_origin(kinds[field.name]) is Literal and value not in get_args(kinds[field.name]):
-                raise ConfigError(f"{field.name} is {value!r}: choose one of {', '.join(get_args(kinds[field.name]))}")
-            if kinds[field.name] in (str, bool) or field.name == "override":
-                _check_words(field.name, value, field.default)
-            elif bounds := field.metadata["bounds"]:
-                _check_numbers(field.name, value, field.default, *bounds)
+            if wanted := _wanted(field, kinds[field.name], value):
+                raise ConfigError(f"{field.name} is {value!r}: {wanted}")
         if 0 < self.skip_spikes <= 1:
             raise ConfigError(f"skip_spikes is {self.skip_spikes}: give a factor above 1, or 0 to skip no spikes")
         if self.steps * self.global_batch >= _BEYOND:
@@ -201,19 +206,11 @@ class TrainConfig:
 
     @classmethod
     def create(cls, **given: Any) -> TrainConfig:
-        """The configuration of these fields, the rest by default: the digits' or, for other data, the paper's."""
-        if given.get("data", DIGITS) != DIGITS:
-            fields = dataclasses.fields(cls)
-            paper = {f.name: f.metadata["otherwise"] for f in fields if f.metadata["otherwise"] is not None}
-            given = paper | given
-        return cls(**given)
-
-    def replace(self, **changes: Any) -> TrainConfig:
-        """A copy with fields changed."""
-        return dataclasses.replace(self, **changes)
+        """Make the configuration of these fields, the rest by default."""
+        return cls(**with_defaults(given))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Return the fields in plain JSON types."""
         return dataclasses.asdict(self)
 
     @property
@@ -232,11 +229,11 @@ class TrainConfig:
         return dict(parse_override(text) for text in self.override)
 
     def model_config(self, data: Mapping[str, Any]) -> ModelConfig:
-        """The preset with the data's own fields (channels, num_classes) and, before those, what was overridden."""
+        """Make the preset with the data's own fields (channels, num_classes) and, before those, what was overridden."""
         return preset(self.model, **{**data, **self.model_overrides})
 
     def learning_rate(self, step: int) -> float:
-        """Of step `step`, counted from 0: linear warm-up, then the schedule, which would reach 0 at `steps`."""
+        """Return the rate of `step`, counted from 0: linear warm-up, then the schedule, which would be 0 at `steps`."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
@@ -245,39 +242,49 @@ class TrainConfig:
         return self.lr * (1 - done if self.lr_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
 
 
-def _check_numbers(name: str, value: Any, default: Any, minimum: float, below: float) -> None:
-    """One number like the default, or as many as the default has, each in [minimum, below)."""
-    several = isinstance(default, tuple)
-    numbers, like = (tuple(value), default[0]) if several and isinstance(value, list | tuple) else ((value,), default)
-    kinds = (int, float) if isinstance(like, float) else int
-    fits = all(isinstance(n, kinds) and not isinstance(n, bool) and minimum <= n < below for n in numbers)
-    if fits and any(n >= _BEYOND for n in numbers if isinstance(n, int)):
-        fits, below = False, _BEYOND
-    if not fits or (several and len(numbers) != len(default)):
-        count = f"{len(default)} numbers" if several else "a number" if isinstance(like, float) else "a whole number"
-        limit = "" if minimum == -math.inf else f" of at least {minimum:g}"
-        limit += "" if below == math.inf else f" and below {below:g}"
-        raise ConfigError(f"{name} is {value!r}: give {count}{limit}")
+def with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return every field of TrainConfig: as given, else by default, the digits' or, for other data, the paper's."""
+    given = {RENAMED.get(name, name): value for name, value in given.items()}
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    if given.get("data", DIGITS) != DIGITS:
+        theirs = {field.name: field.metadata["imagenet_default"] for field in dataclasses.fields(TrainConfig)}
+        defaults |= {name: value for name, value in theirs.items() if value is not None}
+    return defaults | given
 
 
-def _check_words(name: str, value: Any, default: Any) -> None:
-    """Text that can stand for a file, several such texts, or true or false, as the default is."""
-    kind = type(default)
-    words = value if kind is tuple and isinstance(value, list | tuple) else (value,)
-    if not all(isinstance(word, bool if kind is bool else str) for word in words):
-        wanted = "true or false" if kind is bool else "text" if kind is str else "a list of texts"
-        raise ConfigError(f"{name} is {value!r}: give {wanted}")
-    for word in words:
-        try:
-            whole = isinstance(word, bool) or b"\0" not in os.fsencode(word)
-        except UnicodeEncodeError:
-            whole = False
-        if not whole:
-            raise ConfigError(f"{name} is {value!r}: give text without NUL and halves of characters")
+def _wanted(field: dataclasses.Field[Any], kind: Any, value: Any) -> str:
+    """Say what to give for a field instead of `value`; "" when it is of its kind and within its bounds."""
+    several = isinstance(field.default, tuple)
+    values = tuple(value) if several and isinstance(value, list | tuple) else (value,)
+    if get_origin(kind) is Literal:
+        return "" if value in get_args(kind) else f"choose one of {', '.join(get_args(kind))}"
+    if kind is bool:
+        return "" if isinstance(value, bool) else "give true or false"
+    if kind is str or field.name == "override":
+        if not all(isinstance(text, str) for text in values):
+            return "give a list of texts" if several else "give text"
+        return "" if all(map(_can_be_a_path, values)) else "give text without NUL and halves of characters"
+    (low, below), whole = field.metadata["bounds"], kind is int
+    numbers = [n for n in values if isinstance(n, int if whole else (int, float)) and not isinstance(n, bool)]
+    if any(n >= _BEYOND for n in numbers if isinstance(n, int)):
+        below = min(below, _BEYOND)
+    count = 2 if several else 1  # betas
+    if len(numbers) == len(values) == count and all(low <= n < below for n in numbers):
+        return ""
+    limit = "" if low == -math.inf else f" of at least {low:g}"
+    limit += "" if below == math.inf else f" and below {below:g}"
+    return f"give {f'{count} numbers' if several else 'a whole number' if whole else 'a number'}{limit}"
+
+
+def _can_be_a_path(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """FIELD=VALUE as (field, value), the value as JSON or, where it is none, as text. ConfigError without a "="."""
+    """Split FIELD=VALUE; the value is JSON or, where it is none, text. Raises ConfigError without a "="."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ConfigError(f"override {text!r} is not FIELD=VALUE: for example --override width=64")

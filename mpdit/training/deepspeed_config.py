@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from mpdit.core.errors import ConfigError
-from mpdit.training.config import TrainConfig
+from mpdit.training.config import TrainConfig, with_defaults
 
 _ARGUMENTS = {
     "train_batch_size": "global_batch",
-    "gradient_accumulation_steps": "accumulation",
+    "gradient_accumulation_steps": "grad_accum_steps",
     "gradient_clipping": "clip",
 }
 """Keys that say the same as an argument."""
@@ -27,38 +27,24 @@ _REFUSED = {
     "scheduler": "the learning rate is set by --lr, --lr-schedule and --warmup",
 }
 
-_KINDS: dict[type, tuple[str, tuple[str, ...]]] = {
-    int: (
-        "a whole number",
-        (*("train_batch_size", "train_micro_batch_size_per_gpu", "steps_per_print"), "gradient_accumulation_steps"),
-    ),
-    float: ("a number", ("gradient_clipping", "gradient_predivide_factor")),
-    str: ("text", ("communication_data_type", "log_level")),
-    bool: (
-        "true or false",
-        (
-            *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "prescale_gradients"),
-            *("disable_allgather", "wall_clock_breakdown", "memory_breakdown", "dump_state"),
-        ),
-    ),
-    dict: (
-        "an object",
-        (
-            *("zero_optimization", "bf16", "fp16", "torch_autocast", "timers", "comms_logger"),
-            *("flops_profiler", "tensorboard", "wandb", "csv_monitor", "comet", "checkpoint"),
-            *_REFUSED,
-        ),
-    ),
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "an object"}
+_KNOWN: dict[str, type] = {
+    **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), int),
+    **{"steps_per_print": int, "gradient_clipping": float, "gradient_predivide_factor": float},
+    **{"communication_data_type": str, "log_level": str},
+    **dict.fromkeys(("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "prescale_gradients"), bool),
+    **dict.fromkeys(("disable_allgather", "wall_clock_breakdown", "memory_breakdown", "dump_state"), bool),
+    **dict.fromkeys(("zero_optimization", "bf16", "fp16", "torch_autocast", "timers", "comms_logger"), dict),
+    **dict.fromkeys(("flops_profiler", "tensorboard", "wandb", "csv_monitor", "comet", "checkpoint"), dict),
 }
-_KNOWN = {key: (kind, words) for kind, (words, keys) in _KINDS.items() for key in keys}
 """DeepSpeed ignores a key it doesn't know; we don't, because a misspelt one would silently train something else."""
 
 
 def read_ds_config(path: str | Path) -> dict[str, Any]:
-    """The JSON object in a file, without the entries that are "auto". ConfigError when it is not one we can train with.
+    """Read the JSON object in a file, without the entries that are "auto".
 
-    Checked here is what needs no argument: JSON, known keys, a ZeRO stage of 0 to 3, no optimiser or scheduler of its
-    own, no bf16 or fp16 block.
+    Raises ConfigError for what needs no argument to be seen: no JSON, an unknown key, a ZeRO stage other than 0 to 3,
+    an optimiser or scheduler of its own, a bf16 or fp16 block.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -66,24 +52,21 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"ds_config {path} can't be read: {error}") from error
     try:
         config = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_number, parse_float=_number)
-    except ConfigError as error:
-        raise ConfigError(f"ds_config {path}: {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"ds_config {path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"ds_config {path} holds {type(config).__name__}: expected a JSON object")
-    completed = {*_ARGUMENTS, "train_micro_batch_size_per_gpu", "torch_autocast", "bf16", "fp16"}
-    config = {key: value for key, value in config.items() if value != "auto" or key not in completed}
-    try:
+        if not isinstance(config, dict):
+            raise ConfigError(f"holds {type(config).__name__}: expected a JSON object")
+        completed = {*_ARGUMENTS, "train_micro_batch_size_per_gpu", "torch_autocast", "bf16", "fp16"}
+        config = {key: value for key, value in config.items() if value != "auto" or key not in completed}
         _check_keys(config)
         zero_stage(config)
     except ConfigError as error:
         raise ConfigError(f"ds_config {path}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"ds_config {path} is not JSON: {error}") from error
     return config
 
 
 def zero_stage(ds: Mapping[str, Any]) -> int:
-    """The ZeRO stage, 0 when there is none."""
+    """Return the ZeRO stage, 0 when there is none."""
     zero = ds.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else None
     if not isinstance(stage, int) or isinstance(stage, bool) or not 0 <= stage <= 3:
@@ -92,9 +75,9 @@ def zero_stage(ds: Mapping[str, Any]) -> int:
 
 
 def arguments_from(ds: Mapping[str, Any], given: Mapping[str, Any], world_size: int) -> dict[str, Any]:
-    """Fields of TrainConfig that the DeepSpeed configuration sets and the arguments don't.
+    """Return the fields of TrainConfig that the DeepSpeed configuration sets and the arguments don't.
 
-    ConfigError, naming both values, when the two contradict each other.
+    Raises ConfigError, naming both values, when the two contradict each other.
     """
     taken: dict[str, Any] = {}
     for key, name in _ARGUMENTS.items():
@@ -102,29 +85,29 @@ def arguments_from(ds: Mapping[str, Any], given: Mapping[str, Any], world_size: 
             taken[name] = ds[key]
             if name in given and given[name] != ds[key]:
                 raise _contradiction(key, ds[key], f"--{name.replace('_', '-')} is {given[name]}")
-    if (enabled := _autocast(ds)) is not None:
-        taken["precision"] = enabled
-        if given.get("precision", "auto") not in ("auto", enabled):
+    if (precision := _autocast(ds)) is not None:
+        taken["precision"] = precision
+        if given.get("precision", "auto") not in ("auto", precision):
             raise _contradiction("torch_autocast", ds["torch_autocast"], f"--precision is {given['precision']}")
     micro = ds.get("train_micro_batch_size_per_gpu")
     if micro is not None:
-        both = {**taken, **given}
-        config = TrainConfig.create(**both)
-        per_step = _positive("train_micro_batch_size_per_gpu", micro) * world_size
-        if "accumulation" not in both:
-            taken["accumulation"] = max(1, config.global_batch // per_step)
-        if per_step * both.get("accumulation", taken.get("accumulation", 1)) != config.global_batch:
-            raise _contradiction(
-                "train_micro_batch_size_per_gpu",
-                micro,
-                f"a global batch of {config.global_batch} over {world_size} ranks"
-                + (f" in {both['accumulation']} micro steps" if "accumulation" in both else ""),
+        if micro < 1:
+            raise ConfigError(
+                f"ds_config has train_micro_batch_size_per_gpu {micro!r}: give a whole number of at least 1"
             )
+        per_step, both = micro * world_size, {**taken, **given}
+        batch = with_defaults(both)["global_batch"]
+        steps = both.get("grad_accum_steps", max(1, batch // per_step))
+        if per_step * steps != batch:
+            asked = f"a global batch of {batch} over {world_size} ranks"
+            asked += f" in {steps} micro steps" if "grad_accum_steps" in both else ""
+            raise _contradiction("train_micro_batch_size_per_gpu", micro, asked)
+        taken["grad_accum_steps"] = steps
     return taken
 
 
 def complete(ds: Mapping[str, Any], config: TrainConfig, world_size: int) -> dict[str, Any]:
-    """The configuration DeepSpeed is given: `ds` with everything that `config` decides. precision must not be "auto".
+    """Return what DeepSpeed is given: `ds` with everything that `config` decides. precision must not be "auto".
 
     bf16 is DeepSpeed's torch_autocast, not its bf16 block: the block rounds every weight, the time embedding's and the
     modulation's too. With no module named lower-precision safe, gradients are reduced and ZeRO-3's weights gathered
@@ -137,8 +120,8 @@ def complete(ds: Mapping[str, Any], config: TrainConfig, world_size: int) -> dic
     full: dict[str, Any] = copy.deepcopy(dict(ds))
     zero = full.setdefault("zero_optimization", {"stage": 0})
     full["train_batch_size"] = config.global_batch
-    full["gradient_accumulation_steps"] = config.accumulation
-    full["train_micro_batch_size_per_gpu"] = config.global_batch // (world_size * config.accumulation)
+    full["gradient_accumulation_steps"] = config.grad_accum_steps
+    full["train_micro_batch_size_per_gpu"] = config.global_batch // (world_size * config.grad_accum_steps)
     full["gradient_clipping"] = config.clip
     full["zero_allow_untested_optimizer"] = True
     full.setdefault("zero_force_ds_cpu_optimizer", False)  # offloaded states are stepped by our optimiser too
@@ -158,20 +141,19 @@ def complete(ds: Mapping[str, Any], config: TrainConfig, world_size: int) -> dic
 
 def _check_keys(config: Mapping[str, Any]) -> None:
     for key, value in config.items():
+        if key in _REFUSED:
+            raise ConfigError(f"has {key!r} {value!r}, but {_REFUSED[key]}: remove the block")
         if key not in _KNOWN:
             close = difflib.get_close_matches(key, _KNOWN, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "remove it"
             raise ConfigError(f"unknown key {key!r}: {hint}")
-        if key in _REFUSED:
-            raise ConfigError(f"has {key!r} {value!r}, but {_REFUSED[key]}: remove the block")
-        kind, words = _KNOWN[key]
+        kind = _KNOWN[key]
         if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) > (kind is bool):
-            raise ConfigError(f"{key} is {value!r}: give {words}")
+            raise ConfigError(f"{key} is {value!r}: give {_WORDS[kind]}")
     if config.get("log_level", "error") not in _LOG_LEVELS:
         raise ConfigError(f"log_level is {config['log_level']!r}: choose one of {', '.join(_LOG_LEVELS)}")
     for key in ("bf16", "fp16"):
-        block = config.get(key, {})
-        if not isinstance(block, dict) or block.get("enabled"):
+        if (block := config.get(key, {})).get("enabled"):
             raise ConfigError(
                 f"{key} is {block!r}, which would round every weight: remove the block and give --precision bf16, "
                 "which keeps them in fp32"
@@ -179,29 +161,21 @@ def _check_keys(config: Mapping[str, Any]) -> None:
 
 
 def _autocast(ds: Mapping[str, Any]) -> str | None:
-    """What torch_autocast says about `precision`, if anything."""
+    """Return what torch_autocast says about `precision`, if anything."""
     block = ds.get("torch_autocast")
     if block is None:
         return None
-    if not isinstance(block, dict) or block.get("dtype", "bfloat16") not in ("bfloat16", "bf16", "torch.bfloat16"):
+    if block.get("dtype", "bfloat16") not in ("bfloat16", "bf16", "torch.bfloat16"):
         raise ConfigError(f'torch_autocast is {block!r}: give {{"enabled": true, "dtype": "bfloat16"}} or remove it')
     if unknown := block.keys() - {"enabled", "dtype", "lower_precision_safe_modules"}:
         raise ConfigError(f"torch_autocast has an unknown key {min(unknown)!r}: remove it")
-    if "enabled" not in block:
-        return None
-    if not isinstance(block["enabled"], bool):
+    if not isinstance(block.get("enabled", False), bool):
         raise ConfigError(f"torch_autocast has enabled {block['enabled']!r}: give true or false")
-    return "bf16" if block["enabled"] else "fp32"
+    return None if "enabled" not in block else "bf16" if block["enabled"] else "fp32"
 
 
 def _contradiction(key: str, value: Any, argument: str) -> ConfigError:
     return ConfigError(f"ds_config has {key} {value!r}, but {argument}: change one, or remove {key} from the ds_config")
-
-
-def _positive(key: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"ds_config has {key} {value!r}: give a whole number of at least 1")
-    return value
 
 
 def _number(text: str) -> float:

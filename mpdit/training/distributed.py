@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import os
 import re
 import socket
 import threading
 import time
 import warnings
-from collections import defaultdict
 from datetime import timedelta
 from typing import Any
 
@@ -18,7 +16,8 @@ import torch
 
 from mpdit.core.dist_env import DistEnv, choose_accelerator
 from mpdit.core.errors import ConfigError
-from mpdit.training.watchdog import PATIENCE
+from mpdit.training.engine import import_deepspeed
+from mpdit.training.safety.watchdog import PATIENCE
 
 _MEETING_SECONDS = 600.0
 _GRACE_SECONDS = 5.0
@@ -33,8 +32,8 @@ def init_distributed(env: DistEnv, hang_timeout: float = 0, name: str = "") -> t
     Ranks wait for one another for `hang_timeout` seconds, at most ten minutes. A run's `name` keeps ranks apart that
     have come to another run's port.
 
-    ConfigError when several ranks were started and MASTER_ADDR or MASTER_PORT doesn't say where they meet, when the
-    port is taken, and when a rank doesn't come in time.
+    Raises ConfigError when several ranks were started and MASTER_ADDR or MASTER_PORT doesn't say where they meet, when
+    the port is taken, and when a rank doesn't come in time.
     """
     for variable in ("MASTER_ADDR", "MASTER_PORT"):
         if env.size > 1 and variable not in os.environ:
@@ -50,22 +49,14 @@ def init_distributed(env: DistEnv, hang_timeout: float = 0, name: str = "") -> t
     if env.size == 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     else:
-        seconds = min(hang_timeout or _MEETING_SECONDS, _MEETING_SECONDS)
-        store = _meet(env, name, timedelta(seconds=seconds))
+        store = _meet(env, name, timedelta(seconds=min(hang_timeout or _MEETING_SECONDS, _MEETING_SECONDS)))
 
     # DeepSpeed calls it; a newer torch wants another name, which older ones lack.
     warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor.*deprecated", category=FutureWarning)
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-
-    _import_without_compiling()
-    accelerator = get_accelerator()
+    deepspeed = import_deepspeed()
+    accelerator = deepspeed.accelerator.get_accelerator()
     device = torch.device(accelerator.device_name(env.local_rank))
-    if device.type == "cpu":
-        # Shared-memory collectives for inference: compiled at start-up (a minute, with g++), used by nothing here.
-        # DeepSpeed (0.19.8) tries all it could compile when the table is first read, unless there is one.
-        vars(deepspeed.ops).setdefault("__compatible_ops__", defaultdict(bool))["deepspeed_shm_comm"] = False
-    else:
+    if device.type != "cpu":
         accelerator.set_device(env.local_rank)
     backend = accelerator.communication_backend_name()
     if env.size > 1:
@@ -82,18 +73,6 @@ def init_distributed(env: DistEnv, hang_timeout: float = 0, name: str = "") -> t
     return device
 
 
-def _import_without_compiling() -> None:
-    """DeepSpeed compiles its Muon optimiser as it is imported, which loads all of torch's compiler: seconds a rank."""
-    compiler = torch.compile
-    torch.compile = lambda model=None, **_: model or (lambda function: function)  # type: ignore[assignment]
-    try:
-        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
-    except ImportError:  # of another version of DeepSpeed
-        pass
-    finally:
-        torch.compile = compiler
-
-
 def disconnect() -> None:
     """Leave the other ranks, once all are done. Left to Python's end, gloo's threads abort the process at times."""
     torch.distributed.destroy_process_group()
@@ -107,14 +86,21 @@ def extend_timeouts(hang_timeout: float) -> None:
 
 
 def _longest_wait(hang_timeout: float) -> timedelta:
-    """Longer than the watchdog's; where it is off, long enough to debug."""
+    """Return a time longer than the watchdog's; where that is off, one long enough to debug."""
     return timedelta(seconds=max(1800, 2 * PATIENCE * hang_timeout)) if hang_timeout else timedelta(days=7)
 
 
 def _meet(env: DistEnv, name: str, timeout: timedelta) -> Any:
-    """The store that all ranks have come to, which rank 0 keeps at MASTER_ADDR:MASTER_PORT (or torchrun does)."""
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    """Return the store that all ranks have come to, which rank 0 keeps at MASTER_ADDR:MASTER_PORT (or torchrun does).
+
+    What can be found out by a plain socket is found out first, as torch's sockets write warnings of their own.
+    """
+    address, port, seconds = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], timeout.total_seconds()
     place = f"{address}:{port}"
+    taken = (
+        f"{place}, where the ranks are to meet, is in use by another program, perhaps another run on this machine: "
+        f"{_OTHER_PORT}"
+    )
     if not port.isdigit() or not 0 < int(port) < 2**16:
         raise ConfigError(f"MASTER_PORT is {port!r}: give a port from 1 to 65535, as in deepspeed --master_port 29501")
     try:
@@ -124,23 +110,38 @@ def _meet(env: DistEnv, name: str, timeout: timedelta) -> Any:
             f"MASTER_ADDR {address!r} can't be found ({error}): give the name or IP address of rank 0's machine, as in "
             "deepspeed --master_addr"
         ) from error
-    kept_here = env.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    if kept_here and not _is_free(int(port)):
-        raise ConfigError(_taken(place))
-    end = time.monotonic() + timeout.total_seconds()
-    if not kept_here and not _answers(address, int(port), end):
+    if env.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        if not _is_free(int(port)):
+            raise ConfigError(taken)
+    elif not _answers(address, int(port), seconds):
         raise ConfigError(
-            f"there was no answer from {place} (MASTER_ADDR, MASTER_PORT) in {timeout.total_seconds():g} s: was rank 0 "
-            "started there, and is the port open between the machines?"
+            f"there was no answer from {place} (MASTER_ADDR, MASTER_PORT) in {seconds:g} s: was rank 0 started there, "
+            "and is the port open between the machines?"
         )
-    return _store(env, name, place, timeout)
+    result = _join(env, name, timeout)
+    if result is None or _HERE in str(result):
+        raise ConfigError(f"what answers at {place} (MASTER_ADDR, MASTER_PORT) is no rank of this run: {_OTHER_PORT}")
+    if not isinstance(result, Exception):
+        return result
+    reason = " ".join(str(result).split())
+    if "address already in use" in reason.lower():
+        raise ConfigError(taken) from result
+    if came := re.search(r"(\d+)/(\d+) clients joined", reason):
+        raise ConfigError(
+            f"only {came[1]} of {came[2]} ranks came to {place} in {seconds:g} s: did the others start, and can their "
+            "machines reach this address (MASTER_ADDR, MASTER_PORT)?"
+        ) from result
+    raise ConfigError(f"the ranks can't meet at {place} (MASTER_ADDR, MASTER_PORT): {reason[:200]}") from result
 
 
-def _store(env: DistEnv, name: str, place: str, timeout: timedelta) -> Any:
-    """In a thread, since torch waits without end for a server that takes the connection and then says nothing."""
+def _join(env: DistEnv, name: str, timeout: timedelta) -> Any:
+    """Return the store, the error it raised, or None where nothing came of it in time.
+
+    In a thread, since torch (2.13) waits without end for a server that takes the connection and then says nothing.
+    """
     found: list[Any] = []
 
-    def meet() -> None:
+    def join() -> None:
         try:
             store = next(torch.distributed.rendezvous("env://", env.rank, env.size, timeout=timeout))[0]
             store = torch.distributed.PrefixStore(f"mpdit {name}", store)
@@ -152,27 +153,15 @@ def _store(env: DistEnv, name: str, place: str, timeout: timedelta) -> Any:
         except Exception as error:
             found.append(error)
 
-    thread = threading.Thread(target=meet, daemon=True)
+    thread = threading.Thread(target=join, daemon=True)
     thread.start()
     thread.join(timeout.total_seconds() + _GRACE_SECONDS)
-    result = found[0] if found else None
-    if result is None or _HERE in str(result):
-        raise ConfigError(f"what answers at {place} (MASTER_ADDR, MASTER_PORT) is no rank of this run: {_OTHER_PORT}")
-    if not isinstance(result, Exception):
-        return result
-    reason = " ".join(str(result).split())
-    if "address already in use" in reason.lower():
-        raise ConfigError(_taken(place)) from result
-    if came := re.search(r"(\d+)/(\d+) clients joined", reason):
-        raise ConfigError(
-            f"only {came[1]} of {came[2]} ranks came to {place} in {timeout.total_seconds():g} s: did the others "
-            "start, and can their machines reach this address (MASTER_ADDR, MASTER_PORT)?"
-        ) from result
-    raise ConfigError(f"the ranks can't meet at {place} (MASTER_ADDR, MASTER_PORT): {reason[:200]}") from result
+    return found[0] if found else None
 
 
-def _answers(address: str, port: int, end: float) -> bool:
-    """Wait until `end` for a server to be there."""
+def _answers(address: str, port: int, seconds: float) -> bool:
+    """Wait until a server is there, at most so long."""
+    end = time.monotonic() + seconds
     while True:
         try:
             socket.create_connection((address, port), timeout=max(0.1, end - time.monotonic())).close()
@@ -184,7 +173,7 @@ def _answers(address: str, port: int, end: float) -> bool:
 
 
 def _is_free(port: int) -> bool:
-    """Whether a server may listen on it, on all of this machine's addresses as torch's does."""
+    """Whether a server may listen on a port of all of this machine's addresses, as torch's does."""
     dual = socket.has_dualstack_ipv6()
     try:
         family = socket.AF_INET6 if dual else socket.AF_INET
@@ -192,10 +181,3 @@ def _is_free(port: int) -> bool:
     except OSError as error:
         return error.errno != errno.EADDRINUSE  # another reason is torch's to meet
     return True
-
-
-def _taken(place: str) -> str:
-    return (
-        f"{place}, where the ranks are to meet, is in use by another program, perhaps another run on this machine: "
-        f"{_OTHER_PORT}"
-    )

@@ -17,10 +17,11 @@ from mpdit.model.mpdit import MPDiT
 from mpdit.planning import account
 from mpdit.planning.memory import MEMORY_ERROR, Memory
 from mpdit.planning.plan import Plan, plan
-from mpdit.training import checkpoint
+from mpdit.training.checkpoint import resume
+from mpdit.training.checkpoint.format import Checkpoint
 from mpdit.training.engine import check_deepspeed
-from mpdit.training.fitting import gpu_of, request_of
-from mpdit.training.run import Run
+from mpdit.training.oom_advice import gpu_of, request_of
+from mpdit.training.setup import Run
 
 
 def sections(run: Run) -> Iterator[str]:
@@ -40,7 +41,7 @@ def sections(run: Run) -> Iterator[str]:
     planned = plan(run.model, request_of(run, gpu))
     yield _plan(run, planned, meant)
     yield _data(run)
-    resumed = checkpoint.find(run)
+    resumed = resume.find(run)
     step = min(resumed.step if resumed else 0, run.config.steps - 1)
     yield _start(run, resumed)
     yield _batch(run, step)
@@ -122,7 +123,7 @@ def _data(run: Run) -> str:
     return f"data {run.config.data}\n{_indented(rows)}"
 
 
-def _start(run: Run, resumed: checkpoint.Checkpoint | None) -> str:
+def _start(run: Run, resumed: Checkpoint | None) -> str:
     config = run.config
     if resumed is not None:
         left = config.steps - resumed.step
@@ -163,7 +164,9 @@ def _batch(run: Run, step: int) -> str:
 
 def _too_large(run: Run, planned: Plan) -> str:
     whole, again = planned.largest
-    remedy = f"--accumulation for at most {whole} images" if whole else f"--checkpointing, at most {again} images"
+    remedy = f"--activation-checkpointing, at most {again} images"
+    if whole:
+        remedy = f"--grad-accum-steps for at most {whole} images"
     return (
         f"by the plan a step takes {_gib(planned.memory.total)} GiB on each GPU and {planned.request.gpu.name} has "
         f"{_gib(planned.request.gpu.memory)}: give {remedy} a micro step, not {planned.micro_batch}"

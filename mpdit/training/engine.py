@@ -1,24 +1,28 @@
-"""The DeepSpeed engine of a run: model, optimiser, precision."""
+"""The DeepSpeed engine of a run: model, optimiser, precision.
+
+This file and checkpoint/deepspeed_state.py are all that depends on how DeepSpeed works inside (read in 0.19.8).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+import importlib
+from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import pydantic
 import torch
 from torch import Tensor
 
 from mpdit.core.dist_env import choose_accelerator
 from mpdit.core.errors import ConfigError
 from mpdit.model.mpdit import MPDiT
+from mpdit.training.checkpoint.deepspeed_state import check_supported
 from mpdit.training.optimizers import build_optimizer
-from mpdit.training.run import Run
-from mpdit.training.state import Fragment, check_supported, fragments, restore
+from mpdit.training.setup import Run
 
 
 @dataclass(frozen=True)
@@ -28,44 +32,12 @@ class Trainer:
     engine: Any
     optimizer: torch.optim.Optimizer
     device: torch.device
+    skip: Tensor
+    """bool []: the optimiser reads it at each step, on the device, and changes nothing where it is true."""
 
     def set_learning_rate(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-
-    def fragments(self) -> list[Fragment]:
-        """What this rank keeps of weights, moments and average, in place."""
-        return fragments(self.engine, self.optimizer)
-
-    def shapes(self) -> dict[str, list[int]]:
-        """Of every parameter, whole."""
-        return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self.engine.module.named_parameters()}
-
-    def resume(self, files: Mapping[Path, list[str]], steps: int, optimizer_steps: int) -> None:
-        """Continue from a checkpoint's shards, of any number of ranks and ZeRO stage. All ranks must call it."""
-        restore(self.engine, self.optimizer, files, optimizer_steps)
-        engine = self.engine
-        engine.global_steps, engine.micro_steps = steps, steps * engine.gradient_accumulation_steps()
-        engine.global_samples = steps * engine.train_batch_size()
-
-    def gather_ema(self, keep: bool) -> dict[str, Tensor]:
-        """The averaged weights, fp32 on the CPU, under the names of MPDiT.state_dict(); empty unless `keep`.
-
-        All ranks must call it, at any ZeRO stage; one parameter at a time is whole on the device.
-        """
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        self.fragments()  # makes the state, should no step have been taken yet
-        if self.engine.zero_optimization_stage() in (1, 2):
-            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
-        ema = {}
-        for name, param in self.engine.module.named_parameters():
-            full = safe_get_full_optimizer_state(param, "ema") if self.engine.zero_optimization() else None
-            if full is None:
-                full = self.optimizer.state[param]["ema"]
-            if keep:
-                ema[name] = full.detach().to("cpu", torch.float32, copy=True)
-        return ema
 
 
 def build_trainer(run: Run, device: torch.device) -> Trainer:
@@ -84,12 +56,14 @@ def build_trainer(run: Run, device: torch.device) -> Trainer:
         model = MPDiT(run.model)
     if run.initial is not None:
         run.initial.copy_to(model)
-    model.checkpointing = config.checkpointing
-    optimizer = build_optimizer(config, model.parameters(), device, run.ds)
+    model.checkpointing = config.activation_checkpointing
+    skip = torch.zeros((), dtype=torch.bool, device=device)
+    optimizer: Any = build_optimizer(config, model.parameters(), device, run.ds)
+    optimizer.skip = skip
     with _deepspeed_errors(config.ds_config):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=copy.deepcopy(run.ds))
     model.try_attention(torch.bfloat16 if config.precision == "bf16" else torch.float32)
-    return Trainer(engine, optimizer, device)
+    return Trainer(engine, optimizer, device, skip)
 
 
 def check_deepspeed(run: Run, connected: bool = True) -> None:
@@ -110,19 +84,35 @@ def check_deepspeed(run: Run, connected: bool = True) -> None:
 
 @contextmanager
 def _deepspeed_errors(path: str) -> Iterator[None]:
+    import pydantic
     from deepspeed.runtime.config import DeepSpeedConfigError
 
+    kinds = (AssertionError, ValueError, TypeError, KeyError, AttributeError, ImportError, NotImplementedError)
     try:
         yield
-    except (
-        *(DeepSpeedConfigError, AssertionError, ValueError, TypeError, KeyError, AttributeError, ImportError),
-        NotImplementedError,
-    ) as error:
-        raise ConfigError(f"ds_config {path} is refused by DeepSpeed: {_reason(error)}") from error
+    except (DeepSpeedConfigError, *kinds) as error:
+        reason = str(error) or type(error).__name__
+        if isinstance(error, pydantic.ValidationError):
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+        raise ConfigError(f"ds_config {path} is refused by DeepSpeed: {reason}") from error
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, pydantic.ValidationError):
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
-    return str(error) or type(error).__name__
+def import_deepspeed() -> Any:
+    """Import DeepSpeed without what it would compile meanwhile, and return the module."""
+    import deepspeed
+
+    # Its Muon optimiser is wrapped by torch.compile as it is imported, which loads all of torch's compiler: seconds a
+    # rank, for nothing.
+    compiler = torch.compile
+    torch.compile = lambda model=None, **_: model or (lambda function: function)  # type: ignore[assignment]
+    try:
+        with contextlib.suppress(ImportError):  # of another version of DeepSpeed
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        torch.compile = compiler
+    # Shared-memory collectives for inference on CPUs: compiled at start-up (a minute, with g++), used by nothing here.
+    # DeepSpeed tries all it could compile when the table is first read, unless there is one.
+    if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
+        vars(deepspeed.ops).setdefault("__compatible_ops__", defaultdict(bool))["deepspeed_shm_comm"] = False
+    return deepspeed

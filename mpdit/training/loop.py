@@ -1,4 +1,4 @@
-"""The training loop. What a step does stands in `_train`, in the order it happens."""
+"""The training loop: data, forward, loss, backward, optimiser, then log, draw and save, in that order."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
+
 from mpdit.core.dist_env import barrier, set_threads
 from mpdit.core.errors import ConfigError, UserError
 from mpdit.core.files import write_atomically
@@ -17,17 +19,19 @@ from mpdit.data.loaders import make_loader
 from mpdit.data.order import GlobalOrder
 from mpdit.data.posterior import to_latents
 from mpdit.diffusion.flow import flow_loss
-from mpdit.training import checkpoint, ema
-from mpdit.training.agreement import Agreement
+from mpdit.training import export
+from mpdit.training.checkpoint import resume
+from mpdit.training.checkpoint.deepspeed_state import gather_average, restore
+from mpdit.training.checkpoint.format import Checkpoint
+from mpdit.training.checkpoint.save import AsyncCheckpointer
 from mpdit.training.distributed import disconnect, extend_timeouts, init_distributed
-from mpdit.training.engine import Trainer, build_trainer, check_deepspeed
-from mpdit.training.guard import Guard
-from mpdit.training.metrics import MetricsLog, Stopwatch
+from mpdit.training.engine import build_trainer, check_deepspeed
+from mpdit.training.metrics import LossMean, MetricsLog, Stopwatch
 from mpdit.training.profiling import Profiler
-from mpdit.training.run import Run
-from mpdit.training.saver import Saver
-from mpdit.training.stop import StopRequests, reasons
-from mpdit.training.watchdog import PATIENCE, Watchdog
+from mpdit.training.safety.guard import Guard
+from mpdit.training.safety.stop import StopRequests, reasons
+from mpdit.training.safety.watchdog import PATIENCE, Watchdog
+from mpdit.training.setup import Run
 
 
 def train(run: Run, stop: StopRequests) -> str:
@@ -43,77 +47,62 @@ def train(run: Run, stop: StopRequests) -> str:
     Raises UserError for what the user can mend: a configuration DeepSpeed refuses, a checkpoint that doesn't fit, a
     damaged record, too many steps in a row that had to be skipped, a full disk, a GPU whose memory runs out.
     """
-    config = run.config
-    set_threads(run.env)
-    device = init_distributed(run.env, config.hang_timeout, config.out)
+    config, env, manifest = run.config, run.env, run.manifest
+    set_threads(env)
+    device = init_distributed(env, config.hang_timeout, str(run.out))
     check_deepspeed(run)
-    with (
-        _alone(run),
-        Watchdog(config.hang_timeout, run.out / "hang", run.env.rank) as watchdog,
-        Profiler(config.profiling, run.out / "profile", run.env.rank, device, lambda: _what_fits(run)) as profile,
-    ):
-        resumed = checkpoint.find(run)
+    stopped = ""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_sole_owner(run))
+        watchdog = stack.enter_context(Watchdog(config.hang_timeout, run.out / "hang", env.rank))
+        profile = Profiler(config.profiling, run.out / "profile", env.rank, device, lambda: _what_fits(run))
+        stack.enter_context(profile)
+
+        resumed = resume.find(run)
         watchdog.alive("building the model", PATIENCE)
         trainer = build_trainer(run, device)
+        start, plan = 0, run.plan
         if resumed is not None:
-            trainer.resume(resumed.shards, resumed.step, resumed.optimizer_steps)
-        if run.env.rank == 0:
+            restore(trainer.engine, trainer.optimizer, resumed)
+            start = resumed.step
+            plan = replace(plan, start_step=resumed.step, start_position=resumed.position)
+        if env.rank == 0:
             _open_folder(run, resumed)
         stop.hold()
         barrier()
-        with Saver(run, trainer) as saver:
-            stopped = _train(run, trainer, profile, saver, resumed, stop, watchdog)
-            watchdog.alive("saving", PATIENCE)
-    disconnect()
-    if run.env.rank == 0 and not stopped:
-        from mpdit.training.plots import plot_loss  # imported by rank 0, when there is time
 
-        with contextlib.suppress(UserError):  # nothing is left to plot of a finished run whose log was removed
-            plot_loss(run.out / "metrics.jsonl", run.out / "loss.png")
-        print(f"trained {config.steps} steps: {run.out}", flush=True)
-    return stopped
+        saver = stack.enter_context(AsyncCheckpointer(run, trainer))
+        loader = make_loader(
+            run.dataset,
+            GlobalOrder(manifest.num_samples, config.seed),
+            plan,
+            kind=config.loader,
+            start_step=start,
+            stop_step=config.steps,
+            device=device,
+            gpu_stage=config.gpu_stage,
+        )
+        guard = Guard(run, trainer.engine, start, wait_for_save=saver.wait)
+        if resumed is not None:
+            guard.restore(resumed.counters)
+        # Ranks agree between steps over a group of their own: no device is waited for, training's messages are not
+        # mixed with these, and a rank that is gone is noticed within a step, by an error.
+        hosts = torch.distributed.new_group(backend="gloo")
+        extend_timeouts(config.hang_timeout)
+        loss_mean, watch, images = LossMean(device), Stopwatch(), 0
+        stack.enter_context(loader)
+        log = stack.enter_context(MetricsLog(run, start))
 
-
-def _train(
-    run: Run,
-    trainer: Trainer,
-    profile: Profiler,
-    saver: Saver,
-    resumed: checkpoint.Checkpoint | None,
-    stop: StopRequests,
-    watchdog: Watchdog,
-) -> str:
-    config, plan, manifest, device = run.config, run.plan, run.manifest, trainer.device
-    start = 0 if resumed is None else resumed.step
-    if resumed is not None:
-        plan = replace(plan, start_step=resumed.step, start_position=resumed.position)
-    order = GlobalOrder(manifest.num_samples, config.seed)
-    loader = make_loader(
-        run.dataset,
-        order,
-        plan,
-        kind=config.loader,
-        start_step=start,
-        stop_step=config.steps,
-        device=device,
-        gpu_stage=config.gpu_stage,
-    )
-    guard = Guard(run, trainer, start)
-    guard.before_stop = saver.wait
-    if resumed is not None:
-        guard.restore(resumed.counters)
-    agreement = Agreement(run.env)
-    extend_timeouts(config.hang_timeout)
-    watch, images = Stopwatch(), 0
-    with loader, MetricsLog(run, start) as log:
         for step in profile.steps(range(start + 1, config.steps + 1)):
             watchdog.alive(f"step {step}")
-            trainer.set_learning_rate(config.learning_rate(step - 1))
+            lr = config.learning_rate(step - 1)
+            trainer.set_learning_rate(lr)
+            micro_losses = []
             for micro in range(plan.accumulation):
                 with profile.range("data"):
                     batch = next(loader)
                 with profile.range("h2d"):
-                    latents = to_latents(batch, manifest, config.seed, device)
+                    latents = to_latents(batch, manifest, config.seed, device)  # fp32 [b, C, H, W]
                     labels, positions = (x.to(device, non_blocking=True) for x in (batch.labels, batch.positions))
                 with profile.range("forward"):
                     losses = flow_loss(
@@ -124,51 +113,71 @@ def _train(
                         seed=config.seed,
                         config=config.flow,
                         null_class=run.model.null_class,
-                    )
-                    loss = guard.observe(losses, batch)
+                    )  # fp32 [b]
+                    loss = losses.mean()
+                    micro_losses.append(loss.detach())
+                    guard.record(losses, batch)
                 with profile.range("backward"):
                     trainer.engine.backward(loss)
                 with profile.range("optimizer"):
                     if micro == plan.accumulation - 1:
-                        guard.judge(step)
+                        skip = guard.decide(step, micro_losses)
+                        trainer.skip.copy_(skip)
+                        loss_mean.add(micro_losses, skip)
                     trainer.engine.step()
-            guard.settle()
+            guard.flush(unread=1)
             images += config.global_batch
             log.advance()
 
-            *asked, failed, unreadable = agreement.sum([*stop.asked(), saver.failed, run.dataset.met])
+            asked = torch.tensor([*stop.asked(), saver.failed, run.dataset.met], dtype=torch.int64)
+            torch.distributed.all_reduce(asked, group=hosts)
+            *signals, failed, unreadable = asked.tolist()
             run.dataset.check(unreadable)
             if failed:
                 saver.wait()
-            reason = reasons(asked)
+            reason = reasons(signals)
             saving = bool(reason) or _due(step, config.checkpoint_every, config.steps)
             drawing = 0 < config.sample_every <= config.steps and _due(step, config.sample_every, config.steps)
+            samples = plan.position(step)
             # A step that is saved is logged too, so that no half-summed loss has to be saved with it.
             if step == 1 or saving or _due(step, config.log_every, config.steps):
-                guard.drain()
-                loss_mean, speed, samples = guard.take_loss(), images / watch.lap(), plan.position(step)
-                _log(run, guard, log, step, samples, loss_mean, math.nan if profile.take_disturbed() else speed)
+                guard.flush()
+                mean, speed = loss_mean.take(), images / watch.lap()
+                values = {
+                    "loss": mean,
+                    "images_per_second": math.nan if profile.take_disturbed() else round(speed, 2),
+                    "lr": lr,
+                    "grad_norm": guard.norm,
+                    "samples": samples,
+                    "epoch": round(samples / manifest.num_samples, 4),
+                }
+                log.write(step, values | ({"skipped": guard.skipped} if guard.skipped else {}))
                 images = 0
             if drawing:
                 watchdog.alive("drawing samples", PATIENCE)
                 with watch:
-                    _draw(run, trainer, profile, step)
+                    with profile.range("ema"):
+                        average = gather_average(trainer.engine, trainer.optimizer, keep=env.rank == 0)
+                    if env.rank == 0:
+                        with profile.range("sample"):
+                            export.draw_grid(run, average, step, device)
             # Last, so that what a step leaves is there once its checkpoint is.
             if saving:
                 watchdog.alive("saving", PATIENCE)
                 with watch, profile.range("checkpoint"):
-                    saver.save(step, plan.position(step), guard.state())
+                    saver.save(step, samples, guard.state())
             if reason and step < config.steps:
-                return f"stopped by {reason} after step {step}, saved in {run.out}: repeat the command to go on"
-    return ""
+                stopped = f"stopped by {reason} after step {step}, saved in {run.out}: repeat the command to go on"
+                break
+        watchdog.alive("saving", PATIENCE)
+    disconnect()
+    if env.rank == 0 and not stopped:
+        from mpdit.training.plots import plot_loss  # imported by rank 0, when there is time
 
-
-def _draw(run: Run, trainer: Trainer, profile: Profiler, step: int) -> None:
-    with profile.range("ema"):
-        average = trainer.gather_ema(keep=run.env.rank == 0)
-    if run.env.rank == 0:
-        with profile.range("sample"):
-            ema.draw_grid(run, average, step, trainer.device)
+        with contextlib.suppress(UserError):  # nothing is left to plot of a finished run whose log was removed
+            plot_loss(run.out / "metrics.jsonl", run.out / "loss.png")
+        print(f"trained {config.steps} steps: {run.out}", flush=True)
+    return stopped
 
 
 def _due(step: int, every: int, last: int) -> bool:
@@ -176,13 +185,13 @@ def _due(step: int, every: int, last: int) -> bool:
 
 
 def _what_fits(run: Run) -> str:
-    from mpdit.training.fitting import what_fits  # the planner, which few runs need
+    from mpdit.training.oom_advice import what_fits  # the planner, which few runs need
 
     return what_fits(run)
 
 
 @contextlib.contextmanager
-def _alone(run: Run) -> Iterator[None]:
+def _sole_owner(run: Run) -> Iterator[None]:
     """Hold the run's folder: two runs that save into it would destroy each other's checkpoints."""
     with contextlib.ExitStack() as held:
         if run.env.rank == 0:
@@ -196,16 +205,17 @@ def _alone(run: Run) -> Iterator[None]:
         yield
 
 
-def _open_folder(run: Run, resumed: checkpoint.Checkpoint | None) -> None:
+def _open_folder(run: Run, resumed: Checkpoint | None) -> None:
+    """Make the run's folder what this run continues, and say what begins. For rank 0."""
     try:
         # First: a folder with anything else in it, but without this, would be taken for another's.
         write_atomically(run.out / "config.json", json.dumps(run.describe(), indent=2) + "\n")
         (run.out / "checkpoints").mkdir(exist_ok=True)
     except OSError as error:
         raise ConfigError(f"out {run.out} can't be written ({error}): give another --out") from error
-    checkpoint.tidy(run.out, resumed)
-    if resumed is not None and not ema.is_exported(run, resumed):
-        ema.export(run, resumed)
+    resume.tidy(run.out, resumed)
+    if resumed is not None and not export.is_exported(run, resumed):
+        export.export(run, resumed)
     begin = "from the start" if resumed is None else f"from {resumed.folder}"
     config = run.config
     print(
@@ -216,17 +226,3 @@ def _open_folder(run: Run, resumed: checkpoint.Checkpoint | None) -> None:
     )
     if run.initial is not None:
         print("\n".join([f"initial weights: {run.initial.source}", *run.initial.notes]), file=sys.stderr, flush=True)
-
-
-def _log(run: Run, guard: Guard, log: MetricsLog, step: int, samples: int, loss: float, speed: float) -> None:
-    values: dict[str, float | None] = {
-        "loss": loss,
-        "images_per_second": round(speed, 2),
-        "lr": run.config.learning_rate(step - 1),
-        "grad_norm": guard.norm,
-        "samples": samples,
-        "epoch": round(samples / run.manifest.num_samples, 4),
-    }
-    if guard.skipped:
-        values["skipped"] = guard.skipped
-    log.write(step, values)

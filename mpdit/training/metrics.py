@@ -15,11 +15,14 @@ import torch
 from tqdm import tqdm
 
 from mpdit.core.files import write_atomically
-from mpdit.training.run import Run
+from mpdit.training.setup import Run
+
+PACE_STEPS = 20
+"""Steps that are timed before a run says how long it will take. The one before them sets up what they find there."""
 
 
 class LossMean:
-    """Mean loss over ranks and the steps that count, summed on the device in float64 so that no step waits for it."""
+    """Mean loss over ranks and the steps that were taken, summed on the device in fp64 so that no step waits for it."""
 
     def __init__(self, device: torch.device) -> None:
         self._total = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, how many
@@ -32,7 +35,7 @@ class LossMean:
         self._total = torch.where(skip, self._total, torch.stack([total, count + len(losses)]))
 
     def take(self) -> float:
-        """The mean since the last call, NaN if no step counted. Waits for the device and all ranks; all must call."""
+        """Return the mean since the last call, NaN if no step counted. All ranks must call it; waits for the device."""
         total = self._total.clone()
         torch.distributed.all_reduce(total)
         self._total.zero_()
@@ -40,18 +43,14 @@ class LossMean:
         return loss / count if count else math.nan
 
 
-PACE_STEPS = 20
-"""Steps that are timed before a run says how long it will take. The one before them sets up what they find there."""
-
-
 class Stopwatch:
-    """Speed of training alone: time in `pause` (samples, checkpoints) doesn't count."""
+    """Measures training alone: time within the context (samples, checkpoints) doesn't count."""
 
     def __init__(self) -> None:
         self._start = self._paused = time.perf_counter()
 
     def lap(self) -> float:
-        """Seconds since the last lap, pauses left out."""
+        """Return the seconds since the last lap, pauses left out."""
         now = time.perf_counter()
         lap, self._start = now - self._start, now
         return lap
@@ -73,19 +72,40 @@ class MetricsLog:
         self._active = run.env.rank == 0
         if not self._active:
             return
-        path = run.out / "metrics.jsonl"
-        kept = lines_until(path, start_step)
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        path, config = run.out / "metrics.jsonl", run.config
+        kept = keep_lines_until(path, start_step)
         self._elapsed = kept[-1].get("elapsed_seconds", 0.0) if kept else 0.0
         self._began = self._paced = time.monotonic()
-        self._run, self._left, self._taken = run, run.config.steps - start_step, 0
+        self._run, self._left, self._taken = run, config.steps - start_step, 0
         self._file = path.open("a", buffering=1)
-        self._bar = _progress_bar(run, start_step)
-        self._tensorboard = _tensorboard(run.out, start_step) if run.config.tensorboard else None
-        self._wandb = _wandb(run) if run.config.wandb else None
+        # A log file gets a line every half minute, a terminal ten updates a second.
+        terminal = sys.stderr.isatty()
+        self._bar: tqdm[Any] = tqdm(
+            total=config.steps,
+            initial=start_step,
+            desc=run.out.name,
+            unit="step",
+            mininterval=0.1 if terminal else 30,
+            dynamic_ncols=terminal,
+            ncols=None if terminal else 110,
+            ascii=not terminal,
+            disable=not config.progress,
+        )
+        self._tensorboard: Any = None
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge = start_step + 1 if start_step else None
+            self._tensorboard = SummaryWriter(str(run.out / "tensorboard"), purge_step=purge)
+        self._wandb: Any = None
+        if config.wandb:
+            import wandb
+
+            name = run.out.name
+            self._wandb = wandb.init(project="mpdit", name=name, id=name, resume="allow", config=run.describe())
 
     def advance(self) -> None:
-        """One step further on the progress bar. Once, when it has been measured, says how long the run will take."""
+        """Move the progress bar on by a step. Once, when it has been measured, say how long the run will take."""
         if not self._active:
             return
         self._bar.update()
@@ -102,21 +122,21 @@ class MetricsLog:
                 file=sys.stderr,
             )
 
-    def write(self, step: int, values: dict[str, float | None]) -> None:
-        """Log values of a step, counted from 1; what is None is left out, what is not finite is null."""
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Log values of a step, counted from 1; what is not finite is written as null."""
         if not self._active:
             return
         elapsed = self._elapsed + time.monotonic() - self._began
-        known = {name: value for name, value in values.items() if value is not None}
-        record = {"step": step, **known, "elapsed_seconds": round(elapsed, 3)}
+        record = {"step": step, **values, "elapsed_seconds": round(elapsed, 3)}
         finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
         self._file.write(json.dumps(finite) + "\n")
         speed = finite["images_per_second"]
         told = "profiled" if speed is None else f"{speed:.0f} images/s"
         self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {told}")
         if self._tensorboard is not None:
-            for name, value in ((name, value) for name, value in finite.items() if value is not None):
-                self._tensorboard.add_scalar(f"train/{name}", value, step)
+            for name, value in finite.items():
+                if value is not None:
+                    self._tensorboard.add_scalar(f"train/{name}", value, step)
         if self._wandb is not None:
             self._wandb.log(finite, step=step)
 
@@ -135,8 +155,8 @@ class MetricsLog:
                 self._wandb.finish(exit_code=0 if kind is None else 1)
 
 
-def lines_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """The lines, JSON objects with a "step", up to this one's; none where there is no file."""
+def keep_lines_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Cut a file of JSON objects with a "step" after this one's, and return those that stay."""
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
@@ -145,33 +165,5 @@ def lines_until(path: Path, step: int) -> list[dict[str, Any]]:
                 lines.append(line)
         except (ValueError, KeyError, TypeError):
             continue  # cut short when the run was killed, and its step will be logged again; or damaged
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
     return lines
-
-
-def _progress_bar(run: Run, start_step: int) -> tqdm[Any]:
-    # A log file gets a line every half minute, a terminal ten updates a second.
-    terminal = sys.stderr.isatty()
-    bar: tqdm[Any] = tqdm(
-        total=run.config.steps,
-        initial=start_step,
-        desc=run.out.name,
-        unit="step",
-        mininterval=0.1 if terminal else 30,
-        dynamic_ncols=terminal,
-        ncols=None if terminal else 110,
-        ascii=not terminal,
-        disable=not run.config.progress,
-    )
-    return bar
-
-
-def _tensorboard(out: Path, start_step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(out / "tensorboard"), purge_step=start_step + 1 if start_step else None)
-
-
-def _wandb(run: Run) -> Any:
-    import wandb
-
-    return wandb.init(project="mpdit", name=run.out.name, id=run.out.name, resume="allow", config=run.describe())

@@ -33,10 +33,9 @@ from hypothesis import example, given
 
 from mpdit.core.dist_env import DistEnv
 from mpdit.jobs.evaluate.image_sets import open_images
-from mpdit.training import checkpoint
-from mpdit.training.checkpoint import Checkpoint
-from mpdit.training.run import Run, prepare
-from mpdit.training.state import KINDS, read_average
+from mpdit.training.checkpoint import format, resume
+from mpdit.training.checkpoint.format import KINDS, Checkpoint, read_average
+from mpdit.training.setup import Run, prepare
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -59,27 +58,27 @@ def _checkpoints() -> Files:
     run = _run()
     with folder_of({}) as folder:
         for step in (3, 6):
-            partial = checkpoint.partial_folder(Path(), step)
+            partial = format.partial_folder(Path(), step)
             partial.mkdir(parents=True)
             files: dict[str, Any] = {}
             for rank, part in enumerate(_parameter(step).chunk(2)):
-                files |= checkpoint.write_shard(partial, rank, {f"{kind}/a/{3 * rank}": part for kind in KINDS})
+                files |= format.write_shard(partial, rank, {f"{kind}/a/{3 * rank}": part for kind in KINDS})
             name = Path("checkpoints", f"step-{step:08d}")
             fixed = (step, step * 64, step, {}, 2, 2, run.identity, {"a": [2, 3]})
-            checkpoint.commit(partial, Checkpoint(name, *fixed, files))
+            format.commit(partial, Checkpoint(name, *fixed, files))
         return contents(folder)
 
 
 def _found() -> Checkpoint | None:
     with contextlib.redirect_stderr(io.StringIO()) as told:
-        found = checkpoint.find(_run())
+        found = resume.find(_run())
     assert all(line.startswith("warning: passed over: ") for line in told.getvalue().splitlines()), told.getvalue()
     return found
 
 
 def _newest() -> tuple[int, torch.Tensor] | None:
     found = _found()
-    return None if found is None else (found.step, read_average(found.shards, found.shapes)["a"])
+    return None if found is None else (found.step, read_average(found)["a"])
 
 
 def _check_checkpoints(files: Files) -> None:

@@ -1,4 +1,4 @@
-"""A run that hangs ends, and leaves behind what every rank was doing."""
+"""Ends a run that hangs, and leaves behind what every rank was doing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Self
 
 HUNG = 124
@@ -23,7 +23,7 @@ _GRACE_SECONDS = 5.0
 _GRACE_PARTS = 20
 """It is slept in parts, as a time in which the process is suspended is none of it."""
 
-_PACKAGE = str(Path(__file__).parents[1])
+_PACKAGE = str(Path(__file__).parents[2])
 
 
 class Watchdog:
@@ -48,7 +48,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="mpdit-watchdog", daemon=True)
 
     def alive(self, doing: str, patience: float = 1) -> None:
-        """Something was finished, and this is done next, which may take `patience` times the limit."""
+        """Note that something was finished, and this is done next, which may take `patience` times the limit."""
         self._doing = (doing, self._seconds * patience, time.monotonic())
 
     def __enter__(self) -> Self:
@@ -79,8 +79,7 @@ class Watchdog:
                 with contextlib.suppress(OSError):
                     os.write(2, f"rank {self._rank} goes on: {doing} is over\n".encode())
                 armed = 0.0
-                continue
-            if limit != armed or now >= again:  # not each time, as it costs a thread
+            elif limit != armed or now >= again:  # not each time, as it costs a thread
                 armed, again = limit, now + limit / 20
                 faulthandler.dump_traceback_later(1.1 * limit + 2 * _GRACE_SECONDS, exit=True, file=2)
         faulthandler.cancel_dump_traceback_later()
@@ -100,9 +99,8 @@ class Watchdog:
 
     def _report(self, state: tuple[str, float, float]) -> None:
         doing, limit, _ = state
-        where = _place(sys._current_frames().get(self._main or 0))
         path = self._folder / f"rank-{self._rank}.txt"
-        told = f"rank {self._rank} hangs: nothing was finished in {limit:g} s, at {doing}{where}"
+        told = f"rank {self._rank} hangs: nothing was finished in {limit:g} s, at {doing}{self._place()}"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with path.open("w") as file:
@@ -116,14 +114,14 @@ class Watchdog:
         if self._doing is state:
             os.write(2, f"\nerror: {told}; {stacks}\n".encode())
 
-
-def _place(frame: FrameType | None) -> str:
-    """Where our own code is in a stack, innermost first; "" when it isn't."""
-    while frame is not None:
-        code = frame.f_code
-        if code.co_filename.startswith(_PACKAGE):
-            line = linecache.getline(code.co_filename, frame.f_lineno).strip()
-            name = Path(code.co_filename).relative_to(Path(_PACKAGE).parent)
-            return f", {name}:{frame.f_lineno} in {code.co_name}: {line}"
-        frame = frame.f_back
-    return ""
+    def _place(self) -> str:
+        """Say where our own code is in the main thread's stack, innermost first; "" when it isn't."""
+        frame = sys._current_frames().get(self._main or 0)
+        while frame is not None:
+            code = frame.f_code
+            if code.co_filename.startswith(_PACKAGE):
+                line = linecache.getline(code.co_filename, frame.f_lineno).strip()
+                name = Path(code.co_filename).relative_to(Path(_PACKAGE).parent)
+                return f", {name}:{frame.f_lineno} in {code.co_name}: {line}"
+            frame = frame.f_back
+        return ""

@@ -1,4 +1,4 @@
-"""What a run takes of a GPU's memory by the plan, and with which settings it would fit."""
+"""Says with which settings a run whose GPU memory ran out would fit, by the planner."""
 
 from __future__ import annotations
 
@@ -10,42 +10,46 @@ from mpdit_kernels.hardware import GPUS, Gpu, find_gpu
 
 from mpdit.planning.memory import MEMORY_ERROR, memory
 from mpdit.planning.plan import Request, usual_network
-from mpdit.training.run import Run, planned_gpu
+from mpdit.training.setup import Run, planned_gpu
 
 _DEFAULT_GPU = "a100-40gb"
 
 
 def gpu_of(run: Run) -> tuple[Gpu, bool]:
-    """The GPU that is planned for, and whether it was named or is here."""
-    named = planned_gpu(run.config)
+    """Return the GPU that is planned for, and whether it was named or is here."""
+    named = planned_gpu(run.config.plan_gpu)
     if named is None and torch.cuda.is_available():
         named = find_gpu(torch.cuda.get_device_name(run.env.local_rank))
     return named or GPUS[_DEFAULT_GPU], named is not None
 
 
 def request_of(run: Run, gpu: Gpu) -> Request:
-    """The run as the planner is asked about it."""
+    """Return the run as the planner is asked about it."""
     config = run.config
     return Request(
         gpu,
         run.env.size,
         config.global_batch,
         run.zero_stage,
-        config.accumulation,
+        config.grad_accum_steps,
         config.precision,
-        config.checkpointing,
+        config.activation_checkpointing,
         network=usual_network(gpu),
     )
 
 
 def what_fits(run: Run) -> str:
-    """Advice for a run whose GPU memory ran out: what the plan says it takes, and the first settings that fit.
+    """Return what the plan says the run takes, and the first settings that fit.
 
     More micro steps are tried first, then checkpointing, then higher ZeRO stages. As the plan has just been wrong, or
     something else was in the memory, what fits leaves room for the plan's error, and takes less than was predicted for
     this run by as much.
     """
-    gpu = _trained_on(run)
+    gpu, _ = gpu_of(run)
+    if torch.cuda.is_available():  # the one that is here, with the memory it has
+        name = torch.cuda.get_device_name(run.env.local_rank)
+        total = torch.cuda.get_device_properties(run.env.local_rank).total_memory
+        gpu = replace(find_gpu(name) or gpu, name=name, memory=total)
     request = request_of(run, gpu)
     predicted = _bytes(run, request)
     room = min(gpu.memory, predicted) / (1 + MEMORY_ERROR)
@@ -55,22 +59,19 @@ def what_fits(run: Run) -> str:
     )
     for other in _alternatives(request):
         if (needed := _bytes(run, other)) <= room:
-            return f"{planned}: give {_arguments(run, other)}, which takes {needed / 2**30:.2f} GiB"
+            given = []
+            if other.accumulation != request.accumulation:
+                given.append(f"--grad-accum-steps {other.accumulation}")
+            if other.checkpointing != request.checkpointing:
+                given.append("--activation-checkpointing")
+            if other.zero != request.zero:
+                given.append(f"--ds_config launch/zero{other.zero}.json")
+            return f"{planned}: give {' '.join(given)}, which takes {needed / 2**30:.2f} GiB"
     return f"{planned}, and nothing that leaves room fits: use a smaller model, more GPUs, or GPUs with more memory"
 
 
-def _trained_on(run: Run) -> Gpu:
-    """The GPU that is here, with the memory it has; for a machine without one, what was named or the default."""
-    gpu, _ = gpu_of(run)
-    if not torch.cuda.is_available():
-        return gpu
-    name, rank = torch.cuda.get_device_name(run.env.local_rank), run.env.local_rank
-    total = torch.cuda.get_device_properties(rank).total_memory
-    return replace(find_gpu(name) or gpu, name=name, memory=total)
-
-
 def _alternatives(request: Request) -> Iterator[Request]:
-    """The same step split otherwise, cheapest in speed first."""
+    """Yield the same step split otherwise, cheapest in speed first."""
     first, each = request.accumulation or 1, request.images_per_gpu
     for zero in range(request.zero, 4 if request.gpus > 1 else request.zero + 1):
         for checkpointing in (False, True)[request.checkpointing :]:
@@ -81,15 +82,3 @@ def _alternatives(request: Request) -> Iterator[Request]:
 def _bytes(run: Run, request: Request) -> float:
     accumulation = request.accumulation or 1
     return memory(run.model, request.setting(request.images_per_gpu // accumulation, accumulation)).total
-
-
-def _arguments(run: Run, request: Request) -> str:
-    """What differs from the run, as arguments."""
-    given = []
-    if request.accumulation != run.config.accumulation:
-        given.append(f"--accumulation {request.accumulation}")
-    if request.checkpointing != run.config.checkpointing:
-        given.append("--checkpointing")
-    if request.zero != run.zero_stage:
-        given.append(f"--ds_config launch/zero{request.zero}.json")
-    return " ".join(given)

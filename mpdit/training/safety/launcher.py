@@ -1,4 +1,4 @@
-"""The processes that have started a rank: DeepSpeed's launch.py, and the `deepspeed` command above it.
+"""Notices that the processes that started a rank are gone: DeepSpeed's launch.py, and the `deepspeed` command above it.
 
 A SIGTERM to the command ends it and nothing else, a SIGKILL to launch.py too: the ranks would train on, owned by no
 one. So each rank looks whether they are still there.
@@ -6,7 +6,6 @@ one. So each rank looks whether they are still there.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,50 +27,38 @@ class Launcher:
 
     @classmethod
     def find(cls) -> Launcher:
-        """The Python process that started this one with a RANK, and if DeepSpeed did, all up to the command.
+        """Find the Python process that started this one with a RANK, and if DeepSpeed did, all up to the command.
 
         What is above them, a shell or a terminal, may end without the run (`nohup`), and is not looked at.
         """
         parent = os.getppid()
-        if "RANK" not in os.environ or not _command(os.getpid())[0]:  # or there is no /proc
+        if "RANK" not in os.environ or not _command(os.getpid()):  # or there is no /proc
             return cls({})
-        parents = _up_to_launch()
-        if not parents:
-            # A parent outside of this container, 0, can't be looked at.
-            orphaned = parent != 0 and os.environ.keys() >= _MARKS
-            return cls({os.getpid(): parent} if _is_python(parent) else {}, orphaned)
-        launch = next(reversed(parents.values()))
-        above = _parent(launch)
-        if _is_started_here(launch) and not _is_runner(above):
-            return cls(parents, orphaned=True)
-        if _is_python(above):
-            return cls(parents | {launch: above})
-        return cls(parents, orphaned=_is_adopted(launch, above))
+        parents, process = {}, os.getpid()
+        while _LAUNCH not in _command(process):  # a wrapper's may be between
+            above = _parent(process)
+            if above <= 0:  # launch.py is not above. A parent outside of this container, 0, can't be looked at.
+                orphaned = parent != 0 and os.environ.keys() >= _MARKS
+                return cls({os.getpid(): parent} if _is_python(parent) else {}, orphaned)
+            parents[process] = process = above
+        above = _parent(process)
+        return cls(
+            parents | ({process: above} if _is_python(above) else {}),
+            orphaned=_has_command(process) and not _is_runner(above),
+        )
 
     def is_lost(self) -> bool:
         """Whether one of them has ended. Takes some microseconds."""
         return self.orphaned or any(_parent(child) != parent for child, parent in self.parents.items())
 
 
-def _up_to_launch() -> dict[int, int]:
-    """Parents from this process to launch.py, a wrapper's among them; empty when launch.py is not above."""
-    parents: dict[int, int] = {}
-    process = os.getpid()
-    while (parent := _parent(process)) > 0:
-        parents[process] = process = parent
-        if _LAUNCH in _command(process):
-            return parents
-    return {}
-
-
-def _is_started_here(launch: int) -> bool:
+def _has_command(launch: int) -> bool:
     """Whether launch.py has the arguments it gets from a `deepspeed` command on this node, which then waits for it.
 
     pdsh's, on any node, have a --node_rank in between and no --log_level. One that leads its process group was typed.
     """
-    command = _command(launch)
-    given = command[command.index(_LAUNCH) + 1 :] if _LAUNCH in command else []
-    options = [argument.partition("=")[0] for argument in given]
+    words = _command(launch)
+    options = [word.partition("=")[0] for word in words[words.index(_LAUNCH) + 1 :]] if _LAUNCH in words else []
     try:
         typed = os.getpgid(launch) == launch
     except OSError:
@@ -81,22 +68,16 @@ def _is_started_here(launch: int) -> bool:
 
 def _is_runner(process: int) -> bool:
     """Whether it may be the `deepspeed` command, under a profiler or a debugger too."""
-    command = _command(process)
-    return _is_python(process) and (
-        _RUNNER in command or any(Path(argument).name in ("deepspeed", "ds") for argument in command[1:])
-    )
+    words = _command(process)
+    return _is_python(process) and any(w == _RUNNER or Path(w).name in ("deepspeed", "ds") for w in words[1:])
 
 
-def _is_adopted(process: int, parent: int) -> bool:
-    """Whether a process has got another parent than it had: one of another session, which it didn't leave itself."""
-    try:
-        return os.getsid(process) not in (process, os.getsid(parent))
-    except OSError:
-        return False
+def _is_python(process: int) -> bool:
+    return Path(*_command(process)[:1]).name.startswith("python")
 
 
 def _parent(process: int) -> int:
-    """0 when the process is gone."""
+    """Return 0 when the process is gone."""
     if process == os.getpid():
         return os.getppid()
     try:
@@ -106,11 +87,9 @@ def _parent(process: int) -> int:
         return 0
 
 
-def _is_python(process: int) -> bool:
-    return Path(_command(process)[0]).name.startswith("python")
-
-
 def _command(process: int) -> list[str]:
-    with contextlib.suppress(OSError):
+    """Return the words of its command line, none when it is gone."""
+    try:
         return Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    return [""]
+    except OSError:
+        return []

@@ -14,17 +14,15 @@ from mpdit.diffusion.images import save_sample_grid
 from mpdit.diffusion.sampling import sample
 from mpdit.model.mpdit import MPDiT
 from mpdit.model.weights import read_weights, save_weights
-from mpdit.training.checkpoint import Checkpoint
-from mpdit.training.run import Run
-from mpdit.training.state import read_average
+from mpdit.training.checkpoint.format import Checkpoint, read_average
+from mpdit.training.setup import Run
 
-_COLUMNS = 10
-_ROWS = 8
+_COLUMNS, _ROWS = 10, 8
 
 
 def export(run: Run, saved: Checkpoint) -> None:
     """Write OUT/ema, the weights that `mpdit sample` and `mpdit evaluate` read, from a committed checkpoint."""
-    save_weights(run.out / "ema", read_average(saved.shards, saved.shapes), run.model, _metadata(run, saved))
+    save_weights(run.out / "ema", read_average(saved), run.model, _metadata(run, saved))
 
 
 def is_exported(run: Run, saved: Checkpoint) -> bool:
@@ -47,10 +45,10 @@ def _metadata(run: Run, saved: Checkpoint) -> dict[str, Any]:
     return {"data": run.manifest.metadata(), "training": training}
 
 
-def draw_grid(run: Run, ema: dict[str, Tensor], step: int, device: torch.device) -> None:
+def draw_grid(run: Run, average: dict[str, Tensor], step: int, device: torch.device) -> None:
     """Sample OUT/samples/step-*.png, a class a column, from the same noise at every step."""
     model = MPDiT(run.model)
-    model.load_state_dict(ema)
+    model.load_state_dict(average)
     model.to(device)
     columns = min(_COLUMNS, run.manifest.num_classes)
     positions = torch.arange(columns * _ROWS, device=device)

@@ -1,4 +1,4 @@
-"""Saving behind training's back: state is copied at a step boundary, files are written in a thread beside the steps."""
+"""Saves beside training: state is copied at a step boundary, a thread writes and commits it while steps go on."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from torch import Tensor
 from mpdit.core.dist_env import gather
 from mpdit.core.errors import CheckpointError, UserError, of_system
 from mpdit.core.files import sync_to_disk
-from mpdit.training import checkpoint, ema
-from mpdit.training.checkpoint import Checkpoint
+from mpdit.training import export
+from mpdit.training.checkpoint import format
+from mpdit.training.checkpoint.deepspeed_state import fragments, optimizer_steps, parameter_shapes
+from mpdit.training.checkpoint.format import Checkpoint
 from mpdit.training.engine import Trainer
-from mpdit.training.run import Run
-from mpdit.training.state import optimizer_steps, shard
+from mpdit.training.setup import Run
 
 
-class Saver:
+class AsyncCheckpointer:
     """Commits a run's checkpoints and exports its averaged weights, one save at a time.
 
     `save` copies the rank's state into host memory that is kept for the next time (16 bytes a parameter, divided by
@@ -33,6 +34,7 @@ class Saver:
     """
 
     def __init__(self, run: Run, trainer: Trainer) -> None:
+        """All ranks must call it."""
         self._run, self._trainer = run, trainer
         self._group: Any = torch.distributed.new_group(backend="gloo")
         self._memory: dict[str, Tensor] = {}
@@ -51,19 +53,34 @@ class Saver:
         Raises CheckpointError when the save before went wrong.
         """
         self.wait()
-        run, folder = self._run, self._run.out / "checkpoints" / f"step-{step:08d}"
-        tensors = shard(self._trainer.fragments(), self._copied)
-        copied = torch.cuda.Event() if self._trainer.device.type == "cuda" else None
+        run, trainer = self._run, self._trainer
+        tensors = {
+            f"{kind}/{fragment.name}/{fragment.start}": values
+            for fragment in fragments(trainer.engine, trainer.optimizer)
+            for kind, values in fragment.values.items()
+        }
+        tensors = {key: self._copied(key, values) for key, values in tensors.items()}
+        copied = torch.cuda.Event() if trainer.device.type == "cuda" else None
         if copied is not None:
             copied.record()
-        counted, shapes = optimizer_steps(self._trainer.optimizer), self._trainer.shapes()
-        made = (counted, counters, run.env.size, run.zero_stage, run.identity, shapes)
-        work = (Checkpoint(folder, step, position, *made, files={}), tensors, copied)
+        planned = Checkpoint(
+            folder=run.out / "checkpoints" / f"step-{step:08d}",
+            step=step,
+            position=position,
+            optimizer_steps=optimizer_steps(trainer.optimizer),
+            counters=counters,
+            world_size=run.env.size,
+            zero_stage=run.zero_stage,
+            identity=run.identity,
+            shapes=parameter_shapes(trainer.engine),
+            files={},
+        )
+        work = (planned, tensors, copied)
         self._thread = threading.Thread(target=self._work, args=work, name="mpdit-save", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Until the save in progress is committed. Raises CheckpointError, on every rank, when it went wrong."""
+        """Wait until the save in progress is committed. Raises CheckpointError, on every rank, when it went wrong."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -82,6 +99,7 @@ class Saver:
             self._thread.join(timeout=None if issubclass(kind, UserError) else 30)  # another rank may be gone
 
     def _copied(self, key: str, values: Tensor) -> Tensor:
+        """Copy to memory that training leaves alone, kept from one save to the next."""
         memory = self._memory.get(key)
         if memory is None or memory.shape != values.shape:
             pinned = self._trainer.device.type == "cuda"
@@ -89,42 +107,43 @@ class Saver:
         return memory.copy_(values, non_blocking=True)
 
     def _work(self, planned: Checkpoint, tensors: dict[str, Tensor], copied: torch.cuda.Event | None) -> None:
-        partial = checkpoint.partial_folder(self._run.out, planned.step)
+        run, partial = self._run, format.partial_folder(self._run.out, planned.step)
         try:
             files, problem = {}, ""
             try:
                 if copied is not None:
                     copied.synchronize()
                 partial.mkdir(parents=True, exist_ok=True)
-                files = checkpoint.write_shard(partial, self._run.env.rank, tensors)
+                files = format.write_shard(partial, run.env.rank, tensors)
             except Exception as error:  # whatever it is, all ranks are to know
                 problem = f"step {planned.step} could not be saved: {_told(error, partial)}"
             everywhere = gather((files, problem), self._group)
             problem = next((found for _, found in everywhere if found), "")
-            if not problem and self._run.env.rank == 0:
+            if not problem and run.env.rank == 0:
                 whole = replace(planned, files={name: entry for part, _ in everywhere for name, entry in part.items()})
-                problem = self._finish(whole)
+                problem = finish(run, whole)
             problem = gather(problem, self._group)[0] or problem
             if problem:
-                if self._run.env.rank == 0:
+                if run.env.rank == 0:
                     shutil.rmtree(partial, ignore_errors=True)
                 self._problem = CheckpointError(problem)
         except Exception:  # a rank that is gone: told when training comes to wait for the save
             self._problem = RuntimeError(f"saving step {planned.step} failed:\n{traceback.format_exc()}")
 
-    def _finish(self, whole: Checkpoint) -> str:
-        """Commit, then remove old checkpoints and export the average; what went wrong, if anything."""
-        out, said = self._run.out, f"step {whole.step} could not be saved"
-        try:
-            if (out / "metrics.jsonl").exists():
-                sync_to_disk(out / "metrics.jsonl")  # it must not lag behind a checkpoint
-            checkpoint.commit(checkpoint.partial_folder(out, whole.step), whole)
-            said = f"step {whole.step} is saved, but what follows a save went wrong"
-            checkpoint.rotate(out, self._run.config.keep)
-            ema.export(self._run, whole)
-        except Exception as error:
-            return f"{said}: {_told(error, out)}"
-        return ""
+
+def finish(run: Run, whole: Checkpoint) -> str:
+    """Commit, then remove old checkpoints and export the average. Return what went wrong, "" for nothing."""
+    said = f"step {whole.step} could not be saved"
+    try:
+        if (run.out / "metrics.jsonl").exists():
+            sync_to_disk(run.out / "metrics.jsonl")  # it must not lag behind a checkpoint
+        format.commit(format.partial_folder(run.out, whole.step), whole)
+        said = f"step {whole.step} is saved, but what follows a save went wrong"
+        format.rotate(run.out, run.config.keep)
+        export.export(run, whole)
+    except Exception as error:
+        return f"{said}: {_told(error, run.out)}"
+    return ""
 
 
 def _told(error: Exception, place: Path) -> str:

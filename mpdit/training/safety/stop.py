@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
-from mpdit.training.launcher import Launcher
+from mpdit.training.safety.launcher import Launcher
 
 STOPPED = 75
 """Exit code of a run that was stopped and goes on where it was when the command is repeated (EX_TEMPFAIL)."""
@@ -50,16 +50,16 @@ class StopRequests:
         self._lock = threading.Lock()
         self._held = False
         self._before: dict[signal.Signals, Any] = {}
-        self._pipe: tuple[int, int] | None = None
+        self._read, self._write = os.pipe()
         self._thread = threading.Thread(target=self._watch, name="mpdit-stop", daemon=True)
 
     @property
     def held(self) -> bool:
-        """Whether a request waits for a step boundary."""
+        """Whether requests wait for a step boundary: `hold` was called."""
         return self._held
 
     def hold(self) -> None:
-        """From now on requests wait: training begins, or the process is about to end by itself.
+        """Let requests wait from now on: training begins, or the process is about to end by itself.
 
         `wait` is for requests after this.
         """
@@ -68,18 +68,17 @@ class StopRequests:
             self._any.clear()
 
     def asked(self) -> list[int]:
-        """For each of REASONS whether it was noted, 0 or 1: to be summed over ranks."""
+        """Return for each of REASONS whether it was noted, 0 or 1: to be summed over ranks."""
         return [int(reason in self._asked) for reason in REASONS]
 
     def wait(self, seconds: float) -> bool:
-        """Until a request comes, at most so long; whether one has come."""
+        """Wait until a request comes, at most so long; return whether one has come."""
         return self._any.wait(seconds)
 
     def __enter__(self) -> Self:
-        self._pipe = os.pipe()
-        os.set_blocking(self._pipe[1], False)
+        os.set_blocking(self._write, False)
         if threading.current_thread() is threading.main_thread():
-            signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+            signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
             for number in _SIGNALS:
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                     self._before[number] = signal.signal(number, _do_nothing)
@@ -94,17 +93,15 @@ class StopRequests:
             signal.signal(number, signal.SIG_IGN if self._last else handler)
         if self._before:
             signal.set_wakeup_fd(-1)
-        assert self._pipe is not None
-        os.close(self._pipe[1])  # ends the thread
+        os.close(self._write)  # ends the thread
         self._thread.join()
-        os.close(self._pipe[0])
+        os.close(self._read)
 
     def _watch(self) -> None:
-        assert self._pipe is not None
         lost = False
         while True:
-            if select.select([self._pipe[0]], [], [], _LOOK_SECONDS)[0]:
-                received = os.read(self._pipe[0], 64)
+            if select.select([self._read], [], [], _LOOK_SECONDS)[0]:
+                received = os.read(self._read, 64)
                 if not received:
                     return
                 for number in received:
@@ -127,7 +124,7 @@ class StopRequests:
 
 
 def reasons(counts: Sequence[int]) -> str:
-    """What a run is to be stopped by, from the sum of all ranks' `StopRequests.asked`; "" if it is to go on."""
+    """Name what a run is to be stopped by, from the sum of all ranks' `StopRequests.asked`; "" if it is to go on."""
     return " and ".join(reason for reason, count in zip(REASONS, counts, strict=True) if count)
 
 

@@ -1,0 +1,1 @@
+"""Commits, finds, verifies and restores checkpoints."""

@@ -1,0 +1,203 @@
+"""The entry point of training: exit codes, and one line for whatever the user can mend, whichever rank meets it."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import gc
+import io
+import os
+import re
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mpdit.core.dist_env import DistEnv
+from mpdit.core.errors import UserError, of_system, one_line
+from mpdit.training.safety.stop import STOPPED, StopRequests
+
+BAD_INPUT, FAILED = 2, 1
+
+_GRACE_SECONDS = 6
+"""Launchers look after their ranks every second and end them all when one has failed."""
+
+_BROKEN_CONNECTION = re.compile(
+    r"connection (was )?(likely )?(closed|reset|refused)|failed to recv|broken pipe|timed ?out|connectFullMesh|"
+    r"gloo|nccl|socket",
+    re.IGNORECASE,
+)
+"""Matches the error text of a collective whose peer has exited."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `launch/train.py` with these arguments (the command line's by default) and return its exit code.
+
+    0    after training or a dry run
+    1    something went wrong that is no mistake of the user's: another rank is gone, or there is a traceback
+    2    bad input, or something else the user can mend, such as a full disk: one line says what
+    75   a signal, or the loss of the launcher, ended training at a step boundary: the same command goes on from there
+    124  a rank hung (watchdog)
+    130  Ctrl-C was pressed three times: ended at once
+
+    What goes wrong mostly does for every rank alike: rank 0 says so at once, the others wait to be ended by the
+    launcher. One that isn't has met something of its own, a damaged record for example, and says so itself.
+
+    For the command line's arguments a code other than 0 is not returned: the process ends with it.
+    """
+    if arguments is None:
+        atexit.register(gc.freeze)  # or Python searches all that was imported for garbage as it ends: half a second
+    with _output_that_cannot_fail(), StopRequests(last=arguments is None) as stop:
+        code = _run(sys.argv[1:] if arguments is None else arguments, stop)
+    if code and arguments is None:
+        # At once: where other ranks are gone, what libraries do at the end may hang, or abort and change the code.
+        os._exit(code)
+    return code
+
+
+def _run(arguments: Sequence[str], stop: StopRequests) -> int:
+    """Set up and train, or say why not; return the exit code."""
+    env, out = DistEnv(), None
+    try:
+        env = DistEnv.from_environment()
+        with _import_without_gc():
+            from mpdit.training.setup import prepare
+        # Only rank 0 answers --help.
+        with contextlib.redirect_stdout(io.StringIO()) if env.rank else contextlib.nullcontext():
+            run = prepare(arguments, env)
+        if run.config.dry_run:
+            from mpdit.training.dry_run import sections
+
+            for section in sections(run):
+                if env.rank == 0:
+                    print(section, end="\n\n", flush=True)
+            return 0
+        from mpdit.training.loop import train
+
+        out = run.out
+        stopped = train(run, stop)
+        if stopped and env.rank == 0:
+            print(f"\n{stopped}", file=sys.stderr, flush=True)
+        return STOPPED if stopped else 0
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        begun = stop.held  # whether training had
+        stop.hold()
+        if told := _what_to_mend(error, out):
+            if env.rank and stop.wait(_GRACE_SECONDS):
+                return BAD_INPUT  # the launcher has noticed another rank's, most likely the same
+            # Behind rank 0, whose progress bar may stand on the current line.
+            line = f"\nerror: rank {env.rank}: {told}" if env.rank else f"error: {told}"
+            print(line, file=sys.stderr, flush=True)
+            return BAD_INPUT
+        # Most likely another rank is gone and this is the broken connection: let the launcher see that one first.
+        if env.size == 1 or not _BROKEN_CONNECTION.search(str(error)):
+            stop.wait(_GRACE_SECONDS if env.size > 1 else 0)
+            raise
+        # Rank 1 speaks too, since it may be rank 0 that is gone.
+        if (begun and env.rank < 2) or not stop.wait(_GRACE_SECONDS):
+            print(f"\n{_lost_rank(env, error)}", file=sys.stderr, flush=True)
+            stop.wait(_GRACE_SECONDS)
+        return FAILED
+
+
+@contextlib.contextmanager
+def _import_without_gc() -> Iterator[None]:
+    """Keep what torch's import makes out of the garbage collector: looking through it takes half a second."""
+    if fresh := "torch" not in sys.modules:
+        gc.disable()
+    yield
+    if fresh:
+        gc.freeze()
+        gc.enable()
+
+
+def _what_to_mend(error: Exception, out: Path | None) -> str:
+    """Return the line that says what the user can mend, "" for an error that is none of the user's.
+
+    `out` is the folder of a run that has begun; before, `prepare` has said what is wrong.
+    """
+    if isinstance(error, UserError):
+        return one_line(error)
+    if out is None:
+        return ""
+    if isinstance(error, OSError):
+        known = error.errno is not None and not isinstance(error, ConnectionError | TimeoutError)
+        return one_line(of_system(error, out)) if known else ""
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return one_line(
+            f"this machine's memory ran out ({' '.join(str(error).split()) or 'nothing says for what'}): give more "
+            "--grad-accum-steps, or a smaller --global-batch (with another --out, or --force)"
+        )
+    return ""
+
+
+def _lost_rank(env: DistEnv, error: Exception) -> str:
+    # "[.../gloo/transport/tcp/pair.cc:537] Connection closed by peer [10.0.0.1]:44216. This is typically ..."
+    reason = re.sub(r"^\[\S+\] ", "", str(error).strip().splitlines()[-1]).split(". ")[0]
+    return (
+        f"rank {env.rank} ends: another of the {env.size} ranks has ended or can't be reached ({reason[:200]}). "
+        "Its own message, if any, says why; one that was killed, for want of memory for example, leaves none. "
+        "Repeat the command to go on from the newest checkpoint"
+    )
+
+
+@contextlib.contextmanager
+def _output_that_cannot_fail() -> Iterator[None]:
+    """Drop what can't be written to stdout and stderr: a terminal may be closed, a pipe broken, a log's disk full.
+
+    The thread that writes for TensorBoard fails in silence too: its errors are raised again where a value is logged.
+    """
+    before = threading.excepthook
+
+    def report(failed: threading.ExceptHookArgs) -> None:
+        if not (type(failed.thread).__module__.startswith("tensorboard.") and issubclass(failed.exc_type, OSError)):
+            before(failed)
+
+    out, err = _Output(sys.stdout), _Output(sys.stderr)
+    threading.excepthook = report
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            yield
+    finally:
+        threading.excepthook = before
+        for stream in (out, err):
+            # Or Python, at its end, would fail to write what is left, and change the exit code.
+            stream.flush(last=True)
+
+
+class _Output:
+    """A text stream whose writing never fails."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except OSError as error:
+            self._failed(error)
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self, last: bool = False) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._failed(error, last)
+
+    def _failed(self, error: OSError, last: bool = False) -> None:
+        # Of a full disk the next line may be written. Where nobody will read again, neither we nor libraries that print
+        # should try: it goes nowhere from now on.
+        if last or error.errno in (errno.EPIPE, errno.EIO):
+            with contextlib.suppress(OSError, ValueError):  # no file beneath
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)

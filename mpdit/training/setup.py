@@ -1,0 +1,224 @@
+"""Sets a run up: arguments, DeepSpeed configuration, data, model and folder, all checked, nothing written yet."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mpdit_kernels import dispatch
+from mpdit_kernels.hardware import GPUS, Gpu, find_gpu
+
+from mpdit.core.dist_env import DistEnv
+from mpdit.core.errors import CheckpointError, ConfigError, DataError
+from mpdit.data.dataset import LatentDataset
+from mpdit.data.digits import VERSION, build_digits
+from mpdit.data.manifest import DatasetInfo
+from mpdit.data.open import open_latents
+from mpdit.data.order import BatchPlan
+from mpdit.data.quarantine import QUARANTINE_NAME, Quarantine
+from mpdit.model.config import ModelConfig
+from mpdit.training.arguments import parse_arguments
+from mpdit.training.checkpoint.format import committed_folders, committed_manifest, step_of
+from mpdit.training.config import DIGITS, RENAMED, TrainConfig, with_defaults
+from mpdit.training.deepspeed_config import arguments_from, complete, read_ds_config, zero_stage
+from mpdit.training.fingerprint import check_same, fingerprint, short_digest
+from mpdit.training.init_weights import GIVEN_LATER, InitialWeights, load_initial, recorded_digest, weights_digest
+
+FORMAT = "mpdit-run-1"
+
+_BEFORE_A_RUN = {"hang", "profile", ".config.json.partial"}
+"""What an attempt that ended before it was a run may have left in its folder."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a training run is made of."""
+
+    config: TrainConfig
+    """With the precision that "auto" stands for here."""
+    model: ModelConfig
+    ds: dict[str, Any]
+    """DeepSpeed's configuration, complete."""
+    dataset: Quarantine
+    plan: BatchPlan
+    env: DistEnv
+    out: Path
+    identity: dict[str, Any]
+    """What decides the weights, flat, in JSON types; a folder holds only one identity."""
+    initial: InitialWeights | None = None
+    """What a fresh start begins from, other than the seed's weights."""
+
+    @property
+    def manifest(self) -> DatasetInfo:
+        return self.dataset.manifest
+
+    @property
+    def zero_stage(self) -> int:
+        return zero_stage(self.ds)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the run's config.json."""
+        names = {new: old for old, new in RENAMED.items()}  # as the file has always called them
+        settings = {names.get(name, name): value for name, value in self.config.to_dict().items()}
+        return {
+            "format": FORMAT,
+            "identity": self.identity,
+            "training": settings | {"out": str(self.out)},
+            "model": self.model.to_dict(),
+            "data": self.manifest.metadata() | {"num_samples": self.manifest.num_samples},
+            "deepspeed": self.ds,
+            "world_size": self.env.size,
+            "kernels": dispatch.mode(),
+        }
+
+
+def prepare(arguments: Sequence[str], env: DistEnv) -> Run:
+    """Check everything that can be checked without the other ranks; the same outcome on every rank.
+
+    Raises:
+        UserError: naming what is wrong, where, and how to mend it. Nothing has been written then, except that the
+            embedded digits may have been prepared in the user's cache.
+    """
+    try:
+        return _prepare(arguments, env)
+    except OSError as error:  # a name that is too long, a folder that may not be read, ...
+        raise ConfigError(f"{error.filename or 'input'} can't be used: {error.strerror or error}") from error
+
+
+def _prepare(arguments: Sequence[str], env: DistEnv) -> Run:
+    # Settings: what was given, in the arguments and in DeepSpeed's file, then defaults, then what follows from both.
+    given = parse_arguments(arguments)
+    planned_gpus = given.get("plan_gpus", 0) if given.get("dry_run") and env.size == 1 else 0
+    if planned_gpus > 0:  # a dry run of one process stands for the first of so many ranks
+        env = DistEnv(size=planned_gpus, local_size=planned_gpus)
+    ds = read_ds_config(given["ds_config"])
+    given |= arguments_from(ds, given, env.size)
+    settings = with_defaults(given)
+    settings["precision"] = _precision(settings, env)
+    if not given.keys() & {"global_batch", "grad_accum_steps"}:  # a default must not refuse to run on, say, six GPUs
+        settings["global_batch"] = -(-settings["global_batch"] // env.size) * env.size
+    config = TrainConfig(**settings)
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("--wandb needs the wandb package: pip install 'mpdit[wandb]', or leave --wandb out")
+    if config.profile == "none" and (unread := given.keys() & {"profile_steps", "profile_ranks"}):
+        raise ConfigError(f"{min(unread)} is given but nothing is profiled: add --profile torch, or leave it out")
+    config.profiling.check(env.size)
+    try:
+        plan = BatchPlan(config.global_batch, env.size, env.rank, config.grad_accum_steps)
+    except ConfigError as error:
+        why = " (the number of ranks is that of plan_gpus)" if planned_gpus else ""
+        raise ConfigError(f"{error}{why}") from error
+
+    # Data and the model that fits it
+    config.model_config({})  # what is wrong with the model itself is said before the data are read
+    dataset = _open_data(config)
+    manifest = dataset.manifest
+    model = config.model_config({"channels": manifest.channels, "num_classes": manifest.num_classes})
+    manifest.check_model(model)
+
+    # The run's folder: new, or of a run that may be continued
+    identity = fingerprint(config, model, dataset)
+    if config.init_from and not (config.dry_run and config.init_from == GIVEN_LATER):
+        goes_on = config.out and not _is_fresh(config, Path(config.out))
+        # What the weights were when the run began, where that is known.
+        known = recorded_digest(Path(config.out), config.init_from) if goes_on else None
+        identity["init_from"] = known or weights_digest(config.init_from)
+    out = Path(config.out or _default_folder(config, identity))
+    for name, path in (("out", out), ("resume", Path(config.resume))):
+        try:
+            str(path.absolute()).encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"{name} {str(path)!a} is not UTF-8, and safetensors opens no such path: give another"
+            ) from None
+    check_folder(out, identity, config.resume, config.force)
+
+    sound = Quarantine(dataset, config.bad_records, out / QUARANTINE_NAME, identity["data"], write=not config.dry_run)
+    initial = None
+    if "init_from" in identity and _is_fresh(config, out):
+        initial = load_initial(config.init_from, model, manifest)
+    return Run(config, model, complete(ds, config, env.size), sound, plan, env, out, identity, initial)
+
+
+def _is_fresh(config: TrainConfig, out: Path) -> bool:
+    """Whether no checkpoint will be continued, so that initial weights are needed."""
+    return config.resume == "never" or (config.resume == "auto" and not committed_folders(out))
+
+
+def planned_gpu(name: str) -> Gpu | None:
+    """Return the GPU that --plan-gpu names, for a dry run; None for "". Raises ConfigError for one not listed."""
+    gpu = find_gpu(name) if name else None
+    if name and gpu is None:
+        raise ConfigError(f"plan_gpu {name!r} is not one of {', '.join(GPUS)}: choose one of them")
+    return gpu
+
+
+def _precision(settings: Mapping[str, Any], env: DistEnv) -> str:
+    """Return what "auto" stands for on this GPU or the planned one. Raises ConfigError for bf16 on one without."""
+    asked, planned = settings["precision"], planned_gpu(settings["plan_gpu"]) if settings["dry_run"] else None
+    gpu = planned is not None or torch.cuda.is_available()
+    capability = planned.capability if planned else torch.cuda.get_device_capability(env.local_rank) if gpu else (0, 0)
+    supported = capability[0] >= 8
+    if asked == "auto":
+        return "bf16" if supported else "fp32"
+    if asked == "bf16" and gpu and not supported:
+        raise ConfigError("precision is bf16, which this GPU lacks: give --precision fp32")
+    return str(asked)
+
+
+def _open_data(config: TrainConfig) -> LatentDataset:
+    if config.data != DIGITS:
+        classes = config.model_overrides.get("num_classes")
+        scale, normalization = config.data_scale, config.normalization
+        return open_latents(config.data, scale=scale, normalization=normalization, num_classes=classes)
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mpdit", f"digits-{VERSION}")
+    try:
+        return build_digits(folder)
+    except OSError as error:
+        raise DataError(f"the digits can't be prepared in {folder} ({error}): set XDG_CACHE_HOME elsewhere") from error
+    except DataError as error:
+        raise DataError(
+            f"the embedded digits in {folder} are damaged: delete it, it will be made again ({error})"
+        ) from error
+
+
+def _default_folder(config: TrainConfig, identity: Mapping[str, Any]) -> str:
+    """Return a folder of its own for each run that can't continue another's; any ranks and ZeRO stage can."""
+    data = config.data if config.data == DIGITS else Path(config.data).absolute().name
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{data}-{config.model}")
+    return f"runs/{name}-{short_digest(identity)}"
+
+
+def check_folder(out: Path, identity: Mapping[str, Any], resume: str, force: bool = False) -> None:
+    """Raise ConfigError unless `out` is new, empty, or holds a run to be continued: of this identity, or by force."""
+    at = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not at.is_dir() or not os.access(at, os.W_OK | os.X_OK):
+        raise ConfigError(f"out {out} can't be written: {at} is not a folder we may write to; give another --out")
+    if not out.exists() or all(path.name in _BEFORE_A_RUN for path in out.iterdir()):
+        return
+    if resume == "never":
+        raise ConfigError(f"out {out} is not empty and resume is 'never': give another --out, or --resume auto")
+    theirs = _recorded_identity(out)
+    if theirs is None:
+        raise ConfigError(f"out {out} holds files but no run ({out / 'config.json'} can't be read): give another --out")
+    check_same(theirs, identity, f"out {out} holds", force, ConfigError)
+
+
+def _recorded_identity(out: Path) -> dict[str, Any] | None:
+    """Return that of the run in a folder, by its newest checkpoint; config.json's may be of settings forced since."""
+    for folder in (*reversed(committed_folders(out)), None):
+        try:
+            fields = json.loads((out / "config.json").read_bytes() if folder is None else committed_manifest(folder))
+            named = folder is None or fields["step"] == step_of(folder)  # it may be a copy of an older one
+            if named and isinstance(fields["identity"], dict):
+                return dict(fields["identity"])
+        except (CheckpointError, OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+    return None
