@@ -115,25 +115,39 @@ class Job(ABC):
 def begin(job: Job, note: str, content: Mapping[str, Any], check: Callable[[], bool]) -> Iterator[None]:
     """Hold a job's folder: rank 0 locks it and writes down what its parts are of, for which the other ranks wait.
 
+    After a failure without a finished part the folder is as it was before.
+
     note, content: name and contents of that file.
     check: called on the other ranks until it returns that rank 0 has begun, or finished; it raises if the folder is
     another job's.
     """
-    if DistEnv.from_environment().rank:
+    env = DistEnv.from_environment()
+    if env.rank:
         wait_while(lambda: "" if check() else f"rank 0 to begin in {job.out}", _PATIENCE_SECONDS)
         yield
         return
+    made = [path for path in (job.out, *job.out.absolute().parents) if not path.exists()]
     with contextlib.ExitStack() as held:
         with disk(job.out):
-            job.parts_folder.mkdir(parents=True, exist_ok=True)
+            job.out.mkdir(parents=True, exist_ok=True)
             try:
                 held.enter_context(locked(job.out, wait=False))
             except BlockingIOError:
                 raise DataError(
                     f"{job.out} is being written by another process: wait for it, or give another folder"
                 ) from None
-            write_atomically(job.parts_folder / note, json.dumps(content, indent=1) + "\n")
-        yield
+        try:
+            with disk(job.out):
+                job.parts_folder.mkdir(exist_ok=True)
+                write_atomically(job.parts_folder / note, json.dumps(content, indent=1) + "\n")
+            yield
+        except BaseException:
+            if env.size == 1 and not any(job.is_done(part, whole=False) for part in job.parts):
+                shutil.rmtree(job.parts_folder, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    for path in made:
+                        path.rmdir()
+            raise
 
 
 def run_parts(job: Job, *, processes: int = 1, device: str = "auto", label: str) -> bool:
