@@ -17,7 +17,7 @@ from forks import exit_code, in_a_child
 
 from mpdit import cli
 from mpdit.core.errors import ConfigError, DataError, UserError
-from mpdit.data import convert_latents, open_latents, verify
+from mpdit.data import Normalization, convert_latents, open_latents, verify
 from mpdit.data.normalization import PAPER
 
 COUNT = 23
@@ -55,7 +55,7 @@ def test_packed_records_are_those_of_the_source(form: str, tmp_path: Path) -> No
     assert (ours.source["format"], ours.source["path"]) == (form, str(source.path))
     assert "statistics" not in ours.source, "they are of every record now"
     assert [shard.records for shard in ours.shards] == [10, 10, 3]
-    assert verify(tmp_path / "packed").class_counts == (8, 8, 7)
+    assert verify(tmp_path / "packed")["class_counts"] == [8, 8, 7]
 
 
 def test_measured_constants_become_those_of_the_whole(
@@ -130,7 +130,7 @@ def test_verify_reads_every_sample_of_every_format(form: str, tmp_path: Path, ca
     assert f"\nsource: format {form}, latents {factor}, pixels in " in out
     assert "warning" not in out
     whole = convert_latents(path, tmp_path / "packed").manifest.statistics
-    assert verify(path).statistics == whole, "of all samples, though opening measures two"
+    assert Normalization(**verify(path)["statistics"]) == whole, "of all samples, though opening measures two"
 
 
 def test_the_scale_found_is_told(tmp_path: Path, capsys: Any) -> None:

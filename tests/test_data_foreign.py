@@ -337,7 +337,7 @@ DEFECTS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "negative label": (
         "lightningdit",
         lambda p: _replace(p / SHARD, lambda t: t | {"labels": t["labels"] - 9}),
-        r"sample 12 has label -9, outside 0",
+        r"sample 10 has label -8, outside 0",
     ),
     "infinite": (
         "lightningdit",

@@ -1,7 +1,5 @@
 """From moments to latents: the posterior's formula, and draws that belong to a sample's place in the order."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -55,9 +53,9 @@ def test_a_sample_meets_the_same_draws_in_any_batch(manifest, batch):
 def test_seed_and_position_matter(manifest, batch):
     latents = to_latents(batch, manifest, SEED, "cpu")
     assert not torch.equal(to_latents(batch, manifest, SEED + 1, "cpu"), latents)
-    later = dataclasses.replace(batch, positions=batch.positions + 1)
+    later = batch._replace(positions=batch.positions + 1)
     assert not torch.equal(to_latents(later, manifest, SEED, "cpu"), latents)
-    elsewhere = dataclasses.replace(batch, indices=batch.indices + 1, labels=batch.labels + 1)
+    elsewhere = batch._replace(indices=batch.indices + 1, labels=batch.labels + 1)
     assert torch.equal(to_latents(elsewhere, manifest, SEED, "cpu"), latents)
 
 
@@ -65,7 +63,7 @@ def test_one_variant_without_noise_draws_nothing(tmp_path, batch, monkeypatch):
     means = np.random.default_rng(0).normal(size=(4, 3, 4, 5))
     manifest = write_packed(tmp_path, means, np.arange(4), normalization=Normalization((1, 2, 3), (4, 5, 6))).manifest
     monkeypatch.setattr(rng, "bits", None)  # any draw would fail
-    single = dataclasses.replace(batch, moments=batch.moments[:, :1])
+    single = batch._replace(moments=batch.moments[:, :1])
     latents = to_latents(single, manifest, SEED, "cpu")
     constants = torch.tensor([[1.0, 2, 3], [4, 5, 6]])[..., None, None]
     assert torch.equal(latents, (batch.moments[:, 0, :3].float() - constants[0]) / constants[1])

@@ -42,7 +42,7 @@ def test_bad_values_are_refused_by_record(tmp_path, place, value, message):
         with pytest.raises(DataError, match=message):
             writer.add(bad, LABELS)
         assert writer.num_samples == 5
-    assert verify(tmp_path / "data").num_samples == 5  # of the refused batch nothing was written
+    assert verify(tmp_path / "data")["num_samples"] == 5  # of the refused batch nothing was written
 
 
 def test_a_std_of_minus_zero_is_zero(tmp_path):
@@ -120,7 +120,7 @@ def test_two_writers_do_not_meet_in_one_folder(tmp_path):
         with pytest.raises(DataError, match="being written by another process"):
             PackedWriter(tmp_path, SPEC)
         writer.add(make_moments(), LABELS)
-    assert verify(tmp_path).num_samples == 5
+    assert verify(tmp_path)["num_samples"] == 5
 
 
 def test_an_exception_removes_what_was_written(tmp_path):

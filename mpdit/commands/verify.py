@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from mpdit.commands.arguments import whole
 from mpdit.commands.outcome import Outcome
 from mpdit.core.errors import ConfigError
-
-if TYPE_CHECKING:
-    from mpdit.data.verify import VerifyReport
 
 SUMMARY = "check a data set from the first byte to the last"
 DESCRIPTION = (
@@ -67,42 +65,31 @@ def run(args: argparse.Namespace) -> Outcome:
         raise ConfigError(f"--num-classes is {args.num_classes}, but {args.data} is packed: leave it out")
     with tqdm(desc="verifying", total=len(dataset), unit="rec", disable=None, file=sys.stderr, leave=False) as bar:
         report = verify(dataset, progress=lambda done: bar.update(done - bar.n))
-    return Outcome(_text(args.data, report), {"path": str(args.data), **report.to_dict()})
+    return Outcome("\n".join(_lines(args.data, report)), {"path": str(args.data), **report})
 
 
-def _text(data: Path, report: VerifyReport) -> str:
-    where = f"{report.shards} shard(s)" if report.checksums else f"the files of {report.format}"
-    lines = [
-        f"sound: {data}",
-        f"samples: {report.num_samples} in {where}, {report.bytes / 1e6:.1f} MB",
-        f"source: {report.origin}",
-        *_classes(report),
-        f"mean of the channels: {_channels(report.statistics.mean)}; in use {_channels(report.normalization.mean)}",
-        f"std of the channels: {_channels(report.statistics.std)}; in use {_channels(report.normalization.std)}",
-    ]
-    if not report.normalization_suits:
-        lines.append(
+def _lines(data: Path, report: dict[str, Any]) -> Iterator[str]:
+    from mpdit.data.normalization import channels_text
+
+    where = f"{report['shards']} shard(s)" if report["checksums"] else f"the files of {report['format']}"
+    yield f"sound: {data}"
+    yield f"samples: {report['num_samples']} in {where}, {report['bytes'] / 1e6:.1f} MB"
+    yield f"source: {report['origin']}"
+    counts, empty = report["class_counts"], report["empty_classes"]
+    yield f"classes: {len(counts)}, of {min(counts)} to {max(counts)} samples, in the median {report['median_count']:g}"
+    if empty:
+        more = ", ..." if len(empty) > _MOST_LISTED else ""
+        yield f"empty classes: {len(empty)} ({', '.join(map(str, empty[:_MOST_LISTED]))}{more})"
+    ratio = max(counts) / min(count for count in counts if count)
+    if ratio > _IMBALANCED:
+        yield f"imbalanced: {ratio:.1f} times as many samples in the largest class as in the smallest"
+    for name in ("mean", "std"):
+        measured, used = (channels_text(report[which][name]) for which in ("statistics", "normalization"))
+        yield f"{name} of the channels: {measured}; in use {used}"
+    if not report["normalization_suits"]:
+        yield (
             "warning: the normalisation in use does not suit these latents: train with --normalization measured, or "
             "check their scale and encoder"
         )
-    if not report.checksums:
-        lines.append("checksums: the format has none; `mpdit convert` packs the data with them")
-    return "\n".join(lines)
-
-
-def _classes(report: VerifyReport) -> list[str]:
-    fewest, most = min(report.class_counts), max(report.class_counts)
-    lines = [
-        f"classes: {len(report.class_counts)}, of {fewest} to {most} samples, in the median {report.median_count:g}"
-    ]
-    if empty := report.empty_classes:
-        more = ", ..." if len(empty) > _MOST_LISTED else ""
-        lines.append(f"empty classes: {len(empty)} ({', '.join(map(str, empty[:_MOST_LISTED]))}{more})")
-    least = min(count for count in report.class_counts if count)
-    if most > _IMBALANCED * least:
-        lines.append(f"imbalanced: {most / least:.1f} times as many samples in the largest class as in the smallest")
-    return lines
-
-
-def _channels(values: tuple[float, ...]) -> str:
-    return " ".join(f"{value:.4g}" for value in values)
+    if not report["checksums"]:
+        yield "checksums: the format has none; `mpdit convert` packs the data with them"

@@ -8,7 +8,7 @@ from mpdit.data.manifest import DatasetInfo, LatentSpec, Manifest, Normalization
 from mpdit.data.open import open_latents
 from mpdit.data.order import BatchPlan, GlobalOrder
 from mpdit.data.posterior import to_latents
-from mpdit.data.verify import VerifyReport, verify
+from mpdit.data.verify import verify
 from mpdit.data.writer import PackedWriter, write_packed
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "Normalization",
     "PackedLatents",
     "PackedWriter",
-    "VerifyReport",
     "convert_latents",
     "make_loader",
     "open_latents",

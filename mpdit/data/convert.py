@@ -1,8 +1,9 @@
-"""Packing latents that lie in other formats."""
+"""Packs latents that lie in other formats."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,6 @@ import numpy as np
 
 from mpdit.core.errors import ConfigError, DataError
 from mpdit.core.files import readable_bytes
-from mpdit.data.dataset import LatentDataset
 from mpdit.data.latents import PackedLatents
 from mpdit.data.manifest import INDEX_NAME, LatentSpec
 from mpdit.data.normalization import NormalizationMode
@@ -52,7 +52,9 @@ def convert_latents(
             raise ConfigError(f"num_classes is {num_classes}, but {source} is packed with {info.num_classes} classes")
         _check_out(out, len(dataset) * (info.record_bytes + INDEX_DTYPE.itemsize))
         fields = {field.name: getattr(info, field.name) for field in dataclasses.fields(LatentSpec)}
-        fields["source"] = _origin(dataset)
+        if not isinstance(dataset, PackedLatents):  # which says nothing of statistics: they are of every record now
+            stated = {name: value for name, value in info.source.items() if name != "statistics"}
+            fields["source"] = {**stated, "path": str(dataset.path)}
         constants = None if info.normalization == info.statistics else info.normalization
         with PackedWriter(out, LatentSpec(**fields), normalization=constants, shard_records=shard_records) as writer:
             chunk = max(1, _CHUNK_BYTES // info.record_bytes)
@@ -65,20 +67,12 @@ def convert_latents(
     return PackedLatents(out)
 
 
-def _origin(dataset: LatentDataset) -> dict[str, object]:
-    if isinstance(dataset, PackedLatents):
-        return dict(dataset.manifest.source)
-    stated = {name: value for name, value in dataset.manifest.source.items() if name != "statistics"}
-    return {**stated, "path": str(dataset.path)}
-
-
 def _check_out(out: Path, nbytes: int) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out {out} is a file: give a new or empty folder")
-    if out.is_dir():
-        foreign = [path.name for path in out.iterdir() if not _LEFT_BY_A_WRITER.fullmatch(path.name)]
-        if foreign:
-            raise ConfigError(f"out {out} holds {min(foreign)}: give a new or empty folder")
+    held = os.listdir(out) if out.is_dir() else []
+    if foreign := [name for name in held if not _LEFT_BY_A_WRITER.fullmatch(name)]:
+        raise ConfigError(f"out {out} holds {min(foreign)}: give a new or empty folder")
     at = next(path for path in (out, *out.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(at).free
     if free < nbytes:

@@ -1,4 +1,4 @@
-"""The embedded data set: scikit-learn's handwritten digits, packed as latents of 4x16x16.
+"""Makes the embedded data set: scikit-learn's handwritten digits, packed as latents of 4x16x16.
 
 1 797 real images of 8x8 pixels with 17 grey levels (Alpaydin and Kaynak, "Optical recognition of handwritten digits",
 UCI 1998) are enlarged to 32x32 and taken apart into 4 channels of 16x16, one per pixel of each 2x2 square. Unlike a
@@ -27,16 +27,12 @@ _ENLARGED, _FACTOR, _GREY_LEVELS = 4, 2, 16.0
 VERSION = 2
 """Of the embedded data; another version is another data set."""
 
-_SOURCE = {
-    "images": "sklearn.datasets.load_digits",
-    "enlarged": "x4, bicubic, clipped to 0..1",
-    "version": VERSION,
-}
+_SOURCE = {"images": "sklearn.datasets.load_digits", "enlarged": "x4, bicubic, clipped to 0..1", "version": VERSION}
 _DECODER = {"kind": "space_to_depth", "factor": _FACTOR, "range": [0, 1]}
 
 
 def build_digits(path: str | Path) -> PackedLatents:
-    """The digits as a packed data set in the folder `path`, written now unless it is there.
+    """Return the digits as a packed data set in the folder `path`, written now unless it is there.
 
     The folder appears at once and whole, so that several ranks may call this at the same time. The bytes are the same
     each time. Raises DataError when something else is at `path`.
@@ -44,24 +40,24 @@ def build_digits(path: str | Path) -> PackedLatents:
     path = Path(path)
     if not path.exists():
         _write_at_once(path)
-    dataset = PackedLatents.open(path)
+    dataset = PackedLatents(path)
     if (dataset.manifest.kind, dataset.manifest.source) != ("digits", _SOURCE):
         raise DataError(f"{path} holds other data than the digits of this version: delete it, or give another folder")
     return dataset
 
 
 def decode_digits(latents: Tensor) -> Tensor:
-    """Images fp32 [B, 32, 32] in 0..1 of denormalised latents [B, 4, 16, 16]."""
+    """Return images fp32 [B, 32, 32] in 0..1 of denormalised latents [B, 4, 16, 16]."""
     return F.pixel_shuffle(latents.float(), _FACTOR)[:, 0].clamp(0, 1)
 
 
 def reduce_digits(images: Tensor) -> Tensor:
-    """The 64 pixels fp32 [B, 64] of images [B, 32, 32], each the mean of a 4x4 square."""
+    """Return the 64 pixels fp32 [B, 64] of images [B, 32, 32], each the mean of a 4x4 square."""
     return F.avg_pool2d(images[:, None].float(), _ENLARGED).flatten(1)
 
 
 def real_digits() -> tuple[Tensor, Tensor]:
-    """The real set after the same enlargement and reduction: pixels fp32 [1797, 64] in 0..1, labels int64 [1797]."""
+    """Return the real set, enlarged and reduced alike: pixels fp32 [1797, 64] in 0..1, labels int64 [1797]."""
     scanned, labels = _load()
     return reduce_digits(_enlarge(scanned)), torch.from_numpy(labels)
 
@@ -74,7 +70,7 @@ def _load() -> tuple[Tensor, NDArray[np.int64]]:
 
 
 def _enlarge(images: Tensor) -> Tensor:
-    """[N, 8, 8] -> [N, 32, 32], bicubic, in 0..1. It blurs: 4x4 means differ from the input by 0.06 (RMS)."""
+    """Enlarge [N, 8, 8] to [N, 32, 32], bicubic, in 0..1. It blurs: 4x4 means differ from the input by 0.06 (RMS)."""
     return F.interpolate(images[:, None], scale_factor=_ENLARGED, mode="bicubic").clamp(0, 1)[:, 0]
 
 

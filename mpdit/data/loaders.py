@@ -1,4 +1,4 @@
-"""Batches of the global order, read and checked ahead of training: through DALI, or plainly through torch."""
+"""Yields batches of the global order, read and checked ahead of training: through DALI, or plainly through torch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
-from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import numpy as np
 import torch
@@ -30,8 +28,7 @@ _WAITING = 1e-4
 """Seconds a record that a thread may spend waiting; more is a disk's or a network's time, not Python's lock's."""
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """What one rank trains on in one micro step."""
 
     moments: Tensor
@@ -54,9 +51,7 @@ class Loader(Iterator[Batch]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -71,7 +66,7 @@ def make_loader(
     device: torch.device | str = "cpu",
     gpu_stage: bool = False,
 ) -> Loader:
-    """The batches of steps start_step .. stop_step - 1 of this rank, plan.accumulation of them a step.
+    """Return a loader of this rank's batches of steps start_step .. stop_step - 1, plan.accumulation of them a step.
 
     Both kinds yield bitwise the same. Records are read and checked in background threads; an error of theirs
     is raised, as the same DataError, in place of the batch it spoils. Batches lie in host memory (pinned when
@@ -106,7 +101,7 @@ class TorchLoader(Loader):
         self._todo: Iterator[tuple[int, int]] = ((step, micro) for step in steps for micro in range(plan.accumulation))
         self._ahead: deque[Future[Batch]] = deque()
         self._threads = ThreadPoolExecutor(_BATCHES_AHEAD, thread_name_prefix="mpdit-read")
-        self._reading = threading.Semaphore(1)
+        self._may_read = threading.Semaphore(1)
         self._readers = 1
         self._adapting = threading.Lock()
         self._read_ahead(_BATCHES_AHEAD)
@@ -132,31 +127,27 @@ class TorchLoader(Loader):
             self._ahead.append(self._threads.submit(self._read, step, micro))
 
     def _read(self, step: int, micro: int) -> Batch:
-        self._reading.acquire()
-        wall, own = time.perf_counter(), time.thread_time()
+        self._may_read.acquire()
         change = 0
         try:
-            batch = self._read_now(step, micro)
+            wall, own = time.perf_counter(), time.thread_time()
+            positions = self._plan.positions(step, micro)
+            indices = self._order.indices(positions)
+            moments = self._memory.take()
+            _, labels = self._dataset.read(indices, out=moments.numpy())
             waited = time.perf_counter() - wall - (time.thread_time() - own)
-            change = self._adapt(waited > _WAITING * len(batch.labels))
-            return batch
+            change = self._adapt(waited > _WAITING * len(labels))
+            return Batch(moments, *(torch.from_numpy(array) for array in (labels, indices, positions)))
         finally:
             for _ in range(1 + change):
-                self._reading.release()
+                self._may_read.release()
 
     def _adapt(self, waited: bool) -> int:
-        """One thread more that may read, or one less, within limits: the change."""
+        """Let one thread more read, or one less, within limits, and return the change."""
         with self._adapting:
             before, wanted = self._readers, self._readers + (1 if waited else -1)
             self._readers = min(max(wanted, 1), _BATCHES_AHEAD)
             return self._readers - before
-
-    def _read_now(self, step: int, micro: int) -> Batch:
-        positions = self._plan.positions(step, micro)
-        indices = self._order.indices(positions)
-        moments = self._memory.take()
-        _, labels = self._dataset.read(indices, out=moments.numpy())
-        return Batch(moments, *(torch.from_numpy(array) for array in (labels, indices, positions)))
 
 
 class _Memory:
@@ -174,7 +165,7 @@ class _Memory:
         self._lock = threading.Lock()
 
     def take(self) -> Tensor:
-        """fp16 of unspecified values; pinned memory is kept by torch itself."""
+        """Return a tensor fp16 of unspecified values; pinned memory is kept by torch itself."""
         if self._pin_memory:
             return torch.empty(self._shape, dtype=torch.float16, pin_memory=True)
         with self._lock:
@@ -228,14 +219,14 @@ class DaliLoader(Loader):
         # DALI copies what it was given before it asks again: `_copied` lives until then. It asks ahead of the training
         # loop, so an error waits until the batches before it have been handed out.
         try:
-            batch = self._copied = next(self._source)
+            self._copied = next(self._source)
         except StopIteration:
             raise
         except BaseException as error:
             self._error = error
             raise StopIteration from None
         # One sample that is the whole batch: DALI's work for each sample would be most of its time.
-        return tuple(tensor.numpy()[None] for tensor in (batch.moments, batch.labels, batch.indices, batch.positions))
+        return tuple(tensor.numpy()[None] for tensor in self._copied)
 
 
 def _pipeline(source: Any, device: torch.device | None) -> Any:
@@ -252,7 +243,7 @@ def _pipeline(source: Any, device: torch.device | None) -> Any:
     @pipeline_def
     def batches() -> Any:
         # Copied once, into the output; for a GPU into a buffer of DALI's first, as that copy goes on behind our back.
-        tensors = fn.external_source(source=source, num_outputs=len(fields(Batch)), batch=True, no_copy=device is None)
+        tensors = fn.external_source(source=source, num_outputs=len(Batch._fields), batch=True, no_copy=device is None)
         return tuple(tensor.gpu() for tensor in tensors) if device else tuple(tensors)
 
     device_id = torch.cuda.current_device() if device and device.index is None else device and device.index

@@ -58,7 +58,7 @@ class StoredFile:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentSpec:
-    """What the records of a data set are. DataError, naming field and remedy, when the parts don't fit."""
+    """Describes the records of a data set. Raises DataError, naming field and remedy, when the parts don't fit."""
 
     channels: int
     """C of the latents; a record holds 2C planes, posterior means before stds."""
@@ -104,7 +104,7 @@ class LatentSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo(LatentSpec):
-    """What is known of a data set, packed or not: its records, how many, and their statistics."""
+    """Describes a data set, packed or not: its records, how many, and their statistics."""
 
     num_samples: int
     posterior_noise: bool
@@ -133,7 +133,7 @@ class DatasetInfo(LatentSpec):
         return (float(low), float(high)) if all(abs(value) < LARGEST_PIXEL for value in stated) else None
 
     def describe_source(self) -> str:
-        """In one line: where the latents come from, the factor they were divided by, and the encoder's pixels."""
+        """Return, in one line, where the latents come from, their factor, and the encoder's range of pixels."""
         words = [f"{name} {self.source[name]}" for name in ("format", "images", "vae") if self.source.get(name)]
         scale = self.source.get("scale")
         if type(scale) in (int, float):
@@ -144,7 +144,7 @@ class DatasetInfo(LatentSpec):
         return ", ".join(words)
 
     def metadata(self) -> dict[str, Any]:
-        """What a weight file must carry about its data, in JSON types, so that samples can be decoded without it."""
+        """Return, in JSON types, what a weight file must carry about its data to decode samples without it."""
         return {
             "kind": self.kind,
             "class_names": list(self.class_names),
@@ -167,7 +167,7 @@ class DatasetInfo(LatentSpec):
             )
 
     def to_json(self) -> str:
-        """All fields as one JSON object, the same text for the same data, whether its scale was given or found."""
+        """Return all fields as one JSON object, the same for the same data, whether its scale was given or found."""
         source = {name: value for name, value in self.source.items() if name != "scale_origin"}
         return json.dumps(dataclasses.asdict(self) | {"source": source}, indent=1) + "\n"
 

@@ -1,4 +1,4 @@
-"""Opening latents in whichever format a path holds them."""
+"""Opens latents in whichever format a path holds them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def open_latents(
     normalization: NormalizationMode = "auto",
     num_classes: int | None = None,
 ) -> LatentDataset:
-    """The data set at `path`: packed, npy pairs (MPDiT, fast-DiT), EDM2 or REPA, LightningDiT, known by its files.
+    """Open the data set at `path`: packed, npy pairs (MPDiT, fast-DiT), EDM2 or REPA, LightningDiT, known by its files.
 
     scale: what the stored latents of a foreign format were multiplied by, a number or its text; "auto" takes what the
         format has, and measures where it is open (npy pairs).
@@ -38,7 +38,16 @@ def open_latents(
     path = Path(path)
     options = Options(parse_scale(scale), normalization, num_classes)
     if (path / MANIFEST_NAME).is_file():
-        return _open_packed(path, options)
+        if options.scale is not None:
+            raise ConfigError(
+                f"--data-scale is {options.scale:g}, but {path} is packed, and packed latents are multiplied by no "
+                "factor: leave --data-scale out"
+            )
+        dataset = PackedLatents(path)
+        if normalization != "auto":
+            constants = choose_normalization(normalization, dataset.manifest.statistics)
+            dataset.manifest = dataclasses.replace(dataset.manifest, normalization=constants)
+        return dataset
     if folder := find_edm2(path):
         return EDM2Latents(folder, options)
     if find_lightningdit(path):
@@ -51,16 +60,3 @@ def open_latents(
         f"{path} holds no data set: looked for {MANIFEST_NAME} (packed), dataset.json in it, in vae-sd/ or in a .zip "
         "(EDM2, REPA), *.safetensors (LightningDiT) and features/ beside labels/ (MPDiT, fast-DiT); check the path"
     )
-
-
-def _open_packed(path: Path, options: Options) -> PackedLatents:
-    if options.scale is not None:
-        raise ConfigError(
-            f"--data-scale is {options.scale:g}, but {path} is packed, and packed latents are multiplied by no factor: "
-            "leave --data-scale out"
-        )
-    dataset = PackedLatents.open(path)
-    if options.normalization != "auto":
-        constants = choose_normalization(options.normalization, dataset.manifest.statistics)
-        dataset.manifest = dataclasses.replace(dataset.manifest, normalization=constants)
-    return dataset

@@ -1,4 +1,4 @@
-"""Which sample is trained on when: one global order for the whole run, whatever the ranks and batch splits."""
+"""Defines one global order of samples for a whole run, whatever the ranks and batch splits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mpdit.core.errors import ConfigError
 
 
 def permutation(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order of epoch `epoch`: int64 [num_samples], a shuffle of 0 .. num_samples - 1 keyed by (seed, epoch).
+    """Return the order of an epoch: int64 [num_samples], a shuffle of 0 .. num_samples - 1 keyed by (seed, epoch).
 
     Sample i is placed by its own random 32-bit key, ties by i. That depends on nothing but the numbers given, unlike
     the shuffles of numpy and torch, whose streams may change between versions.
@@ -25,7 +25,7 @@ def permutation(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 class GlobalOrder:
-    """Dataset index of every global position.
+    """Maps global positions to indices of a data set.
 
     Position p = 0, 1, 2, ... counts samples over the whole run: epoch p // N, place p % N in that epoch's
     permutation. Epochs run on without dropping a tail, so a batch may straddle two. Any position is reached in
@@ -33,14 +33,12 @@ class GlobalOrder:
     """
 
     def __init__(self, num_samples: int, seed: int) -> None:
-        if num_samples < 1:
-            raise ConfigError(f"num_samples is {num_samples}: an order needs at least one sample")
         self.num_samples = num_samples
         self.seed = seed
         self._permutation = functools.lru_cache(maxsize=2)(functools.partial(permutation, num_samples, seed))
 
     def indices(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Dataset indices int64 [B] of global positions int64 [B]."""
+        """Return dataset indices int64 [B] of global positions int64 [B]."""
         epochs, places = np.divmod(positions, self.num_samples)
         indices = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
@@ -51,7 +49,7 @@ class GlobalOrder:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a global batch is shared out: over ranks, and over the micro steps of gradient accumulation.
+    """Shares a global batch out over ranks, and over the micro steps of gradient accumulation.
 
     Step s, micro step a of rank r takes positions position(s) + (a*W + r)*b + [0, b), with b = G / (W*A): at every
     world size and accumulation a step covers the same G samples. Step `start_step` begins at `start_position`, which is
@@ -66,14 +64,6 @@ class BatchPlan:
     start_position: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("global_batch", "world_size", "accumulation"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}: give a whole number of at least 1")
-        for name in ("start_step", "start_position"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}: give a whole number of at least 0")
-        if not 0 <= self.rank < self.world_size:
-            raise ConfigError(f"rank is {self.rank}: give 0 .. {self.world_size - 1} in a world of {self.world_size}")
         parts = self.world_size * self.accumulation
         if self.global_batch % parts:
             raise ConfigError(
@@ -83,14 +73,14 @@ class BatchPlan:
 
     @property
     def micro_batch(self) -> int:
-        """b, the samples one rank takes in one forward pass."""
+        """The samples b that one rank takes in one forward pass."""
         return self.global_batch // (self.world_size * self.accumulation)
 
     def position(self, step: int) -> int:
-        """Where step `step` begins in the global order: the samples that all ranks took in the steps before it."""
+        """Return where a step begins in the global order: the samples that all ranks took in the steps before it."""
         return self.start_position + (step - self.start_step) * self.global_batch
 
     def positions(self, step: int, micro: int = 0) -> NDArray[np.int64]:
-        """Global positions int64 [b] of this rank in micro step `micro` of step `step`, both counted from 0."""
+        """Return global positions int64 [b] of this rank in micro step `micro` of step `step`, both counted from 0."""
         start = self.position(step) + (micro * self.world_size + self.rank) * self.micro_batch
         return np.arange(start, start + self.micro_batch, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""From stored moments to the latents a model trains on."""
+"""Draws the latents that a model trains on from stored moments."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from torch import Tensor
 
 from mpdit.core import rng
 from mpdit.data.loaders import Batch
-from mpdit.data.manifest import DatasetInfo, Normalization
+from mpdit.data.manifest import DatasetInfo
+from mpdit.data.normalization import Normalization
 
 
 def to_latents(batch: Batch, manifest: DatasetInfo, seed: int, device: torch.device | str) -> Tensor:
-    """Latents fp32 [b, C, H, W], drawn and normalised on `device`.
+    """Return latents fp32 [b, C, H, W], drawn and normalised on `device`.
 
     Of two variants one is chosen by a fair coin; mean + std * noise is drawn from the posterior (the noise is left
     out when the manifest says that every std is zero); (latent - mean) / std normalises per channel. Coin and noise

@@ -1,4 +1,4 @@
-"""Records that can't be read, replaced by their neighbours: a few, the same on every rank, and written down."""
+"""Replaces records that can't be read by their neighbours: a few, the same on every rank, and written down."""
 
 from __future__ import annotations
 
@@ -50,9 +50,11 @@ class Quarantine(LatentDataset):
     def __init__(self, dataset: LatentDataset, limit: int, journal: Path, data: str, *, write: bool = True) -> None:
         self._dataset, self._limit = dataset, limit
         self.path, self.manifest = dataset.path, dataset.manifest
-        self._journal = _Journal(journal, data, len(dataset), write)
-        self._bad = frozenset(self._journal.replaced())
-        self._before, self._met = len(self._bad), 0
+        self._journal, self._data, self._write = journal, data, write
+        self._bad = frozenset(self._replaced())
+        self._before = len(self._bad)
+        self.met = 0
+        """Unreadable records that this rank was the first to meet: `check` wants the sum over ranks."""
         self._lock = threading.Lock()
         if self._before > limit:
             raise DataError(
@@ -65,26 +67,26 @@ class Quarantine(LatentDataset):
     def labels(self) -> NDArray[np.int64]:
         return self._dataset.labels
 
-    @property
-    def met(self) -> int:
-        """Unreadable records that this rank was the first to meet: `check` wants the sum over ranks."""
-        return self._met
-
     def check(self, total: int) -> None:
         """Raise DataError, the same on every rank, when `total`, the sum of `met` over ranks, is beyond the limit.
 
         Reading raises it too, but on one rank, and not before the batch is wanted that is spoilt.
         """
         if self._before + total > self._limit:
-            raise self._too_many(self._journal.last_refused() or f"records of {self.path} can't be read")
+            refused = [entry for entry in self._entries() if entry["replacement"] is None]
+            last = "{file}: sample {sample} {reason}".format_map(refused[-1]) if refused else ""
+            raise self._too_many(last or f"records of {self.path} can't be read")
 
     def read(
         self, indices: NDArray[np.int64], out: NDArray[np.float16] | None = None
     ) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
-        """As `LatentDataset.read`, with unreadable records replaced; DataError for the first beyond the limit."""
+        """Read as `LatentDataset.read`, with unreadable records replaced; DataError for the first beyond the limit."""
         while True:
+            bad = self._bad
+            if bad:
+                indices = np.array([self._next(i, bad) if i in bad else i for i in indices.tolist()], np.int64)
             try:
-                return self._patiently(self._replaced(indices), out)
+                return self._read_patiently(indices, out)
             except RecordError as error:
                 if not self._limit:
                     raise
@@ -93,34 +95,25 @@ class Quarantine(LatentDataset):
     def close(self) -> None:
         self._dataset.close()
 
-    def _patiently(
+    def _read_patiently(
         self, indices: NDArray[np.int64], out: NDArray[np.float16] | None = None
     ) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
-        failures: list[RecordError] = []
-        while True:
+        failure = None
+        for left in reversed(range(_TRIES)):
             try:
                 found = self._dataset.read(indices, out)
                 break
             except RecordError as error:
-                failures.append(error)
-                if len(failures) == _TRIES:
+                if not left:
                     raise
+                failure = error
                 time.sleep(_PAUSE)
-        if failures:
-            _warn(f"{failures[-1]}; read again, it was sound")
+        if failure:
+            _warn(f"{failure}; read again, it was sound")
         return found
 
-    def _replaced(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        bad = self._bad
-        if not bad:
-            return indices
-        indices = indices.copy()
-        for row in np.flatnonzero(np.isin(indices, list(bad))).tolist():
-            indices[row] = self._next(int(indices[row]), bad)
-        return indices
-
     def _next(self, index: int, bad: Iterable[int]) -> int:
-        """The first record after `index` that is not in `bad`."""
+        """Return the first record after `index` that is not in `bad`."""
         for step in range(1, len(self)):
             if (candidate := (index + step) % len(self)) not in bad:
                 return candidate
@@ -128,25 +121,25 @@ class Quarantine(LatentDataset):
 
     def _quarantine(self, error: RecordError) -> None:
         """Replace a record, and those that are found bad on the way to one that is not."""
-        with self._lock, self._journal.locked():
-            bad = self._bad | self._journal.replaced()  # by other ranks
+        with self._lock, self._locked_journal():
+            bad = self._bad | self._replaced()  # by other ranks
             found = {} if error.sample in bad else {error.sample: error}
             while found:
                 if len(bad | found.keys()) > self._limit:
-                    self._met += len(found)  # those before this one were met too, though nothing replaces them
-                    self._journal.append([error], None)
+                    self.met += len(found)  # those before this one were met too, though nothing replaces them
+                    self._append([error], None)
                     raise self._too_many(str(error)) from error
                 replacement = self._next(error.sample, bad | found.keys())
                 try:
-                    self._patiently(np.array([replacement]))
-                    break
+                    self._read_patiently(np.array([replacement]))
                 except RecordError as another:
                     error = found[another.sample] = another
-            if found:
-                self._met += len(found)
-                self._journal.append(found.values(), replacement)
+                    continue
+                self.met += len(found)
+                self._append(found.values(), replacement)
                 for each in found.values():
                     _warn(f"{each}; replaced by sample {replacement}")
+                break
             self._bad = bad | found.keys()
 
     def _too_many(self, what: str) -> DataError:
@@ -155,78 +148,65 @@ class Quarantine(LatentDataset):
             "mend the data, or give a larger --bad-records"
         )
 
-
-class _Journal:
-    """quarantine.jsonl: lines about one data set, beside those about others, appended whole by any rank."""
-
-    def __init__(self, path: Path, data: str, num_samples: int, write: bool) -> None:
-        self._path, self._data, self._num_samples, self._write = path, data, num_samples, write
-
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def _locked_journal(self) -> Iterator[None]:
         """Keep other ranks from appending meanwhile, so that none reports what we are about to."""
         with contextlib.ExitStack() as held:
             try:
                 if self._write:
-                    held.enter_context(locked(self._path))
+                    held.enter_context(locked(self._journal))
             except OSError as error:
                 raise self._unwritable(error) from error
             yield
 
-    def replaced(self) -> set[int]:
-        """The samples that have been replaced."""
+    def _replaced(self) -> set[int]:
         return {entry["sample"] for entry in self._entries() if entry["replacement"] is not None}
 
-    def last_refused(self) -> str:
-        """The record met last that nothing replaced, in words; empty when there is none."""
-        refused = [entry for entry in self._entries() if entry["replacement"] is None]
-        return "{file}: sample {sample} {reason}".format_map(refused[-1]) if refused else ""
+    def _entries(self) -> list[dict[str, Any]]:
+        """Return the journal's lines about this data set, without those that were cut short: they are met again."""
+        entries, samples = [], range(len(self))
+        for line in self._journal_text().splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                entry = json.loads(line)
+                ours = entry["data"] == self._data and entry["sample"] in samples and {"file", "reason"} <= entry.keys()
+                if ours and (entry["replacement"] is None or entry["replacement"] in samples):
+                    entries.append(entry)
+        return entries
 
-    def append(self, errors: Iterable[RecordError], replacement: int | None) -> None:
-        """A line for each record, unless it has the same already. Hold the lock."""
+    def _append(self, errors: Iterable[RecordError], replacement: int | None) -> None:
+        """Append a line for each record, unless the journal has the same already. Hold its lock."""
         if not self._write:
             return
         known = {(entry["sample"], entry["replacement"]) for entry in self._entries()}
-        lines = [
-            {"data": self._data, "sample": error.sample, "file": error.file, "offset": error.offset}
-            | {"reason": error.reason, "replacement": replacement}
+        content = "".join(
+            json.dumps(
+                {"data": self._data, "sample": error.sample, "file": error.file, "offset": error.offset}
+                | {"reason": error.reason, "replacement": replacement}
+            )
+            + "\n"
             for error in errors
             if (error.sample, replacement) not in known
-        ]
-        content = "".join(json.dumps(line) + "\n" for line in lines)
-        if self._text()[-1:] not in ("", "\n"):  # a line that was cut short must not swallow the next
+        )
+        if self._journal_text()[-1:] not in ("", "\n"):  # a line that was cut short must not swallow the next
             content = "\n" + content
         try:
-            with open(self._path, "a", encoding="utf-8") as file:
+            with open(self._journal, "a", encoding="utf-8") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def _entries(self) -> list[dict[str, Any]]:
-        entries = []
-        for line in self._text().splitlines():
-            try:
-                entry = json.loads(line)
-                samples = range(self._num_samples)
-                ours = entry["data"] == self._data and entry["sample"] in samples and {"file", "reason"} <= entry.keys()
-                if ours and (entry["replacement"] is None or entry["replacement"] in samples):
-                    entries.append(entry)
-            except (ValueError, TypeError, KeyError, RecursionError):
-                continue  # cut short: the record will be met again
-        return entries
-
-    def _text(self) -> str:
+    def _journal_text(self) -> str:
         try:
-            return self._path.read_text(encoding="utf-8", errors="replace")
+            return self._journal.read_text(encoding="utf-8", errors="replace")
         except (FileNotFoundError, NotADirectoryError):
             return ""
         except OSError as error:
-            raise DataError(f"{self._path} can't be read ({error.strerror}): mend or remove it") from error
+            raise DataError(f"{self._journal} can't be read ({error.strerror}): mend or remove it") from error
 
     def _unwritable(self, error: OSError) -> DataError:
-        return DataError(f"{self._path} can't be written ({error}): a record that can't be read must be noted there")
+        return DataError(f"{self._journal} can't be written ({error}): a record that can't be read must be noted there")
 
 
 def _warn(message: str) -> None:

@@ -1,4 +1,4 @@
-"""What is the same for every foreign format: checked reading in threads, and statistics of a sample of the data."""
+"""Reads what is the same in every foreign format: checked records, in threads, and statistics of a sample of them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from mpdit.core.errors import ConfigError, DataError, RecordError
 from mpdit.data.dataset import LatentDataset
-from mpdit.data.manifest import ORIGINAL, ORIGINAL_AND_FLIPPED, DatasetInfo, Normalization
-from mpdit.data.normalization import NormalizationMode, choose_normalization, suits
-from mpdit.data.records import VALUE_DTYPE, ChannelStatistics, find_defect
+from mpdit.data.manifest import ORIGINAL, ORIGINAL_AND_FLIPPED, DatasetInfo
+from mpdit.data.normalization import Normalization, NormalizationMode, choose_normalization, suits
+from mpdit.data.records import VALUE_DTYPE, ChannelStatistics, find_bad_label, find_defect
 from mpdit.model.vae import DECODER_KIND, SIGNED, PixelRange
 
 STATISTICS_SAMPLES = 1024
@@ -42,7 +42,7 @@ class Options:
 
 
 def parse_scale(value: str | float) -> float | None:
-    """A factor given as text or number, None for "auto". ConfigError unless it is finite and above zero."""
+    """Return a factor given as text or number, None for "auto". ConfigError unless it is finite and above zero."""
     if value == "auto":
         return None
     try:
@@ -68,11 +68,12 @@ class ForeignLatents(LatentDataset):
 
     format: ClassVar[str]
     """As its users call it."""
+    _scale_origin: ClassVar[str] = "as the format has it"
+    """How the factor is known where none is given."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.scale = 1.0
-        """What stored latents are divided by as they are read."""
+        self._scale = 1.0  # what stored latents are divided by as they are read
         self._known_labels: NDArray[np.int64] | None = None
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="mpdit-files")
 
@@ -85,8 +86,7 @@ class ForeignLatents(LatentDataset):
     @property
     def digest(self) -> str:
         sample, contents = self._sampled
-        labels = self._read_labels(sample) if self._known_labels is None else self._known_labels[sample]
-        return hashlib.sha256(contents + labels.tobytes()).hexdigest()
+        return hashlib.sha256(contents + self._labels_of(sample).tobytes()).hexdigest()
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
@@ -96,31 +96,26 @@ class ForeignLatents(LatentDataset):
     ) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
         moments = np.empty((len(indices), *self.manifest.record_shape), VALUE_DTYPE) if out is None else out
         self._read_moments(indices, moments)
-        if self._known_labels is None:
-            return moments, self._read_labels(indices)
-        return moments, self._known_labels[indices]
+        return moments, self._labels_of(indices)
 
     @abstractmethod
     def _stored(self, index: int) -> NDArray[Any]:
-        """What is stored of a sample: [V, C, H, W], or [V, 2C, H, W] where stds follow the means."""
+        """Read what is stored of a sample: [V, C, H, W], or [V, 2C, H, W] where stds follow the means."""
 
     @abstractmethod
     def _where(self, index: int) -> str:
-        """The file a sample lies in, and where in the file."""
+        """Return the file a sample lies in, and where in the file."""
 
     def _read_labels(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Labels int64 [B] of samples, for a format that doesn't know them all from the start."""
+        """Read labels int64 [B] of samples, in a format that doesn't know them all from the start."""
         raise NotImplementedError
 
     def _scale_of(self, stored: Normalization) -> float:
-        """The factor in latents whose statistics as they are stored these are, where none is given."""
+        """Return the factor in latents whose statistics as they are stored these are, where none is given."""
         return 1.0
 
-    _scale_origin: ClassVar[str] = "as the format has it"
-    """How the factor is known where none is given."""
-
     def _pixel_range(self, measured: Normalization) -> PixelRange:
-        """What black and white were to the encoder."""
+        """Return what black and white were to the encoder."""
         return SIGNED
 
     def _describe(
@@ -145,10 +140,10 @@ class ForeignLatents(LatentDataset):
         channels = planes // 2 if posterior_noise else planes
         sample = np.unique(np.linspace(0, num_samples - 1, min(num_samples, STATISTICS_SAMPLES)).astype(np.int64))
         record_shape = (variants, 2 * channels, height, width)
-        self.scale = options.scale or 1.0
+        self._scale = options.scale or 1.0
         measured = self._measure(sample, record_shape)
         if options.scale is None and (scale := self._scale_of(measured)) != 1:
-            self.scale = scale
+            self._scale = scale
             measured = self._measure(sample, record_shape)
         whole = len(sample) == num_samples
         self.manifest = DatasetInfo(
@@ -159,7 +154,7 @@ class ForeignLatents(LatentDataset):
             variants=ORIGINAL if variants == 1 else ORIGINAL_AND_FLIPPED,
             source={
                 "format": self.format,
-                "scale": self.scale,
+                "scale": self._scale,
                 "scale_origin": self._scale_origin if options.scale is None else "given",
                 "statistics": "of every sample" if whole else f"of {len(sample)} samples, evenly spread",
                 **(source or {}),
@@ -172,7 +167,7 @@ class ForeignLatents(LatentDataset):
         )
 
     def _measure(self, sample: NDArray[np.int64], record_shape: tuple[int, ...]) -> Normalization:
-        """Statistics of these samples, whose contents are kept in mind for `digest`."""
+        """Return the statistics of these samples, whose contents are kept in mind for `digest`."""
         statistics, digest = ChannelStatistics(record_shape[1] // 2), hashlib.sha256()
         for start in range(0, len(sample), _STATISTICS_BATCH):
             indices = sample[start : start + _STATISTICS_BATCH]
@@ -189,7 +184,7 @@ class ForeignLatents(LatentDataset):
                 return choose_normalization(mode, measured)
             except DataError as error:
                 raise DataError(f"{self.path}: {error}") from None
-        constants = Normalization(*(tuple(v / self.scale for v in values) for values in (own.mean, own.std)))
+        constants = Normalization(*(tuple(v / self._scale for v in values) for values in (own.mean, own.std)))
         if not suits(constants, measured):
             raise DataError(
                 f"{self.path}: the constants that come with the latents ({own}) don't suit them (measured: "
@@ -197,30 +192,25 @@ class ForeignLatents(LatentDataset):
             )
         return constants
 
+    def _labels_of(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self._read_labels(indices) if self._known_labels is None else self._known_labels[indices]
+
     def _read_moments(self, indices: NDArray[np.int64], moments: NDArray[np.float16]) -> None:
-        def fill(rows: slice) -> None:
-            with np.errstate(over="ignore", invalid="ignore"):
-                for record, index in zip(moments[rows], indices[rows].tolist(), strict=True):
-                    try:
-                        self._fill(record, index)
-                    except DataError as error:
-                        raise self._of_record(error, index) from error
+        self._for_each(indices, lambda row, index: self._fill(moments[row], index))
+        if defect := find_defect(moments):
+            index, what = int(indices[defect[0]]), defect[1]
+            beyond = "infinite" in what and np.isfinite(self._stored(index)).all()
+            raise self._error(index, "holds a value beyond fp16's 65504" if beyond else what)
 
-        self._in_threads(fill, len(indices))
-        defect = find_defect(moments)
-        if defect:
-            row, what = defect
-            beyond = "infinite" in what and np.isfinite(self._stored(int(indices[row]))).all()
-            raise self._error(int(indices[row]), "holds a value beyond fp16's 65504" if beyond else what)
-
+    @np.errstate(over="ignore", invalid="ignore")  # find_defect tells what becomes infinite
     def _fill(self, record: NDArray[np.float16], index: int) -> None:
-        """One record fp16 [V, 2C, H, W] from what is stored of a sample."""
+        """Fill a record fp16 [V, 2C, H, W] from what is stored of a sample."""
         values = self._stored(index)
         if values.shape != self._stored_shape:
             raise self._error(index, f"has shape {values.shape[1:]}, the first sample {self._stored_shape[1:]}")
         values = values.astype(np.result_type(values.dtype, np.float32))
-        if self.scale != 1:
-            values /= self.scale
+        if self._scale != 1:
+            values /= self._scale
         planes = values.shape[1]
         if values.dtype == np.float32:  # torch's cast is several times faster than numpy's, and rounds the same
             torch.from_numpy(record[:, :planes]).copy_(torch.from_numpy(values))
@@ -228,14 +218,31 @@ class ForeignLatents(LatentDataset):
             record[:, :planes] = values
         record[:, planes:] = 0
 
-    def _in_threads(self, function: Callable[[slice], None], count: int) -> None:
-        """Call `function` for parts of 0 .. count - 1; of several errors, the first part's is raised."""
+    def _for_each(self, indices: NDArray[np.int64], function: Callable[[int, int], None]) -> None:
+        """Call function(row, index) for each of the indices, in threads; of several errors, the first row's is raised.
+
+        What a call finds wrong is raised as an error of that sample.
+        """
+
+        def work(rows: range) -> None:
+            for row, index in zip(rows, indices[rows.start : rows.stop].tolist(), strict=True):
+                try:
+                    function(row, index)
+                except RecordError:
+                    raise
+                except DataError as error:
+                    message = f"{error} (sample {index})"
+                    raise RecordError(
+                        message, sample=index, file=self._where(index), offset=None, reason=str(error)
+                    ) from error
+
+        count = len(indices)
         step = max(_LEAST_PER_THREAD, -(-count // _THREADS))
-        parts = [slice(start, min(start + step, count)) for start in range(0, count, step)]
+        parts = [range(start, min(start + step, count)) for start in range(0, count, step)]
         if len(parts) == 1:
-            function(parts[0])
+            work(parts[0])
             return
-        futures = [self._threads.submit(function, part) for part in parts]
+        futures = [self._threads.submit(work, part) for part in parts]
         wait(futures)
         for future in futures:
             future.result()
@@ -244,22 +251,10 @@ class ForeignLatents(LatentDataset):
         message = f"{self._where(index)} (sample {index}) {what}: mend or remove it"
         return RecordError(message, sample=index, file=self._where(index), offset=None, reason=what)
 
-    def _of_record(self, error: DataError, index: int) -> RecordError:
-        """What was found wrong while a sample was read, as an error of that sample."""
-        if isinstance(error, RecordError):
-            return error
-        message = f"{error} (sample {index})"
-        return RecordError(message, sample=index, file=self._where(index), offset=None, reason=str(error))
-
 
 def count_classes(path: Path, labels: NDArray[np.int64], given: int | None) -> int:
-    """One more than the highest label, or what is given; DataError for a label outside."""
-    lowest, highest = int(labels.min()), int(labels.max())
-    num_classes = highest + 1 if given is None else given
-    if lowest < 0 or highest >= num_classes:
-        outside = lowest if lowest < 0 else highest
-        raise DataError(
-            f"{path}: sample {int(np.argmax(labels == outside))} has label {outside}, outside 0 .. {num_classes - 1}: "
-            "mend the label" + ("" if given is None else " or raise num_classes")
-        )
+    """Return one more than the highest label, or what is given. Raises DataError for a label outside."""
+    num_classes = max(1, int(labels.max()) + 1) if given is None else given
+    if bad := find_bad_label(labels, num_classes):
+        raise DataError(f"{path}: sample {bad[0]} {bad[1]}: mend the label or raise num_classes")
     return num_classes

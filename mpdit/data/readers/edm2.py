@@ -6,6 +6,7 @@ import json
 import os
 import zipfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -52,9 +53,10 @@ class EDM2Latents(ForeignLatents):
 
     def __init__(self, path: Path, options: Options) -> None:
         super().__init__(path)
-        self._files: _Folder | _Zip = _Zip(path) if path.is_file() else _Folder(path)
-        listed = _parse_labels(path, self._files.read(LABELS_NAME))
-        _check_names(path, [name for name, _ in listed], self._files.npy_names())
+        self._zip = _Zip(path) if path.is_file() else None
+        listed = _parse_labels(path, self._read(LABELS_NAME))
+        present = self._zip.names() if self._zip else _files_below(path)
+        _check_names(path, [name for name, _ in listed], {name for name in present if _is_npy(name)})
         self._names = np.array([os.fsencode(name) for name, _ in listed])  # of fixed width: far smaller than str
         self._known_labels = np.array([label for _, label in listed], np.int64)
         num_classes = count_classes(path / LABELS_NAME, self._known_labels, options.num_classes)
@@ -62,10 +64,14 @@ class EDM2Latents(ForeignLatents):
 
     def close(self) -> None:
         super().close()
-        self._files.close()
+        if self._zip:
+            self._zip.close()
+
+    def _read(self, name: str) -> bytes:
+        return self._zip.read(name) if self._zip else read_file(os.path.join(self.path, name))
 
     def _stored(self, index: int) -> NDArray[Any]:
-        values = parse_npy(self._files.read(os.fsdecode(self._names[index])), self._where(index))
+        values = parse_npy(self._read(os.fsdecode(self._names[index])), self._where(index))
         if values.ndim == 4 and len(values) == 1:
             values = values[0]
         if values.ndim != 3 or values.dtype.kind != "f":
@@ -79,24 +85,6 @@ class EDM2Latents(ForeignLatents):
         if len(measured.mean) != len(_BRIGHTNESS):
             return SIGNED
         return UNIT if float(_BRIGHTNESS @ np.array(measured.mean)) > _BRIGHT else SIGNED
-
-
-class _Folder:
-    """The files of a folder, read by their names in it."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def npy_names(self) -> set[str]:
-        inside = len(os.path.join(self._path, ""))
-        walk = os.walk(self._path)
-        return {os.path.join(at, name)[inside:] for at, _, names in walk for name in names if _is_npy(name)}
-
-    def read(self, name: str) -> bytes:
-        return read_file(os.path.join(self._path, name))
-
-    def close(self) -> None:
-        """Nothing stays open."""
 
 
 class _Zip:
@@ -116,8 +104,8 @@ class _Zip:
         self._table = np.array([(m.header_offset, m.compress_size, m.CRC) for _, m in members], np.int64).reshape(-1, 3)
         self._file = OpenFile(path)
 
-    def npy_names(self) -> set[str]:
-        return {name for name in map(os.fsdecode, self._names.tolist()) if _is_npy(name)}
+    def names(self) -> Iterator[str]:
+        return map(os.fsdecode, self._names.tolist())
 
     def read(self, name: str) -> bytes:
         row = int(np.searchsorted(self._names, os.fsencode(name)))
@@ -138,6 +126,13 @@ class _Zip:
         self._file.close()
 
 
+def _files_below(folder: Path) -> Iterator[str]:
+    """Yield the names of all files, relative to the folder."""
+    start = len(os.path.join(folder, ""))
+    for at, _, names in os.walk(folder):
+        yield from (os.path.join(at, name)[start:] for name in names)
+
+
 def _is_npy(name: str) -> bool:
     return name.endswith(".npy") and not os.path.basename(name).startswith(".")
 
@@ -153,12 +148,10 @@ def _parse_labels(path: Path, content: bytes) -> list[tuple[str, int]]:
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{where} lists no labels ({rows!r:.40}): encode images that have classes")
     for row in rows:
-        match row:
-            case [str(), bool()]:
-                pass
-            case [str(), int(label)] if -(1 << 31) <= label < 1 << 31:
-                continue
-        raise DataError(f"{where}: entry {row!r:.80} is not [name, class] with a whole number for the class: mend it")
+        if not (isinstance(row, list) and list(map(type, row)) == [str, int] and -(1 << 31) <= row[1] < 1 << 31):
+            raise DataError(
+                f"{where}: entry {row!r:.80} is not [name, class] with a whole number for the class: mend it"
+            )
     if not any(_is_npy(name) for name, _ in rows):
         raise DataError(f"{path} holds images ({rows[0][0]!r:.80}), not latents: encode them with `mpdit extract`")
     return [(name, label) for name, label in rows]

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from mpdit.core.errors import DataError
 from mpdit.data.normalization import Normalization
 from mpdit.data.readers.base import ForeignLatents, Options, count_classes
-from mpdit.data.records import find_bad_label
 
 SD_SCALE = 0.18215
 """The factor of Stable Diffusion's VAE, by which fast-DiT multiplies and MPDiT does not."""
@@ -72,12 +71,11 @@ class NpyPairs(ForeignLatents):
         super().__init__(features)
         self._label_folder = labels
         self._names = _paired_names(features, labels)
-        if options.num_classes is None:
-            self._known_labels = self._scan_labels(np.arange(len(self._names)))
-            self._num_classes = count_classes(labels, self._known_labels, None)
-        else:
-            self._num_classes = options.num_classes
-        self._describe(len(self._names), options, num_classes=self._num_classes)
+        self._num_classes = num_classes = options.num_classes
+        if num_classes is None:
+            self._known_labels = self._read_labels(np.arange(len(self._names)))
+            num_classes = count_classes(labels, self._known_labels, None)
+        self._describe(len(self._names), options, num_classes=num_classes)
 
     def _stored(self, index: int) -> NDArray[Any]:
         values = parse_npy(read_file(self._path(index)), self._where(index))
@@ -94,25 +92,17 @@ class NpyPairs(ForeignLatents):
         return os.path.join(folder or self.path, os.fsdecode(self._names[index]))
 
     def _read_labels(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        labels = self._scan_labels(indices)
-        if bad := find_bad_label(labels, self._num_classes):
-            index = int(indices[bad[0]])
-            file = self._path(index, self._label_folder)
-            raise self._of_record(DataError(f"{file} {bad[1]}: mend it or raise num_classes"), index)
-        return labels
-
-    def _scan_labels(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         labels = np.empty(len(indices), np.int64)
 
-        def fill(rows: slice) -> None:
-            for row in range(rows.start, rows.stop):
-                index = int(indices[row])
-                try:
-                    labels[row] = _read_label(self._path(index, self._label_folder))
-                except DataError as error:
-                    raise self._of_record(error, index) from error
+        def read(row: int, index: int) -> None:
+            path = self._path(index, self._label_folder)
+            labels[row] = label = _read_label(path)
+            if self._num_classes is not None and not 0 <= label < self._num_classes:
+                raise DataError(
+                    f"{path} has label {label}, outside 0 .. {self._num_classes - 1}: mend it or raise num_classes"
+                )
 
-        self._in_threads(fill, len(indices))
+        self._for_each(indices, read)
         return labels
 
     def _scale_of(self, stored: Normalization) -> float:
