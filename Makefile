@@ -74,8 +74,8 @@ gpu:  ## on a machine with a GPU: prove the kernels there, then tune and time th
 	  find tests/kernels -name 'test_*.py' ! -name test_gpu.py ! -name "$$drawn" | sort; } | \
 		timeout -k 5 $(GPU_TEST_SECONDS) xargs -P 8 -n 1 $(PYTHON) -m pytest -q -m "not slow" -p no:cacheprovider || \
 		{ failed=1; echo "error: a test failed, or the tests took more than $(GPU_TEST_SECONDS) seconds" >&2; }; \
-	timeout -k 5 220 $(PYTHON) -m mpdit_kernels.tune --minutes 3.4 || failed=1; \
-	timeout -k 5 85 $(PYTHON) -m mpdit_kernels.backends --measure --minutes 1 || failed=1; \
+	timeout -k 5 220 $(PYTHON) -m tools.tune --minutes 3.4 || failed=1; \
+	timeout -k 5 85 $(PYTHON) -m tools.tune --attention --minutes 1 || failed=1; \
 	exit $$failed
 
 bench: $(INSTALLED)  ## time everything: small sizes on a CPU (minutes), real ones on a GPU (long: see bench-gpu)

@@ -12,8 +12,9 @@ from harness import Built, Case, Team
 from setting import Setting
 from torch import Tensor
 
-from mpdit.model.blocks import Block, Stream
 from mpdit.model.config import ModelConfig
+from mpdit.model.layers import ResidualStream
+from mpdit.model.mpdit import Block
 from mpdit.model.presets import PRESETS
 from mpdit.planning import account
 
@@ -49,7 +50,7 @@ class State:
     prefix: int
 
     def run(self) -> Tensor:
-        return self.block(Stream.of([self.x], self.prefix), self.condition).settle()
+        return self.block(ResidualStream(self.x, self.prefix), self.condition).sum()
 
     def double(self) -> State:
         block = Block(self.x.shape[-1], self.block.attention.heads, 4.0).to(self.x.device).double()

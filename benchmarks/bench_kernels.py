@@ -12,19 +12,18 @@ from typing import Any
 
 import torch
 import zoo
-from harness import Built, Case, Team, Unavailable
-from mpdit_kernels import cases as kernels
-from mpdit_kernels import launch, search
-from mpdit_kernels.adamw_ema import opponents
-from mpdit_kernels.timing import CpuClock, GpuClock
-from mpdit_kernels.tune import TINY
+from harness import Built, Case, Team
+from mpdit_kernels import launch
 from setting import Setting
+from tools import cases as kernels
+from tools import measure
+from tools.timing import CpuClock, GpuClock
 from torch import Tensor
 
 
 def cases(setting: Setting) -> Iterator[Case]:
-    shapes = kernels.SHAPES if setting.on_gpu else TINY
-    for case in kernels.all_cases(shapes, composed=True):
+    shapes = kernels.SHAPES if setting.on_gpu else kernels.TINY
+    for case in kernels.all_cases(shapes):
         for direction, cost in (("forward", case.forward), ("backward", case.backward)):
             if cost is not None:
                 team = kernel_team(case, direction, cost, setting)
@@ -39,28 +38,28 @@ def test_kernels(duel: Callable[[], None]) -> None:
 class State:
     """Inputs for one bracket of calls, and what the gate needs to draw the same ones again."""
 
-    bench: search.Bench
+    bench: measure.Bench
     sets: list[Sequence[Any]]
     seed: int = 0
     gradients: list[Tensor] | None = None
 
 
 def kernel_team(case: kernels.Case, direction: str, cost: kernels.Cost, setting: Setting) -> Team:
-    calls = search.forwards if direction == "forward" else search.backwards
+    calls = measure.forwards if direction == "forward" else measure.backwards
 
     def make() -> State:
         clock, dtype = (GpuClock(), torch.bfloat16) if setting.on_gpu else (CpuClock(), torch.float32)
-        bench = search.Bench(clock, setting.device, dtype, torch.compile)
+        bench = measure.Bench(clock, setting.device, dtype, torch.compile)
         return State(bench, bench.input_sets(case))
 
     def exact(state: State) -> list[Tensor]:
-        found, state.gradients = search.results(case, state.bench, "reference", state.seed, widen=True)
+        found, state.gradients = measure.results(case, state.bench, "reference", state.seed, widen=True)
         return [x for x in found if x is not None]
 
     def outputs(mode: str, state: State, call: Callable[..., Any] | None = None) -> list[Tensor]:
         with launch.picks() as picked:
-            found, _ = search.results(case, state.bench, mode, state.seed, state.gradients, call=call)
-        if mode == "triton" and not picked and search.picks_of(case, state.bench.dtype):
+            found, _ = measure.results(case, state.bench, mode, state.seed, state.gradients, call=call)
+        if mode == "triton" and not picked and measure.picks_of(case, state.bench.dtype):
             raise RuntimeError("the call took its reference, not its kernels")
         return [x for x in found if x is not None]
 
@@ -72,17 +71,9 @@ def kernel_team(case: kernels.Case, direction: str, cost: kernels.Cost, setting:
             zoo.tried(way, lambda: [run() for run in calls(mode, call, state.sets[:1])])
         return Built(partial(calls, mode, call, state.sets), partial(outputs, mode, state, call))
 
-    def other(name: str, state: State) -> Built:
-        if reason := opponents.left_out(setting.device).get(name):
-            raise Unavailable(f"{name} is left out: {reason}")
-        steps = [opponents.opponents(setting.device)[name](inputs) for inputs in state.sets]
-        return Built(partial(list, steps))
-
     ways: dict[str, Any] = {way: partial(build, way) for way in ("ours", "eager", "compile")}
     if not setting.on_gpu:
         del ways["compile"]  # minutes, for shapes that nobody uses
-    elif case.opponents:
-        ways |= {f"{name}, fused": partial(other, name) for name in opponents.MODULES}
     return Team(
         ways,
         make,

@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from mpdit_kernels.search import out_of_memory
-from mpdit_kernels.timing import Clock, CpuClock, GpuClock, Prepare, WallClock, turns
+from tools.timing import Clock, CpuClock, GpuClock, Prepare, WallClock, out_of_memory, turns
 from torch import Tensor
 
 OURS = "ours"
@@ -43,7 +42,7 @@ class Built:
     """A contender that is ready to run.
 
     Attributes:
-        prepare: returns the calls to time; see mpdit_kernels.timing.
+        prepare: returns the calls to time; see tools.timing.
         outputs: what its team's gate judges, computed anew.
         check: a gate of its own instead: {"same": bool} or {"error": x, "allowed": y}.
     """
@@ -132,7 +131,7 @@ class Duel:
     """Runs one case.
 
     Attributes:
-        clock, rounds, seconds, least: see mpdit_kernels.timing.turns.
+        clock, rounds, seconds, least: see tools.timing.turns.
         quick: build, judge and call once, without timing.
         until: time.monotonic() after which no further contender is built.
     """

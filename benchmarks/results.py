@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from harness import OURS, Case, Outcome
-from mpdit_kernels.command import write_atomically
 from mpdit_kernels.hardware import find_gpu
-from mpdit_kernels.timing import Times
+from tools.timing import Times
 
+from mpdit.core.files import write_atomically
 from mpdit.report.results import PARTS
 
 SAME = ("gpu", "cpu", "threads", "torch", "triton", "python", "driver", "power limit", "highest sm clock")
@@ -142,6 +142,7 @@ def save(folder: Path, new: Json) -> Path:
         path = folder / f"{info['date']}-{name}{'' if count == 1 else f'-{count}'}.json"
         old = json.loads(path.read_text()) if path.exists() else None
         if old is None or _same(old["mpdit"], info):
+            path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(merge(old, new), indent=1) + "\n")
             return path
     raise RuntimeError(f"{folder} holds 99 files of {info['date']}-{name}: remove some")

@@ -12,8 +12,8 @@ import pytest
 import pytest_benchmark
 import setting as settings
 from harness import NO_TIME, OURS, Case, Duel, Outcome, clocks, release
-from mpdit_kernels import timing
 from results import Journal, peaks, skip
+from tools import timing
 
 from mpdit.report.results import FORMAT, PARTS
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from mpdit_kernels import timing
 from peers import PEERS, check_checkout
+from tools import timing
 
 from mpdit.model.presets import PRESETS
 

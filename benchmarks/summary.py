@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mpdit_kernels.command import aligned
-
+from mpdit.core.table import aligned
 from mpdit.report.results import RATES
 
 Row = dict[str, Any]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from harness import Unavailable
 from mpdit_kernels.dispatch import use
-from mpdit_kernels.search import out_of_memory
 from setting import Setting
+from tools.timing import out_of_memory
 from torch import Tensor, nn
 
 import mpdit

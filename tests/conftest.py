@@ -17,6 +17,7 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 sys.path.insert(0, str(Path(__file__).parent))  # helper modules beside the tests, such as goldens.py
+sys.path.append(str(Path(__file__).parents[1] / "kernels"))  # the kernels' tools, which are not installed
 
 torch.set_num_threads(1)
 

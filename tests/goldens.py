@@ -29,8 +29,8 @@ class Golden:
     def group(self, prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(f"{prefix}/"): v for k, v in self.tensors.items() if k.startswith(f"{prefix}/")}
 
-    def model(self, shortcuts: bool = True) -> mpdit.MPDiT:
-        return mpdit.from_official(self.group("param"), num_heads=HEADS).use_shortcuts(shortcuts)
+    def model(self, fusions: bool = True) -> mpdit.MPDiT:
+        return mpdit.from_official(self.group("param"), num_heads=HEADS).use_exact_fusions(fusions)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -49,14 +49,14 @@ class Fault(NamedTuple):
 M, K, T = "mpdit/", "kernels/mpdit_kernels/", "mpdit/training/"
 FAULTS = tuple(Fault(*row) for row in (
     # model
-    (M + "model/blocks.py", "the modulation's shift and scale are swapped", "shift1, scale1, gate1, shift2",
+    (M + "model/mpdit.py", "the modulation's shift and scale are swapped", "shift1, scale1, gate1, shift2",
      "scale1, shift1, gate1, shift2", "test_model_goldens.py -k guided"),
-    (M + "model/embed.py", "positions are transposed", "torch.cat([column, row], dim=2)",
+    (M + "model/layers.py", "positions are transposed", "torch.cat([column, row], dim=2)",
      "torch.cat([row, column], dim=2)", "test_model_goldens.py -k guided"),
-    (M + "model/layout.py", "latents of several sizes come back in another order",
+    (M + "model/packed.py", "latents of several sizes come back in another order",
      "return [found[i] for i in range(len(found))]", "return list(found.values())",
      "test_model_mixed.py -k 'ablation and apart'"),
-    (M + "model/time.py", "a cast to bf16 narrows the table of frequencies", "bits < torch.finfo(value.dtype).bits",
+    (M + "model/layers.py", "a cast to bf16 narrows the table of frequencies", "bits < torch.finfo(value.dtype).bits",
      "bits > torch.finfo(value.dtype).bits", "test_model.py -k cast"),
     (M + "model/transition.py", "the composed skip loses the embedding's bias",
      "linear(self.embed_bias, self.linear_weight, self.linear_bias)", "self.linear_bias",
@@ -196,7 +196,7 @@ FAULTS = tuple(Fault(*row) for row in (
     (M + "planning/memory.py", "ZeRO-3 shards no weights", "(part if zero == 3 else whole) + WORD",
      "whole + WORD", "planning/test_memory.py -k shards"),
     (M + "planning/account.py", "attention is one product of two", "0, count * 2 * tokens**2 * width",
-     "0, count * tokens**2 * width", "planning/test_account.py -k without_shortcuts"),
+     "0, count * tokens**2 * width", "planning/test_account.py -k without_fusions"),
     (M + "planning/time.py", "the average costs no memory traffic", "OPTIMIZER_BYTES = 36",
      "OPTIMIZER_BYTES = 28", "planning/test_plan.py -k products"),
     (M + "planning/plan.py", "the last epoch is cut short", "math.ceil(self.request.epochs",

@@ -8,7 +8,7 @@ from goldens import NAMES, Golden, relative_error
 
 import mpdit
 from mpdit.core.errors import CheckpointError
-from mpdit.model.embed import sincos_position
+from mpdit.model.layers import sincos_position
 from mpdit.model.official import official_names
 
 

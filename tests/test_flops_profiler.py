@@ -24,11 +24,9 @@ HIDDEN = {"modulation", "final modulation", "attention", "MLP", "expand", "skip"
 later, and never sees these calls."""
 
 
-def counted(
-    config: ModelConfig, prepare: Callable[[], None] = lambda: None, shortcuts: bool = False
-) -> tuple[int, int]:
+def counted(config: ModelConfig, prepare: Callable[[], None] = lambda: None, fusions: bool = False) -> tuple[int, int]:
     """(MACs of a forward pass of BATCH images, parameters) as DeepSpeed's profiler has them."""
-    model = mpdit.MPDiT(config).use_shortcuts(shortcuts)
+    model = mpdit.MPDiT(config).use_exact_fusions(fusions)
     x, t = torch.randn(BATCH, config.channels, config.input_size, config.input_size), torch.rand(BATCH)
     classes = torch.zeros(BATCH, dtype=torch.long)
     with dispatch.use("reference"), use_attention("sdpa_math"), torch.no_grad():
@@ -74,7 +72,7 @@ def test_it_agrees_on_all_that_it_is_shown(name: str, show: Callable[[], None]) 
 @pytest.mark.parametrize("name", ["two stages", "three stages", "DiT"])
 def test_what_it_misses_as_it_is_are_whole_parts(name: str) -> None:
     config = VARIANTS[name]
-    seen = sum(row.part.macs for row in account(config).rows if row.part.name not in HIDDEN)
+    seen = sum(part.macs for part in account(config).parts if part.name not in HIDDEN)
     macs, _ = counted(config)
     assert macs == BATCH * (seen - spectral(config))
     assert macs < BATCH * 0.5 * account(config).macs, "far too little to be of use"
@@ -83,12 +81,12 @@ def test_what_it_misses_as_it_is_are_whole_parts(name: str) -> None:
 @pytest.mark.parametrize("name", ["two stages", "three stages", "DiT"])
 def test_of_a_model_as_it_is_trained_it_sees_the_projections(name: str) -> None:
     config = VARIANTS[name]
-    rows = [row.part for row in account(config).rows]
+    parts = account(config).parts
     linears = {"attention projections", "patch embedding"} | ({"time embedding"} if name == "DiT" else set())
-    seen = sum(part.macs if part.executed is None else part.executed for part in rows if part.name in linears)
+    seen = sum(part.macs if part.executed is None else part.executed for part in parts if part.name in linears)
     # The skip's two Linears are multiplied once a call, by an operator that the profiler replaces too.
     composed = sum(config.width**2 * config.channels * stage.patch**2 for stage in config.stages[1:])
-    macs, _ = counted(config, shortcuts=True)
+    macs, _ = counted(config, fusions=True)
     assert macs == BATCH * seen + composed
 
 

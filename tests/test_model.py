@@ -1,4 +1,4 @@
-"""What the goldens do not show: sizes, ablations, shortcuts, precision, initialisation, input checks."""
+"""What the goldens do not show: sizes, ablations, exact fusions, precision, initialisation, input checks."""
 
 import pytest
 import torch
@@ -8,7 +8,8 @@ from mpdit_kernels.fno.reference import fourier_matrices
 
 import mpdit
 from mpdit.core.errors import ConfigError
-from mpdit.model.time import FNOTimeEmbedding, Modulation
+from mpdit.model.layers import Modulation
+from mpdit.model.time import FNOTimeEmbedding
 
 # model.md, the sizes the paper and the official codes print
 PARAMETERS = {
@@ -73,11 +74,11 @@ ABLATIONS = {
 
 
 @pytest.mark.parametrize("overrides", ABLATIONS.values(), ids=ABLATIONS)
-def test_every_ablation_trains_and_its_shortcuts_are_exact(overrides):
+def test_every_ablation_trains_and_its_fusions_are_exact(overrides):
     model = tiny(**overrides).double()
     x, t, y = inputs(model)
-    literal_velocity, literal = run_backward(model.use_shortcuts(False), x, t, y)
-    velocity, gradients = run_backward(model.use_shortcuts(True), x, t, y)
+    literal_velocity, literal = run_backward(model.use_exact_fusions(False), x, t, y)
+    velocity, gradients = run_backward(model.use_exact_fusions(True), x, t, y)
     assert velocity.shape == x.shape
     assert relative_error(velocity, literal_velocity) < 1e-12
     for name, gradient in gradients.items():
@@ -99,7 +100,7 @@ def test_collapsed_time_embedding_equals_the_literal_one(layers):
     embedding = FNOTimeEmbedding(48, layers=layers).double()
     t = torch.cat([torch.rand(29), torch.tensor([0.0, 0.5, 1.0])]).double()
     collapsed = embedding(t)
-    embedding.shortcuts = False
+    embedding.exact_fusions = False
     literal = embedding(t)
     torch.testing.assert_close(collapsed, literal, rtol=1e-6, atol=1e-7)
 
@@ -155,7 +156,7 @@ def test_last_block_does_not_compute_class_queries():
     model.last_block.mlp.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
     x, t, y = inputs(model)
     model(x, t, y)
-    model.use_shortcuts(False)(x, t, y)
+    model.use_exact_fusions(False)(x, t, y)
     assert seen == [64, 66]
 
 

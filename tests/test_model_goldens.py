@@ -15,8 +15,8 @@ TOLERANCE = 1e-5
 @pytest.fixture(
     params=[(True, "reference"), (False, "reference"), (True, "triton")], ids=["fast", "literal", "kernels"]
 )
-def shortcuts(request):
-    """Whether the algebraic shortcuts are on; the third time, the fused kernels are too."""
+def fusions(request):
+    """Whether the exact fusions are on; the third time, the fused kernels are too."""
     enabled, kernels = request.param
     with mpdit_kernels.use(kernels), few_programs():
         yield enabled
@@ -29,9 +29,9 @@ def kernels(request):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_velocity_and_every_gradient(name, shortcuts):
+def test_velocity_and_every_gradient(name, fusions):
     golden = Golden(name)
-    model = golden.model(shortcuts)
+    model = golden.model(fusions)
     velocity = model(golden.tensor("in/x"), golden.tensor("in/t"), golden.tensor("in/y"))
     assert relative_error(velocity, golden.tensor("out/velocity")) < TOLERANCE
     (velocity * golden.tensor("in/cotangent")).sum().backward()
@@ -41,16 +41,16 @@ def test_velocity_and_every_gradient(name, shortcuts):
     assert ours.keys() == gradients.keys()
     for key, expected in gradients.items():
         if not expected.any() and ours[key].any():  # a literal inverse FFT leaves rounding where the gradient is zero
-            assert not shortcuts
+            assert not fusions
             assert ours[key].abs().max() < TOLERANCE * expected.numel()
         else:
             assert relative_error(ours[key], expected) < TOLERANCE, key
 
 
 @pytest.mark.parametrize("name", MULTI_STAGE)
-def test_time_embedding(name, shortcuts):
+def test_time_embedding(name, fusions):
     golden = Golden(name)
-    embedding = golden.model(shortcuts).time(golden.tensor("in/t"))
+    embedding = golden.model(fusions).time(golden.tensor("in/t"))
     assert relative_error(embedding, golden.tensor("out/time_embedding")) < TOLERANCE
 
 

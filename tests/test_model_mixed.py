@@ -16,8 +16,8 @@ import mpdit
 from mpdit.core.errors import ConfigError
 from mpdit.diffusion.flow import FlowConfig, flow_loss
 from mpdit.model.config import ModelConfig, StageSpec
-from mpdit.model.embed import Position, sincos_position
-from mpdit.model.layout import Images, Layout
+from mpdit.model.layers import Position, sincos_position
+from mpdit.model.packed import Images, PackedStream, Packing, pack
 
 SIZES = ((2, 2), (4, 4), (1, 3), (2, 2), (3, 1))
 """In coarsest patches: small, large, twice the same, and two of equal area."""
@@ -52,19 +52,17 @@ def assert_same(model, x, t, y, tolerance, gradient_tolerance):
         assert (found[name] - gradient).abs().max().item() < gradient_tolerance * scale, name
 
 
-# By day every third without the shortcuts.
+# By day every third without the exact fusions.
 ABLATED = [
-    pytest.param(
-        overrides, shortcuts, id=f"{name}-{shortcuts}", marks=() if shortcuts or i % 3 == 0 else pytest.mark.slow
-    )
+    pytest.param(overrides, fusions, id=f"{name}-{fusions}", marks=() if fusions or i % 3 == 0 else pytest.mark.slow)
     for i, (name, overrides) in enumerate(ABLATIONS.items())
-    for shortcuts in (True, False)
+    for fusions in (True, False)
 ]
 
 
-@pytest.mark.parametrize(("overrides", "shortcuts"), ABLATED)
-def test_every_ablation_gives_what_it_gives_apart(overrides, shortcuts):
-    model = tiny(**overrides).double().use_shortcuts(shortcuts)
+@pytest.mark.parametrize(("overrides", "fusions"), ABLATED)
+def test_every_ablation_gives_what_it_gives_apart(overrides, fusions):
+    model = tiny(**overrides).double().use_exact_fusions(fusions)
     sizes = SIZES if model.config.stages[0].patch <= 8 else ((1, 1), (2, 1), (1, 1))  # enough tokens as it is
     assert_same(model, *inputs(model, sizes, torch.float64), 1e-12, 1e-10)
 
@@ -163,7 +161,7 @@ def test_last_block_does_not_compute_class_queries():
     model.last_block.mlp.register_forward_hook(lambda module, args, out: seen.append(len(out)))
     x, t, y = inputs(model)
     model(x, t, y)
-    model.use_shortcuts(False)(x, t, y)
+    model.use_exact_fusions(False)(x, t, y)
     tokens = sum(4 * h * w for h, w in SIZES)
     assert seen == [tokens, tokens + 2 * len(SIZES)]
 
@@ -191,17 +189,19 @@ def test_compiles_without_a_break_for_one_composition_after_another(backend, com
 
 
 def test_groups_are_views_of_the_packed_tokens():
-    layout = Layout([(2, 5), (3, 2)], prefix=1)
+    packing = Packing([(2, 5), (3, 2)])
     tokens = torch.randn(16, 4)
-    groups = layout.split(tokens)
+    groups = packing.unpack(tokens)
     assert [group.shape for group in groups] == [(2, 5, 4), (3, 2, 4)]
     assert groups[1].data_ptr() == tokens[10:].data_ptr()
-    assert torch.equal(layout.join(groups), tokens)
-    assert layout.cu_seqlens == (0, 5, 10, 12, 14, 16)
-    shorter = layout.without_first(1)
-    assert (shorter.groups, shorter.prefix, shorter.cu_seqlens) == ([(2, 4), (3, 1)], 0, (0, 4, 8, 9, 10, 11))
+    assert torch.equal(pack(groups), tokens)
+    stream = PackedStream.of(groups, 1)
+    assert stream.cu_seqlens == packing.cu_seqlens == (0, 5, 10, 12, 14, 16)
+    shorter = stream.replace(tokens, 2 * tokens).without_class_tokens()
+    assert (shorter.packing.groups, shorter.num_class_tokens) == ([(2, 4), (3, 1)], 0)
+    assert shorter.cu_seqlens == (0, 4, 8, 9, 10, 11)
     kept = [row for row in range(16) if row not in (0, 5, 10, 12, 14)]
-    assert torch.equal(layout.drop_first(tokens, 1), tokens[kept])
+    assert torch.equal(shorter.x, tokens[kept]) and torch.equal(shorter.pending, 2 * tokens[kept])
 
 
 def test_images_are_grouped_large_first_and_restored():

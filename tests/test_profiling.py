@@ -20,8 +20,9 @@ from training_runs import REPOSITORY, ds_config, new_folder, start, trained
 
 from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError
+from mpdit.report.trace import RANGES
 from mpdit.training.config import TrainConfig
-from mpdit.training.profiling import RANGES, ProfileMode, Profiler, Profiling
+from mpdit.training.profiling import ProfileMode, Profiler, Profiling
 from mpdit.training.setup import prepare
 
 GPU = torch.device("cuda", 0)

@@ -10,7 +10,7 @@ import benchmark_files
 import pytest
 
 from mpdit import cli
-from mpdit.report.readme import BEGIN, END
+from mpdit.report.markdown import BEGIN, END
 
 
 @pytest.fixture

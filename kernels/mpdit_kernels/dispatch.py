@@ -8,10 +8,12 @@ Triton is refused, the reason is logged once under "mpdit_kernels".
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -28,21 +30,23 @@ SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """What every kernel takes."""
 
+TUNED = Path(__file__).parent / "tuned"
+"""Measured tables, as `python -m tools.tune` writes them: "sm_90" of kernels, "attention_sm_90" of attention."""
+
 _log = logging.getLogger("mpdit_kernels")
 _told: set[tuple[str, str]] = set()
-
-
+_tables: dict[str, dict[str, Any]] = {}
 _mode = os.environ.get("MPDIT_KERNELS") or "auto"
 
 
 def mode() -> str:
-    """The mode in force. Raises ValueError when MPDIT_KERNELS names no mode."""
+    """Return the mode in force. Raises ValueError when MPDIT_KERNELS names no mode."""
     return _checked(_mode, "MPDIT_KERNELS")
 
 
 @contextmanager
 def use(kernels: str) -> Iterator[None]:
-    """Within the block, operations take "auto", "triton" or "reference"; holds for all threads of the process.
+    """Have operations take "auto", "triton" or "reference" within the block; holds for all threads of the process.
 
     On CPU tensors "triton" needs Triton's interpreter: TRITON_INTERPRET=1 set before triton is imported.
 
@@ -64,12 +68,12 @@ def _checked(name: str, source: str) -> str:
 
 
 def interpreting() -> bool:
-    """Whether Triton's kernels run in its interpreter, on CPU tensors."""
+    """Return whether Triton's kernels run in its interpreter, on CPU tensors."""
     if not TRITON_INSTALLED:
         return False
-    from mpdit_kernels import launch
+    import triton
 
-    return launch.INTERPRETING
+    return triton.knobs.runtime.interpret
 
 
 def takes_triton(operation: str, *tensors: Tensor | None, refusal: str | None = None) -> bool:
@@ -87,13 +91,13 @@ def takes_triton(operation: str, *tensors: Tensor | None, refusal: str | None = 
 
 
 def too_wide(x: Tensor) -> str | None:
-    """A refusal when x's rows don't fit into registers."""
+    """Return a refusal when x's rows don't fit into registers."""
     width = x.shape[-1]
     return f"rows are {width} wide, and the kernels hold {MAX_WIDTH} at most" if width > MAX_WIDTH else None
 
 
 def shared_limit(architecture: str) -> int:
-    """Bytes of shared memory of a program; on an architecture that is not listed, the least of any since sm_80."""
+    """Return a program's bytes of shared memory; on an architecture not listed, the least of any since sm_80."""
     return SHARED_LIMITS.get(architecture, 99 * 1024)
 
 
@@ -120,7 +124,7 @@ def _decide(
 
 
 def no_kernels(mode: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    """Why no kernel runs on tensors like these in this mode, "auto" or "triton"; None if kernels do."""
+    """Return why no kernel runs on tensors like these in this mode, "auto" or "triton"; None if kernels do."""
     if not TRITON_INSTALLED:
         return "triton is not installed"
     if device.type == "cpu" and mode == "auto":
@@ -138,10 +142,27 @@ def no_kernels(mode: str, device: torch.device, dtypes: tuple[torch.dtype, ...])
 
 
 def _loss(operation: str, mode: str, device: torch.device) -> str | None:
-    """Whether "auto" leaves the kernels out because they were measured to lose on this GPU."""
+    """Return why "auto" leaves the kernels out: None unless they were measured to lose on this GPU."""
     if device.type != "cuda" or mode != "auto":
         return None
-    from mpdit_kernels import launch
+    target = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    table = tuned_table(target)
+    if table.get("wins", {}).get(operation, True):
+        return None
+    why = table.get("losses", {}).get(operation, "it was measured slower")
+    return f"on {target}, {why}; use('triton') takes its kernels all the same"
 
-    loss = launch.loss(operation, "sm_{}{}".format(*torch.cuda.get_device_capability(device)))
-    return f"{loss}; use('triton') takes its kernels all the same" if loss else None
+
+def tuned_table(name: str) -> dict[str, Any]:
+    """Return a measured table, {} when nobody measured; read once."""
+    if name not in _tables:
+        path = TUNED / f"{name}.json"
+        _tables[name] = json.loads(path.read_text()) if path.exists() else {}
+    return _tables[name]
+
+
+def set_tuned_table(name: str, table: dict[str, Any] | None) -> None:
+    """Take this table from now on; None reads the file again. For the tuner and for tests."""
+    _tables.pop(name, None)
+    if table is not None:
+        _tables[name] = table

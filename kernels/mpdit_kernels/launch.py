@@ -1,28 +1,27 @@
 """Launching a kernel: its configuration, tuned for each architecture, and the one place where launches pass.
 
 A kernel's `Tunable` names what may be tuned. `tuned/sm_XX.json` holds what was measured best, written by
-`python -m mpdit_kernels.tune`; without it, or for a shape not in it, the tunable's default is taken.
+`python -m tools.tune`; without it, or for a shape not in it, the tunable's default is taken.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
-import mpdit_kernels.flops  # noqa: F401  (no operator runs uncounted; not earlier, as it imports triton)
+from mpdit_kernels import flops
+from mpdit_kernels.dispatch import tuned_table
+
+flops.register()  # no operator runs uncounted
 
 INTERPRETING: bool = triton.knobs.runtime.interpret
 """Read once: Triton decides when a kernel is decorated."""
-
-TUNED = Path(__file__).parent / "tuned"
 
 Config = dict[str, Any]
 """Constants of a kernel (upper-case names) with num_warps and num_stages."""
@@ -44,7 +43,6 @@ _records: list[Launch] | None = None
 _picked: list[tuple[Tunable, dict[str, Any]]] | None = None
 _overrides: dict[str, Config] = {}
 _target: str | None = None
-_tables: dict[str, dict[str, Any]] = {}
 
 
 class Tunable:
@@ -61,7 +59,7 @@ class Tunable:
         TUNABLES[name] = self
 
     def pick(self, **key: Any) -> Config:
-        """The configuration for this key on the current device: overridden, tuned, or by default."""
+        """Return the configuration for this key on the current device: overridden, tuned, or by default."""
         if _picked is not None:
             _picked.append((self, key))
         if self.name in _overrides:
@@ -76,7 +74,7 @@ class Tunable:
 
     @contextmanager
     def override(self, config: Config) -> Iterator[None]:
-        """Within the block every pick is this one; for the tuner and for tests."""
+        """Make every pick within the block this one; for the tuner and for tests."""
         global _overrides
         before, _overrides = _overrides, {**_overrides, self.name: config}
         try:
@@ -127,37 +125,13 @@ def picks() -> Iterator[list[tuple[Tunable, dict[str, Any]]]]:
 
 
 def target() -> str:
-    """The architecture that launches are made for: the one recorded for, or this machine's."""
+    """Return the architecture that launches are made for: the one recorded for, or this machine's."""
     return _target or architecture()
 
 
 @functools.cache
 def architecture() -> str:
-    """ "sm_90" for an H100 or H200; "cpu" where there is no GPU."""
+    """Return "sm_90" for an H100 or H200; "cpu" where there is no GPU."""
     if not torch.cuda.is_available():
         return "cpu"
-    major, minor = torch.cuda.get_device_capability()
-    return f"sm_{major}{minor}"
-
-
-def tuned_table(target: str) -> dict[str, Any]:
-    """The measured table of an architecture, {} when nobody measured there; read once."""
-    if target not in _tables:
-        path = TUNED / f"{target}.json"
-        _tables[target] = json.loads(path.read_text()) if path.exists() else {}
-    return _tables[target]
-
-
-def set_tuned_table(target: str, table: dict[str, Any] | None) -> None:
-    """From now on take this table; None reads the file again. For the tuner and for tests."""
-    _tables.pop(target, None)
-    if table is not None:
-        _tables[target] = table
-
-
-def loss(operation: str, target: str) -> str | None:
-    """Why `operation` takes its reference there unless told otherwise: None unless it was measured not to win."""
-    table = tuned_table(target)
-    if table.get("wins", {}).get(operation, True):
-        return None
-    return f"on {target}, {table.get('losses', {}).get(operation, 'it was measured slower')}"
+    return "sm_{}{}".format(*torch.cuda.get_device_capability())

@@ -10,7 +10,7 @@ from mpdit.commands.outcome import Outcome
 SUMMARY = "count a model's parameters, FLOPs and activations"
 DESCRIPTION = (
     "Count parameters, multiply-accumulates and what backward keeps of a model, by part and stage. The counts are "
-    "exact, of the graph as the paper draws it; beside them stand what runs with our exact shortcuts and what the "
+    "exact, of the graph as the paper draws it; beside them stand what runs with our exact fusions and what the "
     "paper prints."
 )
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch",
         type=whole(1),
         default=1,
-        help="images of a forward pass, which share what the shortcuts compute on weights alone (default: 1)",
+        help="images of a forward pass, which share what the exact fusions compute on weights alone (default: 1)",
     )
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of training (default: bf16)")
     parser.add_argument("--checkpointing", action="store_true", help="activations with checkpointing of each block")

@@ -12,7 +12,7 @@ from mpdit.commands.outputs import check_new_folder
 from mpdit.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mpdit.report import Results
+    from mpdit.report.results import Results
 
 SUMMARY = "turn benchmark results into tables and plots, or compare two"
 DESCRIPTION = (
@@ -73,10 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Outcome:
     _check(args)
     if args.trace is not None:
-        from mpdit.report.trace import trace_report
+        from mpdit.report.trace import trace_report, trace_text
 
-        trace = trace_report(args.trace)
-        return Outcome(trace.text, trace.figures)
+        figures = trace_report(args.trace)
+        return Outcome(trace_text(figures), figures)
     if args.compare is not None:
         return _compare(args.compare, args.threshold, args.fail_on_regression)
     if args.update is not None:
@@ -98,7 +98,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _read(paths: list[Path], may_be_none: bool = False) -> list[Results]:
-    from mpdit.report import read_results
+    from mpdit.report.results import read_results
 
     found = paths or sorted(_RESULTS.glob("*.json"))
     if not found and not may_be_none:
@@ -107,7 +107,7 @@ def _read(paths: list[Path], may_be_none: bool = False) -> list[Results]:
 
 
 def _report(results: list[Results], out: Path | None) -> Outcome:
-    from mpdit.report import report
+    from mpdit.report.markdown import report
 
     figures = {"results": [r.to_dict() for r in results]}
     if out is None:
@@ -118,10 +118,10 @@ def _report(results: list[Results], out: Path | None) -> Outcome:
     _check_names(results)
     out.mkdir(parents=True, exist_ok=True)
     plots = {r.path: draw_all(r, out) for r in results}
-    links = {path: [(plot.title, plot.path.name) for plot in drawn] for path, drawn in plots.items()}
+    links = {path: [(title, plot.name) for title, plot in drawn] for path, drawn in plots.items()}
     written = out / "report.md"
     written.write_text(report(results, links), encoding="utf-8")
-    names = [str(plot.path) for drawn in plots.values() for plot in drawn]
+    names = [str(plot) for drawn in plots.values() for _, plot in drawn]
     text = f"{written}, and {len(names)} plots of {sum(len(r.rows) for r in results)} rows"
     return Outcome(text, {"report": str(written), "plots": names, **figures})
 
@@ -133,7 +133,7 @@ def _check_names(results: list[Results]) -> None:
 
 
 def _update(readme: Path, paths: list[Path]) -> Outcome:
-    from mpdit.report import update_readme
+    from mpdit.report.markdown import update_readme
 
     results = _read(paths, may_be_none=True)
     changed = update_readme(readme, results)
@@ -142,7 +142,8 @@ def _update(readme: Path, paths: list[Path]) -> Outcome:
 
 
 def _compare(paths: list[Path], threshold: float | None, fail: bool) -> Outcome:
-    from mpdit.report import compare, read_results
+    from mpdit.report.compare import compare
+    from mpdit.report.results import read_results
 
     a, b = (read_results(path) for path in paths)
     found = compare(a, b, (_THRESHOLD if threshold is None else threshold) / 100)
@@ -151,6 +152,6 @@ def _compare(paths: list[Path], threshold: float | None, fail: bool) -> Outcome:
             f"--fail-on-regression: {a.path} is of {a.hardware} and {b.path} of {b.hardware}, so a change may be the "
             "hardware's: compare runs of the same"
         )
-    if fail and not found.changes:
+    if fail and not found.rows:
         raise ConfigError(f"--fail-on-regression: {a.path} and {b.path} have no row in common: compare the same parts")
     return Outcome(str(found), found.to_dict(), code=1 if fail and (found.regressions or found.lost) else 0)

@@ -6,15 +6,23 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 from mpdit.core.errors import ConfigError
 
 Modulation = Literal["shared", "per_block"]
 ClassConditioning = Literal["tokens", "added"]
-TimeEmbedding = Literal["fno", "sinusoidal"]
-TransitionKind = Literal["linear", "conv_transpose", "linear_linear", "linear_mlp", "linear_conv"]
 Convention = Literal["mpdit", "sit"]
+
+
+class Kind(Protocol):
+    """An entry of a table of kinds."""
+
+    @property
+    def help(self) -> str: ...
+
+
+T = TypeVar("T", bound=Kind)
 
 MOST_CLASSES = 1_000_000
 _MOST_WIDTH, _MOST_LAYERS = 1 << 16, 1000
@@ -50,12 +58,14 @@ class ModelConfig:
     """"tokens" puts class tokens in front; "added" adds a class vector to the time embedding, as DiT does."""
     modulation: Modulation = "shared"
     """One adaLN modulation for all blocks and the final layer, or one per block and another for the final layer."""
-    time_embedding: TimeEmbedding = "fno"
+    time_embedding: str = "fno"
+    """A key of mpdit.model.time.TIME_EMBEDDINGS; this and `transition` are looked up where a model is built."""
     time_layers: int = 3
     """Spectral layers of the FNO (2 or more) or Linears of the sinusoidal MLP (1 or more)."""
     time_width: int = 32
     """Channels inside the FNO; not read by the sinusoidal embedding."""
-    transition: TransitionKind = "linear_linear"
+    transition: str = "linear_linear"
+    """A key of mpdit.model.transition.TRANSITIONS."""
     skip: bool = True
     """Add a Linear of the finer patch embedding of the input after each transition."""
     mlp_ratio: float = 4.0
@@ -107,8 +117,6 @@ class ModelConfig:
             )
         if self.width % 4:
             raise ConfigError(f"width {self.width} must be a multiple of 4 for the 2-D sin-cos position embedding")
-        if self.time_embedding == "fno" and self.time_layers < 2:
-            raise ConfigError(f"time_layers is {self.time_layers}: the FNO time embedding needs at least 2 layers")
         if self.class_conditioning == "tokens":
             _positive("class_tokens", self.class_tokens, _MOST_LAYERS)
         ratio = self.mlp_ratio
@@ -151,8 +159,6 @@ class ModelConfig:
 _CHOICES: dict[str, Any] = {
     "class_conditioning": ClassConditioning,
     "modulation": Modulation,
-    "time_embedding": TimeEmbedding,
-    "transition": TransitionKind,
     "convention": Convention,
 }
 
@@ -189,3 +195,11 @@ def _positive(name: str, value: Any, most: int) -> None:
 def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
+
+
+def entry_of(table: Mapping[str, T], field: str, name: Any) -> T:
+    """Return an entry of a table of kinds; ConfigError lists them with their help."""
+    if not isinstance(name, str) or name not in table:
+        known = ", ".join(f"{key} ({kind.help})" for key, kind in table.items())
+        raise ConfigError(f"{field} is {name!r:.80}: choose one of {known}")
+    return table[name]

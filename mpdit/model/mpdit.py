@@ -1,4 +1,8 @@
-"""The model: a list of stages, coarse to fine, and one loop over them."""
+"""The model: a list of stages, coarse to fine, and one loop over them.
+
+Letters in shapes: B images, C channels, S side of the latents, D width, m class tokens, n image tokens of the stage,
+T = m + n, p its patch. The paths of images of one size are here; those of several sizes, packed.py.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +10,146 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mpdit_kernels import attention, dispatch
+from mpdit_kernels import attention, attention_varlen, dispatch
 from mpdit_kernels.backends import BackendError, attention_mode
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from mpdit.core.errors import ConfigError
-from mpdit.model.blocks import Block, FinalLayer, Stream
 from mpdit.model.config import ModelConfig
-from mpdit.model.embed import ClassTokens, InputStage, grid_of
-from mpdit.model.layout import Images, Latents, Layout, check_images
+from mpdit.model.layers import (
+    MLP,
+    Modulation,
+    PatchEmbed,
+    Position,
+    ResidualStream,
+    at_least_fp32,
+    grid_of,
+    init_linear,
+    module_list,
+    unpatchify,
+)
+from mpdit.model.packed import Latents, check_images, packed_velocity
 from mpdit.model.presets import preset
 from mpdit.model.pretrained import Pretrained
-from mpdit.model.time import FNOTimeEmbedding, Modulation, SinusoidalTimeEmbedding, TimeEmbedding, module_list, wide
-from mpdit.model.transition import Transition
+from mpdit.model.time import time_kind
+from mpdit.model.transition import Upsample, transition_kind
 from mpdit.model.weights import read_weights
 
 
-class Stage(nn.Module):
-    """One resolution: how tokens enter it (from the input, or from the stage before), then its blocks."""
+class ClassTokens(nn.Module):
+    """Labels [B] -> class tokens [B, m, D]; the last of the num_classes + 1 rows is the null class."""
 
-    def __init__(self, enter: InputStage | Transition, blocks: list[Block]) -> None:
+    def __init__(self, num_classes: int, tokens: int, width: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.table = nn.Embedding(num_classes + 1, tokens * width)
+        nn.init.normal_(self.table.weight, std=0.02)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.table(y).unflatten(1, (self.tokens, -1))
+
+
+class Embed(nn.Module):
+    """Into the coarsest stage: class tokens [B, m, D], m may be 0, and latents [B, C, S, S] -> tokens [B, m+n, D]."""
+
+    def __init__(self, patch: int, channels: int, width: int, input_size: int) -> None:
+        super().__init__()
+        self.patch_embed = PatchEmbed(patch, channels, width)
+        self.position = Position(width, input_size // patch)
+
+    def forward(self, class_tokens: Tensor, x: Tensor) -> Tensor:
+        image = self.patch_embed(x) + self.position(grid_of(x, self.patch_embed.patch))  # [B, n, D]
+        return torch.cat([class_tokens.to(image.dtype), image], dim=1) if class_tokens.shape[1] else image
+
+
+class QKV(nn.Linear):
+    """Query, key and value projections as one Linear, initialised by a single draw: a seed keeps its weights."""
+
+    def reset_parameters(self) -> None:
+        init_linear(self)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention of each image's tokens."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = QKV(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        init_linear(self.proj)
+
+    def forward(self, x: Tensor, first_query: int = 0, cu_seqlens: tuple[int, ...] | None = None) -> Tensor:
+        """[B, T, D] -> [B, T - first_query, D]: the first tokens are keys and values only. Packed: [N, D] alike."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, T, 3, heads, D / heads]
+        try:
+            if cu_seqlens is None:
+                mixed = attention(qkv, first_query=first_query)
+            else:
+                mixed = attention_varlen(qkv, cu_seqlens, first_query=first_query)
+        except BackendError as error:
+            raise ConfigError(str(error)) from None
+        return self.proj(mixed.flatten(-2))
+
+
+class Block(nn.Module):
+    """x += gate * attention(adaLN(x)); x += gate * mlp(adaLN(x)): DiT's block with adaLN-Zero.
+
+    With `own_modulation` it owns the Linear that makes shifts, scales and gates, 6D in all, of the condition.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, own_modulation: bool = False) -> None:
+        super().__init__()
+        self.modulation = Modulation(width, 6) if own_modulation else None
+        self.attention = Attention(width, heads)
+        self.mlp = MLP(width, int(width * mlp_ratio))
+
+    def forward(self, stream: ResidualStream, condition: Tensor, last: bool = False) -> ResidualStream:
+        """A stream of x [B, T, D] -> the next one, in which the MLP's branch is pending.
+
+        condition is the shared modulation [B, 6D], or the condition vector [B, D] when the block owns its modulation.
+        In the last block nobody reads the class tokens that come out: there they are keys and values only, and leave.
+        """
+        modulation = condition if self.modulation is None else self.modulation(condition)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)  # [B, D] each
+        x, modulated = stream.modulate(shift1, scale1)  # [B, T, D]
+        branch = self.attention(modulated, stream.num_class_tokens if last else 0, stream.cu_seqlens)
+        stream = stream.replace(x)
+        if last:
+            stream = stream.without_class_tokens()  # [B, n, D]
+        x, modulated = stream.replace(stream.x, branch, gate1).modulate(shift2, scale2)
+        return stream.replace(x, self.mlp(modulated), gate2)
+
+
+class FinalLayer(nn.Module):
+    """adaLN and a zero-initialised Linear of the image tokens: a stream of x [B, n, D] -> [B, n, p*p*C]."""
+
+    def __init__(self, width: int, patch: int, channels: int, learn_sigma: bool, own_modulation: bool) -> None:
+        super().__init__()
+        self.patch, self.channels = patch, channels
+        rows = patch * patch * channels * (2 if learn_sigma else 1)
+        self.modulation = Modulation(width, 2) if own_modulation else None
+        self.weight = nn.Parameter(torch.zeros(rows, width))
+        self.bias = nn.Parameter(torch.zeros(rows))
+
+    def forward(self, stream: ResidualStream, condition: Tensor) -> Tensor:
+        if self.modulation is None:
+            shift, scale = condition.chunk(6, dim=-1)[3:5]  # the blocks' mlp shift and scale
+        else:
+            shift, scale = self.modulation(condition).chunk(2, dim=-1)
+        # Rows are (i, j, channel); with learn_sigma the channels after the first C predict a variance nobody reads.
+        weight = self.weight.unflatten(0, (self.patch**2, -1))[:, : self.channels].flatten(0, 1)  # [p*p*C, D]
+        bias = self.bias.unflatten(0, (self.patch**2, -1))[:, : self.channels].flatten()
+        _, modulated = stream.modulate(shift, scale)
+        return linear(modulated, weight, bias)
+
+
+class Stage(nn.Module):
+    """One resolution: how tokens enter it (from the input, or from the coarser stage), then its blocks."""
+
+    def __init__(self, enter: Embed | Upsample, blocks: list[Block]) -> None:
         super().__init__()
         self.enter = enter
         self.blocks = module_list(blocks)
@@ -54,31 +177,24 @@ class MPDiT(Pretrained):
         except ValueError as error:
             raise ConfigError(str(error)) from None
         self.checkpointing = False
-        self.shortcuts = True
+        self.exact_fusions = True
         width, own = config.width, config.modulation == "per_block"
-        if config.time_embedding == "fno":
-            self.time: TimeEmbedding = FNOTimeEmbedding(width, config.time_width, config.time_layers)
-        else:
-            self.time = SinusoidalTimeEmbedding(width, config.time_layers)
+        transition_kind(config)  # must be known, though a single stage has no transition
+        self.time = time_kind(config).build(config)
         self.classes = ClassTokens(config.num_classes, config.prefix_tokens or 1, width)
         self.modulation = None if own else Modulation(width, 6)
-        stages = []
-        coarser = None
-        for spec in config.stages:
+        stages: list[Stage] = []
+        for index, spec in enumerate(config.stages):
             blocks = [Block(width, config.heads, config.mlp_ratio, own) for _ in range(spec.blocks)]
-            enter = (
-                InputStage(spec.patch, config.channels, width, config.input_size)
-                if coarser is None
-                else Transition(config, coarser, spec.patch)
-            )
-            stages.append(Stage(enter, blocks))
-            coarser = spec.patch
+            if index == 0:
+                stages.append(Stage(Embed(spec.patch, config.channels, width, config.input_size), blocks))
+            else:
+                stages.append(Stage(Upsample(config, config.stages[index - 1].patch, spec.patch), blocks))
         self.stages = module_list(stages)
-        finest = config.stages[-1].patch
-        self.final = FinalLayer(width, finest, config.channels, config.learn_sigma, own_modulation=own)
+        self.final = FinalLayer(width, config.stages[-1].patch, config.channels, config.learn_sigma, own)
 
     def forward(self, x: Latents, t: Tensor, y: Tensor) -> Tensor | list[Tensor]:
-        """Velocity of noisy latents.
+        """Predict the velocity of noisy latents.
 
         Args:
             x: noisy latents [B, C, S, S], S as configured; or a list of B latents [C, H, W] of any sizes that are
@@ -97,30 +213,52 @@ class MPDiT(Pretrained):
         return self.velocity(x, self.prepare_time(t), y)
 
     def prepare_time(self, t: Tensor) -> Tensor:
-        """All of the forward pass that depends on time alone, fp32 [N, F], for `velocity`; one row a time of t [N].
+        """Compute all of the forward pass that depends on time alone, fp32 [N, F], for `velocity`; t is [N].
 
         A sampler prepares all its times in one call. Rows hold the shared modulation (F = 6D) where it depends on
         time alone, else the time embedding (F = D).
         """
-        state = self.time(1 - wide(t) if self.config.convention == "sit" else t)
-        return self.modulation(state) if self.modulation and self._time_alone else state
+        state = self.time(1 - at_least_fp32(t) if self.config.convention == "sit" else t)
+        return self.modulation(state) if self.modulation and self.config.class_conditioning == "tokens" else state
+
+    def condition(self, state: Tensor, classes: Tensor) -> Tensor:
+        """Compute what steers the blocks of rows prepared [B, F] and classes [B, m, D]: see Block."""
+        if self.config.class_conditioning == "tokens":
+            return state
+        state = state + at_least_fp32(classes[:, 0])
+        return self.modulation(state) if self.modulation else state
 
     def velocity(self, x: Latents, state: Tensor, y: Tensor) -> Tensor | list[Tensor]:
-        """`forward` with t replaced by its prepared rows: state [B, F], or [1, F] for one time for all."""
-        images, prefix = Images(x), self.config.prefix_tokens
-        classes = self.classes(y)
-        condition = images.arrange(self._condition(state.expand(len(x), -1), classes))
-        latents = [group.to(self.final.weight.dtype) for group in images.groups]
-        stream = Stream.of(images.split(classes[:, :prefix]), prefix)
+        """Compute `forward` with t replaced by its prepared rows: state [B, F], or [1, F] for one time for all."""
+        if not isinstance(x, Tensor):
+            return packed_velocity(self, x, state, y)
+        m, patch = self.config.prefix_tokens, self.final.patch
+        classes = self.classes(y)  # [B, m, D]; [B, 1, D] when classes are added and m is 0
+        condition = self.condition(state.expand(len(x), -1), classes)  # [B, 6D]; [B, D] if blocks own their modulation
+        latents = x.to(self.final.weight.dtype)  # [B, C, S, S]
+        stream = ResidualStream(classes[:, :m], m)
         for stage in self.stages:
-            stream = Stream.of([stage.enter(*pair) for pair in zip(stream.groups(), latents, strict=True)], prefix)
+            tokens = stage.enter(stream.sum(), latents)  # [B, m, D] or the coarser stage's [B, m+n, D] -> [B, m+n, D]
+            stream = ResidualStream(tokens, m)
             for block in stage.blocks:
-                # Nobody reads the class tokens after the last block: there they are only keys and values.
-                first_query = prefix if self.shortcuts and block is self.last_block else 0
-                stream = self._run(block, stream, condition, first_query)
-        grids = [grid_of(group, self.final.patch) for group in latents]
-        velocity = [group.to(images.groups[0].dtype) for group in self.final(stream, condition, grids)]
-        return images.restore([-group for group in velocity] if self.config.convention == "sit" else velocity)
+                stream = self.run_block(block, stream, condition)
+        pixels = self.final(stream.without_class_tokens(), condition)  # [B, n, p*p*C]
+        return self.as_configured(unpatchify(pixels, patch, grid_of(x, patch)).to(x.dtype))  # [B, C, S, S]
+
+    def run_block(self, block: Block, stream: ResidualStream, condition: Tensor) -> ResidualStream:
+        """Run a block, with activation checkpointing if that is on."""
+        last = self.exact_fusions and block is self.last_block
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return block(stream, condition, last)
+        # The pending branch is added on both sides, so that one tensor is kept for each block, not two; and that tensor
+        # is an argument of its own, as autograd's hooks on saved tensors see no others.
+        x = stream.sum()
+        x, out = checkpoint(_run_whole, block, x, stream.replace(x.new_empty(0)), condition, last, use_reentrant=False)
+        return out.replace(x)
+
+    def as_configured(self, velocity: Tensor) -> Tensor:
+        """Turn the velocity to our direction, noise minus data, from that of the weights."""
+        return -velocity if self.config.convention == "sit" else velocity
 
     @property
     def last_block(self) -> Block | None:
@@ -136,28 +274,39 @@ class MPDiT(Pretrained):
         Raises:
             ConfigError: the backend asked for can't serve one of them.
         """
-        config, prefix = self.config, self.config.prefix_tokens
-        device, heads = self.final.weight.device, config.heads
+        config, m = self.config, self.config.prefix_tokens
         asked = {(stage.patch, 0) for stage in config.stages}
-        if self.shortcuts:
-            asked.add((config.stages[-1].patch, prefix))
+        if self.exact_fusions:
+            asked.add((config.stages[-1].patch, m))
         for patch, first_query in sorted(asked, reverse=True):
-            size = (1, prefix + (config.input_size // patch) ** 2, 3, heads, config.width // heads)
+            size = (1, m + (config.input_size // patch) ** 2, 3, config.heads, config.width // config.heads)
+            qkv = torch.zeros(size, dtype=dtype, device=self.final.weight.device, requires_grad=True)
             try:
-                attention(torch.zeros(size, dtype=dtype, device=device, requires_grad=True), first_query=first_query)
+                attention(qkv, first_query=first_query)
             except BackendError as error:
                 raise ConfigError(str(error)) from None
 
-    def use_shortcuts(self, enabled: bool) -> MPDiT:
-        """Switch the exact algebraic shortcuts (on by default) off or on; results agree to rounding. Returns self."""
+    def use_exact_fusions(self, enabled: bool) -> MPDiT:
+        """Switch the exact algebraic fusions (on by default) off or on; results agree to rounding. Returns self."""
         for module in self.modules():
-            if hasattr(module, "shortcuts"):
-                module.shortcuts = enabled  # type: ignore[assignment]
+            if hasattr(module, "exact_fusions"):
+                module.exact_fusions = enabled  # type: ignore[assignment]
         return self
 
     def _check_inputs(self, x: Latents, t: Tensor, y: Tensor) -> None:
         config = self.config
-        self._check_latents(x)
+        channels, size, coarsest = config.channels, config.input_size, config.stages[0].patch
+        if isinstance(x, Tensor):
+            if x.ndim != 4 or tuple(x.shape[1:]) != (channels, size, size):
+                raise ConfigError(f"x has shape {tuple(x.shape)}, expected (batch, {channels}, {size}, {size})")
+        else:
+            check_images("x", x)
+            for index, image in enumerate(x):
+                if image.shape[0] != channels or not all(side and side % coarsest == 0 for side in image.shape[1:]):
+                    raise ConfigError(
+                        f"x[{index}] has shape {tuple(image.shape)}, expected ({channels}, H, W) with H and W "
+                        f"multiples of the coarsest patch {coarsest}"
+                    )
         for name, value in (("t", t), ("y", y)):
             if value.shape != (len(x),):
                 raise ConfigError(f"{name} has shape {tuple(value.shape)}, expected ({len(x)},) as x has {len(x)} rows")
@@ -168,45 +317,17 @@ class MPDiT(Pretrained):
             if low < 0 or high > config.num_classes:
                 raise ConfigError(f"y holds labels from {low} to {high}, expected 0..{config.num_classes}")
 
-    def _check_latents(self, x: Latents) -> None:
-        channels, size, coarsest = self.config.channels, self.config.input_size, self.config.stages[0].patch
-        if isinstance(x, Tensor):
-            expected = (channels, size, size)
-            if x.ndim != 4 or tuple(x.shape[1:]) != expected:
-                raise ConfigError(f"x has shape {tuple(x.shape)}, expected (batch, {', '.join(map(str, expected))})")
-            return
-        check_images("x", x)
-        for index, image in enumerate(x):
-            if image.shape[0] != channels or not all(side and side % coarsest == 0 for side in image.shape[1:]):
-                raise ConfigError(
-                    f"x[{index}] has shape {tuple(image.shape)}, expected ({channels}, H, W) with H and W multiples of "
-                    f"the coarsest patch {coarsest}"
-                )
 
-    @property
-    def _time_alone(self) -> bool:
-        return self.config.modulation == "shared" and self.config.class_conditioning == "tokens"
-
-    def _condition(self, state: Tensor, classes: Tensor) -> Tensor:
-        if self.config.class_conditioning == "added":
-            state = state + wide(classes[:, 0])
-        return self.modulation(state) if self.modulation and not self._time_alone else state
-
-    def _run(self, block: Block, stream: Stream, condition: Tensor, first_query: int) -> Stream:
-        if not (self.checkpointing and torch.is_grad_enabled()):
-            return block(stream, condition, first_query)
-        # Settled on both sides, so that one tensor is kept for each block, not x and branch.
-        x, layout = stream.settle(), stream.layout
-        x = checkpoint(_settled, block, x, layout, condition, first_query, use_reentrant=False)
-        return Stream(x, layout.without_first(first_query))
-
-
-def _settled(block: Block, x: Tensor, layout: Layout, condition: Tensor, first_query: int) -> Tensor:
-    return block(Stream(x, layout), condition, first_query).settle()
+def _run_whole(
+    block: Block, x: Tensor, stream: ResidualStream, condition: Tensor, last: bool
+) -> tuple[Tensor, ResidualStream]:
+    out = block(stream.replace(x), condition, last)
+    x = out.sum()
+    return x, out.replace(x.new_empty(0))
 
 
 def create_model(name: str, **overrides: Any) -> MPDiT:
-    """A freshly initialised preset, for example create_model("MPDiT-B/4-2", num_classes=10).
+    """Build a freshly initialised preset, for example create_model("MPDiT-B/4-2", num_classes=10).
 
     Args:
         name: a key of mpdit.PRESETS.

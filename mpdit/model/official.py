@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mpdit.core.errors import CheckpointError
 from mpdit.model.config import Convention, ModelConfig, StageSpec
-from mpdit.model.embed import sincos_position
+from mpdit.model.layers import sincos_position
 from mpdit.model.mpdit import MPDiT
 from mpdit.model.weights import check_values
 

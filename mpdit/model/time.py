@@ -1,37 +1,49 @@
 """Time embeddings, t [B] in [0, 1] -> [B, D], always in fp32: bf16 near t = 1 moves in steps of 0.004.
 
-FNOTimeEmbedding is MPDiT's (section 3.3). Its exact algebra is in mpdit_kernels.fno: the first layer is affine in t,
-and the last only meets a mean over the grid.
+A new kind is one entry of TIME_EMBEDDINGS, which the model and mpdit.planning read.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar, cast
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
 import torch
 from mpdit_kernels import fno_time_embedding
+from mpdit_kernels.fno import reference as fno
+from mpdit_kernels.fno.op import LAYERS
 from mpdit_kernels.fno.reference import GRID, MODES
 from torch import Tensor, nn
-from torch.nn.functional import gelu, linear, silu
+from torch.nn.functional import gelu, silu
 
-M = TypeVar("M", bound=nn.Module)
-
-
-def module_list(modules: Iterable[M]) -> Sequence[M]:
-    """A ModuleList that type checkers know the element type of."""
-    return cast(Sequence[M], nn.ModuleList(modules))
+from mpdit.core.errors import ConfigError
+from mpdit.model.config import ModelConfig, entry_of
+from mpdit.model.layers import Constants, module_list
 
 
-def wide(x: Tensor) -> Tensor:
-    """x in fp32, or as it is in float64."""
-    return x if x.dtype == torch.float64 else x.float()
+class TimeCost(NamedTuple):
+    """What planning needs of a time embedding.
+
+    Attributes:
+        params: trainable parameters.
+        macs: multiply-accumulates of one image's forward pass, as the paper draws it.
+        kept: fp32 numbers of an image that backward keeps.
+        executed, executed_once: those that run with the exact fusions, for each image, and once on weights alone.
+        spectral_macs: those of `macs` that the paper's own count leaves out.
+    """
+
+    params: int
+    macs: int
+    kept: int
+    executed: int | None = None
+    executed_once: int = 0
+    spectral_macs: int = 0
 
 
 class TimeEmbedding(nn.Module, ABC):
-    """Base of both embeddings: computes in fp32 whatever autocast is on and whatever the model was cast to."""
+    """Base of all: computes in fp32 whatever autocast is on and whatever the model was cast to."""
 
     def forward(self, t: Tensor) -> Tensor:
         """t [B] -> [B, D], fp32 (float64 in a float64 model)."""
@@ -44,19 +56,6 @@ class TimeEmbedding(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, t: Tensor) -> Tensor: ...
-
-
-class Constants(nn.Module):
-    """A module whose buffers are exact tables: casting the model to a narrower type leaves them as they are."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Constants:
-        before = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
-        for name, value in before.items():
-            after = self._buffers[name]
-            if after is not None and torch.finfo(after.dtype).bits < torch.finfo(value.dtype).bits:
-                self._buffers[name] = value.to(after.device)
-        return self
 
 
 class SpectralLayer(nn.Module):
@@ -75,20 +74,23 @@ class SpectralLayer(nn.Module):
 
 
 class FNOTimeEmbedding(TimeEmbedding):
-    """t [B] -> [B, D]: a Fourier neural operator on the grid linspace(-1, 1, 32) + t, averaged over the grid."""
+    """A Fourier neural operator on the grid linspace(-1, 1, 32) + t, averaged over the grid (MPDiT, section 3.3).
+
+    Its exact algebra is in mpdit_kernels.fno: the first layer is affine in t, and the last only meets a mean.
+    """
 
     def __init__(self, width: int, channels: int = 32, layers: int = 3) -> None:
         super().__init__()
         self.lift = nn.Linear(1, channels)
         self.layers = module_list(SpectralLayer(channels) for _ in range(layers))
         self.project = nn.Linear(channels, width)
-        self.shortcuts = True
+        self.exact_fusions = True
         for module in (self.lift, self.project):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
 
     def embed(self, t: Tensor) -> Tensor:
-        if self.shortcuts:
+        if self.exact_fusions:
             return fno_time_embedding(t, self.official_weights())
         x = self.lift((torch.linspace(-1, 1, GRID, device=t.device) + t[:, None])[..., None]).transpose(1, 2)
         for layer in self.layers[:-1]:
@@ -96,7 +98,7 @@ class FNOTimeEmbedding(TimeEmbedding):
         return self.project(self.layers[-1](x).mean(dim=-1))
 
     def official_weights(self) -> dict[str, Tensor]:
-        """The parameters under the names of the official checkpoints, as `fno_time_embedding` takes them."""
+        """Return the parameters under the names of the official checkpoints, as `fno_time_embedding` takes them."""
         weights: dict[str, Tensor] = {}
         for ours, theirs in (("lift", "fc0"), ("project", "fc1")):
             module = getattr(self, ours)
@@ -107,9 +109,21 @@ class FNOTimeEmbedding(TimeEmbedding):
             weights[f"w{i}.bias"] = cast(Tensor, layer.pointwise.bias)
         return weights
 
+    @staticmethod
+    def cost(config: ModelConfig, kernels: bool) -> TimeCost:
+        width, channels, layers = config.width, config.time_width, config.time_layers
+        params = 2 * channels + layers * (2 * channels**2 * MODES + channels**2 + channels) + width * (channels + 1)
+        macs = GRID * channels + layers * (MODES + GRID) * channels**2 + channels * width
+        once, each = fno.macs(channels, width, layers)
+        # GELU's arguments, and each middle layer's transform and input; the kernels keep a transform and a derivative.
+        # Then the mean and what the last layer makes of it, and the embedding, which the modulation's SiLU keeps.
+        signals = 2 if kernels and layers == LAYERS else 3 * (layers - 2) + 1
+        kept = width + signals * channels * GRID + 2 * channels
+        return TimeCost(params, macs, kept, each, once, layers * MODES * channels**2)
+
 
 class SinusoidalTimeEmbedding(TimeEmbedding, Constants):
-    """t [B] -> [B, D]: 256 cosines and sines of t itself (not of 1000 t), then `layers` Linears with SiLU between."""
+    """256 cosines and sines of t itself (not of 1000 t, as in DiT), then `layers` Linears with SiLU between."""
 
     FEATURES = 256
     frequency: Tensor
@@ -131,17 +145,45 @@ class SinusoidalTimeEmbedding(TimeEmbedding, Constants):
             x = module(silu(x) if index else x)
         return x
 
+    @classmethod
+    def cost(cls, config: ModelConfig, kernels: bool) -> TimeCost:
+        inputs = [cls.FEATURES, *[config.width] * (config.time_layers - 1)]
+        # Inputs of the Linears and of SiLU, and the embedding, which the modulation's SiLU keeps.
+        kept = cls.FEATURES + config.width * (2 * config.time_layers - 1)
+        return TimeCost(sum(config.width * (i + 1) for i in inputs), sum(config.width * i for i in inputs), kept)
 
-class Modulation(nn.Module):
-    """Condition [B, D] -> `chunks` tensors of [B, D]: a Linear of SiLU, zero at initialisation (adaLN-Zero)."""
 
-    def __init__(self, width: int, chunks: int) -> None:
-        super().__init__()
-        self.chunks = chunks
-        self.weight = nn.Parameter(torch.zeros(chunks * width, width))
-        self.bias = nn.Parameter(torch.zeros(chunks * width))
+class TimeKind(NamedTuple):
+    """An entry of TIME_EMBEDDINGS: the module, its cost with or without Triton kernels, the least time_layers, help."""
 
-    def forward(self, condition: Tensor) -> Tensor:
-        """[B, D] -> [B, chunks*D], in fp32 as the time embedding."""
-        with torch.autocast(condition.device.type, enabled=False):
-            return linear(silu(wide(condition)), wide(self.weight), wide(self.bias))
+    build: Callable[[ModelConfig], TimeEmbedding]
+    cost: Callable[[ModelConfig, bool], TimeCost]
+    least_layers: int
+    help: str
+
+
+TIME_EMBEDDINGS = {
+    "fno": TimeKind(
+        lambda config: FNOTimeEmbedding(config.width, config.time_width, config.time_layers),
+        FNOTimeEmbedding.cost,
+        2,
+        "a Fourier neural operator of time_layers layers, time_width wide",
+    ),
+    "sinusoidal": TimeKind(
+        lambda config: SinusoidalTimeEmbedding(config.width, config.time_layers),
+        SinusoidalTimeEmbedding.cost,
+        1,
+        "DiT's sines and cosines, then time_layers Linears",
+    ),
+}
+
+
+def time_kind(config: ModelConfig) -> TimeKind:
+    """Return the configured entry of TIME_EMBEDDINGS; ConfigError if there is none, or for too few layers."""
+    name = config.time_embedding
+    kind = entry_of(TIME_EMBEDDINGS, "time_embedding", name)
+    if config.time_layers < kind.least_layers:
+        raise ConfigError(
+            f"time_layers is {config.time_layers}: time embedding {name} needs at least {kind.least_layers}"
+        )
+    return kind

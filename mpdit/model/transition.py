@@ -1,16 +1,37 @@
-"""From a coarse stage to the next finer one (MPDiT's Upsample block, section 3.1, and the variants of its Table 5)."""
+"""From a coarse stage to the next finer one (MPDiT's Upsample block, section 3.1, and the variants of its Table 5).
+
+A new kind is one entry of TRANSITIONS, which the model and mpdit.planning read.
+"""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from mpdit_kernels import upsample_tokens
 from torch import Tensor, nn
-from torch.nn.functional import gelu, linear
+from torch.nn.functional import conv2d, gelu, linear, pad
 
-from mpdit.model.blocks import EPS, MLP, init_linear, normalize
-from mpdit.model.config import ModelConfig
-from mpdit.model.embed import Grid, Position, grid_of, patchify
+from mpdit.model.config import ModelConfig, entry_of
+from mpdit.model.layers import EPS, MLP, Grid, Position, grid_of, init_linear, normalize, patchify
+
+
+class Cost(NamedTuple):
+    """What planning needs of a layer that expands or refines tokens.
+
+    Attributes:
+        params: trainable parameters.
+        macs: multiply-accumulates of each image token that comes in.
+        class_macs: of each class token; none comes into an expanding layer.
+        kept: numbers that backward keeps for each token that comes in: by an expanding layer in all, by a refining one
+            beside its input, and twice as many without the Triton kernels.
+    """
+
+    params: int
+    macs: int
+    class_macs: int = 0
+    kept: int = 0
 
 
 class Expand(nn.Module):
@@ -33,6 +54,10 @@ class Expand(nn.Module):
         bias = rearrange(self.bias, "(d i j) -> (i j d)", **rows)
         return rearrange(linear(image, weight, bias), "b (h w) (i j d) -> b (h i w j) d", h=grid[0], **rows)
 
+    @staticmethod
+    def cost(width: int, factor: int) -> Cost:
+        return Cost(factor**2 * width * (width + 1), factor**2 * width**2, kept=width)
+
 
 class ExpandTranspose(nn.Module):
     """The same as a transposed convolution: one bias per channel instead of one per channel and offset."""
@@ -46,24 +71,90 @@ class ExpandTranspose(nn.Module):
     def forward(self, image: Tensor, grid: Grid) -> Tensor:
         return rearrange(self.conv(rearrange(image, "b (h w) d -> b d h w", h=grid[0])), "b d h w -> b (h w) d")
 
+    @staticmethod
+    def cost(width: int, factor: int) -> Cost:
+        return Cost(factor**2 * width**2 + width, factor**2 * width**2, kept=width)
+
+
+class RefineLinear(nn.Linear):
+    """A Linear of all tokens [B, m+n, D]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width)
+        init_linear(self)
+
+    def forward(self, tokens: Tensor, num_class_tokens: int, grid: Grid) -> Tensor:  # type: ignore[override]
+        return super().forward(tokens)
+
+    @staticmethod
+    def cost(width: int) -> Cost:
+        return Cost(width * (width + 1), width**2, width**2)
+
+
+class RefineMLP(MLP):
+    """An MLP of all tokens [B, m+n, D], 4D wide."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 4 * width)
+
+    def forward(self, tokens: Tensor, num_class_tokens: int, grid: Grid) -> Tensor:  # type: ignore[override]
+        return super().forward(tokens)
+
+    @staticmethod
+    def cost(width: int) -> Cost:
+        return Cost(8 * width**2 + 5 * width, 8 * width**2, 8 * width**2, kept=4 * width)
+
 
 class RefineConv(nn.Module):
     """A 3 x 3 convolution of the image tokens; class tokens have no neighbours and take its centre tap."""
 
-    def __init__(self, width: int, prefix: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.prefix = prefix
         self.weight = nn.Parameter(torch.empty(width, width, 3, 3))
         self.bias = nn.Parameter(torch.zeros(width))
         nn.init.xavier_uniform_(self.weight.data.view(width, -1))
 
-    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
-        image = rearrange(tokens[:, self.prefix :], "b (h w) d -> b d h w", h=grid[0])
-        image = nn.functional.conv2d(image, self.weight, self.bias, padding=1)
-        image = rearrange(image, "b d h w -> b (h w) d")
-        if not self.prefix:
+    def forward(self, tokens: Tensor, num_class_tokens: int, grid: Grid) -> Tensor:
+        image = rearrange(tokens[:, num_class_tokens:], "b (h w) d -> b d h w", h=grid[0])
+        image = rearrange(conv2d(image, self.weight, self.bias, padding=1), "b d h w -> b (h w) d")
+        if not num_class_tokens:
             return image
-        return torch.cat([linear(tokens[:, : self.prefix], self.weight[:, :, 1, 1], self.bias), image], dim=1)
+        return torch.cat([linear(tokens[:, :num_class_tokens], self.weight[:, :, 1, 1], self.bias), image], dim=1)
+
+    @staticmethod
+    def cost(width: int) -> Cost:
+        return Cost(9 * width**2 + width, 9 * width**2, width**2)
+
+
+class TransitionKind(NamedTuple):
+    """An entry of TRANSITIONS.
+
+    Attributes:
+        expand: module (width, factor) of image tokens [B, n0, D] and their grid -> [B, n1, D], with its `cost`.
+        refine: module (width) of all tokens [B, m+n1, D], m and the fine grid -> the same shape, with its `cost`; None
+            for none.
+        help: one line.
+        fused: mpdit_kernels.upsample_tokens does it in one piece.
+    """
+
+    expand: Any
+    refine: Any
+    help: str
+    fused: bool = False
+
+
+TRANSITIONS = {
+    "linear": TransitionKind(Expand, None, "a Linear onto the finer grid"),
+    "conv_transpose": TransitionKind(ExpandTranspose, None, "a transposed convolution"),
+    "linear_linear": TransitionKind(Expand, RefineLinear, "linear, then GELU, norm and a Linear", fused=True),
+    "linear_mlp": TransitionKind(Expand, RefineMLP, "linear, then GELU, norm and an MLP"),
+    "linear_conv": TransitionKind(Expand, RefineConv, "linear, then GELU, norm and a 3 x 3 convolution"),
+}
+
+
+def transition_kind(config: ModelConfig) -> TransitionKind:
+    """Return the configured entry of TRANSITIONS; ConfigError if there is none."""
+    return entry_of(TRANSITIONS, "transition", config.transition)
 
 
 class Skip(nn.Module):
@@ -76,7 +167,7 @@ class Skip(nn.Module):
     def __init__(self, config: ModelConfig, patch: int) -> None:
         super().__init__()
         width = config.width
-        self.patch, self.prefix, self.shortcuts = patch, config.prefix_tokens, True
+        self.patch, self.num_class_tokens, self.exact_fusions = patch, config.prefix_tokens, True
         self.position = Position(width, config.input_size // patch)
         self.enabled = config.skip
         if self.enabled:
@@ -88,25 +179,25 @@ class Skip(nn.Module):
             nn.init.xavier_uniform_(self.linear_weight)
 
     def composed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Patches [B, n, C*p*p] of x, and the one weight [D, C*p*p] and bias [D] they meet; None without a skip."""
+        """Return patches [B, n, C*p*p] of x, and the one weight [D, C*p*p] and bias [D] they meet; None if disabled."""
         if not self.enabled:
             return None
         weight = self.linear_weight @ self.embed_weight.flatten(1)
         return patchify(x, self.patch), weight, linear(self.embed_bias, self.linear_weight, self.linear_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        pad = (0, 0, self.prefix, 0)  # zero rows for the class tokens
+        rows = (0, 0, self.num_class_tokens, 0)  # zeros for the class tokens
         position = self.position(grid_of(x, self.patch))
         if not self.enabled:
-            return nn.functional.pad(position, pad)
-        if not self.shortcuts:
+            return pad(position, rows)
+        if not self.exact_fusions:
             embedded = linear(patchify(x, self.patch), self.embed_weight.flatten(1), self.embed_bias)
-            return nn.functional.pad(linear(embedded, self.linear_weight, self.linear_bias) + position, pad)
+            return pad(linear(embedded, self.linear_weight, self.linear_bias) + position, rows)
         patches, weight, bias = self.composed(x)  # type: ignore[misc]
-        return linear(nn.functional.pad(patches, pad), weight) + nn.functional.pad(position + bias, pad)
+        return linear(pad(patches, rows), weight) + pad(position + bias, rows)
 
 
-class Transition(nn.Module):
+class Upsample(nn.Module):
     """Tokens of a stage [B, m+n0, D] and the input x [B, C, H, W] -> tokens of the next stage [B, m+n1, D].
 
     Image tokens are expanded; with a refining layer, they pass tanh-GELU, are joined by the class tokens, and all pass
@@ -115,43 +206,32 @@ class Transition(nn.Module):
 
     def __init__(self, config: ModelConfig, coarse_patch: int, patch: int) -> None:
         super().__init__()
-        width, self.prefix = config.width, config.prefix_tokens
-        self.coarse_patch = coarse_patch
-        expand, _, refine = config.transition.partition("_")
-        expander = ExpandTranspose if expand == "conv" else Expand
-        self.expand = expander(width, coarse_patch // patch)
-        self.refine: nn.Module | None = None
-        if expand == "linear" and refine:
-            self.refine = {
-                "linear": lambda: nn.Linear(width, width),
-                "mlp": lambda: MLP(width, 4 * width),
-                "conv": lambda: RefineConv(width, self.prefix),
-            }[refine]()
-        if isinstance(self.refine, nn.Linear):
-            init_linear(self.refine)
+        kind = transition_kind(config)
+        self.num_class_tokens, self.coarse_patch, self.fused = config.prefix_tokens, coarse_patch, kind.fused
+        self.expand: Any = kind.expand(config.width, coarse_patch // patch)
+        self.refine: Any = kind.refine(config.width) if kind.refine else None
         self.skip = Skip(config, patch)
 
     def forward(self, tokens: Tensor, x: Tensor) -> Tensor:
-        coarse, fine = grid_of(x, self.coarse_patch), grid_of(x, self.skip.patch)
-        if self.skip.shortcuts and isinstance(self.expand, Expand) and isinstance(self.refine, nn.Linear):
+        m, coarse, fine = self.num_class_tokens, grid_of(x, self.coarse_patch), grid_of(x, self.skip.patch)
+        if self.fused and self.skip.exact_fusions:
             return upsample_tokens(
                 tokens,
                 self.expand.weight,
                 self.expand.bias,
                 self.refine.weight,
                 self.refine.bias,
-                num_class_tokens=self.prefix,
+                num_class_tokens=m,
                 factor=self.expand.factor,
                 skip=self.skip.composed(x),
                 position=self.skip.position(fine),
                 grid=coarse,
                 eps=EPS,
             )
-        image = self.expand(tokens[:, self.prefix :], coarse)
+        image = self.expand(tokens[:, m:], coarse)  # [B, n1, D]
         if self.refine is not None:
             image = gelu(image, approximate="tanh")
-        joined = torch.cat([tokens[:, : self.prefix].to(image.dtype), image], dim=1) if self.prefix else image
+        joined = torch.cat([tokens[:, :m].to(image.dtype), image], dim=1) if m else image  # [B, m+n1, D]
         if self.refine is not None:
-            grids = (fine,) if isinstance(self.refine, RefineConv) else ()
-            joined = self.refine(normalize(joined), *grids)
+            joined = self.refine(normalize(joined), m, fine)
         return joined + self.skip(x)

@@ -14,19 +14,16 @@ counted here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from mpdit_kernels.flops import fno_macs
-from mpdit_kernels.fno.op import LAYERS
-from mpdit_kernels.fno.reference import GRID, MODES
-
 from mpdit.core.errors import ConfigError
 from mpdit.core.table import aligned
 from mpdit.model.config import ModelConfig, StageSpec
-from mpdit.model.time import SinusoidalTimeEmbedding
+from mpdit.model.time import time_kind
+from mpdit.model.transition import transition_kind
 
 SIZE: dict[str, int] = {"bf16": 2, "fp32": 4}
 """Bytes of a number."""
@@ -49,7 +46,7 @@ class Part:
         params: trainable parameters.
         fixed: numbers of fixed tables (positions).
         macs: multiply-accumulates of one image's forward pass, on the graph as the paper draws it.
-        executed: those that run for each image with the exact shortcuts of `MPDiT.use_shortcuts`, None for all.
+        executed: those that run for each image with the exact fusions of `MPDiT.use_exact_fusions`, None for all.
         executed_once: and once a forward pass, on weights alone.
         activation_bytes: what backward keeps of it, bytes an image.
         linear: whether they are products with weights, which the paper's count keeps.
@@ -75,7 +72,7 @@ class Account:
     """What a model costs.
 
     Attributes:
-        batch: images of a forward pass, which share what the shortcuts compute on weights alone.
+        batch: images of a forward pass, which share what the exact fusions compute on weights alone.
         dtype, kernels, checkpointing: what activations are counted for, see `account`.
         parts: in the order of the forward pass, then those that only keep activations.
     """
@@ -98,12 +95,12 @@ class Account:
 
     @cached_property
     def macs(self) -> int:
-        """Exact multiply-accumulates of one image's forward pass, without our shortcuts: what MFU is reckoned by."""
+        """Exact multiply-accumulates of one image's forward pass, without exact fusions: what MFU is reckoned by."""
         return sum(part.macs for part in self.parts)
 
     @cached_property
     def macs_executed(self) -> float:
-        """Those that run for one image with the shortcuts on."""
+        """Those that run for one image with the exact fusions on."""
         return sum(part.executed_macs(self.batch) for part in self.parts)
 
     @property
@@ -119,8 +116,7 @@ class Account:
         if dit or config.input_size != 32 or image_tokens(config, config.stages[-1]) != 256:
             return None
         macs = sum(part.macs for part in self.parts if part.linear)
-        if config.time_embedding == "fno":
-            macs -= config.time_layers * MODES * config.time_width**2
+        macs -= time_kind(config).cost(config, self.kernels).spectral_macs
         return macs + sum(stage.blocks for stage in config.stages) * 2 * 256**2 * config.width
 
     @cached_property
@@ -175,7 +171,7 @@ class Account:
         lines.append(("", "total", params, fixed, *macs, _mega(self.activation_bytes_per_image)))
         kept = f"{self.dtype}, {'kernels' if self.kernels else 'references'}"
         kept += ", checkpointing" if self.checkpointing else ""
-        executed = f"{_giga(self.macs_executed)} GMACs an image with the exact shortcuts, batch {self.batch}"
+        executed = f"{_giga(self.macs_executed)} GMACs an image with the exact fusions, batch {self.batch}"
         facts = [
             ("trainable parameters", f"{self.params_trainable / 1e6:.2f} M"),
             ("with fixed positions", f"{self.params_total / 1e6:.2f} M"),
@@ -232,7 +228,9 @@ def _parts(config: ModelConfig, size: int, kernels: bool, checkpointing: bool) -
     """Yield the parts in the order of the forward pass."""
     width, shared = config.width, config.modulation == "shared"
     yield Part(None, "inputs", activation_bytes=STREAM + 8)  # a time and a label
-    yield _TIME_EMBEDDINGS[config.time_embedding](config, kernels)
+    time = time_kind(config).cost(config, kernels)
+    executed = (time.executed, time.executed_once)
+    yield Part(None, "time embedding", time.params, 0, time.macs, *executed, STREAM * time.kept)
     yield Part(None, "class embedding", (config.num_classes + 1) * max(1, config.prefix_tokens) * width)
     if shared:
         params, macs = _linear(width, 6 * width)
@@ -259,30 +257,6 @@ def _linear(inputs: int, outputs: int, rows: int = 1) -> tuple[int, int]:
     return outputs * (inputs + 1), rows * inputs * outputs
 
 
-def _sinusoidal(config: ModelConfig, kernels: bool) -> Part:
-    """Linears from the features to the width; kept are their inputs, and the modulation's before its SiLU."""
-    width, layers = config.width, config.time_layers
-    inputs = [SinusoidalTimeEmbedding.FEATURES, *[width] * (layers - 1)]
-    kept = STREAM * (SinusoidalTimeEmbedding.FEATURES + width * (2 * layers - 1))
-    params, macs = sum(width * (i + 1) for i in inputs), sum(width * i for i in inputs)
-    return Part(None, "time embedding", params, macs=macs, activation_bytes=kept)
-
-
-def _fno(config: ModelConfig, kernels: bool) -> Part:
-    width, channels, layers = config.width, config.time_width, config.time_layers
-    params = 2 * channels + layers * (2 * channels**2 * MODES + channels**2 + channels) + width * (channels + 1)
-    macs = GRID * channels + layers * (MODES + GRID) * channels**2 + channels * width
-    once, each = fno_macs(channels, width, layers)
-    # GELU's arguments, and each middle layer's transform and input; the kernels keep a transform and a derivative. Then
-    # the mean and what the last layer makes of it, and the embedding, which the modulation's SiLU keeps.
-    signals = 2 if kernels and layers == LAYERS else 3 * (layers - 2) + 1
-    kept = STREAM * (width + signals * channels * GRID + 2 * channels)
-    return Part(None, "time embedding", params, 0, macs, each, once, kept)
-
-
-_TIME_EMBEDDINGS: dict[str, Callable[[ModelConfig, bool], Part]] = {"fno": _fno, "sinusoidal": _sinusoidal}
-
-
 def _patch_embedding(config: ModelConfig, size: int) -> Iterator[Part]:
     stage = config.stages[0]
     tokens, pixels = image_tokens(config, stage), config.channels * stage.patch**2
@@ -307,7 +281,7 @@ def _blocks(config: ModelConfig, index: int, size: int, kernels: bool, checkpoin
         kept = {name: (count - 1) * whole[name] + last[name] for name in whole}
 
     def part(name: str, params: int, macs: int, left_out: int = 0, linear: bool = True) -> Part:
-        """Return a part whose shortcuts leave out so many MACs of all."""
+        """Return a part whose exact fusions leave out so many MACs of all."""
         return Part(index, name, params, 0, macs, macs - left_out, 0, kept[name], linear)
 
     own = 0 if config.modulation == "shared" else count * 6 * width
@@ -346,34 +320,28 @@ def _recomputed_bytes(config: ModelConfig, stage: StageSpec, size: int, kernels:
 def _transition(config: ModelConfig, index: int, size: int, kernels: bool) -> Iterator[Part]:
     """Yield the parts between a stage and the one before it."""
     coarse, fine = config.stages[index - 1 : index + 1]
-    width, square, prefix = config.width, config.width**2, config.prefix_tokens
+    width, prefix = config.width, config.prefix_tokens
     before, after, rows = image_tokens(config, coarse), image_tokens(config, fine), stage_tokens(config, fine)
-    area = (coarse.patch // fine.patch) ** 2
-    expand, _, refine = config.transition.partition("_")
-    biases = width if expand == "conv" else area * width
-    kept = size * before * width  # the coarse image tokens as the product takes them
-    yield Part(index, "expand", area * square + biases, macs=before * area * square, activation_bytes=kept)
-    if expand == "linear" and refine:
-        weights, of_image, of_class = {
-            "linear": (square, square, square),
-            "mlp": (8 * square, 8 * square, 8 * square),
-            "conv": (9 * square, 9 * square, square),
-        }[refine]
-        params = weights + (5 * width if refine == "mlp" else width)
-        if kernels and refine == "linear":
+    kind = transition_kind(config)
+    expand = kind.expand.cost(width, coarse.patch // fine.patch)
+    kept = size * before * expand.kept
+    yield Part(index, "expand", expand.params, macs=before * expand.macs, activation_bytes=kept)
+    if kind.refine:
+        refine = kind.refine.cost(width)
+        if kernels and kind.fused:
             kept = size * rows * width
         else:  # before GELU, joined, and normalised
             kept = size * (after + rows) * width + rows * (width * size + 2 * size)
-            kept += size * rows * (1 if kernels else 2) * 4 * width if refine == "mlp" else 0
-        macs = after * of_image + prefix * of_class
-        yield Part(index, "refine", params, macs=macs, activation_bytes=kept)
+            kept += size * rows * refine.kept * (1 if kernels else 2)
+        macs = after * refine.macs + prefix * refine.class_macs
+        yield Part(index, "refine", refine.params, macs=macs, activation_bytes=kept)
     if not config.skip:
         yield Part(index, "position", fixed=after * width)
         return
     pixels = config.channels * fine.patch**2
     params, macs = width * (pixels + 1) + width * (width + 1), after * width * (pixels + width)
-    # The shortcut multiplies both weights into one, once, and takes class tokens as rows of zeros.
-    executed, once = rows * width * pixels, square * pixels + square
+    # The exact fusion multiplies both weights into one, once, and takes class tokens as rows of zeros.
+    executed, once = rows * width * pixels, width**2 * (pixels + 1)
     kept = (STREAM * after if kernels else size * rows) * pixels
     yield Part(index, "skip", params, after * width, macs, executed, once, kept)
 

@@ -24,8 +24,7 @@ from mpdit.core.files import write_atomically
 from mpdit.core.table import aligned
 from mpdit.model.presets import PRESETS
 from mpdit.planning.time import ATTENTION, LINK, MEASURED, Efficiency, measured, step_time
-from mpdit.report import Results, read_results
-from mpdit.report.results import OURS
+from mpdit.report.results import OURS, Results, read_results
 
 RESULTS = Path("benchmarks", "results")
 LEAST_ERROR = 0.05
@@ -62,7 +61,7 @@ def calibrate(results: Results) -> tuple[Gpu, Efficiency, list[Step]] | None:
     # The fastest variant of our code on each model and batch; variants on another model bear its name.
     fastest: dict[tuple[str, int], tuple[float, str]] = {}
     for row in results.of("step"):
-        if row.way.partition(",")[0] in (OURS, *PRESETS) and row.model is not None and row.images is not None:
+        if row.variant.partition(",")[0] in (OURS, *PRESETS) and row.model is not None and row.images is not None:
             found = row.seconds.median, row.dtype
             fastest[row.model, row.images] = min(fastest.get((row.model, row.images), found), found)
     steps = [

@@ -149,7 +149,7 @@ class Plan:
 
     @property
     def mfu(self) -> float:
-        """Share of the datasheet's FLOP/s, in exact FLOPs of the graph without shortcuts."""
+        """Share of the datasheet's FLOP/s, in exact FLOPs of the graph without exact fusions."""
         rate = self.request.gpu.flops if self.request.precision == "bf16" else self.request.gpu.flops32
         flops = account(self.config).training_flops_per_image * self.images_per_second / self.request.gpus
         return flops / rate

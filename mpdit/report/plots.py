@@ -1,4 +1,7 @@
-"""Results as pictures: models' rates, memory and MFU as bars, kernels' times as dots; roofline.py has the roofline."""
+"""Results as pictures: models' rates, memory and MFU as bars, kernels' times as dots and under the machine's roofs.
+
+Colours are Okabe and Ito's, which colour-blind people tell apart. Drawn without a display.
+"""
 
 from __future__ import annotations
 
@@ -6,188 +9,280 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator
 
-from mpdit.report.choose import fastest, kind, largest, opponents, ours
-from mpdit.report.fields import Spread
-from mpdit.report.results import Results, Row
-from mpdit.report.roofline import draw_roofline
-from mpdit.report.style import BLUE, GREY, OTHERS, SKY, footer, new_figure, own_name, style
-from mpdit.report.tables import contender
-from mpdit.report.words import number, seconds
+from mpdit.report.markdown import number, rate, seconds, variant_name
+from mpdit.report.results import OURS, Results, Row, Spread, best_opponent, kind, ours
 
+BLUE, SKY, GREY, DARK = "#0072B2", "#56B4E9", "#8c8c8c", "#555555"
+OTHERS = ("#E69F00", "#D55E00", "#009E73", "#CC79A7", "#000000")
+"""For what is not ours."""
 _BAR = 0.26  # inches that a bar takes
-_BEHIND = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+_MARKERS = "os^DvPX*<>h"  # 11 against 8 colours: a pair comes again after 88
 
 
-@dataclass(frozen=True)
-class Plot:
-    """A picture that was written."""
-
-    title: str
-    path: Path
-
-
-def draw_all(results: Results, folder: Path) -> list[Plot]:
-    """Write a PNG of all that was measured into `folder`, each named after the results file."""
-    found: list[tuple[str, str, Figure | None]] = [
-        ("throughput", "Training step: images a second", _bars(results, "step", "Training step", _THROUGHPUT)),
-        ("memory", "Training step: peak memory", _bars(results, "step", "Training step", _MEMORY)),
-        ("mfu", "Training step: model FLOPs utilisation", _bars(results, "step", "Training step", _MFU)),
-        ("sampling", "Sampling: images a second", _bars(results, "sampling", "Sampling", _THROUGHPUT)),
-        ("roofline", "Roofline of the kernels", draw_roofline(results)),
-        ("kernels", "Time of each kernel", _kernels(results)),
-    ]
-    plots = []
-    for name, title, figure in found:
-        if figure is None:
-            continue
-        path = folder / f"{results.path.stem}-{name}.png"
-        figure.savefig(path, format="png")
-        plots.append(Plot(f"{title}, {results.hardware}", path))
-    return plots
+def draw_all(results: Results, folder: Path) -> list[tuple[str, Path]]:
+    """Write a PNG of all that was measured into `folder`; return each one's title and path."""
+    figures = {
+        "throughput": ("Training step: images a second", _bars(results, "step", _THROUGHPUT)),
+        "memory": ("Training step: peak memory", _bars(results, "step", _MEMORY)),
+        "mfu": ("Training step: model FLOPs utilisation", _bars(results, "step", _MFU)),
+        "sampling": ("Sampling: images a second", _bars(results, "sampling", _THROUGHPUT)),
+        "roofline": ("Roofline of the kernels", draw_roofline(results)),
+        "kernels": ("Time of each kernel", _draw_kernels(results)),
+    }
+    drawn = []
+    for name, (title, figure) in figures.items():
+        if figure is not None:
+            path = folder / f"{results.path.stem}-{name}.png"
+            figure.savefig(path, format="png")
+            drawn.append((f"{title}, {results.hardware}", path))
+    return drawn
 
 
 @dataclass(frozen=True)
 class _Quantity:
-    """What bars show: its value in the axis' unit, with a spread where it has one."""
+    """What bars show.
+
+    Attributes:
+        value: the filled bar, in the axis' unit; outline: the end of an outlined bar around it.
+        mark: a line across the bars of a case, by its name.
+    """
 
     title: str
     axis: str
     value: Callable[[Row], Spread | None]
-    show: Callable[[float], str]
-    beyond: Callable[[Row], float | None] = lambda row: None
-    marks: Callable[[Results, Row], dict[str, float]] = lambda results, row: {}
+    outline: Callable[[Row], float | None] = lambda row: None
+    mark: Callable[[Results, Row], tuple[str, float | None]] = lambda results, row: ("", None)
 
 
-def _memory(row: Row) -> Spread | None:
-    return None if row.allocated is None else Spread(*[row.allocated / 1e9] * 3)
+def _scaled(values: Spread | None, factor: float) -> Spread | None:
+    return values and Spread(factor * values.median, factor * values.q20, factor * values.q80)
 
 
-def _mfu_marks(results: Results, row: Row) -> dict[str, float]:
-    return {"matmul measured in the same run": 100 * row.ceiling / row.peak} if row.peak and row.ceiling else {}
-
-
-def _memory_marks(results: Results, row: Row) -> dict[str, float]:
-    return {} if results.memory_limit is None else {"limit": results.memory_limit}
-
-
-_THROUGHPUT = _Quantity("images a second", "images / s", lambda row: row.images_per_second, number)
+_THROUGHPUT = _Quantity("images a second", "images / s", lambda row: row.images_per_second)
 _MEMORY = _Quantity(
-    "peak memory", "GB (1e9 bytes): filled allocated, outlined reserved", _memory, number,
-    beyond=lambda row: None if row.reserved is None else row.reserved / 1e9, marks=_memory_marks,
-)  # fmt: skip
+    "peak memory",
+    "GB (1e9 bytes): filled allocated, outlined reserved",
+    lambda row: None if row.allocated is None else Spread(*[row.allocated / 1e9] * 3),
+    lambda row: None if row.reserved is None else row.reserved / 1e9,
+    lambda results, row: ("limit", results.memory_limit),
+)
 _MFU = _Quantity(
-    "model FLOPs utilisation", "% of the datasheet's dense peak, in exact FLOPs of the reference graph",
-    lambda row: row.mfu and row.seconds.per(100 * (row.flops or 0) / (row.peak or 1)),
-    lambda x: f"{x:.1f}", marks=_mfu_marks,
-)  # fmt: skip
+    "model FLOPs utilisation",
+    "% of the datasheet's dense peak, in exact FLOPs of the reference graph",
+    lambda row: _scaled(row.mfu, 100),
+    mark=lambda results, row: (
+        "matmul measured in the same run",
+        100 * row.ceiling / row.peak if row.peak and row.ceiling else None,
+    ),
+)
 
 
-def _bars(results: Results, part: str, name: str, quantity: _Quantity) -> Figure | None:
-    """A panel a case, a bar a contender; None where no contender has the quantity."""
-    cases = largest(results, part) if part == "step" else results.cases(part)
+def _bars(results: Results, part: str, quantity: _Quantity) -> Figure | None:
+    """Draw a panel a case, a bar a variant; None where no variant has the quantity."""
+    cases = results.largest(part) if part == "step" else results.cases(part)
     panels = {case: [row for row in rows if quantity.value(row)] for case, rows in cases.items()}
     panels = {case: rows for case, rows in panels.items() if rows}
     if not panels:
         return None
     heights = [0.9 + _BAR * len(rows) for rows in panels.values()]
-    figure = new_figure(9, 0.6 + sum(heights))
+    note = "" if quantity is _MEMORY else "Bars are medians, whiskers 20 % and 80 % quantiles."
+    name = {"step": "Training step", "sampling": "Sampling"}[part]
+    figure = _figure(results, 0.6 + sum(heights), f"{name}: {quantity.title}", note)
     grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (case, rows) in zip(grid, panels.items(), strict=True):
-        _panel(axes, case, rows, results, quantity)
+        _draw_panel(axes, rows, results, quantity)
+        axes.set_title(case, loc="left", fontsize=10)
     grid[-1].set_xlabel(quantity.axis)
-    figure.suptitle(f"{name}: {quantity.title}", x=0.01, ha="left", fontweight="bold")
-    footer(figure, results, "Bars are medians, whiskers 20 % and 80 % quantiles." if quantity is not _MEMORY else "")
     return figure
 
 
-def _panel(axes: Axes, case: str, rows: Sequence[Row], results: Results, quantity: _Quantity) -> None:
-    colours = _colours(rows)
-    most = 0.0
+def _draw_panel(axes: Axes, rows: Sequence[Row], results: Results, quantity: _Quantity) -> None:
+    # Ours blue, our code in plain PyTorch grey, each other model and project its own.
+    colours = {"ours": BLUE, "ours, compiled": SKY, "plain": GREY}
+    most, others = 0.0, cycle(OTHERS)
     for place, row in enumerate(rows):
-        value = quantity.value(row)
+        value, outline, name = quantity.value(row), quantity.outline(row), kind(row.variant)
+        project = name if name in colours else name.partition(",")[0]
+        colour = colours.get(project) or colours.setdefault(project, next(others))
         assert value is not None
-        beyond = quantity.beyond(row)
-        end = max(value.q80, beyond or 0)
-        if beyond is not None:
-            axes.barh(place, beyond, height=0.7, facecolor="none", edgecolor=colours[kind(row.way)], linewidth=1)
-        axes.barh(place, value.median, height=0.7, color=colours[kind(row.way)])
+        if outline is not None:
+            axes.barh(place, outline, height=0.7, facecolor="none", edgecolor=colour, linewidth=1)
+        axes.barh(place, value.median, height=0.7, color=colour)
         if value.q80 > value.q20:
-            around = [[value.median - value.q20], [value.q80 - value.median]]
-            axes.errorbar(value.median, place, xerr=around, color="black", capsize=2.5, linewidth=0.9)
-        text = quantity.show(value.median) + ("" if beyond is None else f" ({quantity.show(beyond)})")
-        axes.annotate(text, (end, place), (5, 0), textcoords="offset points", va="center", fontsize=8.5, bbox=_BEHIND)
+            axes.errorbar(value.median, place, xerr=_whiskers([value]), color="black", capsize=2.5, linewidth=0.9)
+        end = max(value.q80, outline or 0)
+        text = number(value.median) + ("" if outline is None else f" ({number(outline)})")
+        _label(axes, text, (end, place), (5, 0), va="center", bbox={"facecolor": "white", "lw": 0, "pad": 1})
         most = max(most, end)
-    for name, at in quantity.marks(results, rows[0]).items():
+    name, at = quantity.mark(results, rows[0])
+    if at is not None:
         axes.axvline(at, color="black", linewidth=1, linestyle="--")
-        axes.annotate(f"{name} {quantity.show(at)} ", (at, 1), (0, 2), xycoords=axes.get_xaxis_transform(),
-                      textcoords="offset points", ha="right", va="bottom", fontsize=8.5)  # fmt: skip
-        most = max(most, at)
-    axes.set_xlim(0, 1.16 * most)
-    axes.set_yticks(range(len(rows)), [contender(row, rows) for row in rows], fontsize=9)
+        _label(axes, f"{name} {number(at)} ", (at, 1), (0, 2), axes.get_xaxis_transform(), ha="right", va="bottom")
+    axes.set_xlim(0, 1.16 * max(most, at or 0))
+    axes.set_yticks(range(len(rows)), [variant_name(row, rows) for row in rows], fontsize=9)
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_title(case, loc="left", fontsize=10)
-    style(axes, "x")
+    _style(axes, "x")
 
 
-def _colours(rows: Sequence[Row]) -> dict[str, str]:
-    """Ours blue, our code in plain PyTorch grey, each other model and project its own."""
-    fixed = {"ours": BLUE, "ours, compiled": SKY, "plain": GREY}
-    projects = [name for name in dict.fromkeys(kind(row.way) for row in rows) if name not in fixed]
-    families = list(dict.fromkeys(name.split(",")[0] for name in projects))
-    return fixed | {name: OTHERS[families.index(name.split(",")[0]) % len(OTHERS)] for name in projects}
-
-
-def _kernels(results: Results) -> Figure | None:
-    """A line a call: our time and that of its best opponent."""
-    duels = []
-    for case, rows in results.cases("kernels").items():
-        own, best = ours(rows), fastest(opponents(rows))
-        if own is not None and best is not None:
-            duels.append((case, own, best))
-    if not duels:
+def _draw_kernels(results: Results) -> Figure | None:
+    """Draw a line a call: our time and that of its best opponent."""
+    found = [(case, ours(rows), best_opponent(rows)) for case, rows in results.cases("kernels").items()]
+    pairs = [(case, own, best) for case, own, best in found if own is not None and best is not None]
+    if not pairs:
         return None
-    figure = new_figure(9, 1.9 + 0.21 * len(duels))
+    note = "Medians, 20 % and 80 % quantiles. Ratio black: ours faster; orange: slower; grey: spread holds 1."
+    figure = _figure(results, 1.9 + 0.21 * len(pairs), f"Time of {_own_name(results)}", note)
     axes = figure.subplots()
-    ways = list(dict.fromkeys(best.way for _, _, best in duels))
-    looks = dict(zip(ways, zip(cycle("sD^vPX*"), cycle(OTHERS)), strict=False))
-    for place, (_, own, best) in enumerate(duels):
+    dots: dict[str, list[tuple[int, Row]]] = {}
+    for place, (_, own, best) in enumerate(pairs):
         axes.plot([own.seconds.median, best.seconds.median], [place] * 2, color="#bbbbbb", linewidth=1.5, zorder=1)
         if best.ratio is not None:
-            axes.annotate(f"{best.ratio.median:.2f}x", (1.01, place), xycoords=axes.get_yaxis_transform(), va="center",
-                          fontsize=8, color=gain_colour(best.ratio))  # fmt: skip
-    for way in ways:
-        places = [place for place, (_, _, best) in enumerate(duels) if best.way == way]
-        _dots(axes, places, [duels[place][2] for place in places], *looks[way], f"best opponent: {way}")
-    _dots(axes, range(len(duels)), [own for _, own, _ in duels], "o", BLUE, "ours")
+            text, colour = f"{best.ratio.median:.2f}x", gain_colour(best.ratio)
+            _label(axes, text, (1.01, place), (0, 0), axes.get_yaxis_transform(), va="center", color=colour)
+        dots.setdefault(f"best opponent: {best.variant}", []).append((place, best))
+    looks = [*zip(cycle("sD^vPX*"), cycle(OTHERS), dots, strict=False), ("o", BLUE, "ours")]
+    dots["ours"] = [(place, own) for place, (_, own, _) in enumerate(pairs)]
+    for marker, colour, label in looks:
+        times = [row.seconds for _, row in dots[label]]
+        places, medians = [place for place, _ in dots[label]], [time.median for time in times]
+        whiskers = _whiskers(times)
+        axes.errorbar(medians, places, xerr=whiskers, fmt=marker, c=colour, markersize=5, linewidth=1, label=label)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: seconds(x).replace(".00", "").replace(".0", "")))
     axes.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: ""))
-    axes.set_yticks(range(len(duels)), [case for case, _, _ in duels], fontsize=8)
-    axes.set_ylim(len(duels) - 0.4, -0.6)
+    axes.set_yticks(range(len(pairs)), [case for case, _, _ in pairs], fontsize=8)
+    axes.set_ylim(len(pairs) - 0.4, -0.6)
     axes.set_xlabel("time of a call (log scale); on the right, the best opponent's time over ours")
-    style(axes, "both")
-    figure.suptitle(f"Time of {own_name(results)}", x=0.01, ha="left", fontweight="bold")
+    _style(axes, "both")
     figure.legend(loc="outside upper right", ncols=4, frameon=False, fontsize=8.5)
-    footer(
-        figure,
-        results,
-        "Medians, 20 % and 80 % quantiles. Ratio black: ours faster; orange: slower; grey: spread holds 1.",
-    )
     return figure
 
 
 def gain_colour(ratio: Spread) -> str:
-    """Black where ours is faster, orange where slower, grey where the spread, in the digits shown, holds 1."""
+    """Return black where ours is faster, orange where slower, grey where the spread, as it is shown, holds 1."""
     return "black" if round(ratio.q20, 2) > 1 else OTHERS[1] if round(ratio.q80, 2) < 1 else GREY
 
 
-def _dots(axes: Axes, places: Sequence[int], rows: Sequence[Row], marker: str, colour: str, label: str) -> None:
-    middle, low, high = zip(*((row.seconds.median, row.seconds.q20, row.seconds.q80) for row in rows), strict=True)
-    around = [[m - x for m, x in zip(middle, low, strict=True)], [x - m for m, x in zip(middle, high, strict=True)]]
-    axes.errorbar(middle, places, xerr=around, fmt=marker, color=colour, markersize=5, linewidth=1, label=label)
+Looks = dict[str, tuple[str, str]]
+"""Colour and marker by operation."""
+
+
+def draw_roofline(results: Results) -> Figure | None:
+    """Draw FLOP/s by FLOP a byte, and bytes/s of calls that count no FLOP; None unless bytes of ours are counted."""
+    rows = [row for row in results.of("kernels") if row.variant == OURS and row.bytes]
+    if not rows:
+        return None
+    looks = looks_of(list(dict.fromkeys(row.operation for row in rows)))
+    panels = [(_draw_products, [row for row in rows if row.flops], 3)]
+    panels.append((_draw_elementwise, [row for row in rows if not row.flops], 1))
+    panels = [panel for panel in panels if panel[1]]
+    figure = _figure(
+        results, 5.6, f"Roofline of {_own_name(results)}", "Medians; bytes are the least a call must move."
+    )
+    grid = figure.subplots(1, len(panels), squeeze=False, width_ratios=[width for _, _, width in panels])[0]
+    for axes, (draw, chosen, _) in zip(grid, panels, strict=True):
+        draw(axes, results, chosen, looks)
+        _style(axes, "both")
+    for name, (colour, marker) in looks.items():
+        grid[0].plot([], [], marker, color=colour, label=name)
+    for label, face in (("forward", "black"), ("backward", "white")):
+        grid[0].plot([], [], "o", color="black", markerfacecolor=face, label=label)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8.5)
+    return figure
+
+
+def looks_of(names: Sequence[str]) -> Looks:
+    """Return colours and markers of which no two are alike."""
+    return dict(zip(names, zip(cycle((BLUE, *OTHERS, SKY, GREY)), cycle(_MARKERS)), strict=False))
+
+
+def _draw_products(axes: Axes, results: Results, rows: Sequence[Row], looks: Looks) -> None:
+    """Draw calls with products below the datasheet's roofs and the measured ones."""
+    intensity = [(row.flops or 0) / (row.bytes or 1) for row in rows]
+    x = np.geomspace(min(intensity) / 4, max(4 * max(intensity), 1000), 200)
+    roofs = []
+    for dtype, product in {("fp32", "matmul32") if row.dtype == "fp32" else ("bf16", "matmul") for row in rows}:
+        if results.peaks:
+            roofs.append((f"datasheet {dtype}", results.peaks["bandwidth"], results.peaks[dtype], "black", "-"))
+        if results.ceilings:
+            roofs.append((f"measured {dtype}", results.ceilings["copy"], results.ceilings[product], DARK, "--"))
+    for name, slope, flat, colour, line in roofs:
+        above = 1 if line == "-" else -1
+        axes.plot(x, np.minimum(slope * x, flat), line, color=colour, linewidth=1.2, zorder=1)
+        text, align = f"{name}, {rate(flat, 'FLOP/s')}", "bottom" if above > 0 else "top"
+        _label(axes, text, (x[-1], flat), (-2, 3 * above), ha="right", va=align, color=colour)
+    for place, row in zip(intensity, rows, strict=True):
+        _dot(axes, place, (row.flops or 0) / row.seconds.median, row, looks)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(x[0], x[-1])
+    axes.set_xlabel("FLOP a byte")
+    axes.set_ylabel("FLOP / s")
+    axes.set_title("calls with products", loc="left", fontsize=10)
+
+
+def _draw_elementwise(axes: Axes, results: Results, rows: Sequence[Row], looks: Looks) -> None:
+    """Draw bytes a second of calls without products, below the datasheet's bandwidth and the rate of copies."""
+    names = list(dict.fromkeys(row.operation for row in rows))
+    for row in rows:
+        _dot(axes, names.index(row.operation), (row.bytes or 0) / row.seconds.median, row, looks)
+    roofs = [("datasheet", results.peaks["bandwidth"], "black", 1)] if results.peaks else []
+    roofs += [("copies", results.ceilings["copy"], DARK, -1)] if results.ceilings else []
+    for name, roof, colour, above in roofs:
+        axes.axhline(roof, color=colour, linestyle="-" if above > 0 else "--", linewidth=1.2, zorder=1)
+        text, align = f"{name}, {rate(roof, 'B/s')}", "bottom" if above > 0 else "top"
+        _label(axes, text, (0.02, roof), (0, 3 * above), axes.get_yaxis_transform(), va=align, color=colour)
+    rates = [(row.bytes or 0) / row.seconds.median for row in rows]
+    axes.set_ylim(0, 1.1 * max(*rates, *(roof for _, roof, _, _ in roofs), 0))
+    axes.set_xlim(-0.6, len(names) - 0.4)
+    axes.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.yaxis.set_major_formatter(EngFormatter(unit="B/s"))
+    axes.set_title("elementwise calls", loc="left", fontsize=10)
+
+
+def _dot(axes: Axes, x: float, y: float, row: Row, looks: Looks) -> None:
+    colour, marker = looks[row.operation]
+    face = "white" if "backward" in row.case else colour
+    axes.plot(x, y, marker, color=colour, markerfacecolor=face, markersize=6, zorder=3)
+
+
+def _figure(results: Results, height: float, title: str, note: str) -> Figure:
+    """Return a figure 9 inches wide that says where and when it was measured."""
+    figure = Figure(figsize=(9, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    source = f"{results.place}; {results.date}; torch {results.machine['torch']}."
+    figure.supxlabel(f"{source} {note}".rstrip(), x=0.01, ha="left", fontsize=8, color=DARK)
+    return figure
+
+
+def _own_name(results: Results) -> str:
+    """Return what `ours` runs as kernels there."""
+    return "our kernels" if results.on_gpu else "our kernels' references (on a CPU)"
+
+
+def _style(axes: Axes, grid: Literal["x", "y", "both"]) -> None:
+    axes.grid(axis=grid, alpha=0.25, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _label(
+    axes: Axes, text: str, at: tuple[float, float], by: tuple[float, float], transform: Any = "data", **style: Any
+) -> None:
+    """Write beside a point, so many typographic points away."""
+    axes.annotate(text, at, by, transform, "offset points", fontsize=8, **style)
+
+
+def _whiskers(values: Sequence[Spread]) -> list[list[float]]:
+    """Return the lengths of error bars, below and above."""
+    return [[value.median - value.q20 for value in values], [value.q80 - value.median for value in values]]

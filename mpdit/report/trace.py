@@ -1,4 +1,4 @@
-"""A trace of torch's profiler read: time by range, the kernels that take most of it, copies, how busy the GPU is.
+"""Reads a trace of torch's profiler: time by range, the kernels that take most of it, copies, how busy the GPU is.
 
 The trace is the JSON that torch.profiler exports (Chrome's event format, times in microseconds, the GPU's on the
 clock of the CPU). What runs on the GPU belongs to the range in which it was launched: event -> its launch, by
@@ -15,14 +15,15 @@ import json
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from mpdit_kernels.command import aligned
+from typing import Any, Literal, NamedTuple, get_args
 
 from mpdit.core.errors import DataError
-from mpdit.training.profiling import RANGES
+from mpdit.core.table import aligned
+
+RangeName = Literal["data", "h2d", "forward", "backward", "optimizer", "ema", "checkpoint", "sample"]
+RANGES: tuple[RangeName, ...] = get_args(RangeName)
+"""The parts of a step as training names them in every trace, in the order of a step."""
 
 _OPERATORS = "mpdit_kernels::"
 _ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -31,95 +32,9 @@ _KINDS = {"user_annotation", "cpu_op", *_LAUNCHES, *_ON_GPU}
 _OUTSIDE = "(outside)"
 _WIDEST = 80
 """Letters of a kernel's name in the text."""
+_REMEDY = "give one that launch/train.py wrote with --profile torch"
 
-
-@dataclass(frozen=True)
-class RangeTime:
-    """A range, over all of its calls: seconds it took on the CPU, seconds of GPU work launched within it."""
-
-    name: str
-    calls: int
-    seconds: float
-    gpu_seconds: float
-
-
-@dataclass(frozen=True)
-class OpTime:
-    """A GPU kernel, or an operator with what it called left out: seconds over all calls, its share of the total."""
-
-    name: str
-    calls: int
-    seconds: float
-    share: float
-
-
-@dataclass(frozen=True)
-class CopyTime:
-    """A kind of copy on or to the GPU."""
-
-    name: str
-    calls: int
-    bytes: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class TraceReport:
-    """Where the time of a profiled window goes.
-
-    Attributes:
-        steps: how many were profiled; 0 when the trace doesn't say.
-        seconds: from the start of the first step to the end of the last and of all that it launched.
-        gpu: whether anything ran on a GPU.
-        gpu_busy: share of `seconds` in which a kernel or a copy ran; None without GPU.
-        ranges: in the order of a step, with what is outside of all of them last.
-        ops: GPU kernels, or operators by their own CPU time without a GPU; the longest first.
-    """
-
-    path: str
-    steps: int
-    seconds: float
-    gpu: bool
-    gpu_busy: float | None
-    ranges: tuple[RangeTime, ...]
-    ops: tuple[OpTime, ...]
-    copies: tuple[CopyTime, ...]
-
-    @property
-    def figures(self) -> dict[str, Any]:
-        """JSON types; all times in seconds."""
-        return asdict(self)
-
-    @property
-    def text(self) -> str:
-        steps = f"{self.steps} step{'s' * (self.steps > 1)}" if self.steps else "a window"
-        each = f", {_ms(self.seconds / self.steps)} ms a step" if self.steps else ""
-        busy = "no GPU" if self.gpu_busy is None else f"GPU busy {self.gpu_busy:.1%}"
-        parts = [f"{self.path}: {steps} in {_ms(self.seconds)} ms{each}, {busy}. Profiled, so no measure of speed."]
-        gpu_total = sum(r.gpu_seconds for r in self.ranges)
-        head = ("range", "calls", "CPU ms", "share") + (("GPU ms", "share") if self.gpu else ())
-        rows = []
-        for r in self.ranges:
-            row = (r.name, str(r.calls or ""), _ms(r.seconds), _percent(r.seconds, self.seconds))
-            rows.append(row + ((_ms(r.gpu_seconds), _percent(r.gpu_seconds, gpu_total)) if self.gpu else ()))
-        parts.append(aligned([head, *rows]))
-        ops = [
-            (_short(op.name), str(op.calls), _ms(op.seconds), _ms(op.seconds / op.calls), f"{op.share:.1%}")
-            for op in self.ops
-        ]
-        kind = "kernel" if self.gpu else "operator, without what it calls"
-        parts.append(aligned([(kind, "calls", "ms", "mean ms", "share"), *ops]))
-        if self.copies:
-            copies = [
-                (c.name, str(c.calls), f"{c.bytes / 1e6:.3f}", _ms(c.seconds), f"{c.bytes / c.seconds / 1e9:.1f}")
-                for c in self.copies
-                if c.seconds
-            ]
-            parts.append(aligned([("copy", "calls", "MB", "ms", "GB/s"), *copies]))
-        return "\n\n".join(parts)
-
-    def __str__(self) -> str:
-        return self.text
+Json = dict[str, Any]
 
 
 class _Span(NamedTuple):
@@ -134,37 +49,82 @@ class _Span(NamedTuple):
     operator: int | None
     bytes: int
 
+    @property
+    def duration(self) -> float:
+        return self.end - self.start
 
-def trace_report(path: str | Path, top: int = 15) -> TraceReport:
-    """Read OUT/profile/trace-*.json.gz (or .json) and report the `top` kernels or operators.
 
-    Raises DataError when the file can't be read, is no trace of torch's profiler, or holds none of our ranges.
+def trace_report(path: str | Path, top: int = 15) -> Json:
+    """Read OUT/profile/trace-*.json.gz (or .json) and return where the time of the profiled window goes.
+
+    Returns:
+        JSON types, all times in seconds:
+        steps: how many were profiled; 0 when the trace doesn't say.
+        seconds: from the start of the first step to the end of the last and of all that it launched.
+        gpu: whether anything ran on a GPU.
+        gpu_busy: share of `seconds` in which a kernel or a copy ran; None without GPU.
+        ranges: over all calls, seconds on the CPU and of GPU work launched within, in the order of a step; what is
+            outside of all of them last.
+        ops: the `top` GPU kernels, or without a GPU operators by their own CPU time, with what they called left out;
+            the longest first, with their share of all.
+        copies: by kind, on or to the GPU.
+
+    Raises:
+        DataError: the file can't be read, is no trace of torch's profiler, or holds none of our ranges.
     """
     spans = _spans(path)
     annotations = [span for span in spans if span.kind == "user_annotation"]
     ranges = sorted((span for span in annotations if span.name in RANGES), key=lambda span: span.start)
     if not ranges:
-        raise DataError(
-            f"{path} holds no range of a training step ({', '.join(RANGES)}): give a trace that launch/train.py "
-            "wrote with --profile torch"
-        )
+        raise DataError(f"{path} holds no range of a training step ({', '.join(RANGES)}): {_REMEDY}")
     steps = [span for span in annotations if span.name.startswith("step ")]
     on_gpu = [span for span in spans if span.kind in _ON_GPU]
     start = min(span.start for span in steps or ranges)
     end = max(span.end for span in (*(steps or ranges), *on_gpu))
-    ops = _sums(_kernels(spans)) if on_gpu else _own_times(spans)
-    total = sum(seconds for _, seconds in ops.values())
-    longest = sorted(ops.items(), key=lambda item: -item[1][1])[:top]
-    return TraceReport(
-        path=str(path),
-        steps=len(steps),
-        seconds=(end - start) / 1e6,
-        gpu=bool(on_gpu),
-        gpu_busy=_covered(on_gpu, start, end) / (end - start) if on_gpu and end > start else None,
-        ranges=_by_range(ranges, on_gpu, _launches(spans), (end - start) / 1e6),
-        ops=tuple(OpTime(name, calls, s, s / total if total else 0.0) for name, (calls, s) in longest),
-        copies=_copies(on_gpu),
-    )
+    ops = _sums(_kernels(spans) if on_gpu else _own_times(spans))
+    total = sum(row["seconds"] for row in ops)
+    copies = [span for span in on_gpu if span.kind != "kernel"]
+    return {
+        "path": str(path),
+        "steps": len(steps),
+        "seconds": (end - start) / 1e6,
+        "gpu": bool(on_gpu),
+        "gpu_busy": _covered(on_gpu, start, end) / (end - start) if on_gpu and end > start else None,
+        "ranges": _by_range(ranges, on_gpu, spans, (end - start) / 1e6),
+        "ops": [row | {"share": row["seconds"] / total if total else 0.0} for row in ops[:top]],
+        "copies": [
+            row | {"bytes": sum(span.bytes for span in copies if span.name == row["name"])}
+            for row in _sums((span.name, span.duration) for span in copies)
+        ],
+    }
+
+
+def trace_text(report: Json) -> str:
+    """Return a trace's report for people."""
+    steps, seconds, gpu = report["steps"], report["seconds"], report["gpu"]
+    window = f"{steps} step{'s' * (steps > 1)}" if steps else "a window"
+    each = f", {_ms(seconds / steps)} ms a step" if steps else ""
+    busy = "no GPU" if report["gpu_busy"] is None else f"GPU busy {report['gpu_busy']:.1%}"
+    title = f"{report['path']}: {window} in {_ms(seconds)} ms{each}, {busy}. Profiled, so no measure of speed."
+    gpu_total = sum(row["gpu_seconds"] for row in report["ranges"])
+    columns = 6 if gpu else 4
+    ranges = [("range", "calls", "CPU ms", "share", "GPU ms", "share")[:columns]]
+    for row in report["ranges"]:
+        times = ((row["seconds"], seconds), (row["gpu_seconds"], gpu_total))
+        cells = [cell for part, whole in times for cell in (_ms(part), f"{part / whole:.1%}" if whole else "")]
+        ranges.append((row["name"], str(row["calls"] or ""), *cells)[:columns])
+    ops = [("kernel" if gpu else "operator, without what it calls", "calls", "ms", "mean ms", "share")]
+    for row in report["ops"]:
+        name, calls = row["name"], row["calls"]
+        shown = name if len(name) <= _WIDEST else f"{name[: _WIDEST - 3]}..."
+        ops.append((shown, str(calls), _ms(row["seconds"]), _ms(row["seconds"] / calls), f"{row['share']:.1%}"))
+    copies = [("copy", "calls", "MB", "ms", "GB/s")]
+    for row in report["copies"]:
+        if row["seconds"]:
+            size, speed = f"{row['bytes'] / 1e6:.3f}", f"{row['bytes'] / row['seconds'] / 1e9:.1f}"
+            copies.append((row["name"], str(row["calls"]), size, _ms(row["seconds"]), speed))
+    shown = [ranges, ops, copies] if report["copies"] else [ranges, ops]
+    return "\n\n".join([title, *map(aligned, shown)])
 
 
 def _spans(path: str | Path) -> list[_Span]:
@@ -176,21 +136,16 @@ def _spans(path: str | Path) -> list[_Span]:
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"trace {path} can't be read: {error}; give a .json or .json.gz file that is whole") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"trace {path} is not JSON ({error}): give one that launch/train.py wrote with --profile torch"
-        ) from None
+        raise DataError(f"trace {path} is not JSON ({error}): {_REMEDY}") from None
     try:
         events = document["traceEvents"]
         return [_span(event) for event in events if event.get("ph") == "X" and event.get("cat") in _KINDS]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"an event lacks {error}" if isinstance(error, KeyError) else "it is JSON of another kind"
-        raise DataError(
-            f"{path} is not a trace of torch's profiler ({reason}): give one that launch/train.py wrote with "
-            "--profile torch"
-        ) from None
+        raise DataError(f"{path} is not a trace of torch's profiler ({reason}): {_REMEDY}") from None
 
 
-def _span(event: dict[str, Any]) -> _Span:
+def _span(event: Json) -> _Span:
     args = event.get("args", {})
     start, correlation, operator = float(event["ts"]), args.get("correlation"), args.get("External id")
     return _Span(
@@ -205,68 +160,59 @@ def _span(event: dict[str, Any]) -> _Span:
     )
 
 
-def _launches(spans: Iterable[_Span]) -> dict[int | None, float]:
-    """When the CPU launched what has a correlation id."""
-    return {span.correlation: span.start for span in spans if span.kind in _LAUNCHES and span.correlation is not None}
-
-
 def _kernels(spans: Iterable[_Span]) -> Iterator[tuple[str, float]]:
-    """Name and microseconds of each kernel on the GPU."""
+    """Yield name and microseconds of each kernel on the GPU."""
     ours = [span for span in spans if span.kind == "cpu_op" and span.name.startswith(_OPERATORS)]
-    names = {span.operator: f"{span.name.removeprefix(_OPERATORS)}: " for span in ours if span.operator is not None}
+    names = {span.operator: f"{span.name.removeprefix(_OPERATORS)}: " for span in ours if span.operator}
     for span in spans:
         if span.kind == "kernel":
-            yield names.get(span.operator or 0, "") + span.name, span.end - span.start
+            yield names.get(span.operator or 0, "") + span.name, span.duration
 
 
-def _by_range(
-    ranges: Sequence[_Span], on_gpu: Iterable[_Span], launches: dict[int | None, float], window: float
-) -> tuple[RangeTime, ...]:
+def _own_times(spans: Iterable[_Span]) -> Iterator[tuple[str, float]]:
+    """Yield name and microseconds on the CPU of each operator, without those of the operators it called."""
+    open_spans: dict[Any, list[list[Any]]] = defaultdict(list)  # by thread: span and what is left, outermost first
+    for span in sorted((span for span in spans if span.kind == "cpu_op"), key=lambda span: (span.start, -span.end)):
+        outer = open_spans[span.thread]
+        while outer and outer[-1][0].end <= span.start:
+            done, left = outer.pop()
+            yield done.name, left
+        if outer:
+            outer[-1][1] -= span.duration
+        outer.append([span, span.duration])
+    for outer in open_spans.values():
+        yield from ((span.name, left) for span, left in outer)
+
+
+def _by_range(ranges: Sequence[_Span], on_gpu: Iterable[_Span], spans: Iterable[_Span], window: float) -> list[Json]:
+    """Return calls, CPU seconds and GPU seconds of each range, and of the rest of a window of so many seconds."""
+    launched = {span.correlation: span.start for span in spans if span.kind in _LAUNCHES}
     starts = [span.start for span in ranges]
     gpu: dict[str, float] = defaultdict(float)
     for span in on_gpu:
-        launched = launches.get(span.correlation)
-        index = -1 if launched is None else bisect.bisect_right(starts, launched) - 1
-        inside = index >= 0 and launched is not None and launched < ranges[index].end
-        gpu[ranges[index].name if inside else _OUTSIDE] += (span.end - span.start) / 1e6
-    cpu = _sums((span.name, span.end - span.start) for span in ranges)
-    found = [RangeTime(name, *cpu[name], gpu[name]) for name in RANGES if name in cpu]
-    outside = max(0.0, window - sum(entry.seconds for entry in found))
-    return (*found, RangeTime(_OUTSIDE, 0, outside, gpu[_OUTSIDE]))
+        launch = launched.get(span.correlation) if span.correlation is not None else None
+        index = -1 if launch is None else bisect.bisect_right(starts, launch) - 1
+        inside = index >= 0 and launch is not None and launch < ranges[index].end
+        gpu[ranges[index].name if inside else _OUTSIDE] += span.duration / 1e6
+    cpu = sorted(_sums((span.name, span.duration) for span in ranges), key=lambda row: RANGES.index(row["name"]))
+    outside = max(0.0, window - sum(row["seconds"] for row in cpu))
+    rows = [*cpu, {"name": _OUTSIDE, "calls": 0, "seconds": outside}]
+    return [row | {"gpu_seconds": gpu[row["name"]]} for row in rows]
 
 
-def _own_times(spans: Iterable[_Span]) -> dict[str, tuple[int, float]]:
-    """Of each operator, calls and seconds on the CPU without those of the operators it called."""
-    own: list[tuple[str, float]] = []
-    threads: dict[Any, list[_Span]] = defaultdict(list)
-    for span in spans:
-        if span.kind == "cpu_op":
-            threads[span.thread].append(span)
-    for called in threads.values():
-        called.sort(key=lambda span: (span.start, -span.end))
-        open_spans: list[list[Any]] = []  # span and what is left of its time, outermost first
-        for span in called:
-            while open_spans and open_spans[-1][0].end <= span.start:
-                done, left = open_spans.pop()
-                own.append((done.name, left))
-            if open_spans:
-                open_spans[-1][1] -= span.end - span.start
-            open_spans.append([span, span.end - span.start])
-        own += [(span.name, left) for span, left in open_spans]
-    return _sums(own)
-
-
-def _sums(times: Iterable[tuple[str, float]]) -> dict[str, tuple[int, float]]:
-    """Calls and seconds by name, from microseconds."""
-    sums: dict[str, tuple[int, float]] = {}
+def _sums(times: Iterable[tuple[str, float]]) -> list[Json]:
+    """Return name, calls and seconds over all of a name, from microseconds, the longest first."""
+    calls: dict[str, int] = defaultdict(int)
+    seconds: dict[str, float] = defaultdict(float)
     for name, microseconds in times:
-        calls, seconds = sums.get(name, (0, 0.0))
-        sums[name] = calls + 1, seconds + microseconds / 1e6
-    return sums
+        calls[name] += 1
+        seconds[name] += microseconds / 1e6
+    longest = sorted(seconds, key=lambda name: -seconds[name])
+    return [{"name": name, "calls": calls[name], "seconds": seconds[name]} for name in longest]
 
 
 def _covered(spans: Iterable[_Span], start: float, end: float) -> float:
-    """Microseconds of the window in which at least one of the spans runs."""
+    """Return the microseconds of the window in which at least one of the spans runs."""
     covered, reached = 0.0, start
     for span in sorted(spans, key=lambda span: span.start):
         covered += max(0.0, min(span.end, end) - max(span.start, reached))
@@ -274,23 +220,5 @@ def _covered(spans: Iterable[_Span], start: float, end: float) -> float:
     return covered
 
 
-def _copies(on_gpu: Iterable[_Span]) -> tuple[CopyTime, ...]:
-    copies = [span for span in on_gpu if span.kind != "kernel"]
-    sizes: dict[str, int] = defaultdict(int)
-    for span in copies:
-        sizes[span.name] += span.bytes
-    sums = _sums((span.name, span.end - span.start) for span in copies)
-    ordered = sorted(sums.items(), key=lambda item: -item[1][1])
-    return tuple(CopyTime(name, calls, sizes[name], seconds) for name, (calls, seconds) in ordered)
-
-
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3f}"
-
-
-def _percent(part: float, whole: float) -> str:
-    return f"{part / whole:.1%}" if whole else ""
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= _WIDEST else f"{name[: _WIDEST - 3]}..."

@@ -9,16 +9,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import torch
 
 from mpdit.core.errors import ConfigError
+from mpdit.report.trace import RangeName, trace_report, trace_text
 
 ProfileMode = Literal["none", "nsys", "ncu", "torch", "memory"]
-RangeName = Literal["data", "h2d", "forward", "backward", "optimizer", "ema", "checkpoint", "sample"]
-RANGES: tuple[RangeName, ...] = get_args(RangeName)
-"""The parts of a step in every trace; `mpdit report --trace` reads them by these names."""
 
 _EVENTS = 100_000
 """Newest allocations and frees that a memory snapshot holds."""
@@ -178,9 +176,7 @@ class Profiler:
             "images_per_second is null wherever profiling slowed the run"
         )
         if self._mode == "torch" and written is not None:
-            from mpdit.report.trace import trace_report  # here, as it takes the ranges' names from this module
-
-            self._say(f"\n{trace_report(written).text}\n")
+            self._say(f"\n{trace_text(trace_report(written))}\n")
 
     def _stop(self) -> None:
         """End what is being recorded, if anything is; after an error too."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from mpdit_kernels import timing
+from tools import timing
 
 from mpdit.model.presets import PRESETS
 from mpdit.planning import account

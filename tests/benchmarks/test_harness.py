@@ -9,7 +9,7 @@ import harness
 import pytest
 import torch
 from harness import Built, Case, Duel, Outcome, Team, Unavailable
-from mpdit_kernels import timing
+from tools import timing
 
 
 class Ticks:

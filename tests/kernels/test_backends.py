@@ -14,19 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from attention_choices import forget
 from mpdit_kernels import dispatch, use
-from mpdit_kernels.backends import (
-    BACKENDS,
-    attention,
-    attention_varlen,
-    choose,
-    measured,
-    packed,
-    probe,
-    sdpa,
-    use_attention,
-)
-from mpdit_kernels.backends.call import Call
+from mpdit_kernels.backends import BACKENDS, Call, attention, attention_varlen, choose, libraries, probe, use_attention
 from mpdit_kernels.short_attn import reference
 from proof import DEVICE, FLOOR, NIGHT
 from torch import Tensor
@@ -40,11 +30,10 @@ ON_CPU = ("sdpa_flash", "sdpa_math")
 
 @pytest.fixture(autouse=True)
 def _anew() -> Iterator[None]:
-    packed.forget()
+    forget()
     yield
-    packed.forget()
-    for architecture in list(measured._tables):
-        measured.set_table(architecture, None)
+    forget()
+    dispatch.set_tuned_table("attention_cpu", None)
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -58,7 +47,7 @@ def run(out: Tensor, qkv: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
 def available(call: Call) -> list[str]:
     """Of all names those that serve a call; our kernel only where its interpreter doesn't take long."""
     names = [name for name in BACKENDS if name != "triton" or call.device.type == "cuda" or _quick(call)]
-    return [name for name in names if choose.refusal(name, replace(call, kernels="triton")) is None]
+    return [name for name in names if probe.refusal(name, replace(call, kernels="triton")) is None]
 
 
 def _quick(call: Call) -> bool:
@@ -200,10 +189,10 @@ def _table(*rows: tuple[int, str, dict[str, float], dict[str, float]]) -> dict[s
 
 def test_each_length_takes_what_is_fastest_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     flash, math = {"sdpa_flash": 1.0, "sdpa_math": 2.0}, {"sdpa_flash": 2.0, "sdpa_math": 1.0}
-    measured.set_table("cpu", _table((8, "bfloat16", flash, math), (40, "bfloat16", flash, flash)))
+    dispatch.set_tuned_table("attention_cpu", _table((8, "bfloat16", flash, math), (40, "bfloat16", flash, flash)))
     qkv = torch.randn(8 + 8 + 40 + 8, 3, 2, 32, dtype=torch.bfloat16).requires_grad_()
     seen = _watch(monkeypatch, *ON_CPU)
-    packed.forget()
+    forget()
     attention_varlen(qkv, (0, 8, 16, 56, 64))
     attention_varlen(qkv.detach(), (0, 8, 16, 56, 64))
     calls = [call for call in seen if call[1] != 2]  # probes take two
@@ -219,7 +208,7 @@ def test_what_is_asked_for_nearest_wins(monkeypatch: pytest.MonkeyPatch) -> None
     attention(qkv), attention(qkv, backend="sdpa_math")  # probed
     seen = _watch(monkeypatch, *ON_CPU)
     monkeypatch.setattr(choose, "_environment", "sdpa_math")
-    packed.forget()
+    forget()
     attention(qkv)
     with use_attention("sdpa_flash"):
         attention(qkv)
@@ -246,7 +235,7 @@ def test_the_modes_of_our_own_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_nearest_measured_shape_decides() -> None:
     fast, slow = {"sdpa_math": 1.0, "sdpa_flash": 2.0}, {"sdpa_math": 2.0, "sdpa_flash": 1.0}
-    measured.set_table("cpu", _table((80, "bfloat16", slow, fast), (272, "bfloat16", slow, slow)))
+    dispatch.set_tuned_table("attention_cpu", _table((80, "bfloat16", slow, fast), (272, "bfloat16", slow, slow)))
     call = Call(80, 32, torch.bfloat16, CPU)
     for tokens, head_dim, expected in ((80, 32, "math"), (100, 48, "math"), (40, 64, "math"), (200, 32, "flash"),
                                        (39, 32, "flash"), (80, 65, "flash"), (600, 32, "flash")):  # fmt: skip
@@ -259,23 +248,23 @@ def test_the_nearest_measured_shape_decides() -> None:
 def test_on_a_cpu_a_small_gain_moves_nothing_and_in_fp32_none_does() -> None:
     for dtype, gain, expected in (("bfloat16", 1.25, "flash"), ("bfloat16", 1.35, "math"), ("float32", 9.0, "flash")):
         times = {"sdpa_math": 1.0, "sdpa_flash": gain}
-        measured.set_table("cpu", _table((80, dtype, times, times)))
-        packed.forget()
+        dispatch.set_tuned_table("attention_cpu", _table((80, dtype, times, times)))
+        forget()
         assert choose.choice("auto", True, Call(80, 32, getattr(torch, dtype), CPU)) == f"sdpa_{expected}"
 
 
 def test_batches_measured_at_one_shape_are_added_up() -> None:
     rows = [(80, "float32", {}, {"sdpa_math": 1.0, "sdpa_flash": 3.0, "xformers": 0.1}),
             (80, "float32", {}, {"sdpa_math": 5.0, "sdpa_flash": 1.0})]  # fmt: skip
-    measured.set_table("cpu", _table(*rows))
+    dispatch.set_tuned_table("attention_cpu", _table(*rows))
     call = Call(80, 32, torch.float32, CPU)
-    assert measured.seconds(call, "training") == {"sdpa_math": 6.0, "sdpa_flash": 4.0}
-    assert measured.seconds(call, "forward") == {}
+    assert choose.seconds(call, "training") == {"sdpa_math": 6.0, "sdpa_flash": 4.0}
+    assert choose.seconds(call, "forward") == {}
 
 
 def test_committed_tables() -> None:
-    for file in measured.TUNED.glob("attention_*.json"):
-        table = measured.table(file.stem.removeprefix("attention_"))
+    for file in dispatch.TUNED.glob("attention_*.json"):
+        table = dispatch.tuned_table(file.stem)
         assert table["machine"]["torch"] and table["machine"]["date"] and table["rows"], file
         for row in table["rows"]:
             assert set(row["forward"]) | set(row["training"]) | set(row["refused"]) <= set(BACKENDS)
@@ -286,7 +275,7 @@ def test_hopper_prefers_cudnn_and_older_gpus_do_not(monkeypatch: pytest.MonkeyPa
     call = Call(1040, 72, torch.bfloat16, torch.device("cuda", 0))
     for capability, better, worse in (((9, 0), "sdpa_cudnn", "sdpa_flash"), ((8, 0), "sdpa_flash", "sdpa_cudnn")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, found=capability: found)
-        names = choose.default_order(call)
+        names = libraries.default_order(call)
         assert names.index(better) < names.index(worse) and sorted(names) == sorted(BACKENDS)
         assert call.architecture == f"sm_{capability[0]}{capability[1]}"
 
@@ -374,13 +363,13 @@ def test_a_wrong_gradient_is_a_refusal(monkeypatch: pytest.MonkeyPatch, how: Any
 
 
 def test_scores_beyond_what_fp32_can_exponentiate_are_probed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def naive(qkv: Tensor, scale: float, first_query: int, deterministic: bool) -> Tensor:
+    def naive(qkv: Tensor, scale: float, query_start: int, deterministic: bool) -> Tensor:
         q, k, v = qkv.unbind(2)
         weights = (scale * torch.einsum("bqhd,bkhd->bhqk", q, k)).exp()
         return torch.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdim=True), v)
 
     monkeypatch.setitem(BACKENDS, "sdpa_flash", replace(BACKENDS["sdpa_flash"], run=naive))
-    assert "relative error is nan" in str(choose.refusal("sdpa_flash", Call(80, 64, torch.float32, CPU)))
+    assert "relative error is nan" in str(probe.refusal("sdpa_flash", Call(80, 64, torch.float32, CPU)))
 
 
 def test_the_probe_runs_once_for_each_class(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,14 +400,15 @@ def test_the_probe_neither_feels_nor_changes_the_callers_modes(mode: str) -> Non
         assert torch.is_inference_mode_enabled() == (mode == "inference_mode")
         assert torch.is_autocast_enabled("cpu") == (mode == "autocast")
     assert torch.equal(torch.get_rng_state(), state)
-    probed = {backend.name: found for (backend, _), found in probe._probed.items()}
+    names = {backend: name for name, backend in BACKENDS.items()}
+    probed = {names[backend]: found for (backend, _), found in probe._probed.items()}
     assert probed == {"sdpa_flash": None} or (mode == "autocast" and probed["sdpa_math"] is None)
 
 
 def test_no_probe_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     qkv = torch.randn(1, 9, 3, 2, 32)
     attention(qkv, backend="sdpa_flash")
-    monkeypatch.setattr(choose, "_capturing", lambda call: True)
+    monkeypatch.setattr(probe, "capturing", lambda call: True)
     attention(qkv, backend="sdpa_flash"), attention(qkv)
     for arguments in ({"first_query": 1}, {"backend": "sdpa_math"}):
         with pytest.raises(ValueError, match=r"was not probed yet for 9 tokens.*run the same call once before"):
@@ -572,7 +562,7 @@ def test_threads_leave_the_processs_switches_as_they_were() -> None:
         for _ in range(300):
             attention(qkv, backend=name)
 
-    switches = [enabled for enabled, _ in sdpa._SWITCHES.values()]
+    switches = [enabled for enabled, _ in libraries.SWITCHES.values()]
     before = [enabled() for enabled in switches], dispatch.mode()
     sys.setswitchinterval(1e-6)
     try:

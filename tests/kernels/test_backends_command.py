@@ -1,4 +1,4 @@
-"""python -m mpdit_kernels.backends: what it shows, what it measures, and its mistakes."""
+"""python -m mpdit_kernels.backends, and tools.tune --attention: what they show, measure, and refuse."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from mpdit_kernels.backends import BACKENDS, choose, measure, measured, packed, report
-from mpdit_kernels.backends.__main__ import main
-from mpdit_kernels.backends.call import Call
+from attention_choices import forget
+from mpdit_kernels import dispatch
+from mpdit_kernels.backends import BACKENDS, Call, choose, probe
+from mpdit_kernels.backends.__main__ import facts, main, text
+from tools import attention as measure
+from tools import tune
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def _anew() -> Iterator[None]:
-    measured.set_table("cpu", {})
-    packed.forget()
+    dispatch.set_tuned_table("attention_cpu", {})
+    forget()
     yield
-    measured.set_table("cpu", None)
-    packed.forget()
+    dispatch.set_tuned_table("attention_cpu", None)
+    forget()
 
 
 def _row(**changes: Any) -> dict[str, Any]:
@@ -32,7 +35,7 @@ def _row(**changes: Any) -> dict[str, Any]:
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    measured.set_table("cpu", {"rows": [_row(), _row(batch=8)]})
+    dispatch.set_tuned_table("attention_cpu", {"rows": [_row(), _row(batch=8)]})
     assert main(["--device", "cpu", "--tokens", "20", "300", "--head-dim", "32", "--dtype", "bfloat16"]) == 0
     out = capsys.readouterr().out
     first, second = out.split("\n\n")
@@ -55,8 +58,9 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_long_reasons_are_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report.probe, "refusal", lambda backend, call: "so " * 60 if backend.name == "triton" else None)
-    lines = report.texts([Call(20, 32, torch.float32, CPU)]).splitlines()
+    monkeypatch.setattr(probe, "refusal", lambda name, call: "so " * 60 if name == "triton" else None)
+    call = Call(20, 32, torch.float32, CPU)
+    lines = text(call, facts(call)).splitlines()
     assert all(len(line) <= 120 for line in lines)
     assert sum(line.count("so") for line in lines) == 60
 
@@ -89,7 +93,7 @@ def test_measuring_writes_what_choices_are_made_from(
     monkeypatch.setattr(measure, "shapes", lambda device: list(shapes))
     monkeypatch.setattr(measure, "BRACKET", 1e-4)
     file = tmp_path / "table.json"
-    assert main(["--measure", "--device", "cpu", "--minutes", "0.02", "--out", str(file)]) == 0
+    assert tune.main(["--attention", "--device", "cpu", "--minutes", "0.02", "--out", str(file)]) == 0
     table = json.loads(file.read_text())
     assert table["machine"]["torch"] == torch.__version__ and table["machine"]["cpu"]
     assert [row["dtype"] for row in table["rows"]] == ["float32", "bfloat16"]
@@ -100,16 +104,16 @@ def test_measuring_writes_what_choices_are_made_from(
             assert row["forward"][name][1] > 0 and 0 < low <= median <= high
     assert f"written to {file}" in capsys.readouterr().out
     shapes[:] = [measure.Shape(12, 32, "float32", 2, 2), shapes[0]]
-    assert main(["--measure", "--device", "cpu", "--minutes", "0.02", "--out", str(file)]) == 0
+    assert tune.main(["--attention", "--device", "cpu", "--minutes", "0.02", "--out", str(file)]) == 0
     again = json.loads(file.read_text())["rows"]
     assert [(row["tokens"], row["dtype"]) for row in again] == [(12, "float32"), (9, "float32"), (9, "bfloat16")]
     assert again[1] != table["rows"][0] and again[2] == table["rows"][1], "measured anew, and kept"
     table["machine"]["torch"] = "another"
     file.write_text(json.dumps(table))
-    assert main(["--measure", "--device", "cpu", "--minutes", "0.02", "--out", str(file)]) == 0
+    assert tune.main(["--attention", "--device", "cpu", "--minutes", "0.02", "--out", str(file)]) == 0
     assert len(json.loads(file.read_text())["rows"]) == 2, "figures of other libraries don't stay beside new ones"
-    measured.set_table("cpu", table)
-    assert set(measured.seconds(Call(9, 32, torch.float32, CPU), "training")) == {"sdpa_flash", "sdpa_math"}
+    dispatch.set_tuned_table("attention_cpu", table)
+    assert set(choose.seconds(Call(9, 32, torch.float32, CPU), "training")) == {"sdpa_flash", "sdpa_math"}
 
 
 def test_measuring_stops_in_time_and_times_nothing_that_is_wrong(
@@ -117,14 +121,12 @@ def test_measuring_stops_in_time_and_times_nothing_that_is_wrong(
 ) -> None:
     monkeypatch.setattr(measure, "shapes", lambda device: [measure.Shape(t, 32, "float32", 1, 1) for t in (9, 10)])
     monkeypatch.setattr(measure, "BRACKET", 1e-4)
-    right = measure.probe.refusal
-    monkeypatch.setattr(
-        measure.probe, "refusal", lambda backend, call: "wrong" if backend.name == "sdpa_math" else right(backend, call)
-    )
+    right = probe.refusal
+    monkeypatch.setattr(probe, "refusal", lambda name, call: "wrong" if name == "sdpa_math" else right(name, call))
     clock = iter([0.0, 1.0, 2.0, 10.0])
     monkeypatch.setattr(measure.time, "monotonic", lambda: next(clock, 10.0))
     file = tmp_path / "table.json"
-    assert main(["--measure", "--device", "cpu", "--minutes", "0.1", "--out", str(file)]) == 0
+    assert tune.main(["--attention", "--device", "cpu", "--minutes", "0.1", "--out", str(file)]) == 0
     (row,) = json.loads(file.read_text())["rows"]
     assert set(row["training"]) == {"sdpa_flash"} and row["refused"]["sdpa_math"] == "wrong"
     assert "not reached: 10 tokens, 1 heads of 32, float32, batch 1" in capsys.readouterr().out
@@ -138,22 +140,33 @@ def test_measuring_stops_in_time_and_times_nothing_that_is_wrong(
         (["--first-query", "80"], "--first-query fewer than the tokens"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--device", "toaster"], "--device is 'toaster': "),
-        (["--measure", "--minutes", "0"], "--minutes is 0.0: expected more than 0"),
-        (["--measure", "--table"], "not allowed with argument"),
-        (["--measure", "--tokens", "9"], "--tokens goes without --measure"),
-        (["--out", "table.json"], "--out goes with --measure"),
+        (["--measure"], "in the folder kernels/, python -m tools.tune --attention"),
         (["--device", "meta"], "--device is 'meta': expected cpu, cuda or cuda:N"),
-        (["--measure", "--out", "/"], "/ can't be read or written as a table: "),
-        (
-            ["--measure", "--out", "/proc/none/table.json"],
-            "/proc/none/table.json can't be read or written as a table: ",
-        ),
-        (["--measure", "--out", __file__], "can't be read or written as a table: "),
     ],
 )
 def test_bad_usage_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_code:
         main(["--device", "cpu", *arguments])
+    error = capsys.readouterr().err
+    assert exit_code.value.code == 2 and error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--minutes", "0"], "--minutes is 0.0: expected more than 0"),
+        (["--table"], "not allowed with argument"),
+        (["--device", "toaster"], "--device toaster or the table: "),
+        (["--out", "/"], "--device cpu or /: "),
+        (["--out", "/proc/none/table.json"], "/proc/none/table.json: "),
+        (["--out", __file__], f"{__file__}: "),
+    ],
+)
+def test_bad_usage_of_measuring_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_code:
+        tune.main(["--attention", *(["--device", "cpu"] if "--device" not in arguments else []), *arguments])
     error = capsys.readouterr().err
     assert exit_code.value.code == 2 and error.startswith("error: ") and message in error and error.count("\n") == 1
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from mpdit_kernels.backends import BACKENDS, attention, attention_varlen, choose, measured, packed
-from mpdit_kernels.backends.call import Call
+from attention_choices import forget
+from mpdit_kernels import dispatch
+from mpdit_kernels.backends import BACKENDS, Call, attention, attention_varlen, choose, probe
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -172,12 +173,12 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]
             BACKENDS[name], unfit=lambda call, unfit=unfit: unfit(replace(call, device=torch.device("cuda", 0)))
         )
         monkeypatch.setitem(BACKENDS, name, there)
-    measured.set_table("cpu", {})
-    packed.forget()
+    dispatch.set_tuned_table("attention_cpu", {})
+    forget()
     calls.clear()
     yield {module.__name__: module for module in modules}
-    measured.set_table("cpu", None)
-    packed.forget()
+    dispatch.set_tuned_table("attention_cpu", None)
+    forget()
 
 
 def _inputs(*shape: int) -> Tensor:
@@ -241,7 +242,7 @@ def test_short_ones_by_one_library_and_long_ones_by_another() -> None:
     short, long = times(sdpa_math=1.0, sdpa_flash=2.0, flash_attn=3.0), times(flash_attn_cute=2.0, flash_attn=1.0)
     rows = [{"tokens": tokens, "forward": found, "training": found} | shape
             for tokens, found in ((8, short), (40, long))]  # fmt: skip
-    measured.set_table("cpu", {"rows": rows})
+    dispatch.set_tuned_table("attention_cpu", {"rows": rows})
     lengths = (40, 8, 24, 8, 8, 40)
     offsets = (0, *itertools.accumulate(lengths))
     qkv = _inputs(sum(lengths), 3, 2, 32)
@@ -276,7 +277,7 @@ def test_auto_takes_the_first_that_runs(caplog: pytest.LogCaptureFixture) -> Non
             assert choose.choice("auto", True, call) == name
             if name != "sdpa_flash":
                 sys.modules["flash_attn.cute.interface" if name == "flash_attn_cute" else name] = None  # type: ignore[assignment]
-            packed.forget()
+            forget()
     texts = [record.getMessage() for record in caplog.records]
     assert any("without flash_attn: flash_attn is not installed" in text for text in texts)
 
@@ -310,10 +311,10 @@ def test_a_library_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("importlib.import_module", failing)
     call = Call(17, 32, torch.bfloat16, CPU)
-    assert choose.refusal("flash_attn", call) == (
+    assert probe.refusal("flash_attn", call) == (
         "flash_attn does not import: OSError: flash_attn_2_cuda.so: undefined symbol: _ZN3c10"
     )
-    assert choose.refusal("flash_attn_cute", call) == (
+    assert probe.refusal("flash_attn_cute", call) == (
         "flash_attn.cute.interface does not import: ModuleNotFoundError: No module named 'cutlass'"
     )
 
@@ -321,8 +322,8 @@ def test_a_library_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_flash_attn_4_alone_is_not_flash_attn_2(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", _module("flash_attn", __path__=[]))
     call = Call(17, 32, torch.bfloat16, CPU)
-    assert "flash_attn has no flash_attn_func: pip install" in str(choose.refusal("flash_attn", call))
-    assert choose.refusal("flash_attn_cute", call) is None
+    assert "flash_attn has no flash_attn_func: pip install" in str(probe.refusal("flash_attn", call))
+    assert probe.refusal("flash_attn_cute", call) is None
 
 
 @pytest.mark.parametrize(
@@ -359,16 +360,16 @@ def test_what_needs_no_probe() -> None:
         ("xformers", {"dtype": torch.float64}, "takes only float32, bfloat16 and float16"),
         ("xformers", {"deterministic": True}, "repeats only under torch.use_deterministic_algorithms"),
     ):
-        assert reason in str(choose.refusal(name, replace(call, **change))), (name, change)
-    assert choose.refusal("xformers", replace(call, deterministic=True, strict=True)) is None
+        assert reason in str(probe.refusal(name, replace(call, **change))), (name, change)
+    assert probe.refusal("xformers", replace(call, deterministic=True, strict=True)) is None
     assert not any(function == "cute" for function, _ in calls)
 
 
 def test_what_a_gpu_is_too_old_or_too_new_for(monkeypatch: pytest.MonkeyPatch) -> None:
     call = Call(17, 32, torch.bfloat16, CPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
-    assert choose.refusal("flash_attn_cute", call) == "needs compute capability 9.0, and this GPU has 8.0"
+    assert probe.refusal("flash_attn_cute", call) == "needs compute capability 9.0, and this GPU has 8.0"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (12, 0))
-    packed.forget()
-    assert choose.refusal("flash_attn_cute", call) is None
-    assert "no deterministic backward" in str(choose.refusal("flash_attn_cute", replace(call, deterministic=True)))
+    forget()
+    assert probe.refusal("flash_attn_cute", call) is None
+    assert "no deterministic backward" in str(probe.refusal("flash_attn_cute", replace(call, deterministic=True)))

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mpdit_kernels import ahead, budget
 from proof import NIGHT
+from tools import ahead, budget
 
 KERNELS = Path(budget.__file__).parents[1]
 CACHE = Path(__file__).parents[2] / ".cache" / "triton"
@@ -31,14 +31,15 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
 # By day for the A100, the paper's machine, whose limits of shared memory are the lower ones.
 @pytest.mark.parametrize("arch", ["sm_80", pytest.param("sm_90", marks=NIGHT)])
 def test_every_kernel_is_within_budget(arch: str) -> None:
-    done = _run("-m", "mpdit_kernels.budget", "--arch", arch)
+    done = _run("-m", "tools.budget", "--arch", arch)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr
 
 
 BEYOND = """
 import torch
-from mpdit_kernels import ahead, dispatch, launch
+from mpdit_kernels import dispatch, launch
 from mpdit_kernels.short_attn import triton_impl
+from tools import ahead
 
 jobs = []
 for target in ("sm_80", "sm_89", "sm_90"):
@@ -70,7 +71,7 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("step", "code", "text"),
     [
-        ("missing", 1, "copied, XL, toy | copier | sm_80: is not in the budget: python -m mpdit_kernels.budget --upd"),
+        ("missing", 1, "copied, XL, toy | copier | sm_80: is not in the budget: python -m tools.budget --update"),
         ("update", 0, "1 kernels compiled, 0 over budget, 0 stale entries"),
         ("within", 0, "1 kernels compiled, 0 over budget, 0 stale entries"),
         ("over", 1, "a smaller tile or more warps take fewer (now N=1024 num_warps=4); if meant: python -m"),

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 from mpdit_kernels import use
-from mpdit_kernels.cases import SHAPES, Shape
 from mpdit_kernels.fno import fno_time_embedding, op, reference, triton_impl
-from mpdit_kernels.fno.cases import CHANNELS, cases, shapes
 from mpdit_kernels.launch import record
 from proof import DEVICE, NIGHT, _poisoned_memory, prove
+from tools.cases import CHANNELS, SHAPES, Shape, all_cases, fno_shapes
 from torch import Tensor
 
 NAMES = reference.names(3)
@@ -20,7 +19,7 @@ NAMES = reference.names(3)
 
 def draw(channels: int, width: int, layers: int = 3, scale: float = 0.3) -> dict[str, Tensor]:
     """Weights in the official layout."""
-    values = (scale * torch.randn(size, device=DEVICE) for size in shapes(channels, width, layers))
+    values = (scale * torch.randn(size, device=DEVICE) for size in fno_shapes(channels, width, layers))
     return {name: value.requires_grad_() for name, value in zip(reference.names(layers), values, strict=True)}
 
 
@@ -163,7 +162,7 @@ def test_other_sizes_are_refused_with_a_reason(
 
 @pytest.mark.parametrize("layers", [2, pytest.param(3, marks=NIGHT)])
 def test_reference_passes_gradcheck(layers: int) -> None:
-    sizes = [torch.Size((2,)), *shapes(2, 3, layers)]
+    sizes = [torch.Size((2,)), *fno_shapes(2, 3, layers)]
     inputs = [torch.randn(size, dtype=torch.float64).mul(0.5).requires_grad_() for size in sizes]
     assert torch.autograd.gradcheck(call, inputs)
 
@@ -206,7 +205,7 @@ def test_the_kernels_gradients_are_taken_once() -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 def test_costs_count_what_the_launches_are_given(shape: Shape) -> None:
     """Each pass's distinct tensors, and twice what one backward launch hands the other, but not the table."""
-    (case,) = cases(shape)
+    (case,) = all_cases([shape], ["fno"])
     with record("sm_90") as launches:
         case.launch(*case.inputs("meta", torch.bfloat16))
     passes = [
@@ -246,7 +245,7 @@ def test_constants_made_while_sampling_serve_training() -> None:
     assert not first[0].is_inference() and built(torch.device("cpu"), torch.float32)[0] is first[0]
 
 
-WEIGHTS = {name: torch.zeros(size) for name, size in zip(NAMES, shapes(16, 24), strict=True)}
+WEIGHTS = {name: torch.zeros(size) for name, size in zip(NAMES, fno_shapes(16, 24), strict=True)}
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mpdit_kernels.fno import fno_time_embedding, reference
-from mpdit_kernels.fno.cases import shapes
 from proof import DEVICE, prove
+from tools.cases import fno_shapes
 from torch import Tensor
 
 DRAWN = (st.integers(1, 12), st.sampled_from([16, 32]), st.integers(16, 300), st.sampled_from([0.1, 0.5]))
@@ -20,7 +20,7 @@ def _prove(batch: int, channels: int, width: int, scale: float) -> None:
     def call(t: Tensor, *weights: Tensor) -> Tensor:
         return fno_time_embedding(t, dict(zip(reference.names(3), weights, strict=True)))
 
-    weights = [(scale * torch.randn(size, device=DEVICE)).requires_grad_() for size in shapes(channels, width)]
+    weights = [(scale * torch.randn(size, device=DEVICE)).requires_grad_() for size in fno_shapes(channels, width)]
     prove(call, [torch.rand(batch, device=DEVICE).requires_grad_(batch >= FEW), *weights])
 
 

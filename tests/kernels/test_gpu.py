@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 from mpdit_kernels import attention, use
-from mpdit_kernels.backends import BACKENDS, probe
-from mpdit_kernels.backends.call import Call
-from mpdit_kernels.cases import SHAPES, Case, all_cases
+from mpdit_kernels.backends import BACKENDS, Call, probe
 from mpdit_kernels.short_attn import reference
 from proof import distance, prove
+from tools.cases import SHAPES, Case, all_cases
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -116,7 +115,7 @@ def test_every_library_is_as_exact_as_pytorch_at_each_length(name: str, tokens: 
     """Outputs and gradients of all that count as available, on fresh values; cuDNN's too, whose tiles divide none."""
     for first_query in (0, 16):
         call = Call(tokens, head_dim, torch.bfloat16, torch.device("cuda", torch.cuda.current_device()), first_query)
-        if reason := probe.refusal(BACKENDS[name], call):
+        if reason := probe.refusal(name, call):
             pytest.skip(reason)
         qkv = torch.randn(4, tokens, 3, 4, head_dim, device="cuda", dtype=torch.bfloat16).requires_grad_()
         out = attention(qkv, first_query=first_query, backend=name)

@@ -15,8 +15,9 @@ from unittest import mock
 import torch
 import triton
 import triton.language as tl
-from mpdit_kernels import ahead, budget, launch
-from mpdit_kernels.cases import Case, Cost
+from mpdit_kernels import launch
+from tools import ahead, budget
+from tools.cases import Case, Cost
 from torch import Tensor
 
 
@@ -97,12 +98,12 @@ def _usage(target: str, kernel: object, *args: object, **constants: int) -> dict
 
 def _left_by_pruning() -> list[dict[str, int]]:
     """Candidates of SPILL that the tuner would time."""
-    from mpdit_kernels import search
+    from tools import measure
 
-    bench = search.Bench(None, "cuda", torch.float32, None)  # type: ignore[arg-type]
+    bench = measure.Bench(None, "cuda", torch.float32, None)  # type: ignore[arg-type]
     candidates = [SPILL.default(), *SPILL.candidates()]
     with mock.patch.object(launch, "architecture", return_value="sm_80"):
-        return search._runnable(SPILL, candidates, [_case("spilled", _pick_spill)], bench)
+        return measure._runnable(SPILL, candidates, [_case("spilled", _pick_spill)], bench)
 
 
 def main(folder: Path) -> dict[str, object]:

@@ -31,10 +31,10 @@ def cases(rows, by_day):
     return [pytest.param(*row, marks=() if row in by_day else pytest.mark.slow) for row in rows]
 
 
-def counted(config, shortcuts, batch=1, kernels="reference"):
+def counted(config, fusions, batch=1, kernels="reference"):
     """MACs of a forward pass by torch's counter, and the model: nothing is computed."""
     with nothing_computed(), dispatch.use(kernels), torch.no_grad(), use_attention("sdpa_flash"):
-        model = mpdit.MPDiT(config).use_shortcuts(shortcuts)
+        model = mpdit.MPDiT(config).use_exact_fusions(fusions)
         x = torch.randn(batch, config.channels, config.input_size, config.input_size)
         with FlopCounterMode(display=False) as counter:
             model.velocity(x, model.prepare_time(torch.rand(batch)), torch.zeros(batch, dtype=torch.long))
@@ -42,9 +42,9 @@ def counted(config, shortcuts, batch=1, kernels="reference"):
 
 
 @pytest.mark.parametrize("name", cases(zip(MODELS), by_day=[*zip([LARGE, *VARIANTS])]))
-def test_gmacs_are_those_of_torchs_counter_without_shortcuts(name):
+def test_gmacs_are_those_of_torchs_counter_without_fusions(name):
     found = account(MODELS[name])
-    macs, model = counted(MODELS[name], shortcuts=False)
+    macs, model = counted(MODELS[name], fusions=False)
     assert found.macs == macs
     assert found.params_trainable == sum(parameter.numel() for parameter in model.parameters())
 
@@ -53,14 +53,14 @@ IMAGES = [*((name, 4) for name in VARIANTS), *((name, 1) for name in MODELS)]
 
 
 @pytest.mark.parametrize(("name", "batch"), cases(IMAGES, by_day=[*IMAGES[: len(VARIANTS)], (LARGE, 1)]))
-def test_executed_gmacs_are_those_of_torchs_counter_with_shortcuts(name, batch):
-    macs, _ = counted(MODELS[name], shortcuts=True, batch=batch)
+def test_executed_gmacs_are_those_of_torchs_counter_with_fusions(name, batch):
+    macs, _ = counted(MODELS[name], fusions=True, batch=batch)
     assert account(MODELS[name], batch).macs_executed * batch == pytest.approx(macs, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", cases(zip(["MPDiT-B/4-2", "MPDiT-B/8-4-2", *VARIANTS]), by_day=[*zip(VARIANTS)]))
 def test_the_custom_operators_count_as_their_references_do(name):
-    macs, _ = counted(MODELS[name], shortcuts=True, batch=2, kernels="triton")
+    macs, _ = counted(MODELS[name], fusions=True, batch=2, kernels="triton")
     assert account(MODELS[name], 2).macs_executed * 2 == pytest.approx(macs, rel=1e-12)
 
 

@@ -10,7 +10,8 @@ from mpdit_kernels.hardware import GPUS
 import mpdit
 from mpdit.planning import calibrate, time
 from mpdit.planning.time import Efficiency, efficiency, step_time
-from mpdit.report import performance_block, read_results
+from mpdit.report.markdown import performance_block
+from mpdit.report.results import read_results
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
@@ -75,6 +76,6 @@ def test_measured_json_is_that_of_the_committed_results(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "measured.json").read_text()) == committed
 
 
-def test_the_readme_shows_the_committed_results():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_of_figures_shows_the_committed_results():
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     assert performance_block([read_results(path) for path in COMMITTED]) in text

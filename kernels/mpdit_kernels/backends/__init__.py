@@ -5,7 +5,16 @@ is not.
 """
 
 from mpdit_kernels.backends.choose import BackendError, attention_mode, use_attention
+from mpdit_kernels.backends.libraries import BACKENDS, Backend, Call
 from mpdit_kernels.backends.op import attention, attention_varlen
-from mpdit_kernels.backends.registry import BACKENDS
 
-__all__ = ["BACKENDS", "BackendError", "attention", "attention_mode", "attention_varlen", "use_attention"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "BackendError",
+    "Call",
+    "attention",
+    "attention_mode",
+    "attention_varlen",
+    "use_attention",
+]

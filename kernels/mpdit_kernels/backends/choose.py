@@ -1,9 +1,16 @@
-"""Which backend a call takes: the one asked for, or the fastest of those that are available."""
+"""Which backend a call takes: the one asked for, or the fastest measured of those that are available.
+
+The measured tables are tuned/attention_<architecture>.json, {"machine": ..., "rows": [...]}. A row is one shape:
+tokens, head_dim, dtype, batch and heads, with the seconds [median, 20 % and 80 % quantiles] of each backend, "forward"
+alone and "training", which is forward and backward; and under "refused" why the others are missing.
+"""
 
 from __future__ import annotations
 
 import functools
 import logging
+import math
+import operator
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,22 +20,29 @@ import torch
 from torch import Tensor
 
 from mpdit_kernels import dispatch
-from mpdit_kernels.backends import measured, probe
-from mpdit_kernels.backends.call import Call
-from mpdit_kernels.backends.registry import BACKENDS, default_order
+from mpdit_kernels.backends import probe
+from mpdit_kernels.backends.libraries import BACKENDS, HALVES, Call, default_order
 
 VARIABLE = "MPDIT_ATTENTION"
+REACH = 2.0
+"""A shape not measured takes the nearest one whose tokens and head dim differ by no more than this factor."""
+CPU_MARGIN = 1.3
+"""On a CPU, which is seldom the one that was measured, only a gain this large moves the choice from the default. In
+fp32 and fp64 nothing does, so that the losses of earlier runs are found again bit for bit."""
 
 _log = logging.getLogger("mpdit_kernels")
 _told: set[str] = set()
-
 _environment = os.environ.get(VARIABLE) or "auto"
 _within: str | None = None
 """What `use_attention` asks for, within its block."""
 
 
+class BackendError(ValueError):
+    """The backend asked for is unknown or can't serve a call, or none can."""
+
+
 def attention_mode() -> str:
-    """What `use_attention` or else MPDIT_ATTENTION asks for: "auto" or a backend.
+    """Return what `use_attention` or else MPDIT_ATTENTION asks for: "auto" or a backend.
 
     Raises:
         ValueError: the variable names neither.
@@ -38,7 +52,7 @@ def attention_mode() -> str:
 
 @contextmanager
 def use_attention(backend: str) -> Iterator[None]:
-    """Within the block, attention takes this backend, or chooses if it is "auto"; holds for all threads of the process.
+    """Have attention take this backend within the block, or choose if it is "auto"; holds for all threads.
 
     Raises:
         ValueError: neither "auto" nor a backend's name.
@@ -51,10 +65,6 @@ def use_attention(backend: str) -> Iterator[None]:
         _within = before
 
 
-def _source() -> str:
-    return VARIABLE if _within is None else "use_attention's backend"
-
-
 def _checked(name: str, source: str) -> str:
     if name != "auto" and name not in BACKENDS:
         raise ValueError(
@@ -64,104 +74,98 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-class BackendError(ValueError):
-    """The backend asked for is unknown or can't serve a call, or none can."""
-
-
 Context = tuple[str, str, bool, tuple[Any, ...]]
 """Backend asked for, where that was said, whether gradients will be taken, and a Call's fields but the first: of the
 kinds that a compiler's tracer can pass on to functions whose results it takes as constants."""
 
 
-def context(qkv: Tensor, first_query: int, backend: str, deterministic: bool) -> Context:
-    """What a choice for qkv [..., 3, H, d] depends on beside the number of tokens."""
-    asked, source = (backend, "backend") if backend != "auto" else (attention_mode(), _source())
+def context(qkv: Tensor, query_start: int, backend: str, deterministic: bool) -> Context:
+    """Return what a choice for qkv [..., 3, H, d] depends on beside the number of tokens."""
+    source = "backend" if backend != "auto" else VARIABLE if _within is None else "use_attention's backend"
+    asked = backend if backend != "auto" else attention_mode()
     strict = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
     kernels = "triton" if asked == "triton" else dispatch.mode()  # asked for by name, it runs wherever it can
-    head_dim, first_query = fixed(qkv.shape[-1]), fixed(first_query)
-    call = (head_dim, qkv.dtype, qkv.device, first_query, deterministic, strict, kernels)
+    call = (fixed(qkv.shape[-1]), qkv.dtype, qkv.device, fixed(query_start), deterministic, strict, kernels)
     return asked, source, torch.is_grad_enabled() and qkv.requires_grad, call
 
 
 def fixed(size: int) -> int:
-    """The size; of a tracer's symbol, the number that it stands for, which the compiled code is then made for."""
-    return hash(size)  # a whole number's is itself
+    """Return the size; of a tracer's symbol, the number that it stands for, which the code is then compiled for."""
+    return operator.index(size)
 
 
 @dispatch.constant_to_compiler  # probes, reads files and logs; run where it is traced
 def choose(tokens: int, asked: str, source: str, training: bool, call: tuple[Any, ...]) -> str:
-    """The backend for sequences of so many tokens in a `context`.
+    """Return the backend for sequences of so many tokens in a `context`.
 
     Raises:
         ValueError: the one asked for is unknown or can't serve them, or a probe is due while a CUDA graph is captured.
     """
-    return _remembered(tokens, asked, source, training, call)
+    return remembered(tokens, asked, source, training, call)
 
 
 @functools.lru_cache(maxsize=4096)
-def _remembered(tokens: int, asked: str, source: str, training: bool, call: tuple[Any, ...]) -> str:
+def remembered(tokens: int, asked: str, source: str, training: bool, call: tuple[Any, ...]) -> str:
     return choice(asked, training, Call(tokens, *call), source)
 
 
 def choice(asked: str, training: bool, call: Call, source: str = "backend") -> str:
-    """The backend for a class of calls; `source` is where it was asked for.
+    """Return the backend for a class of calls; `source` is where it was asked for.
 
     Raises:
         ValueError: as `choose`.
     """
-    if asked == "auto":
-        return _first_available(training, call)
-    if asked not in BACKENDS:
-        raise BackendError(f"{source} is {asked!r}: choose auto or one of {', '.join(BACKENDS)}; {_available(call)}")
-    if reason := refusal(asked, call):
-        raise BackendError(f"{source} is {asked!r}, which is refused: {reason}; {_available(call)}")
-    return asked
-
-
-def _first_available(training: bool, call: Call) -> str:
+    if asked != "auto":
+        known = asked in BACKENDS
+        if known and (reason := probe.refusal(asked, call)) is None:
+            return asked
+        problem = f"which is refused: {reason}" if known else f"choose auto or one of {', '.join(BACKENDS)}"
+        available = ", ".join(probe.available(call)) or "none"
+        raise BackendError(
+            f"{source} is {asked!r}{', ' if known else ': '}{problem}; available for {call}: {available}"
+        )
     refusals = {}
     for name in order(call, training):
-        reason = refusal(name, call)
+        reason = probe.refusal(name, call)
         if reason is None:
             return name
         refusals[name] = reason
         tell(name, reason, call)
-    raise BackendError(
-        f"no attention for {call}: {'; '.join(f'{name}: {reason}' for name, reason in refusals.items())}"
-    )
+    raise BackendError(f"no attention for {call}: {'; '.join(f'{name}: {why}' for name, why in refusals.items())}")
 
 
 def order(call: Call, training: bool) -> list[str]:
-    """Names of all backends as "auto" tries them."""
-    names = measured.order(call, training, default_order(call))
-    if call.kernels == "triton":
-        names.sort(key=lambda name: name != "triton")
-    return names
+    """Return all backends as "auto" tries them: the fastest measured first, then the rest in the default order."""
+    default = default_order(call)
+    times = seconds(call, "training" if training else "forward")
+    fastest = sorted(times, key=lambda name: times[name])
+    if call.device.type == "cpu":
+        usual = next((name for name in default if name in times), None)
+        if call.dtype not in HALVES or usual is None or times[usual] < CPU_MARGIN * times[fastest[0]]:
+            fastest = []
+    names = fastest + [name for name in default if name not in fastest]
+    return sorted(names, key=lambda name: name != "triton") if call.kernels == "triton" else names
 
 
-def refusal(name: str, call: Call) -> str | None:
-    """Why a backend isn't available for this call, None if it is; found out once a process.
-
-    Raises:
-        ValueError: that takes a probe, and a CUDA graph is being captured.
-    """
-    backend = BACKENDS[name]
-    if not probe.known(backend, call) and _capturing(call):
-        raise ValueError(
-            f"attention by {name} was not probed yet for {call}, and can't be while a CUDA graph is captured: "
-            "run the same call once before, as capturing needs anyway"
-        )
-    return probe.refusal(backend, call)
+def seconds(call: Call, kind: str) -> dict[str, float]:
+    """Return the seconds of "forward" or "training" by backend, of those measured in all `rows`."""
+    times = [row[kind] for row in rows(call)]
+    everywhere = set.intersection(*map(set, times)) if times else set()
+    return {name: sum(each[name][0] for each in times) for name in everywhere}
 
 
-def _capturing(call: Call) -> bool:
-    return call.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def rows(call: Call) -> list[dict[str, Any]]:
+    """Return the rows of the nearest measured shape, of any batch and heads; [] where none is near."""
 
+    def apart(row: dict[str, Any]) -> tuple[float, float]:
+        return abs(math.log(call.tokens / row["tokens"])), abs(math.log(call.head_dim / row["head_dim"]))
 
-def _available(call: Call) -> str:
-    names = [name for name, backend in BACKENDS.items() if not _capturing(call) or probe.known(backend, call)]
-    available = ", ".join(name for name in names if refusal(name, call) is None) or "none"
-    return f"available for {call}: {available}"
+    table = dispatch.tuned_table(f"attention_{call.architecture}")
+    found = [row for row in table.get("rows", ()) if f"torch.{row['dtype']}" == str(call.dtype)]
+    near = min(found, key=lambda row: sum(apart(row)), default=None)
+    if near is None or max(apart(near)) > math.log(REACH) + 1e-9:
+        return []
+    return [row for row in found if (row["tokens"], row["head_dim"]) == (near["tokens"], near["head_dim"])]
 
 
 def tell(name: str, reason: str, call: Call) -> None:

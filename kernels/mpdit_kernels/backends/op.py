@@ -1,19 +1,22 @@
-"""The public functions: checks, and calls of the backends chosen."""
+"""The public functions: checks, and calls of the backends chosen, as few as possible for several lengths."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from mpdit_kernels.backends.choose import BackendError, choose, context, fixed
-from mpdit_kernels.backends.packed import plan_of, run_plan
-from mpdit_kernels.backends.registry import BACKENDS
+from mpdit_kernels.backends.choose import BackendError, Context, choice, choose, context, fixed, tell
+from mpdit_kernels.backends.libraries import BACKENDS, Call
+from mpdit_kernels.backends.probe import refusal
 from mpdit_kernels.checks import autocast_dtype, check, check_dims, check_filled, check_tensors
-from mpdit_kernels.short_attn.op import check_first_query, checked
-from mpdit_kernels.varlen import Offsets, sequences
+from mpdit_kernels.dispatch import constant_to_compiler
+from mpdit_kernels.short_attn.op import check_first_query, checked_scale
+from mpdit_kernels.varlen import Offsets, Sequences, sequences
 
 
 def attention(
@@ -24,7 +27,7 @@ def attention(
     backend: str = "auto",
     deterministic: bool | None = None,
 ) -> Tensor:
-    """softmax(scale * Q K^T) V for every head, by the fastest library that can.
+    """Compute softmax(scale * Q K^T) V for every head, by the fastest library that can.
 
     Args:
         qkv: [B, T, 3, H, d] as the packed projection writes it, fp64, fp32, bf16 or fp16; under autocast, as with
@@ -65,7 +68,7 @@ def attention_varlen(
     backend: str = "auto",
     deterministic: bool | None = None,
 ) -> Tensor:
-    """`attention` of S sequences of any lengths, packed one after the other; each attends to itself alone.
+    """Compute `attention` of S sequences of any lengths, packed one after the other; each attends to itself alone.
 
     The backend is chosen for every length as `attention` would. Lengths that choose the same library go in one call, if
     it has one for several lengths; otherwise each length is a batch of its own.
@@ -91,17 +94,33 @@ def attention_varlen(
     qkv = _ready(qkv)
     if len(offsets) == 1:
         return qkv[:, 0]
-    plan = plan_of(offsets, *context(qkv, first_query, backend, deterministic))
-    return run_plan(qkv, plan, scale, first_query, deterministic)
+    runs, parts = plan(offsets, context(qkv, first_query, backend, deterministic))
+    pieces = qkv.split([length * count for length, count in runs])
+    outs = list(pieces)
+    for name, length, members, part_offsets in parts:
+        mine = qkv if len(members) == len(runs) else torch.cat([pieces[index] for index in members])
+        if length:
+            dense = mine.unflatten(0, (-1, length))
+            out = BACKENDS[name].run(dense, scale, first_query, deterministic).flatten(0, 1)
+        else:
+            run_packed = BACKENDS[name].run_packed
+            assert run_packed is not None
+            out = run_packed(mine, Sequences(part_offsets), scale, first_query, deterministic)
+        if len(parts) == 1:
+            return out
+        sizes = [(runs[index][0] - first_query) * runs[index][1] for index in members]
+        for index, piece in zip(members, out.split(sizes), strict=True):
+            outs[index] = piece
+    return torch.cat(outs)
 
 
 def _check(
     qkv: Tensor, letters: str, scale: float | None, deterministic: bool | None, backend: str
 ) -> tuple[float, bool]:
-    """(scale, deterministic) as they are meant."""
+    """Return (scale, deterministic) as they are meant."""
     check_tensors(qkv=qkv)
     check_dims("qkv", qkv, letters)
-    checked(qkv, scale)
+    checked_scale(qkv, scale)
     if not isinstance(backend, str):
         raise BackendError(f"backend is {backend!r}: choose auto or one of {', '.join(BACKENDS)}")
     if deterministic not in (None, True, False):
@@ -112,7 +131,7 @@ def _check(
 
 
 def _ready(qkv: Tensor) -> Tensor:
-    """In the dtype that PyTorch's attention would take, and in memory that all backends can read."""
+    """Return qkv in the dtype that PyTorch's attention would take, and in memory that all backends can read."""
     dtype = autocast_dtype(qkv)
     if dtype is not None and qkv.dtype != torch.float64:
         qkv = qkv.to(dtype)
@@ -121,3 +140,50 @@ def _ready(qkv: Tensor) -> Tensor:
     start = 0 if torch.compiler.is_compiling() else qkv.storage_offset()  # not traceable
     aligned = all(stride % step == 0 for stride in (start, *others))
     return qkv if last == 1 and aligned else qkv.contiguous()
+
+
+# Plain tuples, as a compiler's tracer takes no other constants.
+Run = tuple[int, int]
+"""(length, how many): neighbours of equal length, which stay together and are viewed, not copied."""
+Part = tuple[str, int, tuple[int, ...], tuple[int, ...]]
+"""One call: the backend's name; the length of every sequence, or 0 where lengths differ; which of the plan's runs it is
+made of; and cumulative lengths in it."""
+Plan = tuple[tuple[Run, ...], tuple[Part, ...]]
+
+
+@constant_to_compiler  # probes, reads files and logs; run where it is traced
+def plan(offsets: tuple[int, ...], context: Context) -> Plan:
+    """Return how sequences at these offsets are computed; remembered.
+
+    Raises:
+        ValueError: as `choose`.
+    """
+    return remembered_plan(offsets, context)
+
+
+@functools.lru_cache(maxsize=256)
+def remembered_plan(offsets: tuple[int, ...], context: Context) -> Plan:
+    asked, source, training, call = context
+    lengths = Sequences(offsets).lengths
+    runs = tuple((length, len(list(same))) for length, same in itertools.groupby(lengths))
+    chosen: dict[str, list[int]] = {}
+    for length in sorted(set(lengths)):
+        chosen.setdefault(choice(asked, training, Call(length, *call), source), []).append(length)
+    parts: list[Part] = []
+    for name, mine in chosen.items():
+        together = len(mine) > 1 and _takes_several(name, replace(Call(mine[-1], *call), packed=True))
+        for group in [mine] if together else [[length] for length in mine]:
+            members = tuple(index for index, (length, _) in enumerate(runs) if length in group)
+            each = itertools.chain.from_iterable(itertools.repeat(*runs[index]) for index in members)
+            parts.append((name, 0 if together else group[0], members, (0, *itertools.accumulate(each))))
+    return runs, tuple(parts)
+
+
+def _takes_several(name: str, call: Call) -> bool:
+    """Return whether a backend has a call for several lengths, and it is available."""
+    if BACKENDS[name].run_packed is None:
+        return False
+    reason = refusal(name, call)
+    if reason is not None:
+        tell(name, f"in one call for several lengths, {reason}", call)
+    return reason is None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mpdit_kernels.checks import check, check_alike, check_dims, check_shape, check_tensors
 from mpdit_kernels.dispatch import takes_triton
+from mpdit_kernels.flops import count_flops
 from mpdit_kernels.fno import reference
 
 LAYERS = 3
@@ -147,3 +148,14 @@ def _gradients(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> tuple[Any, 
 
 
 _fno.register_autograd(_gradients, setup_context=_save)
+
+
+@count_flops(torch.ops.mpdit_kernels.fno)
+def _flops(t: Tensor, weights: Sequence[Tensor], **_: Any) -> int:
+    once, each = reference.macs(len(weights[0]), len(weights[-1]), (len(weights) - 4) // 4)
+    return 2 * (once + len(t) * each)
+
+
+@count_flops(torch.ops.mpdit_kernels.fno_backward)
+def _flops_backward(d_out: Tensor, t: Tensor, weights: Sequence[Tensor], *_: Any, **__: Any) -> int:
+    return 2 * _flops(t, weights)

@@ -102,3 +102,10 @@ def fno_time_embedding(t: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         x = gelu(mixed(x, layer))
     z = of_constant(x.mean(dim=-1), layers - 1, bias=weights[f"w{layers - 1}.bias"])
     return linear(z, weights["fc1.weight"], weights["fc1.bias"])
+
+
+def macs(channels: int, width: int, layers: int) -> tuple[int, int]:
+    """Return multiply-accumulates of fno_time_embedding: (once a call, on weights alone; for each time)."""
+    transforms, mixing = 2 * channels * GRID * 2 * MODES, 4 * MODES * channels**2
+    layer = transforms + mixing + GRID * channels**2
+    return layer + GRID * channels + channels**2, (layers - 2) * layer + channels**2 + channels * width

@@ -18,6 +18,7 @@ from mpdit_kernels.checks import (
     check_tensors,
 )
 from mpdit_kernels.dispatch import takes_triton
+from mpdit_kernels.flops import count_flops
 from mpdit_kernels.gelu_mlp import reference
 
 
@@ -128,3 +129,19 @@ def _gradients(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]
 
 
 _gelu_linear.register_autograd(_gradients, setup_context=_save)
+
+
+@count_flops(torch.ops.mpdit_kernels.gelu_linear)
+def _flops(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor | None, *_: Any, **__: Any) -> int:
+    return 2 * (x.numel() // x.shape[-1]) * (weight1.numel() + (0 if weight2 is None else weight2.numel()))
+
+
+@count_flops(torch.ops.mpdit_kernels.gelu_linear_backward)
+def _flops_backward(
+    dy: Tensor, x: Tensor, weight1: Tensor, weight2: Tensor | None, hidden: Tensor, needs: Sequence[bool], **_: Any
+) -> int:
+    of_x, of_weight1, of_bias1, of_weight2, _of_bias2 = needs
+    products = (of_x + of_weight1) * weight1.numel()
+    if weight2 is not None:
+        products += (of_weight2 + (of_x or of_weight1 or of_bias1)) * weight2.numel()
+    return 2 * (x.numel() // x.shape[-1]) * products

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mpdit_kernels.checks import check, check_alike, check_dims, check_filled, check_tensors
 from mpdit_kernels.dispatch import takes_triton
+from mpdit_kernels.flops import count_flops
 from mpdit_kernels.short_attn import reference
 from mpdit_kernels.varlen import Offsets, Sequences, sequences
 
@@ -44,7 +45,7 @@ def short_attention(qkv: Tensor, scale: float | None = None, first_query: int = 
     """
     check_tensors(qkv=qkv)
     check_dims("qkv", qkv, "[B, T, 3, H, d]")
-    scale = checked(qkv, scale)
+    scale = checked_scale(qkv, scale)
     tokens = qkv.shape[1]
     check_filled("qkv", qkv, 1, "at least one token")
     check_first_query(first_query, tokens)
@@ -72,7 +73,7 @@ def short_attention_varlen(
     """
     check_tensors(qkv=qkv)
     check_dims("qkv", qkv, "[N, 3, H, d]")
-    scale = checked(qkv, scale)
+    scale = checked_scale(qkv, scale)
     packed = cu_seqlens if isinstance(cu_seqlens, Sequences) else sequences(cu_seqlens, qkv.shape[0])
     check_first_query(first_query, min(packed.lengths, default=1))
     if takes_triton("short_attention", qkv, refusal=refusal(packed.longest, qkv.shape[-1])):
@@ -102,7 +103,7 @@ def refusal(tokens: int, width: int) -> str | None:
     return None
 
 
-def checked(qkv: Tensor, scale: float | None) -> float:
+def checked_scale(qkv: Tensor, scale: float | None) -> float:
     """The scale, all of qkv [..., 3, H, d] being as it should."""
     check_alike(qkv=qkv)
     if qkv.shape[-3] != 3:
@@ -190,3 +191,26 @@ def _gradients(ctx: Any, d_out: Tensor | None, _: Tensor | None) -> tuple[Any, .
 
 
 _short_attention.register_autograd(_gradients, setup_context=_save)
+
+
+# Backward counts five products, as torch's counter takes for every attention, whatever a kernel computes again.
+@count_flops(torch.ops.mpdit_kernels.short_attention)
+def _flops(
+    qkv: Tensor,
+    starts: Tensor | None,
+    lengths: Sequence[int],
+    scale: float,
+    query_start: int,
+    *,
+    products: int = 2,
+    **_: Any,
+) -> int:
+    *_outer, heads, width = qkv.shape
+    pairs = list(zip(lengths[::2], lengths[1::2], strict=True)) if starts is not None else [(qkv.shape[1], len(qkv))]
+    scores = sum(count * (tokens - query_start) * tokens for tokens, count in pairs)
+    return products * 2 * heads * width * scores
+
+
+@count_flops(torch.ops.mpdit_kernels.short_attention_backward)
+def _flops_backward(d_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *rest: Any, **_: Any) -> int:
+    return _flops(qkv, *rest, products=5)

@@ -25,6 +25,7 @@ from mpdit_kernels.checks import (
     check_tensors,
 )
 from mpdit_kernels.dispatch import takes_triton, too_wide
+from mpdit_kernels.flops import count_flops
 from mpdit_kernels.upsample import reference
 
 
@@ -273,3 +274,19 @@ def _gradients(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> tuple[Any, 
 
 
 _upsample.register_autograd(_gradients, setup_context=_save)
+
+
+@count_flops(torch.ops.mpdit_kernels.upsample)
+def _flops(x: Tensor, expand: Tensor, expand_bias: Tensor, refine: Tensor, *_: Any, out_val: Any, **__: Any) -> int:
+    _out, rows, image = out_val
+    return 2 * (len(image) * expand.numel() + len(rows) * refine.numel())
+
+
+@count_flops(torch.ops.mpdit_kernels.upsample_backward)
+def _flops_backward(
+    d_out: Tensor, rows: Tensor, image: Tensor, expand: Tensor, refine: Tensor, *rest: Any, **_: Any
+) -> int:
+    of_x, of_expand, of_bias, of_refine, _refine_bias, of_patches, *_vectors = rest[-1]  # `asked`
+    columns = refine.shape[1] if of_patches else refine.shape[0] if of_x or of_expand or of_bias else 0
+    refining = len(rows) * refine.shape[0] * (columns + (refine.shape[1] if of_refine else 0))
+    return 2 * (refining + len(image) * expand.numel() * (of_x + of_expand))

@@ -1,4 +1,4 @@
-"""Times of all available backends, interleaved in one process: the table that choices are made from."""
+"""Time all attention backends that run here, in turns in one process: the table that choices are made from."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mpdit_kernels import dispatch
+from mpdit_kernels.backends import BACKENDS, Backend, Call, probe
 from torch import Tensor
 
-from mpdit_kernels import dispatch, timing
-from mpdit_kernels.backends import measured, probe, report
-from mpdit_kernels.backends.call import Backend, Call
-from mpdit_kernels.backends.registry import BACKENDS
-from mpdit_kernels.command import aligned, write_atomically
+from tools import timing
+from tools.command import aligned, write_atomically
 
 LIBRARIES = ("torch", "triton", "flash-attn", "flash-attn-4", "xformers")
+KINDS = ("forward", "training")
 BRACKET = 5e-3
 """Seconds that a timed bracket lasts on a CPU, at least."""
 
@@ -42,7 +42,7 @@ class Shape:
 
 
 def shapes(device: torch.device) -> list[Shape]:
-    """Those of the presets' training, the most valuable first; on a CPU few images and the digits."""
+    """Return those of the presets' training, the most valuable first; on a CPU few images and the digits."""
     if device.type == "cuda":
         wide = [(tokens, *heads) for heads in ((72, 16), (64, 12)) for tokens in (80, 272, 1040, 256, 1024)]
         return [Shape(tokens, d, "bfloat16", batch, heads) for tokens, d, heads in wide for batch in (128, 32)]
@@ -56,38 +56,38 @@ def measure(device: torch.device, minutes: float, out: Path | None) -> int:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     clock = timing.GpuClock() if device.type == "cuda" else timing.CpuClock()
-    todo = shapes(device)
-    file = out or measured.path(_call(todo[0], device).architecture)
-    table: measured.Table = {"machine": machine(device), "rows": []}
-    before = earlier(file, table["machine"])
-    write_atomically(file, _json(table | {"rows": [*before.values()]}))  # what can't be written is found out first
+    todo, machine = shapes(device), _machine(device)
+    file = out or dispatch.TUNED / f"attention_{_call(todo[0], device).architecture}.json"
+    rows: list[dict[str, Any]] = []
+    before = _earlier(file, machine)
+    write_atomically(file, _json(machine, [*before.values()]))  # what can't be written is found out first
     while todo and time.monotonic() < end:
         shape = todo.pop(0)
-        table["rows"].append(row(clock, shape, device, (end - time.monotonic()) / (len(todo) + 1)))
+        rows.append(_row(clock, shape, device, (end - time.monotonic()) / (len(todo) + 1)))
         before.pop(shape, None)
-        write_atomically(file, _json(table | {"rows": [*table["rows"], *before.values()]}))
-        print(f"{shape}\n{_lines(table['rows'][-1])}", flush=True)
+        write_atomically(file, _json(machine, [*rows, *before.values()]))
+        print(f"{shape}\n{_lines(rows[-1])}", flush=True)
     if todo:
         print(f"not reached: {'; '.join(map(str, todo))}")
     print(f"written to {file}")
     return 0
 
 
-def earlier(file: Path, now: dict[str, Any]) -> dict[Shape, dict[str, Any]]:
-    """Rows of a table that was measured on such a machine with these libraries, whatever the day and the clocks."""
-    old: measured.Table = json.loads(file.read_text()) if file.exists() else {}
+def _earlier(file: Path, now: dict[str, Any]) -> dict[Shape, dict[str, Any]]:
+    """Return rows of a table that was measured on such a machine with these libraries, whatever the day."""
+    old = json.loads(file.read_text()) if file.exists() else {}
     if any(old.get("machine", {}).get(name) != now.get(name) for name in ("gpu", "cpu", "threads", *LIBRARIES)):
         return {}
     return {Shape(*(found[name] for name in Shape.__dataclass_fields__)): found for found in old["rows"]}
 
 
-def row(clock: timing.Clock, shape: Shape, device: torch.device, seconds: float) -> dict[str, Any]:
-    """A row of the table, taken in about so many seconds: only backends that pass the probe are timed."""
+def _row(clock: timing.Clock, shape: Shape, device: torch.device, seconds: float) -> dict[str, Any]:
+    """Return a row of the table, taken in about so many seconds: only backends that pass the probe are timed."""
     call, found = _call(shape, device), asdict(shape)
-    reasons = {name: probe.refusal(backend, call) for name, backend in BACKENDS.items()}
+    reasons = {name: probe.refusal(name, call) for name in BACKENDS}
     qkv = torch.randn(shape.batch, shape.tokens, 3, shape.heads, shape.head_dim, device=device, dtype=call.dtype)
     gradient = torch.randn_like(qkv[:, :, 0])
-    for kind, work in (("forward", _forward), ("training", _training)):
+    for kind, work in zip(KINDS, (_forward, _training), strict=True):
         contenders: dict[str, timing.Prepare] = {}
         for name in [name for name, reason in reasons.items() if reason is None]:
             try:
@@ -100,7 +100,7 @@ def row(clock: timing.Clock, shape: Shape, device: torch.device, seconds: float)
 
 
 def _contender(work: Callable[[], None], device: torch.device) -> timing.Prepare:
-    """Calls enough to be timed by a CPU's clock; a GPU is timed by its own, at one call in memory that is cold."""
+    """Return calls enough to be timed by a CPU's clock; a GPU is timed by its own, one call in cold memory."""
     work()  # compilation, and whether memory suffices
     start = time.perf_counter()
     work()
@@ -119,46 +119,41 @@ def _training(backend: Backend, qkv: Tensor, gradient: Tensor) -> None:
 
 
 def _call(shape: Shape, device: torch.device) -> Call:
-    dtype: torch.dtype = getattr(torch, shape.dtype)
-    return Call(shape.tokens, shape.head_dim, dtype, device, kernels=dispatch.mode())
+    return Call(shape.tokens, shape.head_dim, getattr(torch, shape.dtype), device, kernels=dispatch.mode())
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What was measured on: hardware, versions and the day."""
+def _machine(device: torch.device) -> dict[str, Any]:
+    """Return what is measured on: hardware, versions and the day."""
     if device.type == "cuda":
         found = timing.machine("cuda")
     else:
-        found = {"cpu": _cpu(), "threads": torch.get_num_threads(), "date": datetime.now(UTC).date().isoformat()}
-    return found | {name: version for name in LIBRARIES if (version := _version(name))}
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.exists() else []
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        cpu = names[0] if names else platform.processor() or platform.machine()
+        found = {"cpu": cpu, "threads": torch.get_num_threads(), "date": datetime.now(UTC).date().isoformat()}
+    found["torch"] = torch.__version__  # with the build, which metadata leaves out
+    for name in LIBRARIES[1:]:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _json(table: measured.Table) -> str:
-    """A line for the machine, and one for each row."""
-    rows = ",\n".join(f"  {json.dumps(row)}" for row in table["rows"])
-    return f'{{\n "machine": {json.dumps(table["machine"])},\n "rows": [\n{rows}\n ]\n}}\n'
+def _json(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Return a line for the machine, and one for each row."""
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    return f'{{\n "machine": {json.dumps(machine)},\n "rows": [\n{lines}\n ]\n}}\n'
 
 
 def _lines(row: dict[str, Any]) -> str:
-    """Microseconds of each backend."""
+    """Return microseconds of each backend."""
     names = sorted(row["training"], key=lambda name: row["training"][name])
-    cells = [(name, *(f"{kind} {1e6 * row[kind][name][0]:.0f} us" for kind in report.KINDS)) for name in names]
+    cells = [(name, *(f"{kind} {1e6 * row[kind][name][0]:.0f} us" for kind in KINDS)) for name in names]
     text = textwrap.indent(aligned(cells), "  ") if cells else "  nothing available"
     if len(names) > 1 and "triton" in names:
-        best = {kind: min(row[kind][name][0] for name in names if name != "triton") for kind in report.KINDS}
-        ratios = ", ".join(f"{kind} {best[kind] / row[kind]['triton'][0]:.2f}x" for kind in report.KINDS)
+        best = {kind: min(row[kind][name][0] for name in names if name != "triton") for kind in KINDS}
+        ratios = ", ".join(f"{kind} {best[kind] / row[kind]['triton'][0]:.2f}x" for kind in KINDS)
         text += f"\n  triton against the best library: {ratios}"
     return text

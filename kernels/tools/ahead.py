@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 import triton
+from mpdit_kernels.launch import INTERPRETING, Launch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
-
-from mpdit_kernels.launch import INTERPRETING, Launch
 
 _POINTERS = {
     torch.float32: "*fp32",

@@ -1,4 +1,4 @@
-"""For one case: is it right, which launch configurations are fastest, and how does it compare with PyTorch."""
+"""Judge, tune and time one case: is it right, which configurations are fastest, how does it compare with PyTorch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from mpdit_kernels import launch
-from mpdit_kernels.cases import Case, Cost
-from mpdit_kernels.costs import Rates
 from mpdit_kernels.dispatch import shared_limit, use
 from mpdit_kernels.launch import Config, Tunable
-from mpdit_kernels.timing import Clock, Prepare, Times, compare
+from torch import Tensor
+
+from tools.cases import Case
+from tools.timing import Clock, Prepare, compare
 
 FLOOR = 8
 """Roundings of a result's own dtype that are always allowed, as PyTorch can be exact by luck."""
@@ -29,7 +28,7 @@ BRACKET = 1.2e9
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and how calls are timed; `compiler` makes the second opponent, and `limit` bounds candidates."""
+    """Where and how calls are timed; `compiler` makes the second opponent."""
 
     clock: Clock
     device: str
@@ -37,28 +36,29 @@ class Bench:
     compiler: Callable[[Callable[..., Any]], Callable[..., Any]]
     rounds: int = 30
     limit: int | None = None
+    """Candidates tried, by default all."""
 
     def input_sets(self, case: Case) -> list[Sequence[Any]]:
-        """As many as one bracket's calls use: none finds its inputs in the cache."""
+        """Return as many inputs as one bracket's calls use: none finds its inputs in the cache."""
         count = min(8, max(1, math.ceil(BRACKET / case.forward.bytes))) if self.device == "cuda" else 1
         return [case.inputs(self.device, self.dtype) for _ in range(count)]
 
 
 def gate(case: Case, bench: Bench) -> str | None:
-    """None when outputs and gradients err by at most twice what PyTorch's do against float64, or else what fails."""
+    """Return None when outputs and gradients err by at most twice what PyTorch's do against float64, or what fails."""
     seed = int(torch.randint(2**31, ()))
-    truth, gradients = results(case, bench, "reference", seed, widen=True)
+    exact, gradients = results(case, bench, "reference", seed, widen=True)
     usual, _ = results(case, bench, "reference", seed, gradients)
     with launch.picks() as picked:
         ours, _ = results(case, bench, "triton", seed, gradients)
     if not picked and picks_of(case, bench.dtype):
         return "the call took its reference, not its kernels"
-    for index, (mine, theirs, exact) in enumerate(zip(ours, usual, truth, strict=True)):
-        if mine is None or theirs is None or exact is None:
-            if mine is not exact:
-                return f"tensor {index} is {mine} where float64 gives {exact}"
+    for index, (mine, theirs, truth) in enumerate(zip(ours, usual, exact, strict=True)):
+        if mine is None or theirs is None or truth is None:
+            if mine is not truth:
+                return f"tensor {index} is {mine} where float64 gives {truth}"
             continue
-        error, allowed = _distance(mine, exact), 2 * _distance(theirs, exact) + FLOOR * torch.finfo(mine.dtype).eps
+        error, allowed = _distance(mine, truth), 2 * _distance(theirs, truth) + FLOOR * torch.finfo(mine.dtype).eps
         if not error <= allowed:  # a NaN passes no comparison
             return f"tensor {index} errs by {error:.3g} against float64, where {allowed:.3g} is allowed"
     return None
@@ -73,7 +73,7 @@ def results(
     widen: bool = False,
     call: Callable[..., Any] | None = None,
 ) -> tuple[list[Tensor | None], list[Tensor]]:
-    """Outputs and gradients of the case's call (or `call`) on inputs drawn from `seed`, in float64 with `widen`.
+    """Return outputs and gradients of the case's call (or `call`) on inputs drawn from `seed`, in float64 with `widen`.
 
     Second come the gradients that its outputs were given: `gradients`, or drawn ones.
     """
@@ -88,15 +88,14 @@ def results(
 
 
 def picks_of(case: Case, dtype: torch.dtype) -> list[tuple[Tunable, dict[str, Any]]]:
-    """Each (tunable, key) that the case's launchers ask for, once."""
+    """Return each (tunable, key) that the case's launchers ask for, once."""
     with launch.picks() as picked, launch.record():
         case.launch(*case.inputs("meta", dtype))
-    distinct = {(tunable.name, launch.key_text(key)): (tunable, key) for tunable, key in picked}
-    return list(distinct.values())
+    return list({(tunable.name, launch.key_text(key)): (tunable, key) for tunable, key in picked}.values())
 
 
 def fastest(tunable: Tunable, key: dict[str, Any], sharing: Sequence[Case], bench: Bench) -> Config:
-    """The configuration that takes the least time over all cases that pick this key, forward and backward together.
+    """Return the configuration that takes the least time over all cases that pick this key, both passes together.
 
     Whole launchers are timed, as a configuration can move work between kernels. Candidates that don't compile, spill
     or take more shared memory than there is are left out.
@@ -116,10 +115,10 @@ def fastest(tunable: Tunable, key: dict[str, Any], sharing: Sequence[Case], benc
 
 
 def _runnable(tunable: Tunable, candidates: list[Config], sharing: Sequence[Case], bench: Bench) -> list[Config]:
-    """Candidates whose kernels compile for this GPU without spills; compiled in parallel, and left in the cache."""
+    """Keep candidates whose kernels compile here without spills; compiled in parallel, and left in the cache."""
     if bench.device != "cuda":
         return candidates
-    from mpdit_kernels import ahead
+    from tools import ahead
 
     target, jobs, owners = launch.architecture(), [], []
     for index, candidate in enumerate(candidates):
@@ -140,7 +139,7 @@ def _runnable(tunable: Tunable, candidates: list[Config], sharing: Sequence[Case
 def _scores(
     tunable: Tunable, candidates: list[Config], sets: list[tuple[Case, list[Sequence[Any]]]], bench: Bench, rounds: int
 ) -> dict[int, float]:
-    """Seconds of all cases by candidate's index; without those that fail to launch."""
+    """Return seconds of all cases by candidate's index; without those that fail to launch."""
 
     def run(candidate: Config, case: Case, inputs: Sequence[Any]) -> None:
         with tunable.override(candidate):
@@ -168,67 +167,36 @@ def _scores(
 
 
 def time_case(case: Case, bench: Bench, ceilings: dict[str, float]) -> dict[str, Any]:
-    """Our kernels, eager PyTorch, torch.compile and the case's further opponents: seconds, share of ceiling, ratio."""
+    """Time our kernels, eager PyTorch and torch.compile: seconds, our share of the ceiling, ratio to the best other."""
     sets = bench.input_sets(case)
-    ways: dict[str, tuple[str, Callable[..., Any]]] = {
-        "triton": ("triton", case.call),
-        "eager": ("reference", case.call),
-    }
+    contenders = {"triton": ("triton", case.call), "eager": ("reference", case.call)}
+    passes = {"forward": (forwards, case.forward), "backward": (backwards, case.backward)}
     result: dict[str, Any] = {}
     try:
         torch._dynamo.reset()
-        ways["compile"] = "reference", bench.compiler(lambda *inputs: case.call(*inputs))
-        for prepare in (forwards, backwards)[: 1 + bool(case.backward)]:
-            for call in prepare(*ways["compile"], sets[:1]):
+        compiled = bench.compiler(lambda *inputs: case.call(*inputs))
+        for prepare, cost in passes.values():
+            for call in prepare("reference", compiled, sets[:1]) if cost else ():
                 call()
+        contenders["compile"] = ("reference", compiled)
     except Exception as error:  # an opponent that fails does not stop the rest
-        ways.pop("compile", None)
-        result["compile failed"] = _first_line(error)
-    others = _others(case, sets, result)
-    for name, cost, prepare in (("forward", case.forward, forwards), ("backward", case.backward, backwards)):
-        if cost is None:
-            continue
-        contenders: dict[str, Prepare] = {way: partial(prepare, *ways[way], sets) for way in ways}
-        times = compare(bench.clock, contenders | others, bench.rounds)
-        result[name] = _figures(times, cost, ceilings)
+        result["compile failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
+    for name, (prepare, cost) in passes.items():
+        if cost is not None:
+            ready = {way: partial(prepare, *arguments, sets) for way, arguments in contenders.items()}
+            times = compare(bench.clock, ready, bench.rounds)
+            ours = times["triton"].median
+            floor = cost.floor(ceilings["copy"], ceilings["matmul"], ceilings["matmul32"])
+            result[name] = {
+                "seconds": {way: [taken.median, taken.low, taken.high] for way, taken in times.items()},
+                "share": floor / ours,
+                "ratio": min(taken.median for way, taken in times.items() if way != "triton") / ours,
+            }
     return result
 
 
-def _others(case: Case, sets: list[Sequence[Any]], failed: dict[str, Any]) -> dict[str, Prepare]:
-    """The case's further opponents, each having run once; what the others ended with is noted in `failed`."""
-    found: dict[str, Prepare] = {}
-    for name, opponent in case.opponents().items() if case.opponents else ():
-        try:
-            calls = [opponent(inputs) for inputs in sets]
-            calls[0]()
-            found[name] = partial(list, calls)
-        except Exception as error:
-            failed[f"{name} failed"] = _first_line(error)
-    return found
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether the GPU's memory was too small, which says nothing of a kernel; libraries have their own words for it."""
-    words = ("out of memory", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def _figures(times: dict[str, Times], cost: Cost, ceilings: dict[str, float]) -> dict[str, Any]:
-    seconds = {way: [taken.median, taken.low, taken.high] for way, taken in times.items()}
-    ours = times["triton"].median
-    return {
-        "seconds": seconds,
-        "share": Rates("measured", ceilings["copy"], ceilings["matmul"], ceilings["matmul32"]).floor(cost) / ours,
-        "ratio": min(taken.median for way, taken in times.items() if way != "triton") / ours,
-    }
-
-
 def forwards(mode: str, call: Callable[..., Any], sets: Sequence[Sequence[Any]]) -> list[Callable[[], Any]]:
-    """Calls in a mode of dispatch, one for each set of inputs."""
+    """Return calls in a mode of dispatch, one for each set of inputs."""
 
     def forward(inputs: Sequence[Any]) -> None:
         with use(mode):
@@ -238,13 +206,12 @@ def forwards(mode: str, call: Callable[..., Any], sets: Sequence[Sequence[Any]])
 
 
 def backwards(mode: str, call: Callable[..., Any], sets: Sequence[Sequence[Any]]) -> list[Callable[[], Any]]:
-    """Each call is the backward of a forward that has already run."""
+    """Return calls that are each the backward of a forward that has already run."""
     calls = []
     for inputs in sets:
         with use(mode):
             outputs = _tensors(call(*inputs))
-        gradients = [torch.ones_like(out) for out in outputs]
-        calls.append(_backward(outputs, _differentiable(inputs), gradients))
+        calls.append(_backward(outputs, _differentiable(inputs), [torch.ones_like(out) for out in outputs]))
     return calls
 
 

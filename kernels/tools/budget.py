@@ -1,4 +1,4 @@
-"""python -m mpdit_kernels.budget: compile every kernel ahead of time and hold it to what was committed.
+"""python -m tools.budget: compile every kernel ahead of time and hold it to what was committed.
 
 Needs no GPU. Each case's launches, in bf16, are compiled for A100 (sm_80) and H100 or H200 (sm_90); registers, spills,
 shared memory, widths of loads and matrix instructions are compared with budget.json. Exit codes: 0 within budget,
@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from mpdit_kernels.cases import OPERATIONS, Case, all_cases
-from mpdit_kernels.command import Parser, aligned, write_atomically
 from mpdit_kernels.dispatch import SHARED_LIMITS, TRITON_INSTALLED, interpreting
+
+from tools.cases import OPERATIONS, Case, all_cases
+from tools.command import Parser, aligned, write_atomically
 
 BUDGET = Path(__file__).parent / "budget.json"
 MATRIX = ("", "mma", "wgmma")
 """From worst to best."""
 FIELDS = {"registers": int, "spills": int, "shared": int, "load": int, "wide": int, "matrix": dict, "triton": str}
 """Of an entry, with their types."""
-UPDATE = "python -m mpdit_kernels.budget --update"
+UPDATE = "python -m tools.budget --update"
 
 Budget = dict[str, dict[str, Any]]
 """From Row.key to what was measured, with the version of Triton."""
@@ -64,7 +64,9 @@ class Row:
 
 def measure(cases: Sequence[Case], archs: Sequence[str]) -> list[Row]:
     """Record and compile every launch of the cases; equal launches within a case are one row."""
-    from mpdit_kernels import ahead, launch
+    from mpdit_kernels import launch
+
+    from tools import ahead
 
     rows, jobs = [], []
     for case in cases:
@@ -155,7 +157,7 @@ def read(path: Path) -> Budget:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = Parser("python -m mpdit_kernels.budget", description="Hold compiled kernels to budget.json")
+    parser = Parser("python -m tools.budget", description="Hold compiled kernels to budget.json")
     parser.add_argument("--arch", nargs="+", default=[*SHARED_LIMITS], choices=[*SHARED_LIMITS], metavar="ARCH",
                         help=f"architectures, of: {', '.join(SHARED_LIMITS)}")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print data instead of a table")

@@ -1,4 +1,4 @@
-"""What the package's commands share: their way of taking options, and of writing files."""
+"""What the tools share: their way of taking options, and of writing files and tables."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from mpdit_kernels.cases import OPERATIONS
+from tools.cases import OPERATIONS
 
 
 class Parser(argparse.ArgumentParser):
-    """Bad usage is one line on stderr and exit code 2."""
+    """Reports bad usage as one line on stderr, with exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
 
     def add_only(self) -> None:
-        """--only, a choice of operations' folders; by default all of them."""
+        """Add --only, a choice of operations' folders; by default all of them."""
         self.add_argument("--only", nargs="+", default=OPERATIONS, choices=OPERATIONS, metavar="FOLDER",
                           help=f"operations to take, of: {', '.join(OPERATIONS)}")  # fmt: skip
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """The file is the old one or the whole new one, whenever the process ends."""
+    """Write a file so that it is the old one or the whole new one, whenever the process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(text)
@@ -32,7 +32,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Lines of columns as wide as their widest cell."""
+    """Return lines of columns as wide as their widest cell."""
     sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(size) for cell, size in zip(row, sizes, strict=True)).rstrip() for row in rows

@@ -1,4 +1,4 @@
-"""Times of calls on a GPU: cold caches, contenders interleaved in one process, medians with quantiles."""
+"""Times of calls: cold caches, contenders in turns in one process, medians with quantiles."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Times:
 
 
 class CpuClock:
-    """For a dry run."""
+    """The CPU's time, for calls that run there."""
 
     def seconds(self, name: str, prepare: Prepare) -> float:
         calls = prepare()
@@ -152,6 +152,12 @@ def ceilings(clock: Clock, device: str, small: bool = False) -> dict[str, float]
         "matmul": 2 * side**3 / times["matmul"].median,
         "matmul32": 2 * side32**3 / times["matmul32"].median,
     }
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Return whether the GPU's memory was too small, which says nothing of a kernel; libraries have their own words."""
+    words = ("out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def machine(device: str) -> dict[str, Any]:

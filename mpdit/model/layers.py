@@ -1,0 +1,203 @@
+"""What the model is put together from: norm, modulation, patches, positions, and the residual stream.
+
+Letters in shapes: B images, C channels, (H, W) size, p patch, (h, w) = (H/p, W/p) grid, n = h*w image tokens, m class
+tokens, T = m + n, D width.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar, cast
+
+import torch
+from einops import rearrange
+from mpdit_kernels import adaln_modulate, gated_residual, gated_residual_adaln, gelu_linear
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, linear, silu
+
+EPS = 1e-6
+"""Of every layer norm; none has an affine part."""
+
+Grid = tuple[int, int]
+"""Rows and columns, (h, w), of patches."""
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def module_list(modules: Iterable[M]) -> Sequence[M]:
+    """Make a ModuleList whose element type is known to type checkers."""
+    return cast(Sequence[M], nn.ModuleList(modules))
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Return x in fp32, or as it is in float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def init_linear(module: nn.Module) -> None:
+    """Initialise a Linear's weight Xavier-uniform and its bias zero."""
+    nn.init.xavier_uniform_(module.weight)  # type: ignore[arg-type]
+    nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+
+
+def normalize(x: Tensor) -> Tensor:
+    """Layer norm over the last axis without affine part."""
+    return layer_norm(x, x.shape[-1:], eps=EPS)
+
+
+class Modulation(nn.Module):
+    """Condition [B, D] -> [B, chunks*D]: a Linear of SiLU, zero at initialisation (adaLN-Zero), always in fp32."""
+
+    def __init__(self, width: int, chunks: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(chunks * width, width))
+        self.bias = nn.Parameter(torch.zeros(chunks * width))
+
+    def forward(self, condition: Tensor) -> Tensor:
+        with torch.autocast(condition.device.type, enabled=False):
+            weight, bias = at_least_fp32(self.weight), at_least_fp32(self.bias)
+            return linear(silu(at_least_fp32(condition)), weight, bias)
+
+
+class MLP(nn.Module):
+    """Linear, tanh-GELU, Linear."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        init_linear(self.fc1)
+        init_linear(self.fc2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu_linear(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+
+
+class Constants(nn.Module):
+    """A module whose buffers are exact tables: casting the model to a narrower type leaves them as they are."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Constants:
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            after = self._buffers[name]
+            if after is not None and torch.finfo(after.dtype).bits < torch.finfo(value.dtype).bits:
+                self._buffers[name] = value.to(after.device)
+        return self
+
+
+def grid_of(x: Tensor, patch: int) -> Grid:
+    """Return the grid of patches of x [..., H, W]."""
+    return x.shape[-2] // patch, x.shape[-1] // patch
+
+
+def patchify(x: Tensor, patch: int) -> Tensor:
+    """[B, C, H, W] -> [B, n, C*p*p], channel slowest: the order of a flattened convolution kernel."""
+    return rearrange(x, "b c (h i) (w j) -> b (h w) (c i j)", i=patch, j=patch)
+
+
+def unpatchify(tokens: Tensor, patch: int, grid: Grid) -> Tensor:
+    """[B, n, p*p*C] -> [B, C, H, W], channel fastest: the order of the final layer's rows."""
+    return rearrange(tokens, "b (h w) (i j c) -> b c (h i) (w j)", h=grid[0], i=patch, j=patch)
+
+
+class PatchEmbed(nn.Module):
+    """[B, C, H, W] -> [B, n, D]: a convolution whose stride is its kernel, as one matrix product."""
+
+    def __init__(self, patch: int, channels: int, width: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.weight = nn.Parameter(torch.empty(width, channels, patch, patch))
+        self.bias = nn.Parameter(torch.zeros(width))
+        nn.init.xavier_uniform_(self.weight.data.view(width, -1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(patchify(x, self.patch), self.weight.flatten(1), self.bias)
+
+
+def sincos_position(width: int, grid: int | Grid, device: torch.device | None = None) -> Tensor:
+    """Compute the fixed 2-D position table, fp32 [h*w, width], of a grid (h, w), or of a square one.
+
+    The first half of the channels encodes the column and the second the row; in each, sines then cosines of
+    position / 10000^(k / (width/4)). Computed in float64.
+    """
+    h, w = (grid, grid) if isinstance(grid, int) else grid
+    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64, device=device) / (width // 4))
+    angle = torch.arange(max(h, w), dtype=torch.float64, device=device)[:, None] * frequency
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)
+    column = axis[None, :w].expand(h, w, -1)
+    row = axis[:h, None].expand(h, w, -1)
+    return torch.cat([column, row], dim=2).reshape(h * w, width).float()
+
+
+class Position(nn.Module):
+    """Grid (h, w) -> its position table [n, D]: a buffer for the configured grid; others are made when first met."""
+
+    table: Tensor
+
+    def __init__(self, width: int, side: int) -> None:
+        super().__init__()
+        self.side = side
+        # Left out on the meta device: torch (2.13) imports its compiler to compute there, see pretrained.py.
+        meta = torch.get_default_device().type == "meta"
+        table = torch.empty(side * side, width) if meta else sincos_position(width, side)
+        self.register_buffer("table", table, persistent=False)
+
+    def forward(self, grid: Grid) -> Tensor:
+        if grid == (self.side, self.side):
+            return self.table
+        width, device, dtype = self.table.shape[1], self.table.device, self.table.dtype
+        if torch.compiler.is_compiling():  # a compiled graph makes it anew
+            return sincos_position(width, grid, device).to(dtype)
+        return _made_once(width, grid, device, dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _made_once(width: int, grid: Grid, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return sincos_position(width, grid).to(device, dtype)
+
+
+class ResidualStream:
+    """The residual stream x + gate * pending, of which the last branch is still to be added; x alone without one.
+
+    The addition is left to whoever reads the stream next and makes a pass over it anyway: mostly a layer norm, with
+    which one kernel does both.
+
+    Attributes:
+        x, pending: tokens [B, T, D]; packed, see packed.py, [N, D].
+        gate: [B, D].
+        num_class_tokens: m of the T tokens, in front of each image's.
+        cu_seqlens: where the images of packed tokens end; None for dense ones.
+    """
+
+    cu_seqlens: tuple[int, ...] | None = None
+
+    def __init__(
+        self, x: Tensor, num_class_tokens: int, pending: Tensor | None = None, gate: Tensor | None = None
+    ) -> None:
+        self.x, self.num_class_tokens, self.pending, self.gate = x, num_class_tokens, pending, gate
+
+    def sum(self) -> Tensor:
+        """x + gate * pending, in the dtype of x."""
+        if self.pending is None or self.gate is None:
+            return self.x
+        return gated_residual(self.x, self.pending, self.gate, cu_seqlens=self.cu_seqlens)
+
+    def modulate(self, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum, and LN(sum) * (1 + scale [B, D]) + shift [B, D] as the next matrix product takes it."""
+        if self.pending is None or self.gate is None:
+            return self.x, adaln_modulate(self.x, shift, scale, EPS, cu_seqlens=self.cu_seqlens)
+        return gated_residual_adaln(self.x, self.pending, self.gate, shift, scale, EPS, cu_seqlens=self.cu_seqlens)
+
+    def replace(self, x: Tensor, pending: Tensor | None = None, gate: Tensor | None = None) -> ResidualStream:
+        """Return a stream of other values for the same tokens."""
+        return ResidualStream(x, self.num_class_tokens, pending, gate)
+
+    def without_class_tokens(self) -> ResidualStream:
+        """Return the stream of the image tokens alone."""
+        m, pending = self.num_class_tokens, self.pending
+        if not m:
+            return self
+        return ResidualStream(self.x[:, m:], 0, None if pending is None else pending[:, m:], self.gate)

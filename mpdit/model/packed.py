@@ -1,0 +1,156 @@
+"""The model on images of several sizes in one batch.
+
+Images of one size form a group, and their tokens are a dense tensor [B_g, T_g, D]. What acts on each token by itself,
+or is told where images end, takes all groups at once, packed one image after another as [N, D].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from operator import index
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from mpdit.core.errors import ConfigError
+from mpdit.model.layers import ResidualStream, grid_of, unpatchify
+
+Latents = Tensor | Sequence[Tensor]
+"""A batch of images: a tensor [B, C, S, S], or a list of [C, H, W] of several sizes."""
+
+
+class Images:
+    """A batch of images as groups of one size, large images first; a tensor is one group.
+
+    Attributes:
+        groups: [B_g, C, H_g, W_g] each.
+    """
+
+    def __init__(self, batch: Latents) -> None:
+        self._order: list[int] | None = None
+        if isinstance(batch, Tensor):
+            self.groups = [batch]
+            return
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for i, image in enumerate(batch):
+            # As plain numbers: torch.compile can't sort its symbols, and makes the graph for these sizes.
+            height, width = (index(side) for side in image.shape[1:])
+            alike.setdefault((height * width, height, width), []).append(i)
+        members = [alike[size] for size in sorted(alike, reverse=True)]
+        self._order = [i for same in members for i in same]
+        self.groups = [torch.stack([batch[i] for i in same]) for same in members]
+
+    def arrange(self, rows: Tensor) -> Tensor:
+        """Bring one row an image [B, ...] from the order of the batch to that of the groups."""
+        if self._order is None:
+            return rows
+        found = rows.unbind()
+        return torch.stack([found[i] for i in self._order])
+
+    def split(self, rows: Tensor) -> list[Tensor]:
+        """Split one row an image [B, ...] into those of each group: [B_g, ...]."""
+        return list(self.arrange(rows).split([len(group) for group in self.groups]))
+
+    def restore(self, groups: Sequence[Tensor]) -> Tensor | list[Tensor]:
+        """Put [B_g, ...] of each group together as the batch came: a tensor [B, ...], or a list in its order."""
+        if self._order is None:
+            return groups[0]
+        found = dict(zip(self._order, (row for group in groups for row in group.unbind()), strict=True))
+        return [found[i] for i in range(len(found))]
+
+
+class Packing:
+    """Where the tokens of each image lie among all tokens.
+
+    Attributes:
+        groups: (images, tokens of each), for each group.
+        cu_seqlens: cumulative lengths (0, ..., N) of all images' tokens.
+    """
+
+    def __init__(self, groups: Sequence[tuple[int, int]]) -> None:
+        self.groups = groups
+        self.cu_seqlens = tuple(accumulate((n for images, n in groups for _ in range(images)), initial=0))
+
+    def unpack(self, tokens: Tensor) -> list[Tensor]:
+        """Split all tokens [N, D] into dense groups [B_g, T_g, D]: views."""
+        parts = tokens.split([images * n for images, n in self.groups])
+        return [part.unflatten(0, group) for part, group in zip(parts, self.groups, strict=True)]
+
+
+def pack(groups: Sequence[Tensor]) -> Tensor:
+    """Join dense groups of tokens [B_g, T_g, D] as [N, D]."""
+    return torch.cat([group.flatten(0, 1) for group in groups])
+
+
+class PackedStream(ResidualStream):
+    """A residual stream of all groups' tokens, x and pending [N, D], gate [B, D]."""
+
+    def __init__(
+        self, packing: Packing, x: Tensor, num_class_tokens: int, pending: Tensor | None, gate: Tensor | None
+    ) -> None:
+        super().__init__(x, num_class_tokens, pending, gate)
+        self.packing, self.cu_seqlens = packing, packing.cu_seqlens
+
+    @classmethod
+    def of(cls, groups: Sequence[Tensor], num_class_tokens: int) -> PackedStream:
+        """Make the stream of dense groups of tokens [B_g, T_g, D]."""
+        packing = Packing([(len(group), group.shape[1]) for group in groups])
+        return cls(packing, pack(groups), num_class_tokens, None, None)
+
+    def replace(self, x: Tensor, pending: Tensor | None = None, gate: Tensor | None = None) -> PackedStream:
+        return PackedStream(self.packing, x, self.num_class_tokens, pending, gate)
+
+    def without_class_tokens(self) -> PackedStream:
+        m = self.num_class_tokens
+        if not m:
+            return self
+        x, pending = (
+            None if tokens is None else pack([group[:, m:] for group in self.packing.unpack(tokens)])
+            for tokens in (self.x, self.pending)
+        )
+        shorter = Packing([(images, n - m) for images, n in self.packing.groups])
+        return PackedStream(shorter, cast(Tensor, x), 0, pending, self.gate)
+
+
+def packed_velocity(model: Any, x: Sequence[Tensor], state: Tensor, y: Tensor) -> Tensor | list[Tensor]:
+    """Compute MPDiT.velocity of images [C, H, W] of several sizes, by the same steps as there for one size."""
+    images, m = Images(x), model.config.prefix_tokens
+    if len(images.groups) == 1:
+        return images.restore([model.velocity(images.groups[0], state, y)])
+    classes = model.classes(y)  # [B, m, D]
+    condition = images.arrange(model.condition(state.expand(len(x), -1), classes))  # [B, 6D] or [B, D]
+    latents = [group.to(model.final.weight.dtype) for group in images.groups]  # [B_g, C, H_g, W_g] each
+    stream = PackedStream.of(images.split(classes[:, :m]), m)
+    for stage in model.stages:
+        tokens = stream.packing.unpack(stream.sum())
+        stream = PackedStream.of([stage.enter(*pair) for pair in zip(tokens, latents, strict=True)], m)
+        for block in stage.blocks:
+            stream = model.run_block(block, stream, condition)
+    stream = stream.without_class_tokens()
+    pixels = stream.packing.unpack(model.final(stream, condition))  # [B_g, n_g, p*p*C] each
+    patch = model.final.patch
+    found = [unpatchify(p, patch, grid_of(group, patch)) for p, group in zip(pixels, latents, strict=True)]
+    return images.restore([model.as_configured(v.to(x[0].dtype)) for v in found])
+
+
+def check_images(name: str, batch: Any) -> None:
+    """Raise ConfigError unless batch is a list of images [C, H, W], alike in all but their size."""
+    if not isinstance(batch, list | tuple):
+        raise ConfigError(f"{name} is a {type(batch).__name__}: give a tensor [B, C, H, W], or a list of [C, H, W]")
+    if not batch:
+        raise ConfigError(f"{name} is an empty list: give at least one image [C, H, W]")
+    for i, image in enumerate(batch):
+        if not isinstance(image, Tensor):
+            raise ConfigError(f"{name}[{i}] is a {type(image).__name__}: give tensors [C, H, W]")
+        if image.ndim != 3:
+            raise ConfigError(f"{name}[{i}] has shape {tuple(image.shape)}: give one image [C, H, W]")
+        for what in ("device", "dtype"):
+            got, first = getattr(image, what), getattr(batch[0], what)
+            if got != first:
+                raise ConfigError(f"{name}[{i}] has {what} {got} and {name}[0] {first}: give all the same")
+        if image.shape[0] != batch[0].shape[0]:
+            raise ConfigError(
+                f"{name}[{i}] has {image.shape[0]} channels and {name}[0] {batch[0].shape[0]}: give all the same"
+            )
