@@ -17,6 +17,8 @@ from mpdit.diffusion.flow import FlowConfig, LossWeight, TimeSampler
 from mpdit.diffusion.sampling import MOST_STEPS
 from mpdit.model.config import ModelConfig
 from mpdit.model.presets import preset
+from mpdit.model.time import time_kind
+from mpdit.model.transition import transition_kind
 from mpdit.training.profiling import ProfileMode, Profiling
 
 _BEYOND = 2**63  # what is counted, is counted in 64 bits
@@ -230,7 +232,9 @@ class TrainConfig:
 
     def model_config(self, data: Mapping[str, Any]) -> ModelConfig:
         """Make the preset with the data's own fields (channels, num_classes) and, before those, what was overridden."""
-        return preset(self.model, **{**data, **self.model_overrides})
+        model = preset(self.model, **{**data, **self.model_overrides})
+        _ = time_kind(model), transition_kind(model)  # names that nobody has are found before anything is written
+        return model
 
     def learning_rate(self, step: int) -> float:
         """Return the rate of `step`, counted from 0: linear warm-up, then the schedule, which would be 0 at `steps`."""
