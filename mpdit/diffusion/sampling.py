@@ -1,32 +1,33 @@
-"""Sampling: the velocity field integrated from noise (t = 1) to data (t = 0).
+"""Sampling: the velocity field integrated from noise (t = 1) to data (t = 0), by one of SAMPLERS.
 
-As an ordinary differential equation dx = v dt by Euler, Heun or Dormand-Prince 5(4), or as a stochastic one by
-Euler-Maruyama with the diffusion forms of SiT (Ma et al., ECCV 2024). SiT's time s = 1 - t runs towards the data and
-its velocity is -v. On the path x_t = (1 - t) x + t n the velocity is v = E[n | x_t] - E[x | x_t], therefore
-E[n | x_t] = x_t + (1 - t) v, and the score is
+As an ordinary differential equation dx = v dt, or as a stochastic one with the diffusion forms of SiT (Ma et al., ECCV
+2024). SiT's time s = 1 - t runs towards the data and its velocity is -v. On the path x_t = (1 - t) x + t n the velocity
+is v = E[n | x_t] - E[x | x_t], therefore E[n | x_t] = x_t + (1 - t) v, and the score is
 
     score = -E[n | x_t] / t = -((1 - t) v + x_t) / t.
 
 SiT's dx = (-v + w score) ds + sqrt(2 w) dW is then, with dt = -ds < 0, dx = (v - w score) dt + sqrt(2 w |dt|) z.
+
+A new sampler is one function and its entry of SAMPLERS, which `sample`, the command line and its help read; the latter
+mustn't wait for torch, so it is imported where something is sampled.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from mpdit.core.errors import ConfigError, DataError
+from mpdit.model.config import ModelConfig, entry_of, one_of
 
-from mpdit.core import rng
-from mpdit.core.errors import ConfigError
-from mpdit.core.rng import Stream
-from mpdit.model.config import ModelConfig, one_of
+if TYPE_CHECKING:
+    from torch import Tensor
 
-METHODS = ("euler", "heun", "dopri5", "sde")
 MOST_STEPS = 100_000
 """Their times and modulations are tables in memory."""
 
@@ -43,10 +44,167 @@ DIFFUSION_FORMS: dict[str, Callable[[float, float], float]] = {
 SDE_START, SDE_END = 0.96, 0.04
 """The SDE's times; from the end, one step along its drift without noise (SiT's "Mean") reaches 0."""
 
-Progress = Callable[[int, int], None]
+
+@dataclass(frozen=True, kw_only=True)
+class Flow:
+    """The guided velocity of one batch, and the settings that single solvers read."""
+
+    model: Any
+    classes: Tensor
+    nulls: Tensor | None
+    """The classes taken away; None when guidance is 1."""
+    guidance: float
+    interval: tuple[float, float]
+    report: Callable[[int, int], object]
+    """Called with (steps done, steps) after each step."""
+    atol: float
+    rtol: float
+    diffusion_form: str
+    diffusion_norm: float
+    seed: int
+    positions: Tensor
+
+    def at(self, times: Sequence[float], x: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """Return v(x, i), the velocity at times[i]; what depends on the times alone is computed here, at once."""
+        import torch
+
+        t = torch.tensor(times, dtype=x.dtype, device=x.device)
+        prepared = self.model.prepare_time(t) if hasattr(self.model, "prepare_time") else None
+
+        def velocity(x: Tensor, index: int) -> Tensor:
+            guided = self.nulls is not None and self.interval[0] <= times[index] <= self.interval[1]
+            x_in, y = x, self.classes
+            if guided:  # both velocities in one forward of 2B
+                x_in, y = torch.cat([x, x]), torch.cat([y, self.nulls])  # type: ignore[list-item]
+            now = slice(index, index + 1)
+            if prepared is None:
+                v = self.model(x_in, t[now].expand(len(x_in)), y)
+            else:
+                v = self.model.velocity(x_in, prepared[now], y)
+            _check_shape("the velocity returned by the model", v, x_in.shape)
+            v = v.to(x.dtype)
+            if not guided:
+                return v
+            conditional, unconditional = v.chunk(2)
+            return unconditional + self.guidance * (conditional - unconditional)
+
+        return velocity
 
 
-@torch.no_grad()
+def euler(flow: Flow, x: Tensor, steps: int) -> Tensor:
+    """`steps` evaluations, at t = 1, 1 - 1/steps, ..., 1/steps."""
+    times = uniform_times(1.0, 0.0, steps)
+    velocity = flow.at(times[:-1], x)
+    for i in range(steps):
+        x = x + (times[i + 1] - times[i]) * velocity(x, i)
+        flow.report(i + 1, steps)
+    return x
+
+
+def heun(flow: Flow, x: Tensor, steps: int) -> Tensor:
+    """`steps` intervals of two evaluations, at both ends."""
+    times = uniform_times(1.0, 0.0, steps)
+    velocity = flow.at(times, x)
+    for i in range(steps):
+        dt = times[i + 1] - times[i]
+        v = velocity(x, i)
+        x = x + 0.5 * dt * (v + velocity(x + dt * v, i + 1))
+        flow.report(i + 1, steps)
+    return x
+
+
+def dopri5(flow: Flow, x: Tensor, steps: int) -> Tensor:
+    """At most `steps` attempted steps of six evaluations, adapted to atol and rtol.
+
+    The error is that of the whole batch, so an image depends a little on those it is batched with.
+    """
+    import torch
+    from torchdiffeq import odeint  # here, because it takes half a second to import and no other solver needs it
+
+    for name, tolerance in (("atol", flow.atol), ("rtol", flow.rtol)):
+        if not 0 < tolerance < math.inf:
+            raise ConfigError(f"{name} is {tolerance}: give a finite number above 0")
+    accepted = 0
+
+    def function(t: Tensor, x: Tensor) -> Tensor:
+        return flow.at([t.item()], x)(x, 0)
+
+    def callback_accept_step(t: Tensor, x: Tensor, dt: Tensor) -> None:
+        nonlocal accepted
+        accepted += 1
+        flow.report(accepted, steps)
+
+    function.callback_accept_step = callback_accept_step  # type: ignore[attr-defined]  # where torchdiffeq looks
+    span = torch.tensor([1.0, 0.0], dtype=torch.float64, device=x.device)
+    # A step must end at 0, or the last one would evaluate the model beyond the data; and guidance that starts or
+    # stops on the way is a jump of the field, where the step must end too.
+    jumps = {end for end in flow.interval if 0 < end < 1 and flow.nulls is not None}
+    options = {"max_num_steps": steps, "step_t": span[1:], "jump_t": span.new_tensor(sorted(jumps))}
+    try:
+        return odeint(function, x, span, atol=flow.atol, rtol=flow.rtol, method="dopri5", options=options)[-1]
+    except AssertionError as error:
+        reason = str(error).partition(":")[0]
+        raise ConfigError(
+            f"dopri5 did not reach t = 0 with steps={steps}, atol={flow.atol}, rtol={flow.rtol} ({reason}): raise "
+            "steps or loosen the tolerances, and check that the model's velocities are finite"
+        ) from error
+
+
+def sde(flow: Flow, x: Tensor, steps: int) -> Tensor:
+    """Euler-Maruyama: `steps` evaluations, the first at 0.96, where x is still the noise given, the last at 0.04.
+
+    The noise added is keyed by (seed, position, step), so it does not depend on the batching.
+    """
+    from mpdit.core import rng
+
+    rng.check_seed(flow.seed)
+    one_of("diffusion_form", flow.diffusion_form, tuple(DIFFUSION_FORMS))
+    if not 0 <= flow.diffusion_norm < math.inf:
+        raise ConfigError(f"diffusion_norm is {flow.diffusion_norm}: give a finite number of at least 0")
+    times = [*uniform_times(SDE_START, SDE_END, steps - 1), 0.0]
+    velocity = flow.at(times[:-1], x)
+    for i in range(steps):
+        t, dt = times[i], times[i + 1] - times[i]
+        w = DIFFUSION_FORMS[flow.diffusion_form](t, flow.diffusion_norm)
+        v = velocity(x, i)
+        score = -((1 - t) * v + x) / t
+        x = x + dt * (v - w * score)
+        if i < steps - 1:
+            noise = rng.normal(flow.seed, rng.Stream.SDE, flow.positions, tuple(x.shape[1:]), draw=i)
+            x = x + math.sqrt(2 * w * -dt) * noise.to(x.dtype)
+        flow.report(i + 1, steps)
+    return x
+
+
+def uniform_times(start: float, end: float, steps: int) -> list[float]:
+    """Return steps + 1 times, start and end included."""
+    return [(start * (steps - i) + end * i) / steps for i in range(steps + 1)]
+
+
+class Solver(NamedTuple):
+    """An entry of SAMPLERS.
+
+    Attributes:
+        solve: (flow, x at t = 1, steps) -> x at t = 0.
+        help: one line.
+        least_steps: it needs.
+        reads: settings of Sampler that no other solver may read.
+    """
+
+    solve: Callable[[Flow, Tensor, int], Tensor]
+    help: str
+    least_steps: int = 1
+    reads: tuple[str, ...] = ()
+
+
+SAMPLERS = {
+    "euler": Solver(euler, "first order"),
+    "heun": Solver(heun, "second order, two evaluations a step"),
+    "dopri5": Solver(dopri5, "adaptive, six evaluations a step", reads=("tolerance",)),
+    "sde": Solver(sde, "Euler-Maruyama with added noise", least_steps=2, reads=("diffusion_form",)),
+}
+
+
 def sample(
     model: Callable[[Tensor, Tensor, Tensor], Tensor],
     noise: Tensor,
@@ -63,7 +221,7 @@ def sample(
     positions: Tensor | None = None,
     atol: float = 1e-5,
     rtol: float = 1e-5,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Tensor:
     """Turn noise [B, C, H, W] into samples of `classes` [B]: same shape, same device, fp32 (fp64 if the noise is).
 
@@ -71,14 +229,9 @@ def sample(
     the mode it was in. For fixed steps an MPDiT computes the modulations of all times in one call before the loop.
     mpdit.diffusion.inference.SamplingModel around it chooses the precision and, on a GPU, replays CUDA graphs.
 
-    What `steps` counts depends on the method:
-    - "euler", order 1: `steps` evaluations, at t = 1, 1 - 1/steps, ..., 1/steps;
-    - "heun", order 2: `steps` intervals of two evaluations, at both ends;
-    - "dopri5", adaptive to atol and rtol: at most `steps` attempted steps of six evaluations. The error is that of the
-      whole batch, so an image depends a little on those it is batched with;
-    - "sde", Euler-Maruyama: `steps` evaluations (2 or more), the first at 0.96, where x is still the noise given, the
-      last at 0.04. The noise added is keyed by (seed, positions int64 [B], step), so it does not depend on the
-      batching; positions are 0 .. B - 1 unless given. diffusion_form names one of DIFFUSION_FORMS.
+    method names one of SAMPLERS; what `steps` counts is said there: evaluations of "euler" and "sde", intervals of two
+    evaluations of "heun", the most that "dopri5" attempts. "dopri5" reads atol and rtol; "sde" diffusion_form, one of
+    DIFFUSION_FORMS, diffusion_norm, seed and positions int64 [B], 0 .. B - 1 unless given.
 
     guidance w evaluates u + w (c - u), with c the velocity given the class and u given null_class (the model's own
     unless given), in one forward of 2B (Ho and Salimans, 2022). It acts at times inside `interval`, ends included
@@ -87,13 +240,15 @@ def sample(
     progress(done, steps) is called after each step. Raises ConfigError for an argument out of range or shapes that
     don't fit.
     """
-    one_of("method", method, METHODS)
-    least = 2 if method == "sde" else 1
-    if not isinstance(steps, int) or not least <= steps <= MOST_STEPS:
+    import torch
+
+    solver = entry_of(SAMPLERS, "method", method)
+    if not isinstance(steps, int) or not solver.least_steps <= steps <= MOST_STEPS:
         raise ConfigError(
-            f"steps is {steps!r:.40}: {method} needs a whole number of at least {least} and at most {MOST_STEPS}"
+            f"steps is {steps!r:.40}: {method} needs a whole number of at least {solver.least_steps} and at most "
+            f"{MOST_STEPS}"
         )
-    if not isinstance(noise, Tensor):
+    if not isinstance(noise, torch.Tensor):
         raise ConfigError(f"noise is a {type(noise).__name__}: give a tensor [B, C, H, W], one call for each size")
     if noise.ndim < 2 or not noise.is_floating_point():
         raise ConfigError(f"noise is {noise.dtype} {list(noise.shape)}: give a floating-point batch [B, C, H, W]")
@@ -103,166 +258,158 @@ def sample(
             raise ConfigError(f"null_class is {null_class} but the model's is {config.null_class}: leave it out")
         null_class = config.null_class
         _check_shape("noise", noise, (len(noise), config.channels, config.input_size, config.input_size))
-    y = _as_classes(classes, noise, null_class)
-    field = _Field(model, y, _null_classes(y, null_class, guidance), guidance, interval)
-    x = noise if noise.dtype == torch.float64 else noise.float()
-    report = progress or (lambda done, total: None)
-    with _eval_mode(model):
-        match method:
-            case "euler":
-                return _euler(field, x, steps, report)
-            case "heun":
-                return _heun(field, x, steps, report)
-            case "dopri5":
-                return _dopri5(field, x, steps, report, atol, rtol)
-            case _:
-                diffusion = _Diffusion(diffusion_form, diffusion_norm, seed, _as_positions(positions, noise))
-                return _euler_maruyama(field, x, steps, report, diffusion)
+    y = torch.as_tensor(classes, device=noise.device)
+    _check_shape("classes", y, noise.shape[:1])
+    if y.is_floating_point() or y.dtype == torch.bool:
+        raise ConfigError(f"classes are of type {y.dtype}: give whole numbers")
+    if len(y) and (y.min() < 0 or (null_class is not None and y.max() > null_class)):
+        limit = "0 or above" if null_class is None else f"in 0 .. {null_class} ({null_class} is no class)"
+        raise ConfigError(f"classes run from {y.min()} to {y.max()}: each must be {limit}")
+    if not math.isfinite(guidance):
+        raise ConfigError(f"guidance is {guidance}: give a finite number, 1 for none")
+    if guidance != 1 and null_class is None:
+        raise ConfigError(f"guidance is {guidance} but the model names no null class: give null_class")
+    low, high = interval
+    if not 0 <= low <= high <= 1:
+        raise ConfigError(f"interval is {interval}: give two times with 0 <= first <= second <= 1")
+    if positions is None:
+        positions = torch.arange(len(noise), device=noise.device)
+    _check_shape("positions", positions, noise.shape[:1])
+    flow = Flow(
+        model=model,
+        classes=y.long(),
+        nulls=None if guidance == 1 else torch.full_like(y, null_class, dtype=torch.int64),  # type: ignore[arg-type]
+        guidance=guidance,
+        interval=interval,
+        report=progress or (lambda done, total: None),
+        atol=atol,
+        rtol=rtol,
+        diffusion_form=diffusion_form,
+        diffusion_norm=diffusion_norm,
+        seed=seed,
+        positions=positions.to(noise.device),
+    )
+    with torch.no_grad(), _eval_mode(model):
+        return solver.solve(flow, noise if noise.dtype == torch.float64 else noise.float(), steps)
 
 
 @dataclass(frozen=True)
-class _Field:
-    """The guided velocity of one batch; `nulls`, its classes taken away, are None when guidance is 1."""
+class Sampler:
+    """How samples are drawn: the settings of `sample`, which checks them, and of the batches handed to it."""
 
-    model: Any
-    classes: Tensor
-    nulls: Tensor | None
-    guidance: float
-    interval: tuple[float, float]
-
-    def __post_init__(self) -> None:
-        low, high = self.interval
-        if not 0 <= low <= high <= 1:
-            raise ConfigError(f"interval is {self.interval}: give two times with 0 <= first <= second <= 1")
-
-    def at(self, times: Sequence[float], x: Tensor) -> Callable[[Tensor, int], Tensor]:
-        """A function (x, index of a time) -> velocity; what depends on the times alone is computed here, at once."""
-        t = torch.tensor(times, dtype=x.dtype, device=x.device)
-        prepared = self.model.prepare_time(t) if hasattr(self.model, "prepare_time") else None
-
-        def velocity(x: Tensor, index: int) -> Tensor:
-            x_in, y, guided = x, self.classes, False
-            if self.nulls is not None and self.interval[0] <= times[index] <= self.interval[1]:
-                x_in, y, guided = torch.cat([x, x]), torch.cat([self.classes, self.nulls]), True
-            now = slice(index, index + 1)
-            if prepared is None:
-                v = self.model(x_in, t[now].expand(len(x_in)), y)
-            else:
-                v = self.model.velocity(x_in, prepared[now], y)
-            _check_shape("the velocity returned by the model", v, x_in.shape)
-            v = v.to(x.dtype)
-            if not guided:
-                return v
-            conditional, unconditional = v.chunk(2)
-            return unconditional + self.guidance * (conditional - unconditional)
-
-        return velocity
-
-
-def _euler(field: _Field, x: Tensor, steps: int, report: Progress) -> Tensor:
-    times = _uniform_times(1.0, 0.0, steps)
-    velocity = field.at(times[:-1], x)
-    for i in range(steps):
-        x = x + (times[i + 1] - times[i]) * velocity(x, i)
-        report(i + 1, steps)
-    return x
-
-
-def _heun(field: _Field, x: Tensor, steps: int, report: Progress) -> Tensor:
-    times = _uniform_times(1.0, 0.0, steps)
-    velocity = field.at(times, x)
-    for i in range(steps):
-        dt = times[i + 1] - times[i]
-        v = velocity(x, i)
-        x = x + 0.5 * dt * (v + velocity(x + dt * v, i + 1))
-        report(i + 1, steps)
-    return x
-
-
-def _dopri5(field: _Field, x: Tensor, steps: int, report: Progress, atol: float, rtol: float) -> Tensor:
-    from torchdiffeq import odeint  # here, because it takes half a second to import and no other method needs it
-
-    for name, tolerance in (("atol", atol), ("rtol", rtol)):
-        if not 0 < tolerance < math.inf:
-            raise ConfigError(f"{name} is {tolerance}: give a finite number above 0")
-    function = _AdaptiveFunction(field, steps, report)
-    span = torch.tensor([1.0, 0.0], dtype=torch.float64, device=x.device)
-    # A step must end at 0, or the last one would evaluate the model beyond the data; and guidance that starts or
-    # stops on the way is a jump of the field, where the step must end too.
-    jumps = {end for end in field.interval if 0 < end < 1 and field.nulls is not None}
-    options = {"max_num_steps": steps, "step_t": span[1:], "jump_t": span.new_tensor(sorted(jumps))}
-    try:
-        return odeint(function, x, span, atol=atol, rtol=rtol, method="dopri5", options=options)[-1]
-    except AssertionError as error:
-        reason = str(error).partition(":")[0]
-        raise ConfigError(
-            f"dopri5 did not reach t = 0 with steps={steps}, atol={atol}, rtol={rtol} ({reason}): raise steps or "
-            "loosen the tolerances, and check that the model's velocities are finite"
-        ) from error
-
-
-@dataclass
-class _AdaptiveFunction:
-    """What torchdiffeq calls: the field at a time it chooses, and once for each step it accepts."""
-
-    field: _Field
-    steps: int
-    report: Progress
-    accepted: int = 0
-
-    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        return self.field.at([t.item()], x)(x, 0)
-
-    def callback_accept_step(self, t: Tensor, x: Tensor, dt: Tensor) -> None:
-        self.accepted += 1
-        self.report(self.accepted, self.steps)
-
-
-@dataclass(frozen=True)
-class _Diffusion:
-    """The noise of the SDE: its coefficient w(t) and its draws."""
-
-    form: str
-    norm: float
-    seed: int
-    positions: Tensor
+    method: str = "euler"
+    steps: int = 250
+    guidance: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Times in which guidance acts."""
+    diffusion_form: str = "sigma"
+    tolerance: float = 1e-5
+    """Absolute and relative."""
+    seed: int = 0
+    batch: int = 100
+    """Images per call; the result depends on it by round-off only (method "dopri5": within the tolerance)."""
+    precision: str = "fp32"
+    """What the model computes in: fp32, tf32, bf16 or auto, see mpdit.diffusion.inference.choose_precision."""
 
     def __post_init__(self) -> None:
-        rng.check_seed(self.seed)
-        one_of("diffusion_form", self.form, tuple(DIFFUSION_FORMS))
-        if not 0 <= self.norm < math.inf:
-            raise ConfigError(f"diffusion_norm is {self.norm}: give a finite number of at least 0")
+        entry_of(SAMPLERS, "method", self.method)
+        if not isinstance(self.batch, int) or self.batch < 1:
+            raise ConfigError(f"batch is {self.batch!r}: give a whole number of at least 1")
 
-    def coefficient(self, t: float) -> float:
-        return DIFFUSION_FORMS[self.form](t, self.norm)
+    def replace(self, **changes: Any) -> Sampler:
+        """Return a copy with fields changed."""
+        return dataclasses.replace(self, **changes)
 
-    def noise(self, step: int, x: Tensor) -> Tensor:
-        return rng.normal(self.seed, Stream.SDE, self.positions, tuple(x.shape[1:]), draw=step).to(x.dtype)
-
-
-def _euler_maruyama(field: _Field, x: Tensor, steps: int, report: Progress, diffusion: _Diffusion) -> Tensor:
-    times = [*_uniform_times(SDE_START, SDE_END, steps - 1), 0.0]
-    velocity = field.at(times[:-1], x)
-    for i in range(steps):
-        t, dt = times[i], times[i + 1] - times[i]
-        w = diffusion.coefficient(t)
-        v = velocity(x, i)
-        score = -((1 - t) * v + x) / t
-        x = x + dt * (v - w * score)
-        if i < steps - 1:
-            x = x + math.sqrt(2 * w * -dt) * diffusion.noise(i, x)
-        report(i + 1, steps)
-    return x
+    def protocol(self) -> dict[str, Any]:
+        """Return, in plain JSON types, the settings that had an effect, to be kept beside the figures."""
+        unread = {name for method, solver in SAMPLERS.items() if method != self.method for name in solver.reads}
+        unread -= {*SAMPLERS[self.method].reads}
+        if self.guidance == 1:
+            unread.add("interval")
+        fields = dataclasses.asdict(self) | {"interval": list(self.interval)}
+        return {name: value for name, value in fields.items() if name not in unread}
 
 
-def _uniform_times(start: float, end: float, steps: int) -> list[float]:
-    """steps + 1 times, start and end included."""
-    return [(start * (steps - i) + end * i) / steps for i in range(steps + 1)]
+DIGITS_SAMPLER = Sampler(method="euler", steps=16, guidance=1.5)
+"""For the evaluation of digits models. The exact flow to the real digits, sampled by it, is 0.04 from them."""
+
+
+def generate(
+    model: Any,
+    classes: Sequence[int] | Tensor,
+    sampler: Sampler,
+    *,
+    first: int = 0,
+    label: str | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Tensor:
+    """Draw normalised latents fp32 [N, C, S, S] on the CPU, one per entry of `classes`, on the model's device.
+
+    Image i meets the noise keyed by (sampler.seed, first + i) whatever its batch, so a set can be drawn in parts, and
+    sets that must not share noise differ by `first`. The model is an MPDiT, or one prepared by `for_sampling`, which
+    is worth it where this is called more than once. With `label` a progress bar of that name runs on stderr where
+    that is a terminal; `progress` is told the images' worth of steps done since it was last called. ConfigError as
+    `sample` and `for_sampling`.
+    """
+    import torch
+
+    from mpdit.core import rng
+    from mpdit.core.progress import bar
+    from mpdit.diffusion.inference import for_sampling
+
+    model = for_sampling(model, sampler.precision)
+    device = next(model.parameters()).device
+    labels = torch.as_tensor(classes, dtype=torch.int64)
+    shape = (model.config.channels, model.config.input_size, model.config.input_size)
+    latents = torch.empty(len(labels), *shape)
+    told = 0
+    with bar(label, len(labels)) as shown:
+
+        def report(start: int, size: int, done: int, total: int) -> None:
+            """`done` of `total` steps of the batch of `size` images from `start` on, told as images."""
+            nonlocal told
+            if (reached := start + size * done // total) > told:
+                shown.update(reached - told)
+                if progress:
+                    progress(reached - told)
+                told = reached
+
+        for start in range(0, len(labels), sampler.batch):
+            chunk = labels[start : start + sampler.batch].to(device)
+            positions = torch.arange(first + start, first + start + len(chunk), device=device)
+            latents[start : start + len(chunk)] = sample(
+                model,
+                rng.normal(sampler.seed, rng.Stream.SAMPLE_NOISE, positions, shape),
+                chunk,
+                steps=sampler.steps,
+                method=sampler.method,
+                guidance=sampler.guidance,
+                interval=sampler.interval,
+                diffusion_form=sampler.diffusion_form,
+                seed=sampler.seed,
+                positions=positions,
+                atol=sampler.tolerance,
+                rtol=sampler.tolerance,
+                progress=functools.partial(report, start, len(chunk)),
+            )
+            report(start, len(chunk), 1, 1)  # dopri5 stops before its most steps
+    return latents
+
+
+def check_finite(latents: Tensor, first: int, weights: str) -> None:
+    """DataError when one of the latents [N, C, S, S] of images `first` and on, drawn by `weights`, isn't finite."""
+    broken = (~latents.isfinite()).flatten(1).any(1).nonzero()
+    if len(broken):
+        raise DataError(
+            f"image {first + int(broken[0])} came out as NaN or infinity: {weights} have diverged, or the guidance is "
+            "too strong: give earlier weights, or less guidance"
+        )
 
 
 @contextlib.contextmanager
 def _eval_mode(model: Any) -> Iterator[None]:
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    """Put each module of the model in evaluation mode, and back in its own."""
+    modules = list(model.modules()) if hasattr(model, "modules") else []
     modes = [module.training for module in modules]
     try:
         for module in modules:
@@ -271,34 +418,6 @@ def _eval_mode(model: Any) -> Iterator[None]:
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
-
-
-def _as_classes(classes: Tensor | Sequence[int], noise: Tensor, null_class: int | None) -> Tensor:
-    y = torch.as_tensor(classes, device=noise.device)
-    _check_shape("classes", y, noise.shape[:1])
-    if y.is_floating_point() or y.dtype == torch.bool:
-        raise ConfigError(f"classes are of type {y.dtype}: give whole numbers")
-    if len(y) and (y.min() < 0 or (null_class is not None and y.max() > null_class)):
-        limit = "0 or above" if null_class is None else f"in 0 .. {null_class} ({null_class} is no class)"
-        raise ConfigError(f"classes run from {y.min()} to {y.max()}: each must be {limit}")
-    return y.long()
-
-
-def _null_classes(classes: Tensor, null_class: int | None, guidance: float) -> Tensor | None:
-    if not math.isfinite(guidance):
-        raise ConfigError(f"guidance is {guidance}: give a finite number, 1 for none")
-    if guidance == 1:
-        return None
-    if null_class is None:
-        raise ConfigError(f"guidance is {guidance} but the model names no null class: give null_class")
-    return torch.full_like(classes, null_class)
-
-
-def _as_positions(positions: Tensor | None, noise: Tensor) -> Tensor:
-    if positions is None:
-        return torch.arange(len(noise), device=noise.device)
-    _check_shape("positions", positions, noise.shape[:1])
-    return positions.to(noise.device)
 
 
 def _check_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
