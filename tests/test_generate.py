@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 import mpdit
 from mpdit.core.errors import ConfigError
-from mpdit.diffusion.generate import generate
-from mpdit.diffusion.sampler import Sampler
-from mpdit.diffusion.sampling import METHODS
+from mpdit.diffusion.sampling import SAMPLERS, Sampler, generate
 
 
 class Decay(nn.Module):
@@ -26,7 +24,7 @@ class Decay(nn.Module):
         return 0.5 * x
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SAMPLERS)
 def test_progress_adds_up_to_the_images(method: str) -> None:
     told: list[int] = []
     sampler = Sampler(method=method, steps=30, batch=4)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import mpdit
 from mpdit.core.errors import ConfigError
 from mpdit.diffusion.inference import SamplingModel, choose_precision, for_sampling
-from mpdit.diffusion.sampling import METHODS, sample
+from mpdit.diffusion.sampling import SAMPLERS, sample
 
 CPU = torch.device("cpu")
 
@@ -52,7 +52,7 @@ def start(count: int) -> tuple[Tensor, Tensor]:
     return torch.randn(count, 4, 16, 16), torch.arange(count) % 10
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SAMPLERS)
 def test_a_graph_gives_the_same_samples(method: str, model: mpdit.MPDiT) -> None:
     tape = Tape()
     graphed = SamplingModel(model, graphed=True, capture=tape)

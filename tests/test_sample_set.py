@@ -23,9 +23,8 @@ from sample_sets import COMMON, contents, draw, parts, save_model, save_vae
 
 from mpdit import cli
 from mpdit.core.locks import locked
-from mpdit.diffusion.generate import generate
 from mpdit.diffusion.images import denormalize
-from mpdit.diffusion.sampler import Sampler
+from mpdit.diffusion.sampling import Sampler, generate
 from mpdit.jobs.evaluate.image_sets import open_images
 from mpdit.jobs.sample import Labels, worker
 from mpdit.model.mpdit import load_weights

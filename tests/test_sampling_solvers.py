@@ -74,7 +74,7 @@ def impulses(monkeypatch, count: int) -> None:
         hit = (positions == 1 + draw).double()
         return hit.reshape(-1, *[1] * len(shape)).expand(-1, *shape)
 
-    monkeypatch.setattr("mpdit.diffusion.sampling.rng.normal", impulse)
+    monkeypatch.setattr("mpdit.core.rng.normal", impulse)
 
 
 def moments_at_the_last_evaluation(monkeypatch, form: str, steps: int) -> tuple[float, float]:

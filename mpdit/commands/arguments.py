@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpdit.core.errors import ConfigError
-from mpdit.diffusion.sampler import Sampler
+from mpdit.diffusion.sampling import DIFFUSION_FORMS, SAMPLERS, Sampler
 
 if TYPE_CHECKING:
     import torch
@@ -141,13 +141,10 @@ def add_sampler(parser: argparse.ArgumentParser, defaults: Sampler) -> None:
         option = "--" + name.replace("_", "-")
         group.add_argument(option, default=default, help=f"{meaning} (default: {shown})", **options)
 
-    add(
-        "method",
-        "euler: first order; heun: second order, two evaluations a step; dopri5: adaptive; "
-        "sde: Euler-Maruyama with added noise",
-        choices=("euler", "heun", "dopri5", "sde"),
-    )
-    add("steps", "steps; for dopri5 the most it may try", type=whole(1))
+    methods = "; ".join(f"{name}: {solver.help}" for name, solver in SAMPLERS.items())
+    add("method", methods, choices=tuple(SAMPLERS))
+    steps = "steps; for dopri5 the most it may try. The paper's figures take 250, models of the digits no more than 25"
+    add("steps", steps, type=whole(1))
     add("guidance", "classifier-free guidance w in u + w (c - u); 1 is none, at half the cost", type=number)
     add(
         "interval",
@@ -158,8 +155,7 @@ def add_sampler(parser: argparse.ArgumentParser, defaults: Sampler) -> None:
     )
     add(
         "diffusion_form",
-        "how much noise sde adds over time: constant, sbdm, sigma, linear, decreasing or increasing_decreasing; "
-        "the other methods add none",
+        f"how much noise sde adds over time: {', '.join(DIFFUSION_FORMS)}; the other methods add none",
         metavar="FORM",
     )
     add("tolerance", "absolute and relative error dopri5 keeps to; the other methods go by steps alone", type=number)

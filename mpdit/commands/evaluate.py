@@ -13,7 +13,7 @@ from mpdit.commands.outcome import Outcome
 from mpdit.commands.outputs import check_file
 from mpdit.core.errors import CheckpointError, ConfigError
 from mpdit.core.files import write_atomically
-from mpdit.diffusion.sampler import DIGITS_SAMPLER
+from mpdit.diffusion.sampling import DIGITS_SAMPLER
 
 SUMMARY = "measure samples by FID and its kin, or a trained model of the digits"
 DESCRIPTION = (

@@ -10,7 +10,7 @@ from mpdit.commands.arguments import add_gpus, add_sampler, add_weights, pick_de
 from mpdit.commands.outcome import Outcome
 from mpdit.commands.outputs import check_new_folder
 from mpdit.core.errors import ConfigError
-from mpdit.diffusion.sampler import Sampler
+from mpdit.diffusion.sampling import Sampler
 
 if TYPE_CHECKING:
     from mpdit.jobs.sample import DrawReport

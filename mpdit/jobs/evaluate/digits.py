@@ -22,9 +22,8 @@ from torch import Tensor
 from mpdit.core.errors import DataError
 from mpdit.core.version import __version__
 from mpdit.data.digits import decode_digits, real_digits, reduce_digits
-from mpdit.diffusion.generate import check_finite, generate
 from mpdit.diffusion.images import denormalize
-from mpdit.diffusion.sampler import DIGITS_SAMPLER, Sampler
+from mpdit.diffusion.sampling import DIGITS_SAMPLER, Sampler, check_finite, generate
 from mpdit.jobs.evaluate.statistics import frechet_distance, gaussian_statistics
 from mpdit.model.mpdit import MPDiT
 

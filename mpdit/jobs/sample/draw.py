@@ -18,7 +18,7 @@ from mpdit.core.errors import ConfigError, DataError
 from mpdit.core.files import counted
 from mpdit.data.manifest import PARTS_NAME
 from mpdit.diffusion.inference import choose_precision
-from mpdit.diffusion.sampler import Sampler
+from mpdit.diffusion.sampling import Sampler
 from mpdit.jobs.sample.files import FORMAT, LATENTS, NPZ, FinishedSet, assemble, identity_of
 from mpdit.jobs.sample.worker import (
     PREVIEW,

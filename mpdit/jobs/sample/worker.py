@@ -21,10 +21,9 @@ from torch import Tensor
 from mpdit.core.errors import CheckpointError, ConfigError, DataError
 from mpdit.core.rng import Stream, bits, check_seed
 from mpdit.core.version import __version__
-from mpdit.diffusion.generate import check_finite, generate
 from mpdit.diffusion.images import decode, denormalize
 from mpdit.diffusion.inference import SamplingModel, computing, for_sampling
-from mpdit.diffusion.sampler import Sampler
+from mpdit.diffusion.sampling import Sampler, check_finite, generate
 from mpdit.jobs.npz import NpzReader, disk, new_npz
 from mpdit.jobs.workers import DoPart, Job, Report
 from mpdit.model.config import ModelConfig, one_of
