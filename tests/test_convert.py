@@ -8,8 +8,8 @@ from goldens import NAMES, Golden, relative_error
 
 import mpdit
 from mpdit.core.errors import CheckpointError
+from mpdit.interop.official import official_names
 from mpdit.model.layers import sincos_position
-from mpdit.model.official import official_names
 
 
 def official(config, seed=0):
@@ -58,7 +58,7 @@ def test_everything_but_the_head_count_is_inferred(preset, overrides):
 
 @pytest.mark.parametrize("name", ["MPDiT-XL/4-2", "MPDiT-XL/8-4-2", "DiT-XL/2"])
 def test_full_size_configurations_are_inferred_from_shapes(name):
-    from mpdit.model.official import _infer_config
+    from mpdit.interop.official import _infer_config
 
     config = mpdit.PRESETS[name]
     with torch.device("meta"):

@@ -46,6 +46,11 @@ def of_system(error: OSError, place: object) -> str:
     return f"{error.filename or place}: {error.strerror or error}: {remedy}"
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of another library's error, or its type's name where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def one_line(message: object) -> str:
     """A message as a terminal is to show it: no line breaks or control characters, cut in the middle if very long."""
     words = " ".join(str(message).split())

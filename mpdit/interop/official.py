@@ -1,8 +1,10 @@
-"""Checkpoint files of the official codes, read and written: MPDiT, facebookresearch/DiT, fast-DiT, SiT, REPA.
+"""Models of the official codes to ours and back: MPDiT, facebookresearch/DiT, fast-DiT, SiT, REPA.
 
-They are `torch.save` of {"model", "ema", "opt", ..., "args": argparse.Namespace}, or of a bare state dict. What we
-write has one more entry, "mpdit", with what config.json holds, so that it comes back with its head count, normalisation
-and history; the official codes read theirs by name and don't meet it.
+`from_official` and `to_official` take state dicts. Only the head count is not in them; every tensor keeps its shape and
+layout, and `official_names` is the whole map of names. `read_official` and `save_official` take checkpoint files:
+`torch.save` of {"model", "ema", "opt", ..., "args": argparse.Namespace}, or of a bare state dict. What we write has one
+more entry, "mpdit", with what config.json holds, so that it comes back with its head count, normalisation and history;
+the official codes read theirs by name and don't meet it.
 """
 
 from __future__ import annotations
@@ -10,21 +12,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mpdit.core.errors import CheckpointError
+from mpdit.core.errors import CheckpointError, first_line
 from mpdit.core.files import new_file
 from mpdit.data.normalization import PAPER
-from mpdit.model.config import Convention, ModelConfig
+from mpdit.model.config import Convention, ModelConfig, StageSpec
+from mpdit.model.layers import sincos_position
 from mpdit.model.mpdit import MPDiT
-from mpdit.model.official import from_official, to_official
 from mpdit.model.vae import DECODER_KIND, SIGNED
-from mpdit.model.weights import describe, load_tensors, parse_description
+from mpdit.model.weights import check_values, describe, load_tensors, parse_description
 
 VAE_FACTOR = 8
 SCALE = 0.18215
@@ -42,19 +46,209 @@ _MPDIT_DEPTHS = {
     "MPDiTv2-XL": ((8, 14), (4, 8), (2, 6)),
 }
 _NAME = re.compile(r"(MPDiT|MPDiTv2|DiT|SiT)-(S|B|L|XL)(/\w+)?")
+_POSITIONS = re.compile(r"pos_embed(_downsampled|_lvl\d+)?")
+
+_RENAMED = (
+    (r"^classes\.table", "y_embedder.embedding_table"),
+    (r"^time\.lift", "t_embedder.fc0"),
+    (r"^time\.project", "t_embedder.fc1"),
+    (r"^time\.layers\.(\d+)\.pointwise", r"t_embedder.w\1"),
+    (r"^time\.layers\.(\d+)\.(real|imag)", r"t_embedder.conv\1.weights_\2"),
+    (r"^time\.linears\.(\d+)", lambda match: f"t_embedder.mlp.{2 * int(match[1])}"),  # SiLUs stand between
+    (r"^modulation", "time_modulation.1"),
+    (r"^stages\.0\.enter\.patch_embed", "x_embedder.proj"),
+    (r"(blocks\.\d+)\.attention", r"\1.attn"),
+    (r"(blocks\.\d+)\.modulation", r"\1.adaLN_modulation.1"),
+    (r"^final\.modulation", "final_layer.adaLN_modulation.1"),
+    (r"^final\.", "final_layer.linear."),
+)
+"""Patterns of our parameter names and the official ones; those that depend on the stage are in `_stage_names`."""
+
+
+def from_official(state_dict: Mapping[str, Tensor], num_heads: int, convention: Convention = "mpdit") -> MPDiT:
+    """Build our model from an official state dict; the model is in training mode, as any new module.
+
+    Args:
+        state_dict: of the official MPDiT, of facebookresearch/DiT or of SiT. Keys may carry the prefixes of
+            DistributedDataParallel and torch.compile.
+        num_heads: attention heads, the one figure that no shape shows.
+        convention: "sit" for weights trained with t = 1 as data; the model then evaluates -v(x, 1 - t), so that it
+            can be sampled and trained as ours. DiT's own weights predict noise at integer times 0..999: what loads here
+            is their structure, to be fine-tuned.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown, not finite or of a shape that fits no model.
+    """
+    if not isinstance(state_dict, Mapping) or not state_dict:
+        raise CheckpointError("state dict is empty or not a mapping of names to tensors")
+    if isinstance(state_dict.get("model"), Mapping) or isinstance(state_dict.get("ema"), Mapping):
+        raise CheckpointError("this is a whole checkpoint: pass its entry 'ema' (to sample) or 'model' (to train on)")
+    tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): value for name, value in state_dict.items()}
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{name} is a {type(value).__name__}, expected a tensor")
+    check_values(tensors, "state dict")
+    config = _infer_config(tensors, num_heads, convention)
+    model, names = MPDiT(config), official_names(config)
+    _check_positions(tensors, config)
+    known = {*names.values()}
+    if unknown := sorted(name for name in tensors if name not in known and not _POSITIONS.fullmatch(name)):
+        raise CheckpointError(f"state dict has tensors no official model has: {', '.join(unknown[:5])}")
+    with torch.no_grad():
+        for ours, parameter in model.named_parameters():
+            shape = _shape(tensors, names[ours])
+            if shape != tuple(parameter.shape):
+                raise CheckpointError(
+                    f"{names[ours]} has shape {shape}, expected {tuple(parameter.shape)} "
+                    "from the other tensors' shapes: the state dict is damaged or of another model"
+                )
+            parameter.copy_(tensors[names[ours]])
+    return model
+
+
+def to_official(model: MPDiT) -> dict[str, Tensor]:
+    """Make an official state dict of copies on the CPU, with the fixed position tables that those hold.
+
+    `from_official` of it gives the same parameters bit for bit. The names are the official ones for any number of
+    stages; which shapes the official codes have a class for is `official_model_name`.
+
+    Raises:
+        CheckpointError: the model has parts that no official code has names for.
+    """
+    config, problem = model.config, None
+    if len(config.stages) > 1 and config.transition != "linear_linear":
+        problem = f"transition {config.transition!r} (theirs is linear_linear)"
+    elif config.time_embedding not in ("fno", "sinusoidal"):
+        problem = f"time_embedding {config.time_embedding!r} (theirs are fno and sinusoidal)"
+    elif (config.class_conditioning, config.modulation) not in (("tokens", "shared"), ("added", "per_block")):
+        problem = f"class_conditioning {config.class_conditioning!r} with modulation {config.modulation!r}"
+    elif not any(stage.blocks for stage in config.stages):
+        problem = "no transformer blocks"
+    if problem:
+        raise CheckpointError(f"the official codes have no model with {problem}: keep it in mpdit's own format")
+    names = official_names(config)
+    state = {names[ours]: value.detach().cpu().clone().contiguous() for ours, value in model.named_parameters()}
+    for level, stage in enumerate(config.stages):
+        position = sincos_position(config.width, config.input_size // stage.patch)[None]
+        state[_stage_names(level, len(config.stages))["position"]] = position
+    return state
+
+
+def official_names(config: ModelConfig) -> dict[str, str]:
+    """Map our parameter names to the official ones; a part that the official codes lack keeps our name."""
+    stages = [_stage_names(level, len(config.stages)) for level in range(len(config.stages))]
+    parts = re.compile(rf"stages\.(\d+)\.({'|'.join(re.escape(part) for part in stages[0])})(.*)")
+    names = {}
+    for ours, _ in MPDiT.on_meta(config).named_parameters():
+        theirs = ours
+        for pattern, replacement in _RENAMED:
+            theirs = re.sub(pattern, replacement, theirs)
+        match = parts.fullmatch(theirs)
+        names[ours] = stages[int(match[1])][match[2]] + match[3] if match else theirs
+    return names
+
+
+def _stage_names(level: int, levels: int) -> dict[str, str]:
+    """Return the official names of a stage's parts by the beginning of ours, and of its position table."""
+    suffix = f"_lvl{level}" if level and levels > 2 else ""
+    blocks = "blocks" if levels == 1 else f"upsample_blocks{suffix}" if level else "downsample_blocks"
+    return {
+        "blocks": blocks,
+        "enter.expand": f"upsampler{suffix}.proj",
+        "enter.refine": f"upsampler{suffix}.refine",
+        "enter.skip.embed_": f"x_embedder{'_skip' if levels == 2 else suffix}.proj.",
+        "enter.skip.linear_": f"linear_skip{suffix}.",
+        "position": "pos_embed_downsampled" if (level, levels) == (0, 2) else f"pos_embed{suffix}",
+    }
+
+
+def _infer_config(tensors: Mapping[str, Tensor], num_heads: int, convention: Convention) -> ModelConfig:
+    width, channels, patch, _ = _shape(tensors, "x_embedder.proj.weight", 4)
+    levels = 2 if "upsampler.proj.weight" in tensors else 1
+    while f"upsampler_lvl{levels}.proj.weight" in tensors:
+        levels += 1
+    names = [_stage_names(level, levels) for level in range(levels)]
+    patches = [patch]
+    for level in range(1, levels):
+        rows, _ = _shape(tensors, f"{names[level]['enter.expand']}.weight", 2)
+        patches.append(patches[-1] // max(1, math.isqrt(rows // width)))
+    stages = tuple(StageSpec(p, _count(tensors, f"{name['blocks']}.")) for p, name in zip(patches, names, strict=True))
+    grid = math.isqrt(_shape(tensors, names[0]["position"], 3)[1])
+    table_rows, table_width = _shape(tensors, "y_embedder.embedding_table.weight", 2)
+    shared = "time_modulation.1.weight" in tensors
+    fno = "t_embedder.fc0.weight" in tensors
+    final_rows, _ = _shape(tensors, "final_layer.linear.weight", 2)
+    hidden = next((f"{name['blocks']}.0.mlp.fc1.weight" for name, s in zip(names, stages, strict=True) if s.blocks), "")
+    if not hidden:
+        raise CheckpointError(
+            "state dict has no transformer blocks: is this the 'model' or 'ema' entry of a checkpoint?"
+        )
+    try:
+        return ModelConfig(
+            stages=stages,
+            width=width,
+            heads=num_heads,
+            input_size=grid * patch,
+            channels=channels,
+            num_classes=table_rows - 1,
+            class_tokens=max(1, table_width // width),
+            class_conditioning="tokens" if shared else "added",
+            modulation="shared" if shared else "per_block",
+            time_embedding="fno" if fno else "sinusoidal",
+            time_layers=_count(tensors, "t_embedder.conv" if fno else "t_embedder.mlp."),
+            time_width=_shape(tensors, "t_embedder.fc0.weight", 2)[0] if fno else 32,
+            skip=levels == 1 or any(name.startswith("linear_skip") for name in tensors),
+            mlp_ratio=_shape(tensors, hidden, 2)[0] / width,
+            learn_sigma=final_rows == 2 * patches[-1] ** 2 * channels,
+            convention=convention,
+        )
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"state dict describes no valid model: {error}") from error
+
+
+def _check_positions(tensors: Mapping[str, Tensor], config: ModelConfig) -> None:
+    """Refuse position tables that aren't the computed ones: those are computed here too, not loaded."""
+    for name, value in tensors.items():
+        if not _POSITIONS.fullmatch(name):
+            continue
+        grid = math.isqrt(value.shape[1]) if value.ndim == 3 else 0
+        fits = grid in {config.input_size // stage.patch for stage in config.stages}
+        table = sincos_position(config.width, grid) if fits else None
+        if table is None or value.shape != (1, *table.shape) or not torch.allclose(value[0].float(), table, atol=1e-3):
+            raise CheckpointError(
+                f"{name} {tuple(value.shape)} is not the fixed sin-cos table of a stage's grid: "
+                "learned or interpolated positions can't be loaded"
+            )
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str, ndim: int | None = None) -> tuple[int, ...]:
+    if name not in tensors:
+        raise CheckpointError(f"state dict lacks {name}: is this an official MPDiT, DiT or SiT state dict?")
+    shape = tuple(tensors[name].shape)
+    if ndim is not None and len(shape) != ndim:
+        raise CheckpointError(f"{name} has shape {shape}, expected {ndim} dimensions")
+    return shape
+
+
+def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    """Count the different numbers that follow `prefix`."""
+    found = (re.match(rf"{re.escape(prefix)}(\d+)\.", name) for name in tensors)
+    return len({match[1] for match in found if match})
 
 
 def load_official(
     path: str | Path, num_heads: int | None = None, which: str = "ema", convention: Convention | None = None
 ) -> MPDiT:
-    """The model of an official checkpoint file, in training mode, as any new module; see `read_official`."""
+    """Load the model of an official checkpoint file, in training mode, as any new module; see `read_official`."""
     return read_official(path, num_heads, which, convention)[0]
 
 
 def read_official(
     path: str | Path, num_heads: int | None = None, which: str = "ema", convention: Convention | None = None
 ) -> tuple[MPDiT, dict[str, Any]]:
-    """The model of an official checkpoint file and its metadata, as `mpdit.load_weights` returns them.
+    """Load the model of an official checkpoint file and its metadata, as `mpdit.load_weights` returns them.
 
     Nothing but tensors, plain containers and argparse.Namespace (the official "args") is unpickled; of a file of
     several models and an optimiser's state only the tensors used are read.
@@ -75,8 +269,11 @@ def read_official(
         CheckpointError: the file can't be read so, lacks the entry, says nothing of the heads, fits no model or is not
             finite.
     """
-    checkpoint = _load(path)
-    args, ours = _arguments(checkpoint), None
+    checkpoint = load_tensors(path)
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, expected a dict of names to tensors")
+    args, ours = checkpoint.get("args"), None
+    args = vars(args) if isinstance(args, argparse.Namespace) else dict(args) if isinstance(args, Mapping) else {}
     if "mpdit" in checkpoint:
         ours = parse_description(checkpoint["mpdit"], f'the entry "mpdit" of {path}')
         num_heads, convention = num_heads or ours[0].heads, convention or ours[0].convention
@@ -150,11 +347,11 @@ def save_official(
         with contextlib.suppress(OSError):
             for folder in made:
                 folder.rmdir()
-        raise CheckpointError(f"{path} can't be written ({_reason(error)}): is the disk full?") from error
+        raise CheckpointError(f"{path} can't be written ({first_line(error)}): is the disk full?") from error
 
 
 def official_model_name(config: ModelConfig) -> str | None:
-    """The name by which the official codes build this model, for example "MPDiT-XL/4x"; None if they have no such.
+    """Return the name by which the official codes build this model, such as "MPDiT-XL/4x"; None if they have none.
 
     A "SiT" or "DiT" is built with learn_sigma=False where the configuration says so, which their scripts don't offer.
     """
@@ -177,7 +374,7 @@ def official_model_name(config: ModelConfig) -> str | None:
 
 
 def official_args(config: ModelConfig) -> dict[str, Any]:
-    """The fields of "args" that the official scripts build a model by, and its shape where they have no name for it."""
+    """Return the fields of "args" that the official scripts build a model by, and its shape if it has no name."""
     return {
         "model": official_model_name(config),
         "image_size": config.input_size * VAE_FACTOR,
@@ -200,22 +397,8 @@ def official_args(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _load(path: str | Path) -> dict[Any, Any]:
-    checkpoint = load_tensors(path)
-    if not isinstance(checkpoint, dict):
-        raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, expected a dict of names to tensors")
-    return checkpoint
-
-
-def _arguments(checkpoint: Mapping[Any, Any]) -> dict[str, Any]:
-    args = checkpoint.get("args")
-    if isinstance(args, argparse.Namespace):
-        return vars(args)
-    return dict(args) if isinstance(args, Mapping) else {}
-
-
 def _kind(args: Mapping[str, Any], state: Mapping[Any, Any]) -> str:
-    """Which project's weights: "MPDiT", "DiT" or "SiT", which have the same tensors and differ by name alone."""
+    """Return whose weights they are: "MPDiT", "DiT" or "SiT"; the latter have the same tensors, but for the name."""
     name = _NAME.fullmatch(str(args.get("model")))
     if name:
         return name[1].removesuffix("v2")
@@ -235,7 +418,7 @@ def _heads(path: str | Path, args: Mapping[str, Any], state: Mapping[Any, Any]) 
 
 
 def _data(config: ModelConfig, args: Mapping[str, Any]) -> dict[str, Any]:
-    """The "data" of models as the official codes train them; nothing for other latents than Stable Diffusion's."""
+    """Return the "data" of models as the official codes train them; none but for Stable Diffusion's latents."""
     if config.channels != len(PAPER.mean):
         return {}
     mean, std = list(PAPER.mean), list(PAPER.std)
@@ -255,7 +438,3 @@ def _data(config: ModelConfig, args: Mapping[str, Any]) -> dict[str, Any]:
             },
         }
     }
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mpdit.core.errors import CheckpointError, ConfigError
+from mpdit.core.errors import CheckpointError, ConfigError, first_line
 from mpdit.model.config import ModelConfig
 from mpdit.model.weights import read_weights, save_weights
 
@@ -124,7 +124,7 @@ class Pretrained(nn.Module):
                     repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
                 )
             except Exception as error:  # the hub's errors are OSError, ValueError and its HTTP client's own
-                raise CheckpointError(f"can't push to {repo_id} on the hub: {_first_line(error)}") from error
+                raise CheckpointError(f"can't push to {repo_id} on the hub: {first_line(error)}") from error
         return str(commit.commit_url)
 
 
@@ -154,7 +154,7 @@ def _download(repo_id: str, **options: Any) -> Path:
     except Exception as error:  # as above
         raise CheckpointError(
             f"{repo_id} is no folder here, and the hub can't be reached or holds no such model "
-            f"({_first_line(error)}): give a folder with model.safetensors and config.json, or the id of a repository "
+            f"({first_line(error)}): give a folder with model.safetensors and config.json, or the id of a repository "
             "that has them"
         ) from error
     finally:
@@ -167,7 +167,3 @@ def _hub(what: str) -> Any:
     except ImportError as error:
         raise ConfigError(f"{what} needs huggingface_hub ({error}): pip install 'mpdit[vae]'") from error
     return huggingface_hub
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
