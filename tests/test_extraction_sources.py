@@ -178,31 +178,6 @@ def test_labels_are_not_read_for_other_classes(tmp_path: Path) -> None:
         assert list_images(source, "one").labels.tolist() == [0, 0]
 
 
-def test_class_folders_without_images_in_archives(tmp_path: Path) -> None:
-    for members, message in (
-        ({"d/a/1.png": IMAGE, "d/b/note.txt": b"x"}, r"1 class folder without an image \(b\)"),
-        ({"a/1.png": IMAGE, "b/": b"", "c/": b""}, r"2 class folders without an image \(b, c\)"),
-        ({"docs/x.txt": b"x", "d/": b"", "d/a/": b"", "d/a/1.png": IMAGE, "d/a/meta/x.txt": b"x"}, None),
-    ):
-        sources = [write_zip(tmp_path / "z.zip", members)]
-        if not any(name.endswith("/") for name in members):
-            sources.append(write_tree(tmp_path, {"t.tar": tar_bytes(members)}) / "t.tar")
-        for source in sources:
-            if message is None:
-                assert list_images(source).class_names == ("a",)
-            else:
-                with pytest.raises(DataError, match=message):
-                    list_images(source)
-    stream = io.BytesIO(tar_bytes({"./a/1.png": IMAGE}))
-    with tarfile.open(fileobj=stream, mode="a") as archive:
-        for name in (".", "./a", "./b"):
-            member = tarfile.TarInfo(name)
-            member.type = tarfile.DIRTYPE
-            archive.addfile(member)
-    with pytest.raises(DataError, match=r"1 class folder without an image \(b\)"):
-        list_images(write_tree(tmp_path, {"d.tar": stream.getvalue()}) / "d.tar")
-
-
 def test_a_tar_for_each_class(tmp_path: Path) -> None:
     classes = {name: tar_bytes({f"{name}_{i}.JPEG": IMAGE for i in range(2)}) for name in ("n01440764", "n01443537")}
     images = list_images(write_tree(tmp_path / "tars", {f"{name}.tar": data for name, data in classes.items()}))

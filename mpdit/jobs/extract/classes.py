@@ -46,8 +46,6 @@ class Evidence:
         """Whether there is a dataset.json that says that there are no labels."""
         self.class_folders: set[str] = set()
         """The top folders of a tree."""
-        self.archived_folders: set[str] = set()
-        """Paths of folders in archives that have an entry of their own, or hold a file that is no image."""
         self.ignored: list[tuple[str, str]] = []
         """Files that are not among the images, and why."""
 
@@ -121,7 +119,7 @@ def _look_up(path: Path, found: Evidence, labels: Mapping[str, Any]) -> None:
 
 
 def _by_folder(path: Path, found: Evidence) -> Classes:
-    if empty := (found.class_folders | _archived_class_folders(found)) - set(found.folders):
+    if empty := found.class_folders - set(found.folders):
         raise DataError(
             f"{path} has {counted(len(empty), 'class folder')} without an image ({_some(empty)}): a class without "
             "images can't be learnt; fill or remove what is empty"
@@ -129,15 +127,6 @@ def _by_folder(path: Path, found: Evidence) -> Classes:
     outside = [name for name, folder in zip(found.names, found.folders, strict=True) if not folder]
     found.ignored += [(name, "lies outside the class folders") for name in outside]
     return _by_name(set(found.folders) - {""}, found.folders)
-
-
-def _archived_class_folders(found: Evidence) -> set[str]:
-    """Return the names of folders in archives that lie beside class folders, and hold no image themselves."""
-    with_images = {name.rpartition("/")[0] for name, folder in zip(found.names, found.folders, strict=True) if folder}
-    beside = {folder.rpartition("/")[0] for folder in with_images}
-    above = {folder[:end] for folder in with_images for end, letter in enumerate(folder) if letter == "/"}
-    others = (folder.rpartition("/") for folder in found.archived_folders - with_images - above - {"", "."})
-    return {name for parent, _, name in others if parent in beside}
 
 
 def _by_name(names: Iterable[str], values: Sequence[str]) -> Classes:

@@ -16,7 +16,8 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,20 +27,67 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError, DataError
 from mpdit.core.files import counted, sync_to_disk, write_atomically
 from mpdit.core.locks import locked
 from mpdit.data.manifest import LatentSpec, StoredFile
+from mpdit.data.normalization import NormalizationMode
 from mpdit.data.records import ChannelStatistics, find_defect, index_entries
 from mpdit.data.writer import PartialFile
 from mpdit.diffusion.inference import computing
-from mpdit.jobs.extract.decode import DecodedBatch, decode_ahead
+from mpdit.jobs.extract.classes import ClassMode
+from mpdit.jobs.extract.decode import decode_ahead
 from mpdit.jobs.extract.sources import ImageIndex
 from mpdit.jobs.npz import disk
 from mpdit.jobs.workers import DoPart, Job, Report
-from mpdit.model.vae import VAE, PixelRange, VAEDtype
+from mpdit.model.vae import SIGNED, VAE, PixelRange, VAEDtype
 
+_BATCH_PIXELS = 64 * 256 * 256
 _NAMED = 3  # of the broken images, as many are named in a message
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractOptions:
+    """How images become latents. None: chosen by what is at hand."""
+
+    image_size: int = 256
+    flip: bool = False
+    """Whether the mirrored image is encoded too, as a second variant."""
+    dtype: VAEDtype = "fp32"
+    pixel_range: PixelRange = SIGNED
+    classes: ClassMode = "auto"
+    normalization: NormalizationMode = "auto"
+    kind: str | None = None
+    """The data set's; None: "images256", with the image size."""
+    max_skipped: int = 100
+    """Broken images that may be left out."""
+    part_images: int = 8192
+    """Images of a part, and records of a shard; the unit that is lost when a job is killed."""
+    processes: int = 1
+    """Started here, one a GPU."""
+    device: str = "auto"
+    batch: int | None = None
+    """Images the VAE encodes at a time; None: 64 at 256 pixels, fewer of larger ones."""
+    workers: int | None = None
+    """Decoding threads of each process; None: this machine's cores shared out over the processes."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_skipped", 0), ("part_images", 1), ("processes", 1), ("batch", 1), ("workers", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ConfigError(f"{name} is {value!r}: give a whole number of at least {least}")
+
+    @property
+    def batch_images(self) -> int:
+        """`batch`, chosen where it is None."""
+        return self.batch or max(1, _BATCH_PIXELS // self.image_size**2)
+
+    @property
+    def decode_threads(self) -> int:
+        """`workers`, chosen where it is None."""
+        sharing = max(self.processes, DistEnv.from_environment().local_size)
+        return self.workers or max(1, len(os.sched_getaffinity(0)) // sharing)
 
 
 @dataclass
@@ -80,12 +128,7 @@ class ExtractionJob(Job):
     spec: LatentSpec
     vae: str
     vae_sha256: str
-    dtype: VAEDtype
-    pixel_range: PixelRange
-    image_size: int
-    batch: int
-    workers: int
-    max_skipped: int
+    options: ExtractOptions
 
     def is_done(self, part: int, whole: bool) -> bool:
         receipt = self.receipt(part)
@@ -114,10 +157,11 @@ class ExtractionJob(Job):
 
     def check_skipped(self, skipped: list[list[str]]) -> None:
         """Raise DataError when more images are broken than may be left out."""
-        if len(skipped) > self.max_skipped:
+        most = self.options.max_skipped
+        if len(skipped) > most:
             first = "; ".join(f"{name} {reason}" for name, reason in skipped[:_NAMED])
             raise DataError(
-                f"{counted(len(skipped), 'image')} can't be used, more than the {self.max_skipped} that may be skipped "
+                f"{counted(len(skipped), 'image')} can't be used, more than the {most} that may be skipped "
                 f"({first}): check the images, or raise --max-skipped"
             )
 
@@ -137,7 +181,8 @@ class EncodeWorker:
 
     def __init__(self, job: ExtractionJob, device: torch.device) -> None:
         self._job, self._device = job, device
-        self._vae = VAE.load(job.vae, device=device, dtype=job.dtype, pixel_range=job.pixel_range)
+        options = job.options
+        self._vae = VAE.load(job.vae, device=device, dtype=options.dtype, pixel_range=options.pixel_range)
         if self._vae.sha256 != job.vae_sha256:
             raise DataError(f"vae {job.vae!r} has changed since the job began: repeat the command")
         self._skipped: list[list[str]] = []
@@ -156,31 +201,51 @@ class EncodeWorker:
     def _encode_part(self, part: int, report: Report) -> None:
         """Write a part; the receipt comes last, so that it is there whole or not at all."""
         job, started = self._job, time.perf_counter()
-        timing = Timing(job.size(part), job.workers)
+        timing = Timing(job.size(part), job.options.decode_threads)
         statistics = ChannelStatistics(job.spec.channels)
         skipped: list[list[str]] = []
         shard_path = job.out / f"shard-{part:05d}.bin"
-        batches = decode_ahead(job.images, *job.span(part), size=job.image_size, batch=job.batch, workers=job.workers)
-        with contextlib.ExitStack() as cleanup:
-            cleanup.enter_context(contextlib.closing(batches))
+        decoded = decode_ahead(
+            job.images,
+            *job.span(part),
+            size=job.options.image_size,
+            batch=job.options.batch_images,
+            workers=job.options.decode_threads,
+        )
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.closing(decoded))
             with disk(shard_path):
                 shard, index = PartialFile(shard_path), PartialFile(job.parts_folder / f"{part:05d}.index")
-            cleanup.callback(shard.discard)
-            cleanup.callback(index.discard)
-            for batch, moments, seconds in self._encode(batches):
+            stack.callback(shard.discard)
+            stack.callback(index.discard)
+
+            def write(moments: NDArray[np.float16], numbers: NDArray[np.int64]) -> None:
+                self._check_values(moments, numbers)
+                statistics.add(moments)
+                with disk(shard_path):
+                    shard.write(moments)
+                    index.write(index_entries(moments, job.images.labels[numbers]))
+
+            # A batch is checked, hashed and written while the next one is encoded.
+            writer = stack.enter_context(ThreadPoolExecutor(1))
+            written: Future[None] | None = None
+            for batch in decoded:
                 broken = [[printable(job.images.names[number]), reason] for number, reason in batch.broken]
                 skipped += broken
                 self._skipped += broken
                 job.check_skipped(self._skipped)
-                self._check_values(batch, moments)
-                statistics.add(moments)
-                with disk(shard_path):
-                    shard.write(moments)
-                    index.write(index_entries(moments, job.images.labels[batch.indices]))
-                timing.encode += seconds
+                if len(batch.images):
+                    began = time.perf_counter()
+                    moments = self._encode(torch.from_numpy(batch.images).permute(0, 3, 1, 2))
+                    timing.encode += time.perf_counter() - began
+                    if written:
+                        written.result()
+                    written = writer.submit(write, moments, batch.indices)
                 timing.decode += batch.decode_seconds
                 timing.waited += batch.waited_seconds
                 report(len(batch.indices) + len(broken))
+            if written:
+                written.result()
             timing.total = time.perf_counter() - started
             with disk(shard_path):
                 stored: list[StoredFile | None] = [None, None]
@@ -192,55 +257,22 @@ class EncodeWorker:
                 receipt = Receipt(job.digest, stored[0], stored[1], statistics.sums(), skipped, timing)
                 write_atomically(job.receipt_path(part), json.dumps(dataclasses.asdict(receipt)))
 
-    def _encode(self, batches: Iterator[DecodedBatch]) -> Iterator[tuple[DecodedBatch, NDArray[np.float16], float]]:
-        """Yield each batch with its moments fp16 [B, V, 2C, h, w] and the seconds that the device worked at them.
-
-        A GPU encodes while the batch before is written.
-        """
-        before: tuple[DecodedBatch, Callable[[], tuple[NDArray[np.float16], float]]] | None = None
-        for batch in batches:
-            started = (batch, self._start(torch.from_numpy(batch.images).permute(0, 3, 1, 2)))
-            if before:
-                yield before[0], *before[1]()
-            before = started
-        if before:
-            yield before[0], *before[1]()
-
-    def _start(self, pixels: Tensor) -> Callable[[], tuple[NDArray[np.float16], float]]:
-        """Start encoding uint8 [B, 3, H, W]; the function returned waits for moments and seconds."""
-        if not len(pixels):
-            return lambda: (np.empty((0, *self._job.spec.record_shape), np.float16), 0.0)
-        started = time.perf_counter()
+    def _encode(self, pixels: Tensor) -> NDArray[np.float16]:
+        """Return moments fp16 [B, V, 2C, h, w] of uint8 [B, 3, H, W]."""
         try:
-            if self._device.type != "cuda":
-                moments, seconds = self._moments(pixels), time.perf_counter() - started
-                return lambda: (moments.numpy(), seconds)
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            moments = self._moments(pixels.pin_memory().to(self._device, non_blocking=True))
-            end.record()
+            variants = [pixels, pixels.flip(-1)][: len(self._job.spec.variants)]
+            moments = torch.stack([self._vae.encode(variant) for variant in variants], dim=1)
+            return moments.half().contiguous().cpu().numpy()
         except torch.OutOfMemoryError as error:
             raise ConfigError(
-                f"{self._device} has too little memory for {len(pixels)} images of {self._job.image_size} pixels "
-                "at a time: give a smaller --batch and repeat the command; what is finished stays"
+                f"{self._device} has too little memory for {len(pixels)} images of {self._job.options.image_size} "
+                "pixels at a time: give a smaller --batch and repeat the command; what is finished stays"
             ) from error
 
-        def wait() -> tuple[NDArray[np.float16], float]:
-            end.synchronize()
-            return moments.numpy(), begin.elapsed_time(end) / 1000
-
-        return wait
-
-    def _moments(self, pixels: Tensor) -> Tensor:
-        """Return fp16 [B, V, 2C, h, w] in the host's memory, once the device has done its work."""
-        variants = [pixels, pixels.flip(-1)][: len(self._job.spec.variants)]
-        moments = torch.stack([self._vae.encode(variant) for variant in variants], dim=1)
-        return moments.half().contiguous().to("cpu", non_blocking=True)
-
-    def _check_values(self, batch: DecodedBatch, moments: NDArray[np.float16]) -> None:
+    def _check_values(self, moments: NDArray[np.float16], numbers: NDArray[np.int64]) -> None:
         if defect := find_defect(moments):
-            name = self._job.images.names[batch.indices[defect[0]]]
-            remedy = "check the VAE" if self._job.dtype == "fp32" else "check the VAE, or encode in fp32"
+            name = self._job.images.names[numbers[defect[0]]]
+            remedy = "check the VAE" if self._job.options.dtype == "fp32" else "check the VAE, or encode in fp32"
             raise DataError(
                 f"image {printable(name)} can't be stored as fp16 moments, of 65504 at most: {defect[1]}; {remedy}"
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,49 +33,15 @@ from mpdit.data.manifest import (
 from mpdit.data.normalization import NormalizationMode, choose_normalization
 from mpdit.data.records import INDEX_DTYPE, ChannelStatistics
 from mpdit.data.writer import PartialFile
-from mpdit.jobs.extract.classes import ClassMode
 from mpdit.jobs.extract.decode import CROP
-from mpdit.jobs.extract.encode import ExtractionJob, Receipt, Timing, printable
+from mpdit.jobs.extract.encode import ExtractionJob, ExtractOptions, Receipt, Timing, printable
 from mpdit.jobs.extract.sources import list_images
 from mpdit.jobs.workers import begin, check_room, choose_devices, difference, run_parts
-from mpdit.model.vae import SIGNED, VAE, PixelRange, VAEDtype
+from mpdit.model.vae import VAE
 
 _REPORT_NAME = "extraction.json"
-_BATCH_PIXELS = 64 * 256 * 256
 _SLACK_BYTES = 1 << 20  # of manifest, report and receipts
 _IGNORED_NAMED = 1000  # of the files that are no images, as many are named in the report
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtractOptions:
-    """How images become latents. None: chosen by what is at hand."""
-
-    image_size: int = 256
-    flip: bool = False
-    """Whether the mirrored image is encoded too, as a second variant."""
-    dtype: VAEDtype = "fp32"
-    pixel_range: PixelRange = SIGNED
-    classes: ClassMode = "auto"
-    normalization: NormalizationMode = "auto"
-    kind: str | None = None
-    """The data set's; None: "images256", with the image size."""
-    max_skipped: int = 100
-    """Broken images that may be left out."""
-    part_images: int = 8192
-    """Images of a part, and records of a shard; the unit that is lost when a job is killed."""
-    processes: int = 1
-    """Started here, one a GPU."""
-    device: str = "auto"
-    batch: int | None = None
-    """Images the VAE encodes at a time; None: 64 at 256 pixels, fewer of larger ones."""
-    workers: int | None = None
-    """Decoding threads of each process; None: this machine's cores shared out."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("max_skipped", 0), ("part_images", 1), ("processes", 1), ("batch", 1), ("workers", 1)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise ConfigError(f"{name} is {value!r}: give a whole number of at least {least}")
 
 
 @dataclass(frozen=True)
@@ -114,14 +79,14 @@ def extract(
     disk, too many broken images, values beyond fp16, or a channel without spread.
     """
     options = options or ExtractOptions()
-    source, folder, env = Path(images), Path(out), DistEnv.from_environment()
-    choose_devices(options.device, options.processes, env)
+    source, folder = Path(images), Path(out)
+    choose_devices(options.device, options.processes, DistEnv.from_environment())
     if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"{folder} lies inside {source}, where it would be taken for images: give another folder")
     if folder.is_dir() and any(folder.iterdir()) and not holds_extraction(folder):
         what = "already holds a data set" if (folder / MANIFEST_NAME).exists() else "is not empty"
         raise DataError(f"{folder} {what}: give a new folder, nothing is overwritten")
-    job = _plan(source, folder, vae, options, env)
+    job = _plan(source, folder, vae, options)
 
     def is_begun() -> bool:
         _check_job(job)
@@ -149,7 +114,7 @@ def holds_extraction(out: Path) -> bool:
     return names == {PARTS_NAME} or (out / PARTS_NAME / JOB_NAME).exists()
 
 
-def _plan(source: Path, out: Path, name: str, options: ExtractOptions, env: DistEnv) -> ExtractionJob:
+def _plan(source: Path, out: Path, name: str, options: ExtractOptions) -> ExtractionJob:
     vae = VAE.load(name, dtype=options.dtype, pixel_range=options.pixel_range)
     side = vae.latent_side(options.image_size)
     # Constants that don't suit the VAE are found here, not after the work.
@@ -193,12 +158,7 @@ def _plan(source: Path, out: Path, name: str, options: ExtractOptions, env: Dist
         spec=spec,
         vae=name,
         vae_sha256=vae.sha256,
-        dtype=options.dtype,
-        pixel_range=options.pixel_range,
-        image_size=options.image_size,
-        batch=options.batch or max(1, _BATCH_PIXELS // options.image_size**2),
-        workers=options.workers or max(1, len(os.sched_getaffinity(0)) // max(options.processes, env.local_size)),
-        max_skipped=options.max_skipped,
+        options=options,
     )
 
 

@@ -281,21 +281,13 @@ class _Listing(Evidence):
         if self.dataset_labels is not None and len(paths) > 1:
             raise DataError(f"{LABELS_NAME} lies in one of {len(paths)} archives: give them one by one")
 
-    def _is_file(self, name: str, is_folder: bool) -> bool:
-        """Whether a member of an archive is to be looked at; its folder is remembered, as it may be an empty class."""
-        if _is_hidden(name):
-            return False
-        if is_folder or not _is_image(name):
-            self.archived_folders.add(name.rstrip("/") if is_folder else name.rpartition("/")[0])
-        return not is_folder
-
     def _add_zip(self, path: Path, prefix: str) -> None:
         self._open(Container(str(path), "zip"), path.stem)
         try:
             with open_zip(path) as archive:
                 for member in archive.infolist():
                     name = member.filename.removeprefix("./")
-                    if not self._is_file(prefix + name, member.is_dir()):
+                    if member.is_dir() or _is_hidden(name):
                         continue
                     if _is_image(name):
                         folder, offset, size = _parent(name), member.header_offset, member.compress_size
@@ -328,7 +320,7 @@ class _Listing(Evidence):
                     if not 0 <= member.size <= end - member.offset_data:
                         raise tarfile.ReadError(f"{member.name!r:.80} lies past its end")
                     name = member.name.removeprefix("./")
-                    if not self._is_file(prefix + name, member.isdir()):
+                    if member.isdir() or _is_hidden(name):
                         continue
                     if not member.isreg() or member.issparse():
                         self.ignored.append((prefix + name, "is a link or no plain file"))
