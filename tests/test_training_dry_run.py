@@ -80,8 +80,8 @@ def test_what_is_said_agrees_with_the_accounts(
     for words in (
         f"{found.params_trainable:,} trainable",
         f"{found.macs / 1e9:.3f} GMACs",
-        "plan for 8 x A100 40 GB: ZeRO stage 2, bf16",
-        "64 images a GPU, 1 a step",  # 512 over 8
+        "MPDiT-XL/4-2 on 8 x A100 40 GB, ZeRO stage 2, bf16: ",
+        "global batch 512 = 8 GPUs x 64 images x 1 micro steps",
         "64 x 4 x 32 x 32, labels 0 to 990, read by dali",
         "largest micro-batch  264 images, 1361 with checkpointing",
         "300,274 steps",
@@ -96,15 +96,15 @@ def test_a_machine_without_names_plans_for_the_launchs_ranks(
 ) -> None:
     arguments = ["--ds_config", "launch/zero3.json"]
     _, out, _ = _main(capsys, *arguments)
-    assert "plan for 1 x A100 40 GB, as --plan-gpu is not given" in out
+    assert "plan for A100 40 GB, as --plan-gpu is not given" in out
     assert "ZeRO stage 3, fp32" in out, "as it would run here"
     _, out, _ = _main(capsys, *arguments, "--plan-gpu", "h100", "--plan-gpus", "4")
-    assert "plan for 4 x H100: ZeRO stage 3, bf16" in out
-    assert "micro-batch          16 images" in out
+    assert "on 4 x H100, ZeRO stage 3, bf16" in out
+    assert "4 GPUs x 16 images" in out
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     _, out, _ = _main(capsys, *arguments, "--plan-gpus", "4")
-    assert "plan for 2 x" in out, "a launch of several ranks is planned as it is"
+    assert " on 2 x " in out, "a launch of several ranks is planned as it is"
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_of_several_ranks_the_first_speaks(
         monkeypatch.setenv("RANK", rank)
         code, out, err = _main(capsys, "--ds_config", "launch/zero2.json")
         assert (code, err) == (0, "")
-        assert out.count("plan for 2 x") == words
+        assert out.count(" on 2 x ") == words
 
 
 def test_a_run_that_is_too_large_for_the_gpu_is_refused_after_all_is_said(
@@ -204,7 +204,7 @@ def test_a_run_that_is_too_large_for_the_gpu_is_refused_after_all_is_said(
     arguments = ["--config", "launch/single_gpu_24gb.yaml", "--data", str(imagenet[32].path)]
     code, out, err = _main(capsys, *arguments, "--grad-accum-steps", "1")
     assert code == 2
-    assert "does not fit" in out
+    assert "does it fit?         no: " in out
     assert "RTX 4090 has 23.50: give --grad-accum-steps for at most 96 images a micro step, not 256" in err
     code, out, _ = _main(capsys, *arguments, "--grad-accum-steps", "1", "--activation-checkpointing")
     assert code == 0

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,15 +155,14 @@ def _output_that_cannot_fail() -> Iterator[None]:
         if not (type(failed.thread).__module__.startswith("tensorboard.") and issubclass(failed.exc_type, OSError)):
             before(failed)
 
-    out, err = _Output(sys.stdout), _Output(sys.stderr)
+    streams = _Output(sys.stdout), _Output(sys.stderr)
     threading.excepthook = report
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
             yield
     finally:
         threading.excepthook = before
-        for stream in (out, err):
-            # Or Python, at its end, would fail to write what is left, and change the exit code.
+        for stream in streams:
             stream.flush(last=True)
 
 
@@ -177,27 +176,20 @@ class _Output:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        try:
-            self._stream.write(text)
-        except OSError as error:
-            self._failed(error)
+        self._attempt(self._stream.write, text)
         return len(text)
 
-    def writelines(self, lines: Any) -> None:
-        for line in lines:
-            self.write(line)
-
     def flush(self, last: bool = False) -> None:
-        try:
-            self._stream.flush()
-        except OSError as error:
-            self._failed(error, last)
+        self._attempt(self._stream.flush, last=last)
 
-    def _failed(self, error: OSError, last: bool = False) -> None:
-        # Of a full disk the next line may be written. Where nobody will read again, neither we nor libraries that print
-        # should try: it goes nowhere from now on.
-        if last or error.errno in (errno.EPIPE, errno.EIO):
-            with contextlib.suppress(OSError, ValueError):  # no file beneath
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self._stream.fileno())
-                os.close(nowhere)
+    def _attempt(self, act: Callable[..., object], *arguments: str, last: bool = False) -> None:
+        try:
+            act(*arguments)
+        except OSError as error:
+            # Of a full disk the next line may be written. Where nobody will read again, neither we nor libraries that
+            # print should try; and at the end Python would fail to write what is left, and change the exit code.
+            if last or error.errno in (errno.EPIPE, errno.EIO):
+                with contextlib.suppress(OSError, ValueError):  # no file beneath
+                    nowhere = os.open(os.devnull, os.O_WRONLY)
+                    os.dup2(nowhere, self._stream.fileno())
+                    os.close(nowhere)

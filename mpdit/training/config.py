@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from mpdit.core.errors import ConfigError
 from mpdit.data.normalization import NormalizationMode
@@ -44,7 +44,7 @@ def _option(
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run. Validated on construction: ConfigError names field, value and remedy.
+    """One training run. Numbers are held against their bounds: ConfigError names field, value and remedy.
 
     The defaults are those of the embedded digits; `TrainConfig.create` takes the paper's for other data.
     """
@@ -193,11 +193,11 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        kinds = get_type_hints(TrainConfig)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if wanted := _wanted(field, kinds[field.name], value):
-                raise ConfigError(f"{field.name} is {value!r}: {wanted}")
+            for item in value if isinstance(value, tuple) else (value,):
+                if wanted := _wanted(item, *field.metadata["bounds"]):
+                    raise ConfigError(f"{field.name} is {value!r}: give {wanted}")
         if 0 < self.skip_spikes <= 1:
             raise ConfigError(f"skip_spikes is {self.skip_spikes}: give a factor above 1, or 0 to skip no spikes")
         if self.steps * self.global_batch >= _BEYOND:
@@ -256,35 +256,19 @@ def with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     return defaults | given
 
 
-def _wanted(field: dataclasses.Field[Any], kind: Any, value: Any) -> str:
-    """Say what to give for a field instead of `value`; "" when it is of its kind and within its bounds."""
-    several = isinstance(field.default, tuple)
-    values = tuple(value) if several and isinstance(value, list | tuple) else (value,)
-    if get_origin(kind) is Literal:
-        return "" if value in get_args(kind) else f"choose one of {', '.join(get_args(kind))}"
-    if kind is bool:
-        return "" if isinstance(value, bool) else "give true or false"
-    if kind is str or field.name == "override":
-        if not all(isinstance(text, str) for text in values):
-            return "give a list of texts" if several else "give text"
-        return "" if all(map(_can_be_a_path, values)) else "give text without NUL and halves of characters"
-    (low, below), whole = field.metadata["bounds"], kind is int
-    numbers = [n for n in values if isinstance(n, int if whole else (int, float)) and not isinstance(n, bool)]
-    if any(n >= _BEYOND for n in numbers if isinstance(n, int)):
+def _wanted(value: Any, minimum: float, below: float) -> str:
+    """Say what to give instead of a value that is out of bounds, or text that no file can be named by; else ""."""
+    if isinstance(value, str):
+        try:
+            return "text without NUL" if b"\0" in os.fsencode(value) else ""
+        except UnicodeEncodeError:
+            return "text without halves of characters"
+    if isinstance(value, int):
         below = min(below, _BEYOND)
-    count = 2 if several else 1  # betas
-    if len(numbers) == len(values) == count and all(low <= n < below for n in numbers):
+    if isinstance(value, bool) or minimum <= value < below:
         return ""
-    limit = "" if low == -math.inf else f" of at least {low:g}"
-    limit += "" if below == math.inf else f" and below {below:g}"
-    return f"give {f'{count} numbers' if several else 'a whole number' if whole else 'a number'}{limit}"
-
-
-def _can_be_a_path(text: str) -> bool:
-    try:
-        return b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:
-        return False
+    kind = "a whole number" if isinstance(value, int) else "a number"
+    return f"{kind} below {below:g}" if value >= below else f"{kind} of at least {minimum:g}"
 
 
 def parse_override(text: str) -> tuple[str, Any]:

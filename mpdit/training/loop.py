@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -53,7 +52,14 @@ def train(run: Run, stop: StopRequests) -> str:
     check_deepspeed(run)
     stopped = ""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_sole_owner(run))
+        if env.rank == 0:  # two runs that save into one folder would destroy each other's checkpoints
+            try:
+                run.out.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(run.out, wait=False))
+            except BlockingIOError:
+                raise ConfigError(
+                    f"out {run.out} is in use by another run: wait for its end, or give another --out"
+                ) from None
         watchdog = stack.enter_context(Watchdog(config.hang_timeout, run.out / "hang", env.rank))
         profile = Profiler(config.profiling, run.out / "profile", env.rank, device, lambda: _what_fits(run))
         stack.enter_context(profile)
@@ -188,21 +194,6 @@ def _what_fits(run: Run) -> str:
     from mpdit.training.oom_advice import what_fits  # the planner, which few runs need
 
     return what_fits(run)
-
-
-@contextlib.contextmanager
-def _sole_owner(run: Run) -> Iterator[None]:
-    """Hold the run's folder: two runs that save into it would destroy each other's checkpoints."""
-    with contextlib.ExitStack() as held:
-        if run.env.rank == 0:
-            try:
-                run.out.mkdir(parents=True, exist_ok=True)
-                held.enter_context(locked(run.out, wait=False))
-            except BlockingIOError:
-                raise ConfigError(
-                    f"out {run.out} is in use by another run: wait for its end, or give another --out"
-                ) from None
-        yield
 
 
 def _open_folder(run: Run, resumed: Checkpoint | None) -> None:

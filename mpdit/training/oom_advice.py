@@ -34,6 +34,8 @@ def request_of(run: Run, gpu: Gpu) -> Request:
         config.grad_accum_steps,
         config.precision,
         config.activation_checkpointing,
+        epochs=config.steps * config.global_batch / run.manifest.num_samples,
+        images=run.manifest.num_samples,
         network=usual_network(gpu),
     )
 

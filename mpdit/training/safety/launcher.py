@@ -44,7 +44,7 @@ class Launcher:
         above = _parent(process)
         return cls(
             parents | ({process: above} if _is_python(above) else {}),
-            orphaned=_has_command(process) and not _is_runner(above),
+            orphaned=_is_started_by_command(process) and not _is_runner(above),
         )
 
     def is_lost(self) -> bool:
@@ -52,18 +52,16 @@ class Launcher:
         return self.orphaned or any(_parent(child) != parent for child, parent in self.parents.items())
 
 
-def _has_command(launch: int) -> bool:
-    """Whether launch.py has the arguments it gets from a `deepspeed` command on this node, which then waits for it.
+def _is_started_by_command(launch: int) -> bool:
+    """Whether launch.py was started by a `deepspeed` command on this node, which then waits for it.
 
-    pdsh's, on any node, have a --node_rank in between and no --log_level. One that leads its process group was typed.
+    That one gives a --log_level, which pdsh's have not. One that leads its process group was typed.
     """
-    words = _command(launch)
-    options = [word.partition("=")[0] for word in words[words.index(_LAUNCH) + 1 :]] if _LAUNCH in words else []
     try:
         typed = os.getpgid(launch) == launch
     except OSError:
         return True  # gone meanwhile, and not above this process any more
-    return not typed and options[:3] == ["--world_info", "--master_addr", "--master_port"] and "--log_level" in options
+    return not typed and any(word.startswith("--log_level") for word in _command(launch))
 
 
 def _is_runner(process: int) -> bool:
