@@ -3,10 +3,8 @@
 import gc
 import importlib
 
-from mpdit.core.dist_env import choose_accelerator
 from mpdit.training.engine import import_deepspeed
 
-choose_accelerator()
 import_deepspeed()
 for name in (
     *("deepspeed.runtime.engine", "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.stage_1_and_2"),

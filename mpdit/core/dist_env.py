@@ -1,4 +1,7 @@
-"""Which of the run's processes this is, and what it asks the others. Torch is imported where it is used: see stop."""
+"""Which of a job's processes this is, and what it asks the others.
+
+Torch is imported where it is used, since training answers to signals before it loads torch.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from mpdit.core.errors import ConfigError
 
 @dataclass(frozen=True)
 class DistEnv:
-    """This process's place among the ranks, as launchers put it into the environment; alone when there is none."""
+    """This process's place among the ranks, as launchers put it into the environment; alone by default."""
 
     rank: int = 0
     size: int = 1
@@ -20,7 +23,7 @@ class DistEnv:
 
     @classmethod
     def from_environment(cls) -> DistEnv:
-        """From RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE (DeepSpeed) or LOCAL_WORLD_SIZE (torchrun), or from srun.
+        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE (DeepSpeed) or LOCAL_WORLD_SIZE (torchrun), or srun's.
 
         Of SLURM's variables those of a job step of several tasks count, and only where no launcher has set its own: a
         plain command in a batch script or an interactive shell has only the job's, and is alone.
@@ -42,14 +45,6 @@ class DistEnv:
         return cls(_number("SLURM_PROCID", 0), size, _number("SLURM_LOCALID", 0), -(-size // nodes))
 
 
-def choose_accelerator() -> None:
-    """Tell DeepSpeed, before it is imported, that it computes on the CPU where there is no GPU."""
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-
 def set_threads(env: DistEnv) -> None:
     """Share this machine's cores out over its ranks, unless OMP_NUM_THREADS is set.
 
@@ -62,9 +57,9 @@ def set_threads(env: DistEnv) -> None:
 
 
 def gather(value: Any, group: Any = None) -> list[Any]:
-    """Every rank's value (anything that can be pickled), in the order of ranks, on every rank; by training's group.
+    """Return every rank's value (anything that can be pickled), in the order of ranks.
 
-    Of a process that isn't connected, as in a dry run, its own alone.
+    All ranks must call it; by default it goes over training's group. In a process that isn't connected to others, as in a dry run, return its own alone.
     """
     import torch
 
@@ -73,13 +68,6 @@ def gather(value: Any, group: Any = None) -> list[Any]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value, group=group)
     return values
-
-
-def barrier() -> None:
-    """Wait until every rank is here."""
-    import torch
-
-    torch.distributed.barrier()
 
 
 def _number(name: str, default: int) -> int:

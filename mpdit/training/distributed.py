@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mpdit.core.dist_env import DistEnv, choose_accelerator
+from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError
 from mpdit.training.engine import import_deepspeed
 from mpdit.training.safety.watchdog import PATIENCE
@@ -40,7 +40,6 @@ def init_distributed(env: DistEnv, hang_timeout: float = 0, name: str = "") -> t
             raise ConfigError(
                 f"{env.size} ranks were started but {variable} is not set: use launch/slurm.sh, or set it"
             )
-    choose_accelerator()
     for variable, value in (("RANK", env.rank), ("WORLD_SIZE", env.size), ("LOCAL_RANK", env.local_rank)):
         os.environ.setdefault(variable, str(value))
     limit = _longest_wait(hang_timeout)

@@ -18,6 +18,7 @@ from mpdit.planning import account
 from mpdit.planning.plan import plan
 from mpdit.training.checkpoint import resume
 from mpdit.training.engine import check_deepspeed
+from mpdit.training.init_weights import show_constants
 from mpdit.training.oom_advice import gpu_of, request_of
 from mpdit.training.setup import Run
 
@@ -86,8 +87,8 @@ def _data(run: Run) -> str:
         ("samples", f"{info.num_samples:,} of {info.num_classes} classes, kind {info.kind}"),
         ("records", f"{' and '.join(info.variants)}, {noise}"),
         ("source", info.describe_source()),
-        ("measured", _constants(info.statistics)),
-        ("normalised by", _constants(info.normalization)),
+        ("measured", show_constants(info.statistics)),
+        ("normalised by", show_constants(info.normalization)),
         ("", "alike" if alike else "of another scale or offset than the data: is it the right one?"),
     ]
     return _section(f"data {run.config.data}", rows)
@@ -115,14 +116,9 @@ def _batch(run: Run, step: int) -> str:
     low, high = int(batch.labels.min()), int(batch.labels.max())
     rows = [
         ("latents", f"{' x '.join(map(str, latents.shape))}, labels {low} to {high}, read by {config.loader}"),
-        ("normalised", _constants(Normalization(tuple(mean.tolist()), tuple(deviation.tolist())))),
+        ("normalised", show_constants(Normalization(tuple(mean.tolist()), tuple(deviation.tolist())))),
     ]
     return _section(f"batch of step {step + 1}", rows)
-
-
-def _constants(constants: Normalization) -> str:
-    mean, std = (" ".join(f"{value:.3g}" for value in values) for values in (constants.mean, constants.std))
-    return f"mean {mean}, std {std}"
 
 
 def _section(title: str, rows: list[tuple[str, str]]) -> str:

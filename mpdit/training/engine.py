@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import os
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpdit.core.dist_env import choose_accelerator
 from mpdit.core.errors import ConfigError
 from mpdit.model.mpdit import MPDiT
 from mpdit.training.checkpoint.deepspeed_state import check_supported
@@ -72,7 +72,7 @@ def check_deepspeed(run: Run, connected: bool = True) -> None:
     A process that is not connected to the other ranks is to DeepSpeed the only one.
     """
     check_supported(run.ds)
-    choose_accelerator()
+    import_deepspeed()
     from deepspeed.runtime.config import DeepSpeedConfig
 
     ds = copy.deepcopy(run.ds)
@@ -99,7 +99,9 @@ def _deepspeed_errors(path: str) -> Iterator[None]:
 
 
 def import_deepspeed() -> Any:
-    """Import DeepSpeed without what it would compile meanwhile, and return the module."""
+    """Import DeepSpeed, for CPUs where there is no GPU, without what it would compile meanwhile; return the module."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
     # Its Muon optimiser is wrapped by torch.compile as it is imported, which loads all of torch's compiler: seconds a

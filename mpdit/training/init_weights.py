@@ -1,11 +1,10 @@
-"""Fine-tuning: the weights that a fresh run starts from instead of its seed's."""
+"""Reads the weights that a fresh run starts from instead of its seed's, for fine-tuning."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from mpdit.model.weights import weights_folder
 GIVEN_LATER = "???"
 """The value of `init_from` in a configuration file that leaves it to the command line; a dry run does without."""
 
-_TABLE = "classes.table.weight"
 _MAY_DIFFER = ("input_size", "num_classes")
 """Positions are computed from the first, and only the class table depends on the second."""
 
@@ -50,7 +48,7 @@ class InitialWeights:
 
 
 def weights_digest(source: str) -> str:
-    """SHA-256, in hex, of the file that holds the weights of `source`. CheckpointError when there is none."""
+    """Return the SHA-256, in hex, of the file with the weights of `source`. Raises CheckpointError for none."""
     if source == GIVEN_LATER:
         raise CheckpointError("init_from is still to be given: add --init-from with the weights to start from")
     path = Path(source)
@@ -63,7 +61,7 @@ def weights_digest(source: str) -> str:
 
 
 def recorded_digest(out: Path, source: str) -> str | None:
-    """The digest that the run in `out` wrote down when it was started from `source`, whatever is there by now."""
+    """Return the digest that the run in `out` wrote down when it began from `source`, whatever is there by now."""
     try:
         described = json.loads((out / "config.json").read_text())
         digest = described["identity"]["init_from"]
@@ -82,37 +80,45 @@ def load_initial(source: str, config: ModelConfig, data: DatasetInfo) -> Initial
             num_classes.
     """
     path = Path(source)
-    model, metadata = _read_official(path, config) if _is_official(path) else load_weights(path)
-    _check_fit(source, model.config, config)
+    if not _is_official(path):
+        model, metadata = load_weights(path)
+    else:  # heads and convention, which no shape shows, are the file's where it says them, else the run's
+        try:
+            model, metadata = read_official(path)
+        except CheckpointError:
+            model, metadata = read_official(path, config.heads, convention=config.convention)
+    theirs, ours = _what_weights_mean(model.config), _what_weights_mean(config)
+    for name in {**ours, **theirs}:
+        if theirs.get(name) != ours.get(name):
+            raise CheckpointError(
+                f"init_from {source} has {name} {theirs.get(name)} and this run's model {ours.get(name)}: give the "
+                f"--model and --override it was trained with; only {' and '.join(_MAY_DIFFER)} may differ"
+            )
+    notes = []
+    if model.config.num_classes != config.num_classes:
+        notes.append(
+            f"{source} has {model.config.num_classes} classes and this run {config.num_classes}: they start afresh, "
+            "the null class is kept"
+        )
+    written = metadata.get("data", {}).get("normalization")
+    if not written:
+        notes.append(f"{source} does not say how its latents were normalised: make sure that these are alike")
+    elif not _alike(Normalization(**written), data.normalization):
+        notes.append(
+            f"warning: {source} was trained on latents normalised by {show_constants(Normalization(**written))}; this "
+            f"data by {show_constants(data.normalization)}: what the model knows is shifted, so normalise alike unless "
+            "it is meant"
+        )
     state = {name: value.detach() for name, value in model.named_parameters()}
-    notes = [_classes(source, model.config, config), _normalization(source, metadata, data)]
-    return InitialWeights(source, state, tuple(note for note in notes if note))
+    return InitialWeights(source, state, tuple(notes))
 
 
 def _is_official(path: Path) -> bool:
     return path.is_file() and path.suffix != ".safetensors"
 
 
-def _read_official(path: Path, config: ModelConfig) -> tuple[MPDiT, dict[str, Any]]:
-    """Heads and convention, which no shape shows, are the file's where it says them, else the run's."""
-    try:
-        return read_official(path)
-    except CheckpointError:
-        return read_official(path, config.heads, convention=config.convention)
-
-
-def _check_fit(source: str, theirs: ModelConfig, ours: ModelConfig) -> None:
-    there, here = _compared(theirs), _compared(ours)
-    for name in {**here, **there}:
-        if there.get(name) != here.get(name):
-            raise CheckpointError(
-                f"init_from {source} has {name} {there.get(name)} and this run's model {here.get(name)}: give the "
-                f"--model and --override it was trained with; only {' and '.join(_MAY_DIFFER)} may differ"
-            )
-
-
-def _compared(config: ModelConfig) -> dict[str, Any]:
-    """The fields that decide what the weights mean, without those that this configuration doesn't read."""
+def _what_weights_mean(config: ModelConfig) -> dict[str, Any]:
+    """Return the fields that decide what the weights mean, without those that this configuration doesn't read."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)}
     unread = {
         "class_tokens": config.class_conditioning == "added",
@@ -124,30 +130,6 @@ def _compared(config: ModelConfig) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in _MAY_DIFFER and not unread.get(name)}
 
 
-def _classes(source: str, theirs: ModelConfig, ours: ModelConfig) -> str:
-    if theirs.num_classes == ours.num_classes:
-        return ""
-    return (
-        f"{source} has {theirs.num_classes} classes and this run {ours.num_classes}: they start afresh, "
-        "the null class is kept"
-    )
-
-
-def _normalization(source: str, metadata: Mapping[str, Any], data: DatasetInfo) -> str:
-    """A warning where the weights know latents of another offset or scale: training can mend that, but unasked."""
-    written = metadata.get("data", {}).get("normalization")
-    if not written:
-        return f"{source} does not say how its latents were normalised: make sure that these are alike"
-    theirs, ours = Normalization(**written), data.normalization
-    if _alike(theirs, ours):
-        return ""
-    return (
-        f"warning: {source} was trained on latents normalised by mean {_round(theirs.mean)} and std "
-        f"{_round(theirs.std)}, this data is normalised by mean {_round(ours.mean)} and std {_round(ours.std)}: "
-        "what the model knows is shifted, so normalise alike unless it is meant"
-    )
-
-
 def _alike(theirs: Normalization, ours: Normalization) -> bool:
     """Whether latents normalised by either differ by less than a hundredth of their std."""
     if len(theirs.mean) != len(ours.mean):
@@ -156,5 +138,7 @@ def _alike(theirs: Normalization, ours: Normalization) -> bool:
     return all(abs(a - b) <= 0.01 * t and abs(s - t) <= 0.01 * t for a, s, b, t in rows)
 
 
-def _round(values: tuple[float, ...]) -> str:
-    return " ".join(f"{value:.3g}" for value in values)
+def show_constants(constants: Normalization) -> str:
+    """Return them as text, three digits of each channel's."""
+    mean, std = (" ".join(f"{value:.3g}" for value in values) for values in (constants.mean, constants.std))
+    return f"mean {mean}, std {std}"

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from mpdit.core.dist_env import barrier, set_threads
+from mpdit.core.dist_env import set_threads
 from mpdit.core.errors import ConfigError, UserError
 from mpdit.core.files import write_atomically
 from mpdit.core.locks import locked
@@ -75,7 +75,7 @@ def train(run: Run, stop: StopRequests) -> str:
         if env.rank == 0:
             _open_folder(run, resumed)
         stop.hold()
-        barrier()
+        torch.distributed.barrier()
 
         saver = stack.enter_context(AsyncCheckpointer(run, trainer))
         loader = make_loader(

@@ -20,19 +20,20 @@ from mpdit.training.config import TrainConfig
 EPS = 1e-8
 """Added to the root of the second moment, by all of them."""
 
-_MODULES = {"apex": "apex.optimizers", "deepspeed": "deepspeed.ops.adam"}
-"""Where the FusedAdam of each choice is."""
-
-_INSTALL = {
-    "apex": "build NVIDIA's, with its CUDA extensions, from https://github.com/NVIDIA/apex",
-    "deepspeed": "DeepSpeed compiles it on first use, which needs ninja and a CUDA toolkit of torch's version",
+_FUSED_ADAM = {
+    "apex": ("apex.optimizers", "build NVIDIA's, with its CUDA extensions, from https://github.com/NVIDIA/apex"),
+    "deepspeed": (
+        "deepspeed.ops.adam",
+        "DeepSpeed compiles it on first use, which needs ninja and a CUDA toolkit of torch's version",
+    ),
 }
+"""The module of each choice's FusedAdam, and what it takes to have it."""
 
 
 def build_optimizer(
     config: TrainConfig, params: Iterable[Tensor], device: torch.device, ds: Mapping[str, Any]
 ) -> Optimizer:
-    """The optimiser that the configuration names, with weight decay and average, for a run on `device`.
+    """Build the optimiser that the configuration names, with weight decay and average, for a run on `device`.
 
     `ds` is the run's DeepSpeed configuration. Raises ConfigError when the optimiser is another package's and fails
     its probe, or would have to step weights that are offloaded to the CPU.
@@ -49,7 +50,7 @@ def build_optimizer(
 
 
 def with_ema(base: type[Optimizer]) -> Callable[..., Optimizer]:
-    """A subclass of a FusedAdam that takes `ema_decay` and keeps the average of the weights, as AdamWEMA does.
+    """Return a subclass of a FusedAdam that takes `ema_decay` and keeps the average of the weights, as AdamWEMA does.
 
     The average is the state "ema", in the parameter's dtype. The step count is the state "step", a number: apex keeps
     one for a whole group, which would count every piece that ZeRO-3 steps, and DeepSpeed counts the last parameter's
@@ -68,13 +69,9 @@ def with_ema(base: type[Optimizer]) -> Callable[..., Optimizer]:
                 group["ema_decay"] = ema_decay
 
         @torch.no_grad()
-        def step(self, closure: Any = None) -> Any:
-            result = None
-            if closure is not None:
-                with torch.enable_grad():
-                    result = closure()
+        def step(self, closure: None = None) -> None:
             if self.skip is not None and self.skip:
-                return result
+                return
             stepped = [[param for param in group["params"] if param.grad is not None] for group in self.param_groups]
             done = []
             for group, params in zip(self.param_groups, stepped, strict=True):
@@ -95,39 +92,34 @@ def with_ema(base: type[Optimizer]) -> Callable[..., Optimizer]:
                 if params:
                     emas = [self.state[param]["ema"] for param in params]
                     torch._foreach_lerp_(emas, params, 1 - group["ema_decay"])
-            return result
 
     return FusedAdamEMA
 
 
 def probed(name: str, device: torch.device) -> type[Optimizer]:
-    """The FusedAdam of "apex" or "deepspeed", once it has been built and has stepped right on this device.
+    """Return the FusedAdam of "apex" or "deepspeed", once it has been built and has stepped right on this device.
 
     Raises ConfigError, saying what failed and what to do.
     """
     if device.type != "cuda":
         raise _refusal(name, f"needs a CUDA GPU, and this run is on {device.type}", "leave --optimizer out")
+    module, install = _FUSED_ADAM[name]
     try:
-        module = importlib.import_module(_MODULES[name])
-        kind: type[Optimizer] = module.FusedAdam
+        kind: type[Optimizer] = importlib.import_module(module).FusedAdam
     except (ImportError, AttributeError, RuntimeError, OSError) as error:
-        if name == "apex" and _is_another_apex():
+        # PyPI's package apex is another project, and fails in many ways when it is imported: judged by its folder.
+        spec = importlib.util.find_spec("apex") if name == "apex" else None
+        folders = spec.submodule_search_locations or () if spec else ()
+        if spec and not any((Path(folder) / "optimizers").is_dir() for folder in folders):
             other = "is not there: PyPI's package apex, which is installed, is another project"
-            raise _refusal(name, other, f"pip uninstall apex, then {_INSTALL[name]}") from error
-        raise _refusal(name, f"can't be imported ({_line(error)})", _INSTALL[name]) from error
+            raise _refusal(name, other, f"pip uninstall apex, then {install}") from error
+        raise _refusal(name, f"can't be imported ({_line(error)})", install) from error
     check(kind, name, device)
     return kind
 
 
-def _is_another_apex() -> bool:
-    """Judged by its folder: PyPI's fails in many ways when it is imported."""
-    spec = importlib.util.find_spec("apex")
-    folders = spec.submodule_search_locations if spec else None
-    return bool(spec) and not any((Path(folder) / "optimizers").is_dir() for folder in folders or ())
-
-
 def check(kind: type[Optimizer], name: str, device: torch.device) -> None:
-    """Two steps on a small tensor against torch's AdamW in fp64. ConfigError unless they agree."""
+    """Compare two steps on a small tensor with torch's AdamW in fp64. Raises ConfigError unless they agree."""
     settings: dict[str, Any] = {"lr": 0.1, "betas": (0.8, 0.9), "eps": EPS, "weight_decay": 0.5}
     start, grad = torch.linspace(-2, 2, 37), torch.linspace(3, -1, 37)
     exact = torch.nn.Parameter(start.double())
@@ -141,7 +133,7 @@ def check(kind: type[Optimizer], name: str, device: torch.device) -> None:
             optimizer.step()
         found = ours.detach().cpu().double()
     except Exception as error:  # compilers, linkers and drivers fail in many ways, and none of them is our bug
-        raise _refusal(name, f"can't be built and run ({_line(error)})", _INSTALL[name]) from error
+        raise _refusal(name, f"can't be built and run ({_line(error)})", _FUSED_ADAM[name][1]) from error
     off = float((found - exact.detach()).abs().max())
     if not off < 1e-5:
         wrong = f"is wrong: a step on a small tensor is off by {off:.3g}"
