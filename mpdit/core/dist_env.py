@@ -59,7 +59,8 @@ def set_threads(env: DistEnv) -> None:
 def gather(value: Any, group: Any = None) -> list[Any]:
     """Return every rank's value (anything that can be pickled), in the order of ranks.
 
-    All ranks must call it; by default it goes over training's group. In a process that isn't connected to others, as in a dry run, return its own alone.
+    All ranks must call it; by default it goes over training's group. In a process that isn't connected to others, as in
+    a dry run, return its own alone.
     """
     import torch
 
