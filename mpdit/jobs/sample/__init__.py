@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mpdit.jobs.sample.draw import DrawOptions, DrawReport, draw
-from mpdit.jobs.sample.worker import Labels
+from mpdit.jobs.sample.draw import DrawReport, draw
+from mpdit.jobs.sample.worker import DrawOptions, Labels
 
 __all__ = ["DrawOptions", "DrawReport", "Labels", "draw"]

@@ -6,10 +6,10 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -18,55 +18,25 @@ from mpdit.core.errors import ConfigError, DataError
 from mpdit.core.files import counted
 from mpdit.data.manifest import PARTS_NAME
 from mpdit.diffusion.inference import choose_precision
-from mpdit.diffusion.sampling import Sampler
 from mpdit.jobs.sample.files import FORMAT, LATENTS, NPZ, FinishedSet, assemble, identity_of
 from mpdit.jobs.sample.worker import (
     PREVIEW,
+    DrawOptions,
     Labels,
     LatentDecoder,
     SampleJob,
-    VAEChoice,
     check_vae,
+    load_vae,
     named_vae,
     sha256_of,
 )
 from mpdit.jobs.workers import begin, check_room, choose_devices, difference, run_parts
 from mpdit.model.config import one_of
 from mpdit.model.mpdit import load_weights
-from mpdit.model.vae import VAEDtype, pixel_range_of
 from mpdit.model.weights import check_flow
 
 _NOTE_NAME = "samples.json"
 """Of the file beside the parts that says what they are of."""
-
-Files = Literal["npz", "png", "both"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DrawOptions:
-    """Which images, drawn how, decoded by what, written as what."""
-
-    images: int = 100
-    sampler: Sampler = field(default_factory=Sampler)
-    """Its `batch` when the set is begun is the size of a part too: what is lost when a process is killed. A set that is
-    continued with another batch keeps its parts, and a larger batch is cut to them."""
-    classes: Sequence[int] | None = None
-    """None: all."""
-    labels: str = "auto"
-    """random, balanced or auto, see Labels.choose."""
-    vae: str | None = None
-    """Folder or hub id; None: digits are decoded without, other latents shown as a linear preview."""
-    vae_dtype: VAEDtype = "fp32"
-    decode_batch: int = 16
-    """Images the VAE decodes at a time."""
-    files: Files = "npz"
-    latents: bool = False
-    """Whether the latents, as the encoder makes them, are written too."""
-    processes: int = 1
-    """Started here, one a GPU."""
-    device: str = "auto"
-    cuda_graph: bool | None = None
-    """None: on GPUs."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +80,15 @@ def draw(weights: str | Path, out: str | Path, options: DrawOptions | None = Non
             shutil.rmtree(job.parts_folder, ignore_errors=True)
             return DrawReport(out, job.count, 0, 0.0, before.protocol, remarks) if env.rank == 0 else None
         job.kept = before.images // job.part_images * job.part_images
-        if job.keep_latents and not (out / LATENTS).is_file():
+        if options.latents and not (out / LATENTS).is_file():
             raise DataError(f"{out / LATENTS} is gone, so the set can't be continued: give a new folder")
         if env.rank == 0 and (out / NPZ).is_file():
             for _ in before.rows(job.part_images, job.image_shape):
                 pass  # damage is found before hours of drawing, not behind them
-    _check_room(job)
+    image_bytes = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in job.arrays.values())
+    held = sum(path.stat().st_size for path in job.parts_folder.glob("*.npz"))
+    to_write = job.count - job.kept + (0 if options.files == "png" else job.count)  # PNGs are compressed: not counted
+    check_room(out, to_write * image_bytes - held, f"{counted(job.count, 'image')}, parts and result")
 
     def is_begun() -> bool:
         finished = FinishedSet.load(out)
@@ -157,12 +130,9 @@ def _plan(
     check_flow(metadata)
     data = metadata.get("data", {})
     labels = Labels.choose(model.config.num_classes, options.classes, options.labels, sampler.seed)
-    choice, vae, remarks = None, None, []
-    if options.vae is not None:
-        choice = VAEChoice(options.vae, options.vae_dtype, pixel_range_of(data), options.decode_batch)
-        vae = choice.load()
-        if remark := check_vae(vae, model.config, data):
-            remarks.append(remark)
+    vae, remarks = load_vae(options, data), []
+    if vae is not None and (remark := check_vae(vae, model.config, data)):
+        remarks.append(remark)
     decoder = LatentDecoder(data, vae, options.decode_batch)
     shape = decoder.image_shape(model.config)
     if decoder.kind == PREVIEW:
@@ -192,12 +162,10 @@ def _plan(
         weights_sha256=protocol["weights_sha256"],
         sampler=sampler,
         labels=labels,
-        vae=choice,
+        options=options,
         data=data,
         config=model.config,
         image_shape=shape,
-        keep_latents=options.latents,
-        graphed=options.cuda_graph,
         loaded=(model, vae),
     )
     return job, protocol, tuple(remarks)
@@ -233,12 +201,3 @@ def _read_note(out: Path) -> tuple[dict[str, Any], int] | None:
         return dict(note["identity"]), int(note["images"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _check_room(job: SampleJob) -> None:
-    """Raise DataError when the disk has no room for what is still to be written, compressed PNGs not counted."""
-    image_bytes = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in job.arrays.values())
-    held = sum(path.stat().st_size for path in job.parts_folder.glob("*.npz"))
-    files = 0 if job.identity["files"]["format"] == "png" else job.count
-    needed = (files + job.count - job.kept) * image_bytes - held
-    check_room(job.out, needed, f"{counted(job.count, 'image')}, parts and result")

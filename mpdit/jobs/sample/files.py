@@ -98,12 +98,12 @@ def assemble(job: SampleJob, protocol: dict[str, Any], before: FinishedSet | Non
     smaller set that the folder held, of which `job.kept` images stay. DataError for a full disk, or for a part that
     turns out to be damaged, which is removed so that the next attempt draws it again.
     """
-    files = protocol["files"]["format"]
+    files = job.options.files
     protocol = protocol | {"images": job.count, "environments": _environments(job, before)}
     classes = job.labels.of(0, job.count).numpy()
     with disk(job.out), contextlib.nullcontext() if files == "png" else new_npz(job.out / NPZ) as npz:
         shown = _copy_images(job, files != "npz", npz, before)
-        if job.keep_latents:
+        if job.options.latents:
             _copy_latents(job)
         picture = grid(shown, classes=classes[: len(shown)].tolist(), class_names=job.data.get("class_names"))
         with new_file(job.out / _GRID) as partial:

@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -28,7 +28,7 @@ from mpdit.jobs.npz import NpzReader, disk, new_npz
 from mpdit.jobs.workers import DoPart, Job, Report
 from mpdit.model.config import ModelConfig, one_of
 from mpdit.model.mpdit import MPDiT, load_weights
-from mpdit.model.vae import DECODER_KIND, VAE, PixelRange, VAEDtype
+from mpdit.model.vae import DECODER_KIND, VAE, VAEDtype, pixel_range_of
 from mpdit.model.weights import weights_folder
 
 _ROWS = 64
@@ -36,6 +36,36 @@ _ROWS = 64
 Order = Literal["random", "balanced"]
 
 _FEW_CLASSES = 16
+
+
+Files = Literal["npz", "png", "both"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawOptions:
+    """Which images, drawn how, decoded by what, written as what."""
+
+    images: int = 100
+    sampler: Sampler = field(default_factory=Sampler)
+    """Its `batch` when the set is begun is the size of a part too: what is lost when a process is killed. A set that is
+    continued with another batch keeps its parts, and a larger batch is cut to them."""
+    classes: Sequence[int] | None = None
+    """None: all."""
+    labels: str = "auto"
+    """random, balanced or auto, see Labels.choose."""
+    vae: str | None = None
+    """Folder or hub id; None: digits are decoded without, other latents shown as a linear preview."""
+    vae_dtype: VAEDtype = "fp32"
+    decode_batch: int = 16
+    """Images the VAE decodes at a time."""
+    files: Files = "npz"
+    latents: bool = False
+    """Whether the latents, as the encoder makes them, are written too."""
+    processes: int = 1
+    """Started here, one a GPU."""
+    device: str = "auto"
+    cuda_graph: bool | None = None
+    """None: on GPUs."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +163,13 @@ class LatentDecoder:
         return decode(torch.zeros(1, config.channels, config.input_size, config.input_size), self._data).shape[1:]
 
 
+def load_vae(options: DrawOptions, data: Mapping[str, Any], device: torch.device | str = "cpu") -> VAE | None:
+    """Load the VAE that decodes, with the pixel range that the weights' data name; None without one."""
+    if options.vae is None:
+        return None
+    return VAE.load(options.vae, device=device, dtype=options.vae_dtype, pixel_range=pixel_range_of(data))
+
+
 def check_vae(vae: VAE, config: ModelConfig, data: Mapping[str, Any]) -> str | None:
     """Return a remark where it isn't the VAE that the weights name. ConfigError where it can't decode the latents."""
     if data.get("kind") == "digits":
@@ -155,19 +192,6 @@ def named_vae(data: Mapping[str, Any]) -> Mapping[str, Any]:
     return entry if isinstance(entry, Mapping) and entry.get("kind") == DECODER_KIND else {}
 
 
-@dataclass(frozen=True)
-class VAEChoice:
-    """Which VAE decodes, and how."""
-
-    name: str
-    dtype: VAEDtype
-    pixel_range: PixelRange
-    batch: int
-
-    def load(self, device: torch.device | str = "cpu") -> VAE:
-        return VAE.load(self.name, device=device, dtype=self.dtype, pixel_range=self.pixel_range)
-
-
 @dataclass(kw_only=True)
 class SampleJob(Job):
     """What is to be drawn, and how.
@@ -180,12 +204,10 @@ class SampleJob(Job):
     weights_sha256: str
     sampler: Sampler
     labels: Labels
-    vae: VAEChoice | None
+    options: DrawOptions
     data: Mapping[str, Any]
     config: ModelConfig
     image_shape: tuple[int, ...]
-    keep_latents: bool
-    graphed: bool | None
     loaded: tuple[MPDiT, VAE | None] | None = None
     """What this process has loaded already; other processes load their own."""
 
@@ -201,7 +223,9 @@ class SampleJob(Job):
     def arrays(self) -> dict[str, tuple[tuple[int, ...], type]]:
         """Shape of a row and dtype of what is kept of each image."""
         shape = (self.config.channels, self.config.input_size, self.config.input_size)
-        latents: dict[str, tuple[tuple[int, ...], type]] = {"latents": (shape, np.float32)} if self.keep_latents else {}
+        latents: dict[str, tuple[tuple[int, ...], type]] = (
+            {"latents": (shape, np.float32)} if self.options.latents else {}
+        )
         return {"images": (self.image_shape, np.uint8)} | latents
 
     def record(self, part: int) -> dict[str, Any]:
@@ -246,10 +270,10 @@ class SampleWorker:
             model, _ = load_weights(job.weights)
             if sha256_of(job.weights) != job.weights_sha256:
                 raise CheckpointError(f"{job.weights} has changed since the job began: repeat the command")
-        if job.vae and (vae is None or vae.device != device):
-            vae = job.vae.load(device)
-        self._model = for_sampling(model.to(device), job.sampler.precision, job.graphed)
-        self._decoder = LatentDecoder(job.data, vae, job.vae.batch if job.vae else 1)
+        if vae is None or vae.device != device:
+            vae = load_vae(job.options, job.data, device)
+        self._model = for_sampling(model.to(device), job.sampler.precision, job.options.cuda_graph)
+        self._decoder = LatentDecoder(job.data, vae, job.options.decode_batch)
 
     def __call__(self, part: int, report: Report) -> None:
         job = self._job
@@ -259,12 +283,12 @@ class SampleWorker:
             check_finite(latents, first, f"the weights {job.weights}")
             arrays: dict[str, Any] = {"images": self._decoder(latents.to(self._device))}
         except torch.OutOfMemoryError as error:
-            decode_batch = f", or --decode-batch (now {job.vae.batch})" if job.vae else ""
+            decode_batch = f", or --decode-batch (now {job.options.decode_batch})" if job.options.vae else ""
             raise ConfigError(
                 f"{self._device} has too little memory: repeat the command with a smaller --batch (now "
                 f"{job.sampler.batch}){decode_batch}; finished parts stay"
             ) from error
-        if job.keep_latents:
+        if job.options.latents:
             arrays["latents"] = denormalize(latents, job.data).numpy()
         arrays["record"] = json.dumps({"job": job.digest, "environment": self._environment()})
         report(0)  # ends this process if its parent is gone, whose successor may be at the same part
@@ -288,10 +312,10 @@ class SampleWorker:
             "cuda_graph": isinstance(self._model, SamplingModel) and self._model.graphed,
             "batch": min(self._job.sampler.batch, self._job.part_images),
         }
-        if self._job.vae:
+        if self._job.options.vae:
             import diffusers
 
-            found["decode_batch"] = self._job.vae.batch
+            found["decode_batch"] = self._job.options.decode_batch
             found["diffusers"] = diffusers.__version__
         return found if gpu else found | {"threads": torch.get_num_threads()}
 
