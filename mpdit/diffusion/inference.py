@@ -1,24 +1,40 @@
-"""The model as a sampler runs it: in a precision, and on a GPU from CUDA graphs."""
+"""The model as a sampler runs it: in a precision, and on a GPU from CUDA graphs.
+
+A sampler calls the model hundreds of times with the same shapes; for small batches a GPU then waits for Python and the
+driver to launch the next kernel. A graph's kernels are recorded once for each shape, then launched all at once. This
+has been tested with a stand-in for the graph, not yet on a GPU.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
+from mpdit_kernels import dispatch
+from mpdit_kernels.backends import attention_mode
 from torch import Tensor, nn
 
-from mpdit.core.errors import ConfigError
-from mpdit.diffusion.cuda_graph import Capture, Graphed
+from mpdit.core.errors import ConfigError, first_line
 from mpdit.model.mpdit import MPDiT
 
 Precision = Literal["fp32", "tf32", "bf16"]
 
+Replay = Callable[[], Tensor]
+Capture = Callable[[Callable[[], Tensor]], Replay]
+"""Records a function of no arguments, that reads fixed tensors; the replay does the same work into the same result."""
+
+_WARM = 3  # calls before the recording, for what is compiled, chosen by trial or allocated once
+_SHAPES = 8
+
+_log = logging.getLogger(__name__)
+
 
 def choose_precision(name: str, device: torch.device) -> Precision:
-    """The precision that `name` means on this device: "auto" is bf16 on a GPU, as models are trained, else fp32.
+    """Return the precision that `name` means on this device: "auto" is bf16 on a GPU, as models are trained, else fp32.
 
     ConfigError for an unknown name, for tf32 off a GPU, and for bf16 on a GPU without it.
     """
@@ -59,7 +75,7 @@ class SamplingModel(nn.Module):
     precision: what products are computed in, whatever autocast is on outside. For bf16 it holds a copy whose blocks'
     weights are in bf16, so that they aren't cast in every call.
     graphed: replay CUDA graphs, one for each shape: so one for guided steps and one for those outside the interval.
-    strict, capture: as in mpdit.diffusion.cuda_graph.Graphed.
+    strict, capture: as in Graphed.
     """
 
     def __init__(
@@ -74,7 +90,12 @@ class SamplingModel(nn.Module):
         super().__init__()
         self.precision = precision
         self.config: Any = model.config
-        self.inner: Any = _in_bf16(model) if precision == "bf16" and isinstance(model, MPDiT) else model
+        self.inner: Any = model
+        if precision == "bf16" and isinstance(model, MPDiT):
+            self.inner = model = copy.deepcopy(model)
+            for block in (block for stage in model.stages for block in stage.blocks):
+                block.attention.to(torch.bfloat16)  # autocast would cast them in every call
+                block.mlp.to(torch.bfloat16)
         self._graphs = Graphed(self._compute, capture, strict=strict) if graphed else None
 
     @property
@@ -101,7 +122,7 @@ class SamplingModel(nn.Module):
 
 
 def for_sampling(model: Any, precision: str = "fp32", graphed: bool | None = None) -> Any:
-    """The model as it is sampled from on its device: itself where that changes nothing, else a SamplingModel.
+    """Return the model as it is sampled from on its device: itself where that changes nothing, else a SamplingModel.
 
     precision as in choose_precision. graphed: None is yes on a GPU, where graphs can be captured. Callables that
     prepare no times as an MPDiT does stay as they are, in fp32. ConfigError for a precision or graphs that the device
@@ -123,10 +144,69 @@ def for_sampling(model: Any, precision: str = "fp32", graphed: bool | None = Non
     return SamplingModel(model, chosen, graphed=gpu and graphed is not False, strict=graphed is True)
 
 
-def _in_bf16(model: MPDiT) -> MPDiT:
-    """A copy with the weights in bf16 that autocast would cast to it in every block."""
-    model = copy.deepcopy(model)
-    for block in (block for stage in model.stages for block in stage.blocks):
-        block.attention.to(torch.bfloat16)
-        block.mlp.to(torch.bfloat16)
-    return model
+class Graphed:
+    """`function` of tensors, replayed from a graph that is captured at the first call with these shapes and dtypes.
+
+    Arguments are copied into the graph's own tensors and the result out of it, so that neither is shared with the
+    caller. The function must do the same work whatever the values, wait for nothing and hold no state; parameters may
+    change in place, but must stay where they are. Eight shapes are kept; any others, and calls on empty tensors, run
+    as they are. A capture that fails is logged, and the function runs as it is from then on; with `strict` it is a
+    ConfigError.
+    """
+
+    def __init__(
+        self, function: Callable[..., Tensor], capture: Capture | None = None, *, strict: bool = False
+    ) -> None:
+        self._function = function
+        self._capture = capture or CudaCapture()
+        self._strict = strict
+        self.broken = False
+        self._graphs: dict[Any, tuple[tuple[Tensor, ...], Replay]] = {}
+
+    def __call__(self, *arguments: Tensor) -> Tensor:
+        if self.broken or any(not value.numel() for value in arguments):
+            return self._function(*arguments)
+        key = (*((value.shape, value.dtype, value.device) for value in arguments), dispatch.mode(), attention_mode())
+        if key not in self._graphs:
+            if len(self._graphs) == _SHAPES:
+                return self._function(*arguments)
+            places = tuple(value.clone() for value in arguments)
+            try:
+                self._graphs[key] = places, self._capture(lambda: self._function(*places))
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                message = f"no CUDA graph of the model can be captured ({first_line(error)}): "
+                if self._strict:
+                    raise ConfigError(f"{message}leave it off") from error
+                self.broken = True
+                _log.warning("%sit runs without", message)
+                return self._function(*arguments)
+        places, replay = self._graphs[key]
+        for place, value in zip(places, arguments, strict=True):
+            place.copy_(value)
+        return replay().clone()
+
+
+class CudaCapture:
+    """A Capture by torch.cuda.CUDAGraph; graphs of one CudaCapture share their memory, as only one runs at a time."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, function: Callable[[], Tensor]) -> Replay:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM):
+                function()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = function()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay
