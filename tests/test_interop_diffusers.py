@@ -225,7 +225,7 @@ def test_a_failure_in_the_middle_leaves_nothing(model, tmp_path, monkeypatch):
     def full(source, target):
         raise OSError(28, "No space left on device", str(target))
 
-    monkeypatch.setattr("mpdit.interop.diffusers_folder.shutil.copyfile", full)
+    monkeypatch.setattr("shutil.copyfile", full)
     with pytest.raises(OSError, match="No space left"):
         save_diffusers(tmp_path / "out", model, {"data": DATA})
     assert list(tmp_path.iterdir()) == []

@@ -52,7 +52,7 @@ def test_decode_rounds_as_the_published_samples(folder: Path) -> None:
     vae = VAE.load(str(folder))
     latents = 20 * torch.randn(2, 3, 8, 8)
     with torch.no_grad():
-        pixels = vae._module.decode(latents).sample
+        pixels = vae.module.decode(latents).sample
     images = vae.decode(latents)
     assert images.shape == (2, 16, 16, 3) and images.dtype == torch.uint8
     expected = torch.clamp(127.5 * pixels + 128.0, 0, 255).permute(0, 2, 3, 1).to(torch.uint8)
@@ -78,8 +78,8 @@ def test_the_hash_is_of_the_weights_alone(folder: Path, tmp_path: Path) -> None:
     assert VAE.load(str(folder.parent)).sha256 == vae.sha256  # a pipeline's folder
     assert VAE.load(str(folder), dtype="bf16").sha256 == vae.sha256
     with torch.no_grad():
-        next(vae._module.parameters()).view(-1)[0] += 1
-    vae._module.save_pretrained(tmp_path / "other")
+        next(vae.module.parameters()).view(-1)[0] += 1
+    vae.module.save_pretrained(tmp_path / "other")
     assert VAE.load(str(tmp_path / "other")).sha256 != vae.sha256
     assert json.loads(json.dumps(vae.decoder_metadata())) == vae.decoder_metadata()
 

@@ -13,8 +13,6 @@ diffusers runs code from a folder only when told to, therefore
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,9 +24,6 @@ from mpdit.core.files import new_folder
 from mpdit.model.mpdit import MPDiT
 from mpdit.model.vae import VAE, pixel_range_of
 from mpdit.model.weights import check_flow
-
-_CODE = Path(__file__).parent
-_PIPELINE, _TRANSFORMER = "pipeline", "transformer_mpdit"
 
 _CARD = """---
 library_name: diffusers
@@ -69,6 +64,7 @@ def save_diffusers(
     try:
         import diffusers
 
+        from mpdit.interop.pipeline import MPDiTPipeline
         from mpdit.interop.transformer_mpdit import MPDiTTransformer2DModel
     except ImportError as error:
         raise ConfigError(f"a diffusers pipeline needs diffusers ({error}): pip install 'mpdit[vae]'") from error
@@ -76,41 +72,25 @@ def save_diffusers(
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ConfigError(f"{folder} is not an empty folder: give a new one, nothing is overwritten")
-    data = metadata.get("data") or {}
-    transformer = MPDiTTransformer2DModel(model.config.to_dict(), *_constants(data, model), list(pixel_range_of(data)))
+    data, channels = metadata.get("data") or {}, model.config.channels
+    normalization = data.get("normalization") or {}
+    mean, std = list(normalization.get("mean", [])), list(normalization.get("std", []))
+    if not len(mean) == len(std) == channels:
+        raise CheckpointError(
+            f"the weights' config.json gives {len(mean)} means and {len(std)} stds of latents for {channels} channels: "
+            "without these constants no image can be decoded"
+        )
+    transformer = MPDiTTransformer2DModel(model.config.to_dict(), mean, std, list(pixel_range_of(data)))
     transformer.mpdit = model
-    scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
     autoencoder = None
     if vae is not None:
-        autoencoder = VAE.load(str(vae), pixel_range=pixel_range_of(data))
-        autoencoder.check_channels(model.config.channels)
-    index = {
-        "_class_name": [_PIPELINE, "MPDiTPipeline"],
-        "_diffusers_version": diffusers.__version__,
-        "transformer": [_TRANSFORMER, "MPDiTTransformer2DModel"],
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "vae": ["diffusers", "AutoencoderKL"] if autoencoder else [None, None],
-    }
+        loaded = VAE.load(str(vae), pixel_range=pixel_range_of(data))
+        loaded.check_channels(channels)
+        autoencoder = loaded.module
+    scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
     try:
         with new_folder(folder) as partial:
-            transformer.save_pretrained(partial / "transformer")
-            shutil.copyfile(_CODE / f"{_TRANSFORMER}.py", partial / "transformer" / f"{_TRANSFORMER}.py")
-            scheduler.save_pretrained(partial / "scheduler")
-            if autoencoder:
-                autoencoder.save(partial / "vae")
-            shutil.copyfile(_CODE / f"{_PIPELINE}.py", partial / f"{_PIPELINE}.py")
+            MPDiTPipeline(transformer, scheduler, autoencoder).save_pretrained(partial)
             (partial / "README.md").write_text(_CARD)
-            (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     except SafetensorError as error:  # what it makes of a full disk
         raise CheckpointError(f"{folder} can't be written: {error}") from error
-
-
-def _constants(data: Mapping[str, Any], model: MPDiT) -> tuple[list[float], list[float]]:
-    normalization = data.get("normalization") or {}
-    mean, std = normalization.get("mean", []), normalization.get("std", [])
-    if not len(mean) == len(std) == model.config.channels:
-        raise CheckpointError(
-            f"the weights' config.json gives {len(mean)} means and {len(std)} stds of latents for "
-            f"{model.config.channels} channels: without these constants no image can be decoded"
-        )
-    return list(mean), list(std)

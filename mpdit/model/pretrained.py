@@ -83,9 +83,7 @@ class Pretrained(nn.Module):
             ConfigError: a hub repository is asked for and huggingface_hub is not installed.
         """
         folder, name = Path(path_or_id), str(path_or_id)
-        # A path starts with a dot, a slash or a tilde, or has other than two parts.
-        hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
-        if hub_id and not folder.exists():
+        if is_hub_id(name) and not folder.exists():
             options = {"revision": revision, "cache_dir": cache_dir, "token": token}
             folder = _download(name, local_files_only=local_files_only, **options)
         config, tensors, metadata = read_weights(folder)
@@ -142,6 +140,11 @@ class _Unset(TorchFunctionMode):
         if function in _DRAWS:
             return next(iter((*args, *kwargs.values())))  # the tensor
         return (torch.empty if function is torch.randn else function)(*args, **kwargs)
+
+
+def is_hub_id(name: str) -> bool:
+    """Tell "owner/name" from a path, which starts with a dot, a slash or a tilde, or has more or fewer parts."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
 
 
 def _download(repo_id: str, **options: Any) -> Path:

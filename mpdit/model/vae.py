@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from mpdit.core.errors import ConfigError
+from mpdit.core.errors import ConfigError, first_line
+from mpdit.model.pretrained import is_hub_id
 
 VAEDtype = Literal["fp32", "bf16"]
 PixelRange = tuple[float, float]
@@ -36,6 +37,7 @@ class VAE:
         channels: C of the latents.
         factor: pixels of an image's side for each of a latent's.
         pixel_range: what black and white are to it.
+        module: diffusers' AutoencoderKL itself.
         sha256: hex, of its parameters by name in fp32, so the same whatever file they came in.
     """
 
@@ -52,7 +54,7 @@ class VAE:
         self.factor = 2 ** (len(config.block_out_channels) - 1)
         self.sha256 = _digest(module)
         # nn.Module's own `to`: diffusers' warns of a cast that is meant.
-        self._module: Any = nn.Module.to(module, _DTYPES[dtype]).eval().requires_grad_(False)
+        self.module: Any = nn.Module.to(module, _DTYPES[dtype]).eval().requires_grad_(False)
 
     @classmethod
     def load(
@@ -63,7 +65,7 @@ class VAE:
         dtype: VAEDtype = "fp32",
         pixel_range: PixelRange = SIGNED,
     ) -> VAE:
-        """The AutoencoderKL in a folder, in the "vae" folder of a pipeline's folder, or of a hub id.
+        """Load the AutoencoderKL in a folder, in the "vae" folder of a pipeline's folder, or of a hub id.
 
         Raises ConfigError when diffusers is missing, when nothing is there that it can load, or when it is another
         kind of autoencoder, or one of images that are not RGB.
@@ -79,10 +81,9 @@ class VAE:
         try:
             module = AutoencoderKL.from_pretrained(str(path) if path.is_dir() else name, low_cpu_mem_usage=False)
         except Exception as error:  # diffusers and the hub raise what they like, from OSError to KeyError
-            reason = str(error).strip().splitlines() or [type(error).__name__]
             raise ConfigError(
-                f"vae {name!r} can't be loaded as an AutoencoderKL ({reason[0]}): give a folder that diffusers saved, "
-                "or a hub id such as stabilityai/sd-vae-ft-ema where the hub can be reached"
+                f"vae {name!r} can't be loaded as an AutoencoderKL ({first_line(error)}): give a folder that diffusers "
+                "saved, or a hub id such as stabilityai/sd-vae-ft-ema where the hub can be reached"
             ) from error
         for field in ("in_channels", "out_channels"):
             if (planes := getattr(module.config, field)) != _RGB:
@@ -90,19 +91,15 @@ class VAE:
         vae = cls(module, name, dtype, pixel_range)
         # Convolutions of a GPU's tensor cores want channels last.
         layout = torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
-        nn.Module.to(vae._module, device=device, memory_format=layout)  # type: ignore[call-overload]
+        nn.Module.to(vae.module, device=device, memory_format=layout)  # type: ignore[call-overload]
         return vae
-
-    def save(self, folder: str | Path) -> None:
-        """Write it as diffusers' AutoencoderKL.from_pretrained, and `load`, read it."""
-        self._module.save_pretrained(folder)
 
     @property
     def device(self) -> torch.device:
-        return next(self._module.parameters()).device
+        return next(self.module.parameters()).device
 
     def latent_side(self, image_size: int) -> int:
-        """Side of the latents of images of this side; ConfigError unless `factor` divides it."""
+        """Return the side of the latents of images of this side; ConfigError unless `factor` divides it."""
         if image_size < self.factor or image_size % self.factor:
             raise ConfigError(
                 f"image size {image_size} is not a multiple of {self.factor}, the factor by which vae {self.name!r} "
@@ -112,28 +109,28 @@ class VAE:
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
-        """Posterior means before stds, fp32 [B, 2C, h, w] on the VAE's device, of uint8 [B, 3, H, W]."""
+        """Compute posterior means before stds, fp32 [B, 2C, h, w] on the VAE's device, of uint8 [B, 3, H, W]."""
         low, high = self.pixel_range
         pixels = images.to(self.device, non_blocking=True).float() * ((high - low) / 255) + low
         # The distribution's own `parameters`, so that mean and std are computed in fp32 from bf16's outputs.
-        moments = self._module.encode(pixels.to(_DTYPES[self.dtype])).latent_dist.parameters.float()
+        moments = self.module.encode(pixels.to(_DTYPES[self.dtype])).latent_dist.parameters.float()
         mean, log_variance = moments.chunk(2, dim=1)
         return torch.cat([mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))], dim=1)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """Images uint8 [B, H, W, 3] on the VAE's device of latents [B, C, h, w], not normalised, not scaled.
+        """Compute images uint8 [B, H, W, 3] on the VAE's device of latents [B, C, h, w], not normalised, not scaled.
 
         Rounded as DiT's and ADM's sampling scripts do, whose images the published figures were measured on:
         127.5 x + 128 in 0..255, cut to whole numbers, with x in -1..1. NaN becomes black.
         """
         low, high = self.pixel_range
-        pixels = self._module.decode(latents.to(self.device, _DTYPES[self.dtype])).sample.float()
+        pixels = self.module.decode(latents.to(self.device, _DTYPES[self.dtype])).sample.float()
         signed = (pixels - low) * (2 / (high - low)) - 1
         return (127.5 * signed + 128).nan_to_num(0.0).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
     def check_channels(self, channels: int) -> None:
-        """ConfigError unless its latents have so many channels."""
+        """Raise ConfigError unless its latents have so many channels."""
         if channels != self.channels:
             raise ConfigError(
                 f"vae {self.name!r} has {self.channels} latent channels and the model {channels}: "
@@ -141,7 +138,7 @@ class VAE:
             )
 
     def decoder_metadata(self) -> dict[str, Any]:
-        """The "decoder" entry of a data set's manifest: what decodes its latents; plain JSON types."""
+        """Return the "decoder" entry of a data set's manifest: what decodes its latents; plain JSON types."""
         return {
             "kind": DECODER_KIND,
             "vae": self.name,
@@ -152,7 +149,7 @@ class VAE:
 
 
 def pixel_range_of(data: Mapping[str, Any]) -> PixelRange:
-    """The pixel range that latents were encoded with, from the "data" entry of weights; -1..1 where none is named."""
+    """Return the pixel range that latents were encoded with, from the "data" of weights; -1..1 where none is named."""
     decoder = data.get("decoder")
     given = decoder.get("range") if isinstance(decoder, Mapping) else None
     if not isinstance(given, list | tuple) or [type(value) in (int, float) for value in given] != [True, True]:
@@ -162,9 +159,9 @@ def pixel_range_of(data: Mapping[str, Any]) -> PixelRange:
 
 
 def _check_folder(path: Path, name: str) -> None:
-    """Tell a mistaken path from a hub id, which has the form owner/name and no dots that lead elsewhere."""
+    """Tell a mistaken path from a hub id, and another model from an AutoencoderKL."""
     if not path.exists():
-        if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        if is_hub_id(name):
             return
         raise ConfigError(f"vae {name!r} does not exist: give a folder that diffusers saved, or a hub id owner/name")
     try:
