@@ -1,31 +1,17 @@
-"""The subcommands of `mpdit`. A new one is a module with a Command's four names and a row in COMMANDS.
+"""The subcommands of `mpdit`, a module each: SUMMARY, DESCRIPTION, add_arguments(parser) and run(args) -> Outcome.
 
-The modules are imported for every `mpdit --help`: what is slow to import (torch, scikit-learn) belongs inside run().
+A new one is a module and an entry below. They are all imported for every `mpdit --help`, so what is slow to import
+(torch, scikit-learn) belongs inside run(). --json is added to all; a mistake of the user is a UserError.
 """
 
-from __future__ import annotations
-
-import argparse
-from typing import Protocol
+from types import ModuleType
 
 from mpdit.commands import account, convert, evaluate, extract, plan, report, sample, verify
-from mpdit.commands.outcome import Outcome
+from mpdit.commands.common import Outcome
 
+__all__ = ["COMMANDS", "Outcome"]
 
-class Command(Protocol):
-    """What a subcommand's module offers."""
-
-    SUMMARY: str
-    DESCRIPTION: str
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare the arguments, each with its help and default; --json is added to all."""
-
-    def run(self, args: argparse.Namespace) -> Outcome:
-        """Do the work; a mistake of the user is a UserError."""
-
-
-COMMANDS: dict[str, Command] = {
+COMMANDS: dict[str, ModuleType] = {
     "account": account,
     "plan": plan,
     "extract": extract,

@@ -1,11 +1,10 @@
-"""`mpdit account`: what a model costs."""
+"""`mpdit account`: counts what a model costs."""
 
 from __future__ import annotations
 
 import argparse
 
-from mpdit.commands.arguments import add_model, model_config, whole
-from mpdit.commands.outcome import Outcome
+from mpdit.commands.common import Outcome, add_model, model_config, whole
 
 SUMMARY = "count a model's parameters, FLOPs and activations"
 DESCRIPTION = (

@@ -1,16 +1,14 @@
-"""`mpdit convert`: models and latents from and to other projects' formats."""
+"""`mpdit convert`: converts models and latents from and to other projects' formats."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpdit.commands.arguments import whole
-from mpdit.commands.outcome import Outcome
-from mpdit.commands.outputs import check_new_folder
+from mpdit.commands.common import Outcome, add_data, check_new_folder, records_bar, refuse, whole
 from mpdit.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,21 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "if the checkpoint names a SiT, else mpdit, and a DiT's weights are taken to predict noise)",
     )
     latents = parser.add_argument_group("--to latents")
-    latents.add_argument(
-        "--data-scale",
-        metavar="FACTOR",
-        help="what the latents in SOURCE were multiplied by: 1, 0.18215, ... or auto: as the format has it, or by the "
-        "std measured (default: auto)",
-    )
-    latents.add_argument(
-        "--normalization",
-        choices=("auto", "paper", "measured"),
-        help="constants to train with; auto: those that come with SOURCE, else the paper's where they suit the data "
-        "(default: auto)",
-    )
-    latents.add_argument(
-        "--num-classes", type=whole(1), metavar="N", help="number of classes (default: by the highest label)"
-    )
+    add_data(latents)
     latents.add_argument(
         "--shard-records", type=whole(1), metavar="N", help="records in a shard (default: as many as make 1 GiB)"
     )
@@ -95,7 +79,10 @@ def run(args: argparse.Namespace) -> Outcome:
         raise ConfigError(f"{args.source} does not exist: give a checkpoint, a run, a weights folder or latents")
     checkpoint = args.source.is_file() and args.source.suffix.lower() in _CHECKPOINT_SUFFIXES
     target = args.to or _deduce(args.source, checkpoint)
-    _refuse_unread(args, {"official checkpoint as SOURCE"} if checkpoint else set(), f"--to {target}")
+    read = {f"--to {target}", *["official checkpoint as SOURCE"] * checkpoint}
+    for kind, names in _OPTIONS.items():
+        if kind not in read:
+            refuse(args, names, f"has no effect on {args.source} --to {target}: it is for {kind}, leave it out")
     return _pack(args) if target == "latents" else _convert_model(args, checkpoint, target)
 
 
@@ -105,15 +92,6 @@ def _deduce(source: Path, checkpoint: bool) -> str:
     if source.name == "model.safetensors" or any((source / sub / "model.safetensors").is_file() for sub in ("", "ema")):
         raise ConfigError(f"{source} holds a model's weights: say what to make of them, --to official or diffusers")
     return "latents"
-
-
-def _refuse_unread(args: argparse.Namespace, kinds: set[str], target: str) -> None:
-    """ConfigError for an option that this conversion would not read."""
-    for kind, names in _OPTIONS.items():
-        given = [name for name in names if getattr(args, name) is not None]
-        if given and kind not in kinds | {target}:
-            option = "--" + given[0].replace("_", "-")
-            raise ConfigError(f"{option} has no effect on {args.source} {target}: it is for {kind}, leave it out")
 
 
 def _convert_model(args: argparse.Namespace, checkpoint: bool, target: str) -> Outcome:
@@ -150,47 +128,41 @@ def _convert_model(args: argparse.Namespace, checkpoint: bool, target: str) -> O
         "data": metadata.get("data"),
         "training": metadata.get("training"),
     }
-    return Outcome("\n".join([*_describe(model, figures), *_advice(model, figures)]), figures)
+    return Outcome("\n".join(_lines(model, figures)), figures)
 
 
-def _describe(model: MPDiT, figures: dict[str, Any]) -> list[str]:
-    config = model.config
+def _lines(model: MPDiT, figures: dict[str, Any]) -> Iterator[str]:
+    """Yield what was made, and notes on what the files can't say."""
+    from mpdit.data.normalization import channels_text
+
+    config, data, training = model.config, figures["data"] or {}, figures["training"] or {}
     stages = ", ".join(f"{stage.blocks} of patch {stage.patch}" for stage in config.stages)
-    name = figures["official_name"] or "a model of no official name"
-    lines = [
-        f"{figures['to']}: {figures['out']}",
-        f"{name}: blocks {stages}; width {config.width}, {config.heads} heads, {config.num_classes} classes, "
-        f"{figures['parameters'] / 1e6:.2f} M parameters, convention {config.convention}",
-    ]
-    constants = (figures["data"] or {}).get("normalization")
-    if constants:
-        lines.append(f"latents: mean {_numbers(constants['mean'])}; std {_numbers(constants['std'])}")
-    return lines
-
-
-def _advice(model: MPDiT, figures: dict[str, Any]) -> list[str]:
-    """What the files can't say: where the model does not yet do what one would expect of it."""
-    advice = []
-    if (figures["training"] or {}).get("objective") == "noise":
-        advice.append(
+    yield f"{figures['to']}: {figures['out']}"
+    yield (
+        f"{figures['official_name'] or 'a model of no official name'}: blocks {stages}; width {config.width}, "
+        f"{config.heads} heads, {config.num_classes} classes, {figures['parameters'] / 1e6:.2f} M parameters, "
+        f"convention {config.convention}"
+    )
+    if constants := data.get("normalization"):
+        yield f"latents: mean {channels_text(constants['mean'])}; std {channels_text(constants['std'])}"
+    if training.get("objective") == "noise":
+        yield (
             "note: taken to be DiT's weights, which predict noise: they can be fine-tuned, not sampled; if they were "
             "trained to predict a velocity, convert with --convention sit (t = 1 is data, as in SiT) or mpdit"
         )
-    if not figures["data"]:
-        advice.append('note: no constants are known to decode its latents by: add "data" to config.json')
+    if not data:
+        yield 'note: no constants are known to decode its latents by: add "data" to config.json'
     if figures["to"] == "official" and not figures["official_name"]:
-        advice.append("note: the official codes' scripts have no name for this shape; their classes take it by args")
-    return advice
+        yield "note: the official codes' scripts have no name for this shape; their classes take it by args"
 
 
 def _pack(args: argparse.Namespace) -> Outcome:
-    from tqdm import tqdm
-
     from mpdit.data.convert import convert_latents
+    from mpdit.data.normalization import channels_text
 
     if args.out.resolve().is_relative_to(args.source.resolve()):
         raise ConfigError(f"OUT {args.out} is inside {args.source}, which is being read: give a folder elsewhere")
-    with tqdm(desc="packing", unit="rec", disable=None, file=sys.stderr, leave=False) as bar:
+    with records_bar("packing") as progress:
         packed = convert_latents(
             args.source,
             args.out,
@@ -198,7 +170,7 @@ def _pack(args: argparse.Namespace) -> Outcome:
             normalization=args.normalization or "auto",
             shard_records=args.shard_records,
             num_classes=args.num_classes,
-            progress=lambda done: bar.update(done - bar.n),
+            progress=progress,
         )
     manifest = packed.manifest
     packed.close()
@@ -213,18 +185,15 @@ def _pack(args: argparse.Namespace) -> Outcome:
         "num_classes": manifest.num_classes,
         "posterior_noise": manifest.posterior_noise,
         "data": manifest.metadata(),
-        "statistics": {"mean": list(manifest.statistics.mean), "std": list(manifest.statistics.std)},
+        "statistics": dataclasses.asdict(manifest.statistics),
         "origin": dict(manifest.source),
     }
+    measured, used = manifest.statistics, manifest.normalization
     lines = [
         f"latents: {args.out}",
         f"samples: {manifest.num_samples} of {manifest.num_classes} classes in {len(manifest.shards)} shard(s)",
         f"source: {manifest.describe_source()}",
-        f"mean of the channels: {_numbers(manifest.statistics.mean)}; in use {_numbers(manifest.normalization.mean)}",
-        f"std of the channels: {_numbers(manifest.statistics.std)}; in use {_numbers(manifest.normalization.std)}",
+        f"mean of the channels: {channels_text(measured.mean)}; in use {channels_text(used.mean)}",
+        f"std of the channels: {channels_text(measured.std)}; in use {channels_text(used.std)}",
     ]
     return Outcome("\n".join(lines), figures)
-
-
-def _numbers(values: Sequence[float]) -> str:
-    return " ".join(f"{value:.4g}" for value in values)

@@ -1,4 +1,4 @@
-"""`mpdit evaluate`: the figures of samples, or of a model of the digits."""
+"""`mpdit evaluate`: measures samples, or a model of the digits."""
 
 from __future__ import annotations
 
@@ -8,9 +8,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mpdit.commands.arguments import add_device, add_sampler, load_model, pick_device, sampler, whole
-from mpdit.commands.outcome import Outcome
-from mpdit.commands.outputs import check_file
+from mpdit.commands.common import (
+    Outcome,
+    add_device,
+    add_sampler,
+    check_file,
+    flag,
+    pick_device,
+    refuse,
+    sampler,
+    whole,
+)
 from mpdit.core.errors import CheckpointError, ConfigError
 from mpdit.core.files import write_atomically
 from mpdit.diffusion.sampling import DIGITS_SAMPLER
@@ -82,18 +90,20 @@ def run(args: argparse.Namespace) -> Outcome:
 
 def _measure_model(args: argparse.Namespace) -> Outcome:
     from mpdit.jobs.evaluate.digits import check_digits, evaluate_digits
+    from mpdit.model.mpdit import load_weights
 
     settings = sampler(args)
-    for name in ("reference", "write_reference", "image_size", "inception"):
-        if getattr(args, name) is not None:
-            raise ConfigError(
-                f"{_option(name)} is for images, and {args.weights} is a model: draw images from it first, `mpdit "
-                f"sample {args.weights} --out DIR`, then evaluate DIR"
-            )
-    model, metadata = load_model(args)
+    refuse(
+        args,
+        ("reference", "write_reference", "image_size", "inception"),
+        f"is for images, and {args.weights} is a model: draw images from it first, `mpdit sample {args.weights} --out "
+        "DIR`, then evaluate DIR",
+    )
+    device = pick_device(args.device)
+    model, metadata = load_weights(args.weights)
     check_digits(metadata)
     out = _out(args)
-    result = evaluate_digits(model, metadata, settings, progress=True)
+    result = evaluate_digits(model.to(device), metadata, settings, progress=True)
     _save(out, result.to_dict())
     text = f"{result}\nclassifier on held-out real digits: {result.classifier_accuracy:.3f}\nwritten to {out}"
     return Outcome(text, result.to_dict())
@@ -127,9 +137,7 @@ def _write_reference(args: argparse.Namespace) -> Outcome:
     from mpdit.jobs.evaluate.inception import Inception
 
     path = args.write_reference
-    for name in ("reference", "out"):
-        if getattr(args, name) is not None:
-            raise ConfigError(f"--write-reference measures nothing, so it doesn't go with {_option(name)}")
+    refuse(args, ("reference", "out"), "doesn't go with --write-reference, which measures nothing: leave it out")
     _refuse_sampler(args)
     check_file(path, "--write-reference")
     if path.suffix != ".npz" or path.exists():
@@ -164,7 +172,7 @@ def _is_model(path: Path) -> bool:
 
 
 def _out(args: argparse.Namespace) -> Path:
-    """Where the figures go, checked before the work."""
+    """Return where the figures go, checked before the work."""
     given: Path = args.weights
     if given.is_dir():
         default = given / "evaluation.json"
@@ -178,14 +186,10 @@ def _out(args: argparse.Namespace) -> Path:
 
 
 def _refuse_sampler(args: argparse.Namespace) -> None:
-    """ConfigError for settings of the sampler: images are drawn already. --batch is theirs too."""
+    """Raise ConfigError for settings of the sampler: images are drawn already. --batch is theirs too."""
     asked = sampler(args)
     for field in dataclasses.fields(asked):
         if field.name != "batch" and getattr(asked, field.name) != getattr(DIGITS_SAMPLER, field.name):
             raise ConfigError(
-                f"{_option(field.name)} is for models, and {args.weights} holds images, drawn already: leave it out"
+                f"{flag(field.name)} is for models, and {args.weights} holds images, drawn already: leave it out"
             )
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")

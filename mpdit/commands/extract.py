@@ -1,15 +1,14 @@
-"""`mpdit extract`: from images to packed latents."""
+"""`mpdit extract`: encodes images into packed latents."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpdit.commands.arguments import add_device, add_gpus, pick_device, whole
-from mpdit.commands.outcome import Outcome
-from mpdit.commands.outputs import check_new_folder
+from mpdit.commands.common import Outcome, add_device, add_gpus, check_new_folder, given_fields, pick_device, whole
 from mpdit.core.files import counted
 
 if TYPE_CHECKING:
@@ -111,73 +110,70 @@ def run(args: argparse.Namespace) -> Outcome:
     pick_device(args.device)
     if not holds_extraction(args.out):
         check_new_folder(args.out, "OUT")
-    options = ExtractOptions(
-        image_size=args.image_size,
-        flip=args.flip,
-        dtype=args.dtype,
-        pixel_range=SIGNED if args.pixel_range == "signed" else UNIT,
-        classes=args.classes,
-        normalization=args.normalization,
-        kind=args.kind,
-        max_skipped=args.max_skipped,
-        part_images=args.part_images,
-        processes=args.gpus,
-        device=args.device,
-        batch=args.batch,
-        workers=args.workers,
-    )
-    report = extract(args.images, args.out, args.vae, options)
+    pixel_range = {"signed": SIGNED, "unit": UNIT}[args.pixel_range]
+    options = given_fields(args, ExtractOptions) | {"pixel_range": pixel_range, "processes": args.gpus}
+    report = extract(args.images, args.out, args.vae, ExtractOptions(**options))
     if report is None:  # another rank's report is printed
         return Outcome(f"this rank's parts of {args.out} are done", {"path": str(args.out)})
-    return Outcome(_text(report), _figures(report))
+    rates = _rates(report.timing) if report.timing else None
+    figures = {
+        "path": str(report.path),
+        "images": report.images,
+        "samples": report.manifest.num_samples,
+        "classes": report.manifest.num_classes,
+        "skipped": len(report.skipped),
+        "skipped_images": report.skipped[:_SHOWN],
+        "ignored": report.ignored,
+        "empty_classes": report.empty_classes,
+        "statistics": dataclasses.asdict(report.manifest.statistics),
+        "normalization": dataclasses.asdict(report.manifest.normalization),
+        "rates": rates,
+    }
+    return Outcome("\n".join(_lines(report, rates)), figures)
 
 
-def _text(report: ExtractReport) -> str:
+def _lines(report: ExtractReport, rates: dict[str, Any] | None) -> Iterator[str]:
     manifest = report.manifest
     size = sum(shard.bytes for shard in manifest.shards) / 1e6
-    classes = "1 class" if manifest.num_classes == 1 else f"{manifest.num_classes} classes"
-    lines = [
-        f"{counted(manifest.num_samples, 'sample')} of {classes}, "
+    yield (
+        f"{counted(manifest.num_samples, 'sample')} of {_classes(manifest.num_classes)}, "
         f"{'x'.join(map(str, manifest.record_shape))} fp16 each, {size:.1f} MB: {report.path}"
-    ]
+    )
+    notes = report.path / "extraction.json"
     if report.skipped:
-        skipped = counted(len(report.skipped), "broken image")
-        lines.append(f"skipped: {skipped}, listed in {report.path / 'extraction.json'}")
-        lines += [f"  {name} {reason}" for name, reason in report.skipped[:_SHOWN]]
-        lines += ["  ..."] * (len(report.skipped) > _SHOWN)
+        yield f"skipped: {counted(len(report.skipped), 'broken image')}, listed in {notes}"
+        yield from (f"  {name} {reason}" for name, reason in report.skipped[:_SHOWN])
+        yield from ["  ..."] * (len(report.skipped) > _SHOWN)
     if report.ignored:
-        ignored = counted(report.ignored, "other file")
-        lines.append(f"ignored: {ignored}, the first listed in {report.path / 'extraction.json'}")
-    if report.empty_classes:
-        empty = "1 class is" if len(report.empty_classes) == 1 else f"{len(report.empty_classes)} classes are"
-        lines.append(f"warning: {empty} without a sample ({_some(report.empty_classes)})")
-    lines.append("channel   mean measured     in use   std measured     in use")
+        yield f"ignored: {counted(report.ignored, 'other file')}, the first listed in {notes}"
+    if empty := report.empty_classes:
+        some = ", ".join(empty[:_SHOWN]) + (", ..." if len(empty) > _SHOWN else "")
+        yield f"warning: {_classes(len(empty))} {'is' if len(empty) == 1 else 'are'} without a sample ({some})"
+    yield "channel   mean measured     in use   std measured     in use"
     measured, used = manifest.statistics, manifest.normalization
     for channel, row in enumerate(zip(measured.mean, used.mean, measured.std, used.std, strict=True)):
-        lines.append(f"{channel:7d}" + "{:16.4f}{:11.4f}{:15.4f}{:11.4f}".format(*row))
-    lines.append(_describe(report.timing) if report.timing else "it was finished before: nothing was done")
-    return "\n".join(lines)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-
-
-def _describe(timing: Timing) -> str:
-    rates = _rates(timing)
+        yield f"{channel:7d}" + "{:16.4f}{:11.4f}{:15.4f}{:11.4f}".format(*row)
+    if rates is None or report.timing is None:
+        yield "it was finished before: nothing was done"
+        return
     remedy = {
         "decoding": "more --workers or cores would help",
         "encoding": "more or faster GPUs, or --dtype bf16, would help",
     }
-    return (
-        f"each process: decoding {rates['decode_images_per_second']:.1f} img/s in {timing.workers} thread(s), the VAE "
-        f"{rates['encode_images_per_second']:.1f} img/s, together {rates['images_per_second']:.1f} img/s; the VAE "
-        f"waited for images {rates['waited_share']:.0%} of the time; {rates['bound']} bounds: {remedy[rates['bound']]}"
+    yield (
+        f"each process: decoding {rates['decode_images_per_second']:.1f} img/s in {report.timing.workers} thread(s), "
+        f"the VAE {rates['encode_images_per_second']:.1f} img/s, together {rates['images_per_second']:.1f} img/s; the "
+        f"VAE waited for images {rates['waited_share']:.0%} of the time; {rates['bound']} bounds: "
+        f"{remedy[rates['bound']]}"
     )
 
 
+def _classes(count: int) -> str:
+    return "1 class" if count == 1 else f"{count} classes"
+
+
 def _rates(timing: Timing) -> dict[str, Any]:
-    """Of one process: what its decoding threads and its VAE do at their most, and what both did together."""
+    """Return what the decoding threads and the VAE of one process do at their most, and what both did together."""
     tiny = 1e-9
     decode = timing.images * timing.workers / max(timing.decode, tiny)
     encode = timing.images / max(timing.encode, tiny)
@@ -187,21 +183,4 @@ def _rates(timing: Timing) -> dict[str, Any]:
         "images_per_second": round(timing.images / max(timing.total, tiny), 3),
         "waited_share": round(timing.waited / max(timing.total, tiny), 4),
         "bound": "decoding" if decode < encode else "encoding",
-    }
-
-
-def _figures(report: ExtractReport) -> dict[str, Any]:
-    manifest = json.loads(report.manifest.to_json())
-    return {
-        "path": str(report.path),
-        "images": report.images,
-        "samples": report.manifest.num_samples,
-        "classes": report.manifest.num_classes,
-        "skipped": len(report.skipped),
-        "skipped_images": report.skipped[:_SHOWN],
-        "ignored": report.ignored,
-        "empty_classes": report.empty_classes,
-        "statistics": manifest["statistics"],
-        "normalization": manifest["normalization"],
-        "rates": _rates(report.timing) if report.timing else None,
     }

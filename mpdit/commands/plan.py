@@ -1,4 +1,4 @@
-"""`mpdit plan`: does a run fit, how fast will it be, how long will it take."""
+"""`mpdit plan`: predicts whether a run fits, how fast it is and how long it takes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING
 
-from mpdit.commands.arguments import add_model, model_config, number, whole
-from mpdit.commands.outcome import Outcome
+from mpdit.commands.common import Outcome, add_model, model_config, number, whole
 from mpdit.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,11 +20,12 @@ DESCRIPTION = (
 )
 _LARGEST = 1e6
 _FIGURES = {
-    "memory": ("GIB", "memory that a process can use, GiB", 2**30),
-    "tflops": ("TFLOPS", "dense bf16 TFLOP/s", 1e12),
-    "bandwidth": ("GB/S", "memory bandwidth", 1e9),
-    "link": ("GB/S", "to its neighbours in a node, one direction", 1e9),
+    "memory": ("memory", "GIB", "memory that a process can use, GiB", 2**30),
+    "tflops": ("flops", "TFLOPS", "dense bf16 TFLOP/s", 1e12),
+    "bandwidth": ("bandwidth", "GB/S", "memory bandwidth", 1e9),
+    "link": ("link", "GB/S", "to its neighbours in a node, one direction", 1e9),
 }
+"""The figures of a GPU by their options: the field of Gpu, unit, meaning, and how many of the field's units it is."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of one GPU to other nodes, one direction (default: 25, an HDR adapter each, for A100, else 50, NDR)",
     )
     group = parser.add_argument_group("figures of a GPU that is not listed, or to change of one that is")
-    for name, (unit, meaning, _) in _FIGURES.items():
+    for name, (_, unit, meaning, _) in _FIGURES.items():
         group.add_argument(f"--gpu-{name}", type=number, metavar=unit, help=f"{meaning} (default: the listed GPU's)")
 
 
@@ -83,23 +83,21 @@ def run(args: argparse.Namespace) -> Outcome:
 def _gpu(args: argparse.Namespace) -> Gpu:
     from mpdit_kernels.hardware import GPUS, Gpu, find_gpu
 
-    given = {name: getattr(args, f"gpu_{name}") for name in _FIGURES}
-    figures = {name: value * _FIGURES[name][2] for name, value in given.items() if value is not None}
-    for name, value in given.items():
+    figures: dict[str, float] = {}
+    for name, (field, _, _, scale) in _FIGURES.items():
+        value = getattr(args, f"gpu_{name}")
         if value is not None and not 0 < value < _LARGEST:
             raise ConfigError(f"--gpu-{name} is {value:g}: give a number above 0 and below {_LARGEST:g}")
+        if value is not None:
+            figures[field] = value * scale
     gpu = find_gpu(args.gpu)
-    if gpu is None:
-        missing = [f"--gpu-{name}" for name in _FIGURES if name not in figures]
-        if missing:
-            raise ConfigError(
-                f"--gpu {args.gpu} is not one of {', '.join(GPUS)}: choose one of them, or give its figures too "
-                f"({', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing)"
-            )
-        flops = figures["tflops"]
-        return Gpu(
-            args.gpu, args.gpu, figures["memory"], figures["bandwidth"], flops, flops / 16, (0, 0), figures["link"],
-            "the command line",
-        )  # fmt: skip
-    names = {"memory": "memory", "tflops": "flops", "bandwidth": "bandwidth", "link": "link"}
-    return dataclasses.replace(gpu, **{names[name]: value for name, value in figures.items()})
+    if gpu is not None:
+        return dataclasses.replace(gpu, **figures)  # type: ignore[arg-type]
+    missing = [f"--gpu-{name}" for name, (field, *_) in _FIGURES.items() if field not in figures]
+    if missing:
+        raise ConfigError(
+            f"--gpu {args.gpu} is not one of {', '.join(GPUS)}: choose one of them, or give its figures too "
+            f"({', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing)"
+        )
+    memory, flops, bandwidth, link = (figures[field] for field, *_ in _FIGURES.values())
+    return Gpu(args.gpu, args.gpu, memory, bandwidth, flops, flops / 16, (0, 0), link, "the command line")

@@ -1,4 +1,4 @@
-"""`mpdit report`: what benchmarks and traces say."""
+"""`mpdit report`: presents the results of benchmarks, and traces."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpdit.commands.arguments import number
-from mpdit.commands.outcome import Outcome
-from mpdit.commands.outputs import check_new_folder
+from mpdit.commands.common import Outcome, check_new_folder, number, refuse
 from mpdit.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -85,16 +83,14 @@ def run(args: argparse.Namespace) -> Outcome:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """ConfigError for options that don't belong together."""
+    """Raise ConfigError for options that don't belong together."""
     mode = next((f"--{name}" for name in ("compare", "trace") if getattr(args, name) is not None), None)
     if mode and args.results:
         raise ConfigError(f"{mode} takes its own files: leave out {args.results[0]}")
     if args.out is not None and (mode or args.update is not None):
         raise ConfigError(f"--out does not go with {mode or '--update'}: leave it out, and use > FILE to keep the text")
-    for name in ("threshold", "fail_on_regression"):
-        if getattr(args, name) not in (None, False) and args.compare is None:
-            option = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{option} needs --compare A B: add it, or leave {option} out")
+    if args.compare is None:
+        refuse(args, ("threshold", "fail_on_regression"), "needs --compare A B: add that, or leave this out")
 
 
 def _read(paths: list[Path], may_be_none: bool = False) -> list[Results]:
@@ -115,7 +111,9 @@ def _report(results: list[Results], out: Path | None) -> Outcome:
     from mpdit.report.plots import draw_all
 
     check_new_folder(out)
-    _check_names(results)
+    stems = [r.path.stem for r in results]
+    if twice := next((stem for stem in stems if stems.count(stem) > 1), None):
+        raise ConfigError(f"two results files are called {twice}, and plots bear their names: rename one")
     out.mkdir(parents=True, exist_ok=True)
     plots = {r.path: draw_all(r, out) for r in results}
     links = {path: [(title, plot.name) for title, plot in drawn] for path, drawn in plots.items()}
@@ -124,12 +122,6 @@ def _report(results: list[Results], out: Path | None) -> Outcome:
     names = [str(plot) for drawn in plots.values() for _, plot in drawn]
     text = f"{written}, and {len(names)} plots of {sum(len(r.rows) for r in results)} rows"
     return Outcome(text, {"report": str(written), "plots": names, **figures})
-
-
-def _check_names(results: list[Results]) -> None:
-    stems = [r.path.stem for r in results]
-    if twice := next((stem for stem in stems if stems.count(stem) > 1), None):
-        raise ConfigError(f"two results files are called {twice}, and plots bear their names: rename one")
 
 
 def _update(readme: Path, paths: list[Path]) -> Outcome:

@@ -1,4 +1,4 @@
-"""`mpdit sample`: pictures from a trained model."""
+"""`mpdit sample`: draws pictures from a trained model."""
 
 from __future__ import annotations
 
@@ -6,10 +6,19 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpdit.commands.arguments import add_gpus, add_sampler, add_weights, pick_device, sampler, whole
-from mpdit.commands.outcome import Outcome
-from mpdit.commands.outputs import check_new_folder
-from mpdit.core.errors import ConfigError
+from mpdit.commands.common import (
+    Outcome,
+    add_device,
+    add_gpus,
+    add_sampler,
+    check_new_folder,
+    given_fields,
+    pick_device,
+    refuse,
+    sampler,
+    whole,
+)
+from mpdit.core.files import counted
 from mpdit.diffusion.sampling import Sampler
 
 if TYPE_CHECKING:
@@ -27,7 +36,14 @@ DESCRIPTION = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_weights(parser)
+    parser.add_argument(
+        "weights",
+        metavar="RUN_OR_WEIGHTS",
+        type=Path,
+        help="a training run's folder (its EMA weights), a folder with model.safetensors and config.json, "
+        "or the model.safetensors itself",
+    )
+    add_device(parser)
     parser.add_argument(
         "--out",
         type=Path,
@@ -80,48 +96,20 @@ def run(args: argparse.Namespace) -> Outcome:
     if not holds_samples(args.out):
         check_new_folder(args.out)
     if args.vae is None:
-        for name in ("vae_dtype", "decode_batch"):
-            if getattr(args, name) is not None:
-                raise ConfigError(f"--{name.replace('_', '-')} is of the VAE, and there is none: give --vae too")
+        refuse(args, ("vae_dtype", "decode_batch"), "is of the VAE, and there is none: give --vae too")
     if args.gpus == 1:
         pick_device(args.device)
-    options = DrawOptions(
-        images=args.num,
-        sampler=sampler(args),
-        classes=args.classes,
-        labels=args.labels,
-        vae=args.vae,
-        vae_dtype=args.vae_dtype or "fp32",
-        decode_batch=args.decode_batch or DrawOptions.decode_batch,
-        files=args.format,
-        latents=args.latents,
-        processes=args.gpus,
-        device=args.device,
-        cuda_graph={"auto": None, "on": True, "off": False}[args.cuda_graph],
-    )
-    report = draw(args.weights, args.out, options)
+    options = given_fields(args, DrawOptions) | {
+        "images": args.num,
+        "sampler": sampler(args),
+        "files": args.format,
+        "processes": args.gpus,
+        "cuda_graph": {"auto": None, "on": True, "off": False}[args.cuda_graph],
+    }
+    report = draw(args.weights, args.out, DrawOptions(**options))
     if report is None:  # another rank's report is printed
         return Outcome(f"this rank's part of {args.out} is done", {"out": str(args.out)})
-    return Outcome(_text(report), _figures(report))
-
-
-def _text(report: DrawReport) -> str:
-    files = [report.out / "grid.png"]
-    kind = report.protocol["files"]["format"]
-    files += [report.out / "samples.npz"] * (kind != "png") + [report.out / "images"] * (kind != "npz")
-    places = ", ".join(map(str, files))
-    images = f"{report.images} image{'s' * (report.images > 1)}"
-    if not report.drawn:
-        first = f"{images} {'was' if report.images == 1 else 'were'} there already: {places}"
-    else:
-        rate = f"{report.seconds:.1f} s, {report.drawn / report.seconds:.2f} images/s"
-        now = "" if report.drawn == report.images else f" ({report.drawn} of them now)"
-        first = f"{images}{now} in {rate}: {places}"
-    return "\n".join([first, *(f"note: {remark}" for remark in report.remarks)])
-
-
-def _figures(report: DrawReport) -> dict[str, object]:
-    return {
+    figures = {
         "out": str(report.out),
         "images": report.images,
         "drawn": report.drawn,
@@ -130,3 +118,16 @@ def _figures(report: DrawReport) -> dict[str, object]:
         "notes": list(report.remarks),
         "protocol": report.protocol,
     }
+    return Outcome("\n".join([_told(report), *(f"note: {remark}" for remark in report.remarks)]), figures)
+
+
+def _told(report: DrawReport) -> str:
+    """Return in a line what was drawn, how fast, and where it lies."""
+    kind = report.protocol["files"]["format"]
+    names = ["grid.png", *["samples.npz"] * (kind != "png"), *["images"] * (kind != "npz")]
+    places = ", ".join(str(report.out / name) for name in names)
+    images = counted(report.images, "image")
+    if not report.drawn:
+        return f"{images} {'was' if report.images == 1 else 'were'} there already: {places}"
+    now = "" if report.drawn == report.images else f" ({report.drawn} of them now)"
+    return f"{images}{now} in {report.seconds:.1f} s, {report.drawn / report.seconds:.2f} images/s: {places}"

@@ -1,15 +1,13 @@
-"""`mpdit verify`: is a data set whole, and is it what training takes it for?"""
+"""`mpdit verify`: checks that a data set is whole, and shows what training takes it for."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mpdit.commands.arguments import whole
-from mpdit.commands.outcome import Outcome
+from mpdit.commands.common import Outcome, add_data, records_bar
 from mpdit.core.errors import ConfigError
 
 SUMMARY = "check a data set from the first byte to the last"
@@ -31,40 +29,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="packed latents (a folder with manifest.json), or MPDiT's, fast-DiT's, EDM2's, REPA's or LightningDiT's",
     )
-    parser.add_argument(
-        "--data-scale",
-        default="auto",
-        metavar="X",
-        help="what the latents of another project's files were multiplied by (default: auto, as the format or their "
-        "std says)",
-    )
-    parser.add_argument(
-        "--normalization",
-        choices=("auto", "paper", "measured"),
-        default="auto",
-        help="constants to compare the statistics with (default: auto, those training would use)",
-    )
-    parser.add_argument(
-        "--num-classes",
-        type=whole(1),
-        metavar="N",
-        help="classes of another project's files (default: one more than the highest label)",
-    )
+    add_data(parser)
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    from tqdm import tqdm
-
     from mpdit.data.open import open_latents
     from mpdit.data.verify import verify
 
     dataset = open_latents(
-        args.data, scale=args.data_scale, normalization=args.normalization, num_classes=args.num_classes
+        args.data,
+        scale=args.data_scale or "auto",
+        normalization=args.normalization or "auto",
+        num_classes=args.num_classes,
     )
     if args.num_classes not in (None, dataset.manifest.num_classes):
         raise ConfigError(f"--num-classes is {args.num_classes}, but {args.data} is packed: leave it out")
-    with tqdm(desc="verifying", total=len(dataset), unit="rec", disable=None, file=sys.stderr, leave=False) as bar:
-        report = verify(dataset, progress=lambda done: bar.update(done - bar.n))
+    with records_bar("verifying", len(dataset)) as progress:
+        report = verify(dataset, progress)
     return Outcome("\n".join(_lines(args.data, report)), {"path": str(args.data), **report})
 
 

@@ -1,0 +1,228 @@
+"""What subcommands share: the outcome they return, arguments and their types, checks of where results go."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpdit.core.errors import ConfigError
+from mpdit.diffusion.sampling import DIFFUSION_FORMS, SAMPLERS, Sampler
+
+if TYPE_CHECKING:
+    import torch
+
+    from mpdit.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The same result for people and for programs."""
+
+    text: str
+    figures: dict[str, Any]
+    """Printed as one JSON object with --json, instead of the text."""
+    code: int = 0
+    """The exit code; 1 where a command was asked to fail on what it found."""
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """Return an argument type: a whole number of at least `least`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return value
+
+    return parse
+
+
+def number(text: str) -> float:
+    """Parse an argument that is a finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of at least 0")
+    return value
+
+
+def flag(name: str) -> str:
+    """Return the option by which an attribute of the parsed arguments is given."""
+    return "--" + name.replace("_", "-")
+
+
+def refuse(args: argparse.Namespace, names: Iterable[str], why: str) -> None:
+    """Raise ConfigError for the first of these options that was given; `why` goes on after its name."""
+    for name in names:
+        if getattr(args, name) not in (None, False):
+            raise ConfigError(f"{flag(name)} {why}")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add a model by its preset and what is overridden of it, for `model_config`."""
+    parser.add_argument("model", metavar="MODEL", help="name of a preset (mpdit.PRESETS), for example MPDiT-XL/4-2")
+    parser.add_argument(
+        "--input-size",
+        type=whole(1),
+        metavar="N",
+        help="side of the latent: 32 for 256 px, 64 for 512 px (default: the preset's)",
+    )
+    parser.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="a field of the model's configuration, as in training; may be repeated: --override class_tokens=4 "
+        "(default: none)",
+    )
+
+
+def model_config(args: argparse.Namespace) -> ModelConfig:
+    """Return the configuration of `add_model`'s arguments."""
+    from mpdit.model.presets import preset
+    from mpdit.training.config import parse_override
+
+    overrides = dict(parse_override(text) for text in args.override)
+    if args.input_size is not None:
+        if overrides.get("input_size", args.input_size) != args.input_size:
+            raise ConfigError(f"--input-size {args.input_size} and --override input_size differ: give one of them")
+        overrides["input_size"] = args.input_size
+    return preset(args.model, **overrides)
+
+
+def add_data(parser: argparse._ActionsContainer) -> None:
+    """Add what the user may say about another project's latents; None where nothing is said."""
+    parser.add_argument(
+        "--data-scale",
+        metavar="FACTOR",
+        help="what latents of another project's files were multiplied by: 1, 0.18215, ... or auto: as the format has "
+        "it, or by the std measured (default: auto)",
+    )
+    parser.add_argument(
+        "--normalization",
+        choices=("auto", "paper", "measured"),
+        help="constants to train with; auto: those that come with the data, else the paper's where they suit it "
+        "(default: auto)",
+    )
+    parser.add_argument(
+        "--num-classes",
+        type=whole(1),
+        metavar="N",
+        help="classes of another project's files (default: one more than the highest label)",
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add where to compute, for `pick_device`."""
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is cuda where there is one (default: auto)"
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of --device. Raises ConfigError when it can't be used here."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA answers with an AssertionError
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device {name!r} can't be used here ({reason}): choose cpu, or cuda on a GPU machine"
+        ) from error
+    return torch.device(name)
+
+
+def add_gpus(parser: argparse.ArgumentParser) -> None:
+    """Add how many processes share a job."""
+    parser.add_argument(
+        "--gpus",
+        type=whole(1),
+        default=1,
+        metavar="N",
+        help="processes, each with a GPU of its own; without GPUs processes on the CPU (default: 1)",
+    )
+
+
+def add_sampler(parser: argparse.ArgumentParser, defaults: Sampler) -> None:
+    """Add the fields of a Sampler, for `sampler`."""
+    group = parser.add_argument_group("sampler")
+
+    def add(name: str, meaning: str, **options: Any) -> None:
+        default = getattr(defaults, name)
+        shown = " ".join(f"{part:g}" for part in default) if isinstance(default, tuple) else default
+        group.add_argument(flag(name), default=default, help=f"{meaning} (default: {shown})", **options)
+
+    methods = "; ".join(f"{name}: {solver.help}" for name, solver in SAMPLERS.items())
+    add("method", methods, choices=tuple(SAMPLERS))
+    steps = "steps; for dopri5 the most it may try. The paper's figures take 250, models of the digits no more than 25"
+    add("steps", steps, type=whole(1))
+    add("guidance", "classifier-free guidance w in u + w (c - u); 1 is none, at half the cost", type=number)
+    times = "times in which guidance acts; 1 is noise, 0 is data"
+    add("interval", times, type=number, nargs=2, metavar=("FIRST", "LAST"))
+    forms = f"how much noise sde adds over time: {', '.join(DIFFUSION_FORMS)}; the other methods add none"
+    add("diffusion_form", forms, metavar="FORM")
+    add("tolerance", "absolute and relative error dopri5 keeps to; the other methods go by steps alone", type=number)
+    add("seed", "of the noise; image i is keyed by (seed, i)", type=whole(0))
+    add("batch", "images per call, as memory allows; not part of the result, but for round-off", type=whole(1))
+    add(
+        "precision",
+        "what the model computes in; auto: bf16 on a GPU, fp32 on a CPU. tf32 is what DiT's scripts sample in",
+        choices=("auto", "fp32", "tf32", "bf16"),
+    )
+
+
+def sampler(args: argparse.Namespace) -> Sampler:
+    """Return the Sampler of `add_sampler`'s arguments."""
+    return Sampler(**given_fields(args, Sampler) | {"interval": tuple(args.interval)})
+
+
+def given_fields(args: argparse.Namespace, options: type) -> dict[str, Any]:
+    """Return the arguments that are called as fields of a dataclass and have a value, by name."""
+    values = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(options)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+@contextlib.contextmanager
+def records_bar(label: str, total: int | None = None) -> Iterator[Callable[[int], object]]:
+    """Show progress on a terminal, by calls with the number of records done so far."""
+    from tqdm import tqdm
+
+    with tqdm(desc=label, total=total, unit="rec", disable=None, file=sys.stderr, leave=False) as bar:
+        yield lambda done: bar.update(done - bar.n)
+
+
+def check_new_folder(out: Path, option: str = "--out") -> None:
+    """Raise ConfigError unless `out` is an empty folder, or one that can be made; asked before the work."""
+    if out.is_dir() and any(out.iterdir()):
+        raise ConfigError(f"{option} {out} is not empty: give a new folder, nothing is overwritten")
+    _check_writable(out, out, option)
+
+
+def check_file(out: Path, option: str = "--out") -> None:
+    """Raise ConfigError unless the file `out` can be written or replaced, its folder made where missing."""
+    if out.is_dir():
+        raise ConfigError(f"{option} {out} is a folder: give a file")
+    _check_writable(out.parent, out, option)
+
+
+def _check_writable(folder: Path, out: Path, option: str) -> None:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        reason = "can't be written to" if existing.is_dir() else "is a file"
+        raise ConfigError(f"{option} {out} can't be written, because {existing} {reason}: give another place")
