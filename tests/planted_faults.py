@@ -204,8 +204,8 @@ FAULTS = tuple(Fault(*row) for row in (
     (M + "report/trace.py", "kernels side by side count twice", "max(span.start, reached))", "span.start)",
      "test_report_trace.py"),
     # command lines
-    (M + "commands/convert.py", "an error names another option than the one given", '"--" + given[0].replace',
-     '"--" + names[0].replace', "test_convert_command.py -k refusals"),
+    (M + "commands/common.py", "an error names another option than the one given", 'ConfigError(f"{flag(name)} {why}")',
+     'ConfigError(f"{flag([*names][0])} {why}")', "test_convert_command.py -k refusals"),
     (T + "setup.py", "an error names a flag that is none", "or --resume auto", "or --restart auto",
      "test_training_prepare.py"),
     (T + "safety/guard.py", "an error names the wrong flag", "a larger --max-skips, or", "a larger --skip-spikes, or",

@@ -319,8 +319,14 @@ MISTAKES = {
     "weights rubbish": (["DRAWN", "--reference", "REF.npz", "--inception", "RUBBISH.npz"], "is no checkpoint"),
     "device": (["DRAWN", "--reference", "REF.npz", "--device", "abacus"], "device 'abacus'"),
     "out a folder": (["DRAWN", "--reference", "REF.npz", "--out", "EMPTY"], "EMPTY is a folder"),
-    "both": (["DRAWN", "--reference", "REF.npz", "--write-reference", "NEW.npz"], "doesn't go with --reference"),
-    "out and written": (["DRAWN", "--write-reference", "NEW.npz", "--out", "NEW.json"], "doesn't go with --out"),
+    "both": (
+        ["DRAWN", "--reference", "REF.npz", "--write-reference", "NEW.npz"],
+        "--reference doesn't go with --write-reference",
+    ),
+    "out and written": (
+        ["DRAWN", "--write-reference", "NEW.npz", "--out", "NEW.json"],
+        "--out doesn't go with --write-reference",
+    ),
     "written exists": (["DRAWN", "--write-reference", "REF.npz"], "nothing is overwritten"),
     "written a folder": (["DRAWN", "--write-reference", "EMPTY"], "--write-reference"),
     "written elsewhere": (["DRAWN", "--write-reference", "NEW.pt"], "must end in .npz"),
