@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
+import models
 import torch
-import zoo
-from harness import Built, Case, Team
+from harness import Built, Case, Group
 from setting import Setting
 from torch import Tensor
 
@@ -16,27 +18,24 @@ from mpdit.model.config import ModelConfig
 from mpdit.model.layers import ResidualStream
 from mpdit.model.mpdit import Block
 from mpdit.model.presets import PRESETS
-from mpdit.planning import account
+from mpdit.planning.account import account, stage_tokens
 
 PARTS = ("attention projections", "attention", "MLP")
 """Of the account, those that make up a block; the modulation is shared by all blocks."""
 
 
 def cases(setting: Setting) -> Iterator[Case]:
-    for preset in setting.models_of(("MPDiT-B/4-2", "MPDiT-XL/4-2"), ("MPDiT-Digits/4-2", "MPDiT-B/4-2")):
-        config = PRESETS[preset]
-        for images in setting.batches_of((128,), (2,)):
-            for index, stage in enumerate(config.stages):
-                tokens = config.prefix_tokens + (config.input_size // stage.patch) ** 2
-                # On a CPU one small block is compiled, to see that it works; the others would take long.
-                compiled = setting.on_gpu or config.width < 128
-                team = block_team(config, index, tokens, images, setting, compiled)
-                title = f"block of {preset}, {tokens} tokens, {images} images, {setting.dtype}"
-                yield Case("block", title, [team], images, on_gpu=True)
+    presets = setting.models_of(("MPDiT-B/4-2", "MPDiT-XL/4-2"), ("MPDiT-Digits/4-2", "MPDiT-B/4-2"))
+    for preset, images in product(presets, setting.batches_of((128,), (2,))):
+        for index, stage in enumerate(PRESETS[preset].stages):
+            tokens = stage_tokens(PRESETS[preset], stage)
+            title = f"block of {preset}, {tokens} tokens, {images} images, {setting.dtype}"
+            group = block_group(PRESETS[preset], index, tokens, images, setting)
+            yield Case("block", title, [group], images, on_gpu=True)
 
 
-def test_block(duel: Callable[[], None]) -> None:
-    duel()
+def test_block(compare: Callable[[], None]) -> None:
+    compare()
 
 
 @dataclass(frozen=True)
@@ -49,19 +48,23 @@ class State:
     gradient: Tensor
     prefix: int
 
-    def run(self) -> Tensor:
+    def forward(self) -> Tensor:
         return self.block(ResidualStream(self.x, self.prefix), self.condition).sum()
 
     def double(self) -> State:
-        block = Block(self.x.shape[-1], self.block.attention.heads, 4.0).to(self.x.device).double()
-        block.load_state_dict(self.block.state_dict())
         wide = [x.detach().double().requires_grad_(x.requires_grad) for x in (self.x, self.condition, self.gradient)]
-        return State(block, *wide, self.prefix)
+        return State(copy.deepcopy(self.block).double(), *wide, self.prefix)
+
+    def outputs(self, forward: Callable[[], Tensor]) -> list[Tensor]:
+        """Return the result and all gradients."""
+        out = forward()
+        wanted = [self.x, self.condition, *self.block.parameters()]
+        return [out.detach(), *torch.autograd.grad(out, wanted, self.gradient.to(out.dtype))]
 
 
-def block_team(config: ModelConfig, index: int, tokens: int, images: int, setting: Setting, compiled: bool) -> Team:
+def block_group(config: ModelConfig, index: int, tokens: int, images: int, setting: Setting) -> Group:
     parts = account(config).parts
-    macs = sum(part.macs for part in parts if part.stage == index and part.name in PARTS) // config.stages[index].blocks
+    macs = sum(part.macs for part in parts if part.stage == index and part.name in PARTS)
 
     def make() -> State:
         torch.manual_seed(0)
@@ -71,32 +74,32 @@ def block_team(config: ModelConfig, index: int, tokens: int, images: int, settin
         condition = 0.1 * torch.randn(images, 6 * config.width, device=setting.device)
         return State(block, x.requires_grad_(), condition.requires_grad_(), gradient, config.prefix_tokens)
 
-    def results(state: State, run: Callable[[], Tensor], way: str) -> list[Tensor]:
-        with zoo.running(way, setting):
-            out = run()
-        wanted = [state.x, state.condition, *state.block.parameters()]
-        return [out.detach(), *torch.autograd.grad(out, wanted, state.gradient.to(out.dtype))]
+    def run(state: State, forward: Callable[[], Tensor], variant: str, dtype: str | None = None) -> list[Tensor]:
+        def inside() -> Tensor:
+            with models.running(variant, setting, dtype):
+                return forward()
+
+        return state.outputs(inside)
 
     def exact(state: State) -> list[Tensor]:
         wide = state.double()
-        with zoo.running("eager", setting, "fp32"):
-            out = wide.run()
-        return [out, *torch.autograd.grad(out, [wide.x, wide.condition, *wide.block.parameters()], wide.gradient)]
+        return run(wide, wide.forward, "eager", "fp32")
 
-    def build(way: str, state: State) -> Built:
-        run = torch.compile(state.run, dynamic=False) if "compile" in way else state.run
-        call = partial(results, state, run, way)
-        zoo.tried(way, call)
+    def build(variant: str, state: State) -> Built:
+        compiled = "compile" in variant
+        call = partial(run, state, torch.compile(state.forward, dynamic=False) if compiled else state.forward, variant)
+        models.try_compiled(compiled, call)
         return Built(lambda: [call], call)
 
-    ways = zoo.ways_of(setting)
-    if compiled and "compile" not in ways:
-        ways.append("compile")
-    return Team(
-        {way: partial(build, way) for way in ways},
+    variants = models.variants_of(setting)
+    # On a CPU one small block is compiled, to see that it works; the others would take long.
+    if config.width < 128 and "compile" not in variants:
+        variants.append("compile")
+    return Group(
+        {variant: partial(build, variant) for variant in variants},
         make,
-        truth=exact,
-        usual=lambda state: results(state, state.run, "eager"),
-        flops=6 * macs * images,
+        exact=exact,
+        reference=lambda state: run(state, state.forward, "eager"),
+        flops=6 * macs // config.stages[index].blocks * images,
         dtype=setting.dtype,
     )

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import models
 import torch
-import zoo
-from harness import Built, Case, Team
+from harness import Built, Case, Group
 from mpdit_kernels import launch
 from setting import Setting
 from tools import cases as kernels
@@ -26,12 +26,12 @@ def cases(setting: Setting) -> Iterator[Case]:
     for case in kernels.all_cases(shapes):
         for direction, cost in (("forward", case.forward), ("backward", case.backward)):
             if cost is not None:
-                team = kernel_team(case, direction, cost, setting)
-                yield Case("kernels", f"{case.name}, {direction}, {setting.dtype}", [team], on_gpu=True)
+                group = kernel_group(case, direction, cost, setting)
+                yield Case("kernels", f"{case.name}, {direction}, {setting.dtype}", [group], on_gpu=True)
 
 
-def test_kernels(duel: Callable[[], None]) -> None:
-    duel()
+def test_kernels(compare: Callable[[], None]) -> None:
+    compare()
 
 
 @dataclass
@@ -44,7 +44,7 @@ class State:
     gradients: list[Tensor] | None = None
 
 
-def kernel_team(case: kernels.Case, direction: str, cost: kernels.Cost, setting: Setting) -> Team:
+def kernel_group(case: kernels.Case, direction: str, cost: kernels.Cost, setting: Setting) -> Group:
     calls = measure.forwards if direction == "forward" else measure.backwards
 
     def make() -> State:
@@ -63,22 +63,20 @@ def kernel_team(case: kernels.Case, direction: str, cost: kernels.Cost, setting:
             raise RuntimeError("the call took its reference, not its kernels")
         return [x for x in found if x is not None]
 
-    def build(way: str, state: State) -> Built:
-        mode, call = ("triton" if way == "ours" and setting.on_gpu else zoo.MODES[way]), case.call
-        if way == "compile":
+    def build(variant: str, state: State) -> Built:
+        mode, call = ("triton" if variant == "ours" and setting.on_gpu else models.MODES[variant]), case.call
+        if variant == "compile":
             inner = case.call
             call = torch.compile(lambda *inputs: inner(*inputs), dynamic=False, mode="max-autotune-no-cudagraphs")
-            zoo.tried(way, lambda: [run() for run in calls(mode, call, state.sets[:1])])
+            models.try_compiled(True, lambda: [run() for run in calls(mode, call, state.sets[:1])])
         return Built(partial(calls, mode, call, state.sets), partial(outputs, mode, state, call))
 
-    ways: dict[str, Any] = {way: partial(build, way) for way in ("ours", "eager", "compile")}
-    if not setting.on_gpu:
-        del ways["compile"]  # minutes, for shapes that nobody uses
-    return Team(
-        ways,
+    names = ("ours", "eager", "compile") if setting.on_gpu else ("ours", "eager")  # minutes, for shapes nobody uses
+    return Group(
+        {name: partial(build, name) for name in names},
         make,
-        truth=exact,
-        usual=partial(outputs, "reference"),
+        exact=exact,
+        reference=partial(outputs, "reference"),
         flops=cost.flops + cost.flops32 or None,
         bytes=cost.bytes,
         dtype="fp32" if cost.flops32 and not cost.flops else setting.dtype,

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import Built, Case, Team, Unavailable
+from harness import Built, Case, Group, Unavailable
 from setting import Setting
 from torch.utils.data import DataLoader, Dataset
 
@@ -34,16 +34,18 @@ REST = 0.4
 def cases(setting: Setting) -> Iterator[Case]:
     for images in setting.batches_of((256,), (256,)):
         samples = 32 * images
-        ways: dict[str, Any] = {"ours": partial(packed, "torch", images, setting)}
-        ways["ours, DALI"] = partial(packed, "dali", images, setting)
-        ways["ours, latents drawn on the CPU"] = partial(drawn, images)
-        ways[f"torch DataLoader, .npy pairs, {WORKERS} workers"] = partial(pairs, images)
-        team = Team(ways, partial(Data.write, samples), dtype="fp16")
-        yield Case("loader", f"loader, {images} samples of 4x32x32 a batch, {samples} in cached files", [team], images)
+        variants = {
+            "ours": partial(packed, "torch", images, setting),
+            "ours, DALI": partial(packed, "dali", images, setting),
+            "ours, latents drawn on the CPU": partial(drawn, images),
+            f"torch DataLoader, .npy pairs, {WORKERS} workers": partial(pairs, images),
+        }
+        group = Group(variants, partial(Data.write, samples), dtype="fp16")
+        yield Case("loader", f"loader, {images} samples of 4x32x32 a batch, {samples} in cached files", [group], images)
 
 
-def test_loader(duel: Callable[[], None]) -> None:
-    duel()
+def test_loader(compare: Callable[[], None]) -> None:
+    compare()
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Pairs(Dataset[Any]):
 
 
 def packed(kind: str, images: int, setting: Setting, data: Data) -> Built:
-    """Batches go on for ever, one epoch after another."""
+    """Read our records, one epoch after another for ever."""
     order, plan = GlobalOrder(len(data.means), seed=0), BatchPlan(images)
     try:
         make = partial(make_loader, data.dataset, order, plan, kind=kind, stop_step=1 << 30, device=setting.device)
@@ -103,7 +105,7 @@ def packed(kind: str, images: int, setting: Setting, data: Data) -> Built:
 
 
 def drawn(images: int, data: Data) -> Built:
-    """All the way on the CPU: the posterior's noise drawn and the latents normalised, which a GPU does otherwise."""
+    """Go all the way on the CPU: noise of the posterior drawn and latents normalised, which a GPU does otherwise."""
     order, plan, manifest = GlobalOrder(len(data.means), seed=0), BatchPlan(images), data.dataset.manifest
     make = partial(make_loader, data.dataset, order, plan, kind="torch", stop_step=1 << 30)
 
@@ -140,7 +142,7 @@ def pairs(images: int, data: Data) -> Built:
 
 
 def steady(batches: Iterator[Any], data: Data) -> list[Callable[[], Any]]:
-    """Calls for batches that are read while they are waited for; holds on to the data, whose folder goes with it."""
+    """Return calls for batches that are read while waited for; holds on to the data, whose folder goes with it."""
     time.sleep(REST)
     for _ in range(BATCHES):
         next(batches)

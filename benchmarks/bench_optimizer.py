@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from harness import Built, Case, Team, Unavailable
+from harness import Built, Case, Group, Unavailable
 from mpdit_kernels import AdamWEMA
 from mpdit_kernels.adamw_ema.reference import adamw_ema_
 from setting import Setting
@@ -29,13 +29,13 @@ def cases(setting: Setting) -> Iterator[Case]:
     for preset in setting.models_of(("MPDiT-B/4-2", "MPDiT-XL/4-2"), ("MPDiT-B/4-2",)):
         count = account(PRESETS[preset]).params_trainable
         # Weights, two moments and the average are read and written in fp32, gradients read.
-        teams = [Team({way: kind}, partial(State.draw, preset, setting), exact, usual, preset, None, 36 * count)
-                 for way, kind in KINDS.items()]  # fmt: skip
-        yield Case("optimizer", f"AdamW with average, {preset}, {count / 1e6:.1f} M parameters", teams)
+        make, moved, reference = partial(State.draw, preset, setting), 36 * count, partial(exact, dtype=torch.float32)
+        groups = [Group({name: build}, make, exact, reference, preset, None, moved) for name, build in VARIANTS.items()]
+        yield Case("optimizer", f"AdamW with average, {preset}, {count / 1e6:.1f} M parameters", groups)
 
 
-def test_optimizer(duel: Callable[[], None]) -> None:
-    duel()
+def test_optimizer(compare: Callable[[], None]) -> None:
+    compare()
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,12 @@ class State:
             param.grad = 1e-3 * torch.randn_like(param)
         return cls(params, [param.detach().clone() for param in params[::JUDGED]])
 
+    def copies(self) -> list[Tensor]:
+        return [param.detach().clone() for param in self.params]
+
 
 def exact(state: State, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """Weights and averages after one step, by the definition."""
+    """Return weights and averages after one step, by the definition."""
     found = []
     for start, param in zip(state.start, state.params[::JUDGED], strict=True):
         assert param.grad is not None
@@ -66,10 +69,6 @@ def exact(state: State, dtype: torch.dtype = torch.float64) -> list[Tensor]:
         adamw_ema_(weight, param.grad.to(dtype), *moments, ema, 1, **SETTINGS, ema_decay=DECAY)
         found += [weight, ema]
     return found
-
-
-def usual(state: State) -> list[Tensor]:
-    return exact(state, torch.float32)
 
 
 def built(state: State, step: Callable[[], None], averages: Callable[[], list[Tensor]]) -> Built:
@@ -86,42 +85,42 @@ def ours(state: State) -> Built:
     return built(state, optimizer.step, lambda: [optimizer.state[param]["ema"] for param in state.params])
 
 
-def foreach(make: Callable[[], Any], state: State) -> Built:
-    """A fused optimiser of others, and the average in torch's multi-tensor functions."""
-    optimizer, averages = make()(state.params, **SETTINGS), [param.detach().clone() for param in state.params]
+def separate(
+    make: Callable[..., Any], average: Callable[[list[Tensor], list[nn.Parameter]], None], state: State
+) -> Built:
+    """Return another's optimiser, after which the average is taken."""
+    optimizer, averages = make(state.params, **SETTINGS), state.copies()
 
     @torch.no_grad()
     def step() -> None:
         optimizer.step()
-        torch._foreach_lerp_(averages, state.params, 1 - DECAY)
+        average(averages, state.params)
 
     return built(state, step, lambda: averages)
 
 
-def loop(state: State) -> Built:
-    """As the official train.py does: torch's AdamW by default, and a loop over parameters."""
-    optimizer, averages = torch.optim.AdamW(state.params, **SETTINGS), [p.detach().clone() for p in state.params]
-
-    @torch.no_grad()
-    def step() -> None:
-        optimizer.step()
-        for average, param in zip(averages, state.params, strict=True):
-            average.mul_(DECAY).add_(param.data, alpha=1 - DECAY)
-
-    return built(state, step, lambda: averages)
+def foreach(averages: list[Tensor], params: list[nn.Parameter]) -> None:
+    """Average by torch's multi-tensor functions."""
+    torch._foreach_lerp_(averages, params, 1 - DECAY)
 
 
-def apex() -> Any:
+def loop(averages: list[Tensor], params: list[nn.Parameter]) -> None:
+    """Average as the official train.py does."""
+    for average, param in zip(averages, params, strict=True):
+        average.mul_(DECAY).add_(param.data, alpha=1 - DECAY)
+
+
+def apex(*arguments: Any, **settings: Any) -> Any:
     try:
-        return partial(importlib.import_module("apex.optimizers").FusedAdam, adam_w_mode=True)
+        return importlib.import_module("apex.optimizers").FusedAdam(*arguments, **settings, adam_w_mode=True)
     except (ImportError, AttributeError) as error:
         build = "build NVIDIA's from github.com/NVIDIA/apex with its CUDA extensions"
         raise Unavailable(f"apex.optimizers.FusedAdam can't be imported ({error}): {build}") from None
 
 
-KINDS: dict[str, Callable[[State], Built]] = {
+VARIANTS: dict[str, Callable[[State], Built]] = {
     "ours": ours,
-    "torch fused, foreach average": partial(foreach, lambda: partial(torch.optim.AdamW, fused=True)),
-    "apex fused, foreach average": partial(foreach, apex),
-    "torch default, loop over averages": loop,
+    "torch fused, foreach average": partial(separate, partial(torch.optim.AdamW, fused=True), foreach),
+    "apex fused, foreach average": partial(separate, apex, foreach),
+    "torch default, loop over averages": partial(separate, torch.optim.AdamW, loop),
 }

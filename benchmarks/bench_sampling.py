@@ -8,21 +8,20 @@ more, so that all evaluate it equally often.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
+import models
 import peers
 import torch
-import zoo
-from harness import Built, Case, Team
+from harness import Built, Case
 from mpdit_kernels.dispatch import use
 from setting import Setting
 from torch import Tensor
 
 import mpdit
 from mpdit.diffusion.inference import SamplingModel
-from mpdit.model.presets import PRESETS
 
 GUIDANCE = 1.5
 STEPS = {"cuda": 250, "cpu": 4}
@@ -30,103 +29,65 @@ JUDGED_STEPS = 3
 
 
 def cases(setting: Setting) -> Iterator[Case]:
-    for preset in setting.models_of(("MPDiT-XL/4-2",), ("MPDiT-Digits/4-2", "MPDiT-B/4-2")):
-        for images in setting.batches_of((1, 32), (1,)):
-            teams = [our_team(preset, images, setting)]
-            if other := zoo.COUNTERPARTS.get(preset):
-                teams.append(our_team(other, images, setting, name=other))
-            if "official" in setting.checkouts and preset in peers.MODELS:
-                teams.append(official_team(preset, images, setting))
-            steps = f"{STEPS[setting.device]} steps, guidance {GUIDANCE}"
-            title = f"sampling, {zoo.title(preset, images, setting.dtype)}, {steps}"
-            yield Case("sampling", title, teams, images)
+    presets = setting.models_of(("MPDiT-XL/4-2",), ("MPDiT-Digits/4-2", "MPDiT-B/4-2"))
+    for preset, images in product(presets, setting.batches_of((1, 32), (1,))):
+        ours = {"ours": partial(build, setting)}
+        if setting.on_gpu:
+            ours["ours, CUDA graph"] = partial(build_graphed, setting)
+        groups = [*models.our_groups(preset, images, setting, ours, judged, partial(flops, setting, images))]
+        if models.has_official(preset, setting):
+            shape = preset, images, setting, "tf32" if setting.on_gpu else "fp32"
+            theirs = {"official MPDiT": partial(build_official, setting)}
+            groups.append(models.peer_group("official", *shape, theirs, judged, flops(setting, images, preset)))
+        steps = f"{STEPS[setting.device]} steps, guidance {GUIDANCE}"
+        name = f"sampling, {models.title(preset, images, setting.dtype)}, {steps}"
+        yield Case("sampling", name, groups, images)
 
 
-def test_sampling(duel: Callable[[], None]) -> None:
-    duel()
+def test_sampling(compare: Callable[[], None]) -> None:
+    compare()
 
 
-@dataclass(frozen=True)
-class State:
-    """Our model, and what it starts from."""
-
-    model: mpdit.MPDiT | SamplingModel
-    noise: Tensor
-    classes: Tensor
-    theirs: Any = None
-
-    @classmethod
-    def of(cls, model: mpdit.MPDiT, images: int, setting: Setting, theirs: Any = None) -> State:
-        batch = zoo.Batch.draw(model.config, images, setting.device)
-        return cls(model.to(setting.device).eval(), batch.x, batch.y, theirs)
-
-    def sample(self, steps: int) -> Tensor:
-        return mpdit.sample(self.model, self.noise, self.classes, steps=steps, guidance=GUIDANCE)
+def flops(setting: Setting, images: int, preset: str) -> int:
+    return STEPS[setting.device] * models.flops(preset, 2 * images)  # with its class and without
 
 
-def sampling_team(
-    preset: str, images: int, setting: Setting, make: Callable[[], State], ways: dict[str, Any], dtype: str
-) -> Team:
-    def exact(state: State) -> list[Tensor]:
-        model = mpdit.MPDiT(state.model.config)
-        model.load_state_dict(state.model.state_dict())
-        wide = State(model.to(setting.device).double().eval(), state.noise.double(), state.classes)
-        with use("reference"):
-            return [wide.sample(JUDGED_STEPS)]
-
-    def usual(state: State) -> list[Tensor]:
-        with zoo.running("eager", setting, dtype):
-            return [state.sample(JUDGED_STEPS)]
-
-    flops = STEPS[setting.device] * zoo.flops(preset, 2 * images)  # with its class and without
-    return Team(ways, make, exact, usual, preset, flops, dtype=dtype)
+def sample(model: Any, batch: models.Batch, steps: int) -> Tensor:
+    return mpdit.sample(model, batch.x, batch.y, steps=steps, guidance=GUIDANCE)
 
 
-def our_team(preset: str, images: int, setting: Setting, name: str | None = None) -> Team:
-    """Our sampler; ways of another model than the case's bear its `name`."""
-
-    def plain(state: State) -> Built:
-        def run(steps: int) -> Tensor:
-            with zoo.running("ours", setting):
-                return state.sample(steps)
-
-        return Built(lambda: [partial(run, STEPS[setting.device])], lambda: [run(JUDGED_STEPS)])
-
-    def graphed(state: State) -> Built:
-        replayed = replace(state, model=SamplingModel(state.model, "bf16", graphed=True, strict=True))
-
-        def run(steps: int) -> Tensor:
-            with use("auto"):
-                return replayed.sample(steps)
-
-        return Built(lambda: [partial(run, STEPS[setting.device])], lambda: [run(JUDGED_STEPS)])
-
-    ways = {zoo.label("ours", name): plain}
-    if setting.on_gpu:
-        ways[zoo.label("ours, CUDA graph", name)] = graphed
-    make = lambda: State.of(zoo.new_model(preset, setting), images, setting)  # noqa: E731
-    return sampling_team(preset, images, setting, make, ways, setting.dtype)
+def judged(model: Any, parameters: Any, batch: models.Batch) -> list[Tensor]:
+    return [sample(model, batch, JUDGED_STEPS)]
 
 
-def official_team(preset: str, images: int, setting: Setting) -> Team:
-    """MPDiT's own sampler, judged by ours with its weights."""
-    folder, dtype = setting.checkouts["official"], "tf32" if setting.on_gpu else "fp32"
+def build(setting: Setting, state: models.State) -> Built:
+    def run(steps: int) -> Tensor:
+        with models.running("ours", setting):
+            return sample(state.model, state.batch, steps)
 
-    def make() -> State:
-        torch.manual_seed(0)
-        theirs = peers.official_model(folder, preset, PRESETS[preset].input_size)
-        zoo.enliven(theirs)
-        ours = mpdit.from_official(theirs.state_dict(), PRESETS[preset].heads)
-        return State.of(ours, images, setting, theirs.to(setting.device).eval())
+    return built(run, setting)
 
-    def build(state: State) -> Built:
-        flow = peers.load("official", folder, "otflow").OTFlow(state.theirs, None, in_channel=4)
-        start = {"x": state.noise, "class_idx": state.classes, "device": setting.device, "cfg": GUIDANCE}
 
-        def run(steps: int) -> Tensor:
-            with torch.no_grad(), peers.tf32():
-                return flow.sample_euler(state.theirs, **start, num_steps=steps + 1)
+def build_graphed(setting: Setting, state: models.State) -> Built:
+    model = SamplingModel(state.model, "bf16", graphed=True, strict=True)
 
-        return Built(lambda: [partial(run, STEPS[setting.device])], lambda: [run(JUDGED_STEPS)])
+    def run(steps: int) -> Tensor:
+        with use("auto"):
+            return sample(model, state.batch, steps)
 
-    return sampling_team(preset, images, setting, make, {"official MPDiT": build}, dtype)
+    return built(run, setting)
+
+
+def build_official(setting: Setting, state: models.PeerState) -> Built:
+    flow = peers.load("official", setting.checkouts["official"], "otflow").OTFlow(state.model, None, in_channel=4)
+    start = {"x": state.batch.x, "class_idx": state.batch.y, "device": setting.device, "cfg": GUIDANCE}
+
+    def run(steps: int) -> Tensor:
+        with torch.no_grad(), peers.tf32():
+            return flow.sample_euler(state.model, **start, num_steps=steps + 1)
+
+    return built(run, setting)
+
+
+def built(run: Callable[[int], Tensor], setting: Setting) -> Built:
+    return Built(lambda: [partial(run, STEPS[setting.device])], lambda: [run(JUDGED_STEPS)[: models.JUDGED]])

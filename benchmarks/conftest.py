@@ -1,7 +1,7 @@
-"""`pytest benchmarks/ --benchmark-only`: options, the duel behind each test, the results file and the tables.
+"""`pytest benchmarks/ --benchmark-only`: options, the comparison behind each test, the results file and the tables.
 
-A bench file has `cases(setting)` and one test. Each test is one contender of one case. The first test of a case runs
-the duel of all of its contenders that were selected; every test then gives pytest-benchmark the samples taken of its
+A bench file has `cases(setting)` and one test. Each test is one variant of one case. The first test of a case runs the
+comparison of all of its variants that were selected; every test then gives pytest-benchmark the samples taken of its
 own, through a clock that replays them, so that its tables, --benchmark-json, --benchmark-autosave and
 --benchmark-compare work with them.
 """
@@ -20,14 +20,16 @@ sys.path.append(str(Path(__file__).parents[1] / "kernels"))  # the kernels' tool
 
 import pytest
 import setting as settings
+from harness import NO_TIME
 from peers import PEERS
 from results import extra_info
-from session import Run
-from summary import tables
+from session import Session
 
 from mpdit.core.cpu import settle_cpu
+from mpdit.report.markdown import report
+from mpdit.report.results import parse_results
 
-RUN = pytest.StashKey[Run]()
+SESSION = pytest.StashKey[Session]()
 
 _samples: Iterator[float] = iter(())
 
@@ -43,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     settle_cpu()
-    config.stash[RUN] = Run(config)
+    config.stash[SESSION] = Session(config)
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
@@ -53,19 +55,19 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Mod
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "duel" not in metafunc.fixturenames:
+    if "compare" not in metafunc.fixturenames:
         return
-    run = metafunc.config.stash[RUN]
+    session = metafunc.config.stash[SESSION]
     params = []
-    for case in metafunc.module.cases(run.setting):
-        run.cases[case.name] = case
+    for case in metafunc.module.cases(session.setting):
+        session.cases[case.name] = case
         mark = pytest.mark.benchmark(timer=replayed, group=case.name)
-        params += [pytest.param(case.name, way, id=f"{case.name}-{way}", marks=mark) for way in case.ways]
-    metafunc.parametrize(("case", "way"), params)
+        params += [pytest.param(case.name, way, id=f"{case.name}-{way}", marks=mark) for way in case.variants]
+    metafunc.parametrize(("case", "way"), params)  # as the results file calls them
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    run = session.config.stash[RUN]
+    run = session.config.stash[SESSION]
     for item in session.items:
         params = getattr(getattr(item, "callspec", None), "params", {})
         if params.get("case") in run.cases:
@@ -73,12 +75,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 @pytest.fixture
-def duel(request: pytest.FixtureRequest, benchmark: Any, case: str, way: str) -> Callable[[], None]:
-    """Call it to have this test's contender timed, with all others of its case."""
+def compare(request: pytest.FixtureRequest, benchmark: Any, case: str, way: str) -> Callable[[], None]:
+    """Return what times this test's variant, with all others of its case."""
 
     def test() -> None:
         global _samples
-        run = request.config.stash[RUN]
+        run = request.config.stash[SESSION]
         problem = run.cases[case]
         outcome = run.outcome(problem, way, quick=benchmark.disabled)
         if outcome.failed is not None or outcome.skipped is not None:
@@ -101,15 +103,15 @@ def duel(request: pytest.FixtureRequest, benchmark: Any, case: str, way: str) ->
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     for name in ("node", "release"):  # whose machine it was is nobody's business
         machine_info.pop(name, None)
-    machine_info["mpdit"] = settings.machine(config.stash[RUN].setting.device)
+    machine_info["mpdit"] = settings.machine(config.stash[SESSION].setting.device)
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
-    output_json["mpdit"] = config.stash[RUN].describe()
+    output_json["mpdit"] = config.stash[SESSION].describe()
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    run = config.stash[RUN]
+    run = config.stash[SESSION]
     lines = [f"mpdit: {run.setting.describe()}"]
     absent = [f"--{name} PATH ({peer.source})" for name, peer in PEERS.items() if name not in run.setting.checkouts]
     if absent:
@@ -117,8 +119,16 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return lines
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if any(entry["reason"] == NO_TIME for entry in session.config.stash[SESSION].skipped):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED  # as what is missing is to be measured yet
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    run = config.stash[RUN]
+    run = config.stash[SESSION]
     if run.rows:
+        content = {"benchmarks": run.rows, "mpdit": run.describe()}
         terminalreporter.section("mpdit")
-        terminalreporter.write_line(tables(run.rows, run.describe()))
+        terminalreporter.write_line(report([parse_results(Path("this run"), content)]))
+    if run.saved is not None:
+        terminalreporter.write_line(f"mpdit: {len(run.rows)} figures merged into {run.saved}")

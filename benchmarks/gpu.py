@@ -4,9 +4,9 @@
 
 Without a PART all of them, in this order; "step" and "sampling" stand for all parts of each. Needs torch, triton,
 einops, numpy, pytest and pytest-benchmark. What a part had measured when its time was up is kept, and so are the
-compilers' caches, in benchmarks/.cache, so that a second run of a part comes further. A part that is run again replaces
-its rows in the file; another machine, other versions or another memory limit make another file. --cpu does the same on
-the CPU.
+compilers' caches, in benchmarks/.cache, so that a second run of a part comes further (what was left out for lack of
+time is told by `mpdit report`). A part that is run again replaces its rows in the file; another machine, other versions
+or another memory limit make another file. --cpu does the same on the CPU.
 
 Exit codes: 0 done, 1 a test failed or a part was cut short, 2 bad usage or no GPU.
 """
@@ -17,20 +17,13 @@ import argparse
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))  # as nothing of ours need be installed
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import torch
-from harness import NO_TIME
-from results import Journal, save
 
 HERE = Path(__file__).resolve().parent
 LIMIT = 520.0
@@ -99,70 +92,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"--{option.replace('_', '-')} {path} is no folder: give the checkout's")
     if not options.cpu and not torch.cuda.is_available():
         parser.error("no CUDA GPU here: run this on one, or give --cpu for small sizes on the CPU")
-    given = pass_on(options)
-    red = [name for name in parts if not run(name, given, options)]
+    red = [name for name in parts if not run(name, options)]
     if red:
         print(f"error: {', '.join(red)}: a test failed, or time was up", file=sys.stderr)
     return 1 if red else 0
 
 
 def chosen(parser: argparse.ArgumentParser, names: Sequence[str], cpu: bool) -> list[str]:
-    """The parts to run; on a CPU a group is one of them."""
+    """Return the parts to run; on a CPU a group is one of them."""
     for name in names:
         if name not in (*PARTS, *GROUPS):
             parser.error(f"PART {name} is unknown: choose from {', '.join((*PARTS, *GROUPS))}")
     wanted: list[str] = []
     for name in names or list(PARTS):
         group = next((group for group, members in GROUPS.items() if name == group or name in members), None)
-        if cpu and group:
-            wanted.append(group)
-        else:
-            wanted += GROUPS.get(name, [name])
+        wanted += [group] if cpu and group else GROUPS.get(name, [name])
     return list(dict.fromkeys(wanted))
 
 
-def pass_on(options: argparse.Namespace) -> list[str]:
-    """Options of pytest that hold for every part."""
-    given = []
-    for name in ("official", "dit", "fast_dit", "memory_limit"):
-        if (value := getattr(options, name)) is not None:
-            given += [f"--{name.replace('_', '-')}", str(value)]
-    for name in ("models", "batches"):
-        if value := getattr(options, name):
-            given += [f"--{name}", *value]
-    return given
-
-
-def run(name: str, given: Sequence[str], options: argparse.Namespace) -> bool:
-    """Run one part and merge what it leaves; whether all of it went well."""
+def run(name: str, options: argparse.Namespace) -> bool:
+    """Run one part, which merges its figures into the file as it goes; return whether all of it went well."""
     part = Part(f"bench_{name}.py", 0) if name in GROUPS else PARTS[name]
     if part.needs and not (options.official or options.dit or options.fast_dit):
         print(f"{name}: left out, as no checkout was given (--official, --dit or --fast-dit PATH)", flush=True)
         return True
-    with tempfile.TemporaryDirectory() as folder:
-        journal = Journal(Path(folder) / "journal.jsonl")
-        sizes = [] if options.cpu else ["--seconds", str(part.seconds), *part.options]
-        command = [sys.executable, "-m", "pytest", str(HERE / part.file), "--benchmark-only", "-q", "--benchmark-quiet",
-                   "--rootdir", str(HERE.parent), "--journal", str(journal.path),
-                   "--minutes", str(options.limit / 90), *sizes, *given]  # fmt: skip
-        print(f"{name}: at most {options.limit:g} seconds", flush=True)
-        start = time.monotonic()
-        code = in_time(command, options.limit, environment(options.cpu))
-        result = journal.read()
-    taken = f"{time.monotonic() - start:.0f} seconds"
-    if result is None:
-        print(f"{name}: nothing was measured in {taken}", flush=True)
-        return code in (0, 5)
-    path = save(options.results, result)
-    print(f"{name}: {len(result['benchmarks'])} figures in {taken}, merged into {path}", flush=True)
-    late = [entry for entry in result["mpdit"]["skipped"] if entry["reason"] == NO_TIME]
-    if late:
-        print(f"{name}: no time for {len(late)} figures; run it again, its compilers' caches are kept", flush=True)
-    return code in (0, 5) and not late
+    command = [sys.executable, "-m", "pytest", str(HERE / part.file), "--benchmark-only", "-q", "--benchmark-quiet",
+               "--rootdir", str(HERE.parent), "--results", str(options.results),
+               "--minutes", str(options.limit / 90)]  # fmt: skip
+    if not options.cpu:
+        command += ["--seconds", str(part.seconds), *part.options]
+    for option in ("official", "dit", "fast_dit", "memory_limit", "models", "batches"):
+        if value := getattr(options, option):
+            command += [f"--{option.replace('_', '-')}", *(value if isinstance(value, list) else [str(value)])]
+    print(f"{name}: at most {options.limit:g} seconds", flush=True)
+    start = time.monotonic()
+    # pytest's exit codes: 0 all passed, 5 no test was collected.
+    code = in_time(command, options.limit, environment(options.cpu))
+    print(f"{name}: {time.monotonic() - start:.0f} seconds", flush=True)
+    return code in (0, 5)
 
 
 def in_time(command: Sequence[str], seconds: float, environ: dict[str, str]) -> int | None:
-    """Exit code; None when the process had to be ended, with those it had started."""
+    """Return the exit code; None when the process had to be ended, with those it had started."""
     process = subprocess.Popen(command, env=environ, start_new_session=True)
     try:
         return process.wait(seconds)
@@ -176,7 +147,7 @@ def in_time(command: Sequence[str], seconds: float, environ: dict[str, str]) -> 
 
 
 def environment(cpu: bool) -> dict[str, str]:
-    """The caller's, with our packages and caches that outlive a part; without GPUs where the CPU was asked for."""
+    """Return the caller's, with our packages and caches that outlive a part; without GPUs if the CPU was asked for."""
     cache, paths = HERE / ".cache", [str(HERE.parent), str(HERE.parent / "kernels")]
     paths += [path for path in [os.environ.get("PYTHONPATH")] if path]
     mine = {"TRITON_CACHE_DIR": str(cache / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}

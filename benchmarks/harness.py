@@ -1,8 +1,9 @@
-"""Duels: the contenders of one case are built, judged, weighed and then timed in turns, in one process.
+"""Comparisons: the variants of one case are built, judged, their memory measured, and timed in turns, in one process.
 
-A case is a problem, a team is what contenders share (a model and its optimiser), a way is one contender. The order is
-always the same: build, gate (against float64), peak memory of a call, times. A contender that fails its gate is not
-timed. What does not fit beside the others is tried in pairs with our team, and then alone.
+A case is a problem, a group is what several variants share (a model and its optimiser), a variant is one way to solve
+the problem. The order is always the same: build, gate (against float64), peak memory of a call, times. A variant that
+fails its gate is not timed. A group that does not fit beside the others is run together with ours alone, and then by
+itself.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tools.timing import Clock, CpuClock, GpuClock, Prepare, WallClock, out_of_memory, turns
+from tools.timing import Clock, Prepare, out_of_memory, turns
 from torch import Tensor
 
-OURS = "ours"
-"""The way that all others of a case are compared with."""
+from mpdit.report.results import OURS
+
 TOO_LARGE = "out of memory"
-"""Why a contender has no time when it does not fit, even alone."""
+"""Why a variant has no time when it does not fit, even by itself."""
 NO_TIME = "no time: --minutes were up before it was built"
 """Why one that came too late has none."""
 FLOOR = 8
@@ -34,16 +35,20 @@ Tensors = Callable[[Any], Sequence[Tensor]]
 
 
 class Unavailable(Exception):
-    """This contender can't run here; the text says why and what to do about it."""
+    """This variant can't run here; the text says why and what to do about it."""
+
+
+class _MemoryShort(Exception):
+    """These groups don't fit beside one another."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """A contender that is ready to run.
+    """A variant that is ready to run.
 
     Attributes:
         prepare: returns the calls to time; see tools.timing.
-        outputs: what its team's gate judges, computed anew.
+        outputs: what its group's gate judges, computed anew.
         check: a gate of its own instead: {"same": bool} or {"error": x, "allowed": y}.
     """
 
@@ -53,24 +58,24 @@ class Built:
 
 
 @dataclass(frozen=True)
-class Team:
-    """Contenders that share a state.
+class Group:
+    """Variants that share a state.
 
     Attributes:
-        ways: contenders by name, each from the state that `make` returns.
+        variants: by name, each built from the state that `make` returns.
         make: builds that state.
-        truth: the outputs in float64, from the state.
-        usual: the outputs of the reference in `dtype`, whose error a contender may have twice.
+        exact: the outputs in float64, from the state.
+        reference: the outputs of the reference in `dtype`, whose error a variant may have twice.
         model: preset it runs, if any.
         flops: exact FLOP of a call on the reference graph.
         bytes: the least that a call must move.
         dtype: what products take: one of ROUNDING.
     """
 
-    ways: Mapping[str, Callable[[Any], Built]]
+    variants: Mapping[str, Callable[[Any], Built]]
     make: Callable[[], Any] = lambda: None
-    truth: Tensors | None = None
-    usual: Tensors | None = None
+    exact: Tensors | None = None
+    reference: Tensors | None = None
     model: str | None = None
     flops: int | None = None
     bytes: int | None = None
@@ -79,36 +84,36 @@ class Team:
 
 @dataclass(frozen=True)
 class Case:
-    """One problem and all who solve it; ours is in the first team.
+    """One problem and all who solve it; ours is in the first group.
 
     Attributes:
         part: which part of the suite it belongs to.
-        name: the problem, without a contender.
-        teams: in the order in which tables list them.
+        name: the problem, without a variant.
+        groups: in the order in which tables list them.
         images: that a call handles.
         on_gpu: time the GPU's work alone (kernels), not what the caller waits for (whole steps).
-        smaller_than: name of a larger case. Where only the largest that fits is wanted, contenders with room for that
+        smaller_than: name of a larger case. Where only the largest that fits is wanted, variants with room for that
             one are left out here.
     """
 
     part: str
     name: str
-    teams: Sequence[Team]
+    groups: Sequence[Group]
     images: int | None = None
     on_gpu: bool = False
     smaller_than: str | None = None
 
     @property
-    def ways(self) -> list[str]:
-        return [way for team in self.teams for way in team.ways]
+    def variants(self) -> list[str]:
+        return [name for group in self.groups for name in group.variants]
 
-    def team(self, way: str) -> Team:
-        return next(team for team in self.teams if way in team.ways)
+    def group(self, variant: str) -> Group:
+        return next(group for group in self.groups if variant in group.variants)
 
 
 @dataclass
 class Outcome:
-    """What became of one contender: samples in seconds, or why there are none.
+    """What became of one variant: samples in seconds, or why there are none.
 
     `ratios` are its times over ours, turn by turn; `failed` is a wrong result or an error, `skipped` no fault of it.
     """
@@ -121,19 +126,14 @@ class Outcome:
     skipped: str | None = None
 
 
-def clocks(device: str) -> dict[bool, Clock]:
-    """By `Case.on_gpu`."""
-    return {False: WallClock(device), True: GpuClock() if device == "cuda" else CpuClock()}
-
-
 @dataclass
-class Duel:
+class Comparison:
     """Runs one case.
 
     Attributes:
         clock, rounds, seconds, least: see tools.timing.turns.
         quick: build, judge and call once, without timing.
-        until: time.monotonic() after which no further contender is built.
+        until: time.monotonic() after which no further variant is built.
     """
 
     case: Case
@@ -143,118 +143,109 @@ class Duel:
     least: int = 5
     quick: bool = False
     until: float = math.inf
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
 
-    def run(self, ways: Sequence[str]) -> dict[str, Outcome]:
-        """Outcomes of these ways: all in one room, or where memory is short, each team in turn with ours."""
-        teams = [(team, [way for way in team.ways if way in ways]) for team in self.case.teams]
-        teams = [(team, chosen) for team, chosen in teams if chosen]
-        if not self._meet(teams):
-            home, *guests = teams
-            self._meet([home])
-            for guest in guests:
-                if not self._meet([home, guest], guest[1]):
-                    self._meet([guest])
-        return self.outcomes
+    def run(self, names: Sequence[str]) -> dict[str, Outcome]:
+        """Return the outcomes of these variants: of all together, or where memory is short, of each group with ours."""
+        groups = [(group, [name for name in group.variants if name in names]) for group in self.case.groups]
+        groups = [(group, chosen) for group, chosen in groups if chosen]
+        found = self._run_together(groups)
+        if found is None:
+            ours, *others = groups
+            found = self._run_alone(ours)
+            for other in others:
+                beside = self._run_together([ours, other])
+                found |= self._run_alone(other) if beside is None else {name: beside[name] for name in other[1]}
+        return found
 
-    def _meet(self, teams: Sequence[tuple[Team, list[str]]], wanted: Sequence[str] | None = None) -> bool:
-        """Time these teams in turns and keep the outcomes of `wanted`, by default all; False when memory is short.
+    def _run_alone(self, group: tuple[Group, list[str]]) -> dict[str, Outcome]:
+        """Return outcomes of one group; what does not fit even so is an outcome."""
+        return self._run_together([group]) or {name: Outcome(skipped=TOO_LARGE) for name in group[1]}
 
-        A team that is alone has no one to blame: what does not fit then is an outcome. What went wrong is passed on as
-        values, since the traceback of an exception would hold on to the tensors.
-        """
-        found: dict[str, Outcome] = {}
-        alive: dict[str, Prepare] = {}
-        fits = all(self._enter(team, ways, found, alive) for team, ways in teams)
-        if fits and alive and not self.quick:
-            fits = self._time(found, alive)
-        alive.clear()
-        forget_compiled()
-        release()
-        if not fits and len(teams) == 1:
-            found |= {way: Outcome(skipped=TOO_LARGE) for way in teams[0][1] if found[way].skipped is None}
-            fits = True
-        if fits:
-            self.outcomes |= {way: outcome for way, outcome in found.items() if wanted is None or way in wanted}
-        return fits
-
-    def _time(self, found: dict[str, Outcome], alive: dict[str, Prepare]) -> bool:
+    def _run_together(self, groups: Sequence[tuple[Group, list[str]]]) -> dict[str, Outcome] | None:
+        """Return the outcomes of these groups' variants, timed in turns; None when memory is short."""
+        found: dict[str, Outcome] | None = {}
+        ready: dict[str, Prepare] = {}
         try:
-            samples = turns(self.clock, alive, self.rounds, self.seconds, self.least)
-        except Exception as error:  # whose fault it is nobody knows: none of them has a time
-            if out_of_memory(error):
-                return False
-            failed = _broken(error)
-            found |= {way: Outcome(gate=found[way].gate, failed=failed) for way in alive}
-            return True
-        for way, taken in samples.items():
-            found[way].samples = taken
-            if way != OURS and OURS in samples:
-                found[way].ratios = [x / ours for x, ours in zip(taken, samples[OURS], strict=True)]
-        return True
-
-    def _enter(self, team: Team, ways: list[str], found: dict[str, Outcome], alive: dict[str, Prepare]) -> bool:
-        """Build, judge and weigh a team's contenders; those that may be timed join `alive`. False: memory is short."""
+            for group, names in groups:
+                self._prepare(group, names, found, ready)
+            if ready and not self.quick:
+                self._time(found, ready)
+        except _MemoryShort:
+            found = None
+        # After the exception has gone, whose traceback holds on to tensors.
+        ready.clear()
+        if "torch._dynamo" in sys.modules:
+            # What torch.compile keeps holds memory, and a case's graphs count against the next one's recompilations.
+            torch.compiler.reset()
         release()
-        before, first = _usage(), not alive
-        found |= {way: Outcome() for way in ways}
-        shared: list[Any] = []
-        failed, fits = _attempt(lambda: shared.append(team.make()))
-        if failed is not None or not fits:
-            found |= {way: failed or Outcome() for way in ways}
-            return fits
-        ready: dict[str, Built] = {}
-        judge = _Judge(team, shared[0])
+        return found
 
-        def build(way: str) -> None:
+    def _prepare(
+        self, group: Group, names: Sequence[str], found: dict[str, Outcome], ready: dict[str, Prepare]
+    ) -> None:
+        """Build and judge a group's variants and measure their memory; those that may be timed join `ready`."""
+        release()
+        before, first = _memory_usage(), not ready
+        states: list[Any] = []
+        if failed := _attempt(lambda: states.append(group.make())):
+            found |= dict.fromkeys(names, failed)
+            return
+        judge = _Judge(group, states[0])
+        built: dict[str, Built] = {}
+
+        def build(name: str) -> None:
             if time.monotonic() > self.until:
                 raise Unavailable(NO_TIME)
-            built = team.ways[way](shared[0])
-            found[way].gate = gate = judge(built)
-            found[way].failed = _verdict(gate)
-            if found[way].failed is None:
-                ready[way] = built
+            variant = group.variants[name](states[0])
+            found[name].gate = judge(variant)
+            found[name].failed = _verdict(found[name].gate)
+            if found[name].failed is None:
+                built[name] = variant
 
-        def weigh(way: str) -> None:
-            found[way].memory = _weigh(ready[way].prepare, before)
-            alive[way] = ready[way].prepare
+        def measure(name: str) -> None:
+            found[name].memory = measure_memory(built[name].prepare, before)
+            ready[name] = built[name].prepare
 
-        for step, chosen in ((build, ways), (weigh, ready)):
-            for way in list(chosen):
-                failed, fits = _attempt(lambda step=step, way=way: step(way))  # type: ignore[misc]
-                if not fits and not first:
-                    return False
-                if not fits or failed is not None:
-                    ready.pop(way, None)
-                    found[way] = failed or Outcome(skipped=TOO_LARGE)
-            judge.forget()  # float64 copies are not to be weighed with the contenders
-        return True
+        found |= {name: Outcome() for name in names}
+        for step, chosen in ((build, names), (measure, built)):
+            for name in list(chosen):
+                if failed := _attempt(lambda step=step, name=name: step(name), alone=first):  # type: ignore[misc]
+                    built.pop(name, None)
+                    found[name] = failed
+            judge.forget()  # float64 copies are not the variants' memory
+
+    def _time(self, found: dict[str, Outcome], ready: dict[str, Prepare]) -> None:
+        samples: dict[str, list[float]] = {}
+        if failed := _attempt(lambda: samples.update(turns(self.clock, ready, self.rounds, self.seconds, self.least))):
+            # Whose fault it is nobody knows: none of them has a time.
+            found |= {name: Outcome(gate=found[name].gate, failed=failed.failed) for name in ready}
+        for name, taken in samples.items():
+            found[name].samples = taken
+            if name != OURS and OURS in samples:
+                found[name].ratios = [x / ours for x, ours in zip(taken, samples[OURS], strict=True)]
 
 
-def _attempt(action: Callable[[], None]) -> tuple[Outcome | None, bool]:
-    """What came of it if it did not succeed, and whether memory sufficed."""
+def _attempt(action: Callable[[], None], alone: bool = False) -> Outcome | None:
+    """Return what came of it if it did not succeed. Raises _MemoryShort unless alone, with nobody else to blame."""
     try:
         action()
     except Unavailable as reason:
-        return Outcome(skipped=str(reason)), True
+        return Outcome(skipped=str(reason))
     except Exception as error:  # an opponent that breaks does not stop the rest
-        if out_of_memory(error):
-            return None, False
-        return Outcome(failed=_broken(error)), True
-    return None, True
-
-
-def _broken(error: Exception) -> str:
-    """A line for the outcome; the whole is printed."""
-    traceback.print_exc()
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+        if not out_of_memory(error):
+            traceback.print_exc()
+            return Outcome(failed=f"{type(error).__name__}: {error}".splitlines()[0])
+        if not alone:
+            raise _MemoryShort from None
+        return Outcome(skipped=TOO_LARGE)
+    return None
 
 
 class _Judge:
-    """A team's gate: a contender may err twice as much against float64 as the reference in its dtype does."""
+    """A group's gate: a variant may err twice as much against float64 as the reference in its dtype does."""
 
-    def __init__(self, team: Team, state: Any) -> None:
-        self._team, self._state = team, state
+    def __init__(self, group: Group, state: Any) -> None:
+        self._group, self._state = group, state
         self._limits: list[tuple[Tensor, float]] | None = None
 
     def forget(self) -> None:
@@ -263,19 +254,30 @@ class _Judge:
     def __call__(self, built: Built) -> dict[str, Any] | None:
         if built.check is not None:
             return built.check()
-        if built.outputs is None or self._team.truth is None or self._team.usual is None:
+        group = self._group
+        if built.outputs is None or group.exact is None or group.reference is None:
             return None
         if self._limits is None:
-            truth, usual = self._team.truth(self._state), self._team.usual(self._state)
-            floor = FLOOR * ROUNDING[self._team.dtype]
-            self._limits = [(x, 2 * distance(y, x) + floor) for x, y in zip(truth, usual, strict=True)]
+            pairs = zip(group.exact(self._state), group.reference(self._state), strict=True)
+            self._limits = [(x, 2 * distance(y, x) + FLOOR * ROUNDING[group.dtype]) for x, y in pairs]
         found = [(distance(y, x), allowed) for y, (x, allowed) in zip(built.outputs(), self._limits, strict=True)]
-        error, allowed = max(found, key=lambda pair: pair[0] / pair[1] if pair[0] == pair[0] else float("inf"))
+        error, allowed = max(found, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0] / pair[1])
         return {"error": error, "allowed": allowed}
 
 
+def _verdict(gate: dict[str, Any] | None) -> str | None:
+    """Return why a variant is not to be timed, if its gate says so."""
+    if gate is None or gate.get("same"):
+        return None
+    if "same" in gate:
+        return "its gate is red: the result is not the same"
+    if gate["error"] <= gate["allowed"]:  # a NaN passes no comparison
+        return None
+    return f"its gate is red: it errs by {gate['error']:.3g}, where {gate['allowed']:.3g} is allowed"
+
+
 def distance(x: Tensor, exact: Tensor) -> float:
-    """Norm of the difference over the norm of `exact`."""
+    """Return the norm of the difference over the norm of `exact`."""
     x, exact = x.detach().double(), exact.detach().double()
     return float((x - exact).norm() / exact.norm().clamp_min(1e-30))
 
@@ -287,31 +289,15 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def forget_compiled() -> None:
-    """Drop what torch.compile keeps: a case's graphs hold memory, and count against the next one's recompilations."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
-
-
-def _verdict(gate: dict[str, Any] | None) -> str | None:
-    if gate is None or gate.get("same"):
-        return None
-    if "same" in gate:
-        return "its gate is red: the result is not the same"
-    if gate["error"] <= gate["allowed"]:  # a NaN passes no comparison
-        return None
-    return f"its gate is red: it errs by {gate['error']:.3g}, where {gate['allowed']:.3g} is allowed"
-
-
-def _usage() -> tuple[int, int]:
-    """Bytes allocated and reserved on the GPU now."""
+def _memory_usage() -> tuple[int, int]:
+    """Return the bytes allocated and reserved on the GPU now."""
     if not torch.cuda.is_available():
         return 0, 0
     return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
 
 
-def _weigh(prepare: Prepare, before: tuple[int, int]) -> dict[str, int] | None:
-    """Peak memory of a call beyond what was there `before` the team: warmed up first, so that optimisers have state."""
+def measure_memory(prepare: Prepare, before: tuple[int, int]) -> dict[str, int] | None:
+    """Return a call's peak beyond what was there `before` its group; warmed up first, so that optimisers have state."""
     for call in prepare():
         call()
     if not torch.cuda.is_available():

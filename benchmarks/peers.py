@@ -17,6 +17,8 @@ import torch
 from harness import Unavailable
 from torch import Tensor, nn
 
+from mpdit.model.presets import PRESETS
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -39,11 +41,9 @@ PEERS = {
 MODELS = {"MPDiT-B/4-2": "MPDiT-B/4x", "MPDiT-L/4-2": "MPDiT-L/4x", "MPDiT-XL/4-2": "MPDiT-XL/4x"}
 """Our presets' names in the official code; DiT's are the same in both."""
 
-Step = Callable[[Tensor, Tensor], None]
-
 
 def check_checkout(name: str, path: Path) -> Path:
-    """The path, absolute, if it holds that project. Raises pytest.UsageError, naming what is missing."""
+    """Return the path, absolute, if it holds that project. Raises pytest.UsageError, naming what is missing."""
     peer = PEERS[name]
     clone = f"git clone https://{peer.source}"
     if not path.is_dir():
@@ -58,7 +58,7 @@ def check_checkout(name: str, path: Path) -> Path:
 
 
 def load(peer: str, folder: Path, module: str) -> ModuleType:
-    """A module or package of a checkout, under a name of its own: several of them are called `models`.
+    """Return a module or package of a checkout, under a name of its own: several of them are called `models`.
 
     Raises Unavailable when it imports what is not installed.
     """
@@ -82,32 +82,35 @@ def load(peer: str, folder: Path, module: str) -> ModuleType:
 
 
 @contextmanager
-def tf32(enabled: bool = True) -> Iterator[None]:
-    """All three projects set this at the top of their train.py."""
+def tf32() -> Iterator[None]:
+    """Allow TF32, as all three projects do at the top of their train.py."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = enabled
+    matmul.allow_tf32 = cudnn.allow_tf32 = True
     try:
         yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
-def official_model(folder: Path, preset: str, side: int) -> nn.Module:
-    """What train.py builds from the README's command: FNO time embedding, 16 class tokens, skip connection."""
-    models = load("official", folder, "models/mpdit").MPDiT_models
-    settings = {"input_size": side, "in_channels": 4, "num_classes": 1000, "num_condition_tokens": 16}
-    return models[MODELS[preset]](**settings, time_emb="fno", skip_connection=True)
+def new_model(peer: str, folder: Path, preset: str) -> nn.Module:
+    """Return a model as the project's README has it built.
 
-
-def dit_model(peer: str, folder: Path, preset: str, side: int) -> nn.Module:
-    return load(peer, folder, "models").DiT_models[preset](input_size=side, num_classes=1000)
+    MPDiT's by its train.py and the README's command: FNO time embedding, 16 class tokens, skip connection.
+    """
+    shape = {"input_size": PRESETS[preset].input_size, "num_classes": 1000}
+    if peer != "official":
+        return load(peer, folder, "models").DiT_models[preset](**shape)
+    models = load(peer, folder, "models/mpdit").MPDiT_models
+    settings = {"in_channels": 4, "num_condition_tokens": 16, "time_emb": "fno", "skip_connection": True}
+    return models[MODELS[preset]](**shape, **settings)
 
 
 class Averaged:
     """The optimiser and moving average of all three train.py: AdamW, then a loop over parameters."""
 
-    def __init__(self, model: nn.Module, **settings: Any) -> None:
+    def __init__(self, peer: str, model: nn.Module) -> None:
+        settings: dict[str, Any] = {"lr": 2e-4} if peer == "official" else {"lr": 1e-4, "weight_decay": 0}
         average = copy.deepcopy(model).requires_grad_(False)
         self._pairs = [*zip(average.parameters(), model.parameters(), strict=True)]
         self.optimizer = torch.optim.AdamW(model.parameters(), **settings)
@@ -118,44 +121,34 @@ class Averaged:
             average.mul_(decay).add_(parameter.data, alpha=1 - decay)
 
 
-def official_step(folder: Path, wrapped: nn.Module, averaged: Averaged, autocast: Callable[[], Any]) -> Step:
-    """One step of MPDiT's train.py on one device; accelerate's mixed precision is autocast with fp32 results."""
-    flow_kind = load("official", folder, "otflow").OTFlow
+def training_step(
+    peer: str, folder: Path, model: nn.Module, averaged: Averaged, autocast: Callable[[], Any], fp16: bool
+) -> Callable[[Tensor, Tensor], None]:
+    """Return one step of the project's train.py on one device, of latents and labels.
+
+    accelerate's mixed precision (MPDiT) is autocast with fp32 results; fast-DiT's fp16 has a gradient scaler.
+    """
 
     class Mixed(nn.Module):
         def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             with autocast():
-                return wrapped(x, t, y=y).float()
+                return model(x, t, y=y).float()
 
-    flow = flow_kind(Mixed(), None, p_std=1.0, p_mean=0.0, time_sampler="lognormal", reweight="uniform")
+    if peer == "official":
+        settings = {"p_std": 1.0, "p_mean": 0.0, "time_sampler": "lognormal", "reweight": "uniform"}
+        loss_of = load(peer, folder, "otflow").OTFlow(Mixed(), None, **settings).loss
+    else:
+        mixed, diffusion = Mixed(), load(peer, folder, "diffusion").create_diffusion(timestep_respacing="")
 
-    def step(x: Tensor, y: Tensor) -> None:
-        with tf32():
-            loss = flow.loss(x, y)
-            averaged.optimizer.zero_grad()
-            loss.backward()
-            averaged.optimizer.step()
-            averaged.update()
-            loss.item()
+        def loss_of(x: Tensor, y: Tensor) -> Tensor:
+            t = torch.randint(0, diffusion.num_timesteps, (len(x),), device=x.device)
+            return diffusion.training_losses(mixed, x, t, {"y": y})["loss"].mean()
 
-    return step
-
-
-def dit_step(
-    peer: str, folder: Path, model: nn.Module, averaged: Averaged, autocast: Callable[[], Any], fp16: bool
-) -> Step:
-    """One step of DiT's train.py (fp32 with TF32) or fast-DiT's (fp16 by its README, with a gradient scaler)."""
-    diffusion = load(peer, folder, "diffusion").create_diffusion(timestep_respacing="")
     scaler = torch.amp.GradScaler("cuda", enabled=fp16)
 
-    def mixed(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        with autocast():
-            return model(x, t, y).float()
-
     def step(x: Tensor, y: Tensor) -> None:
         with tf32():
-            t = torch.randint(0, diffusion.num_timesteps, (len(x),), device=x.device)
-            loss = diffusion.training_losses(mixed, x, t, {"y": y})["loss"].mean()
+            loss = loss_of(x, y)
             averaged.optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(averaged.optimizer)

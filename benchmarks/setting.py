@@ -81,7 +81,7 @@ def add_options(group: Any) -> None:
     group.addoption("--rounds", type=int, metavar="N", help="turns of a case at most (30; 5 on a CPU)")
     group.addoption("--seconds", type=float, metavar="S", help="time for a case's turns (20; 6 on a CPU)")
     group.addoption("--minutes", type=float, metavar="M", help="begin no case later than this")
-    group.addoption("--journal", metavar="FILE", help="also write each figure to this file as soon as it is there")
+    group.addoption("--results", metavar="DIR", help="merge each figure into a dated file there as soon as it is there")
 
 
 def from_options(option: Any) -> Setting:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ def small(helpers: Any, part: str) -> Any:
 
 
 def judged(helpers: Any, case: Any, ways: list[str]) -> Any:
-    return helpers.harness.Duel(case, timing.CpuClock(), quick=True).run(ways)
+    return helpers.harness.Comparison(case, timing.CpuClock(), quick=True).run(ways)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -38,9 +39,10 @@ def test_every_case_has_ours_first_and_a_name_of_its_own(helpers: Any, device: s
     assert len({case.name for case in found}) == len(found)
     assert list(dict.fromkeys(case.part for case in found)) == list(PARTS)
     for case in found:
-        assert case.ways[0] == "ours" and len(set(case.ways)) == len(case.ways) > (1 if device == "cuda" else 0)
-        for team in case.teams:
-            assert team.dtype in helpers.harness.ROUNDING
+        names = case.variants
+        assert names[0] == "ours" and len(set(names)) == len(names) > (1 if device == "cuda" else 0)
+        for group in case.groups:
+            assert group.dtype in helpers.harness.ROUNDING
 
 
 def test_a_gpu_s_step_has_every_opponent(helpers: Any, tmp_path: Path) -> None:
@@ -51,34 +53,34 @@ def test_a_gpu_s_step_has_every_opponent(helpers: Any, tmp_path: Path) -> None:
     assert found[0].name == "training step, MPDiT-XL/4-2 at 32x32, 128 images, bf16"
     dit = ["DiT-XL/2", "DiT-XL/2, compiled", "DiT-XL/2, eager", "DiT-XL/2, compile"]
     peers = ["official MPDiT", "official MPDiT, compiled", "official DiT, DiT-XL/2", "fast-DiT, DiT-XL/2"]
-    assert found[0].ways == ["ours", "ours, compiled", "eager", "compile", *dit, *peers]
-    assert [found[0].team(way).dtype for way in peers] == ["bf16", "bf16", "tf32", "fp16"]
+    assert found[0].variants == ["ours", "ours, compiled", "eager", "compile", *dit, *peers]
+    assert [found[0].group(way).dtype for way in peers] == ["bf16", "bf16", "tf32", "fp16"]
     for way, model in (
         ("eager", "MPDiT-XL/4-2"),
         ("official MPDiT", "MPDiT-XL/4-2"),
         ("fast-DiT, DiT-XL/2", "DiT-XL/2"),
     ):
-        assert found[0].team(way).flops == 128 * 6 * account(PRESETS[model]).macs
+        assert found[0].group(way).flops == 128 * 6 * account(PRESETS[model]).macs
 
 
 def test_flops_are_those_of_the_account(helpers: Any) -> None:
     macs = account(PRESETS["MPDiT-XL/4-2"]).macs
     (forward,) = cases(helpers, "forward", "cuda", models=("MPDiT-XL/4-2",))
-    assert forward.teams[0].flops == 128 * 2 * macs
+    assert forward.groups[0].flops == 128 * 2 * macs
     one, many = cases(helpers, "sampling", "cuda", batches=(1, 32))
-    assert one.teams[0].flops == 250 * 2 * 2 * macs and many.teams[0].flops == 32 * one.teams[0].flops
+    assert one.groups[0].flops == 250 * 2 * 2 * macs and many.groups[0].flops == 32 * one.groups[0].flops
     coarse, fine = cases(helpers, "block", "cuda", models=("MPDiT-XL/4-2",))
     assert "80 tokens" in coarse.name and "272 tokens" in fine.name
     for case, tokens in ((coarse, 80), (fine, 272)):
-        assert case.teams[0].flops == 6 * 128 * (12 * tokens * 1152**2 + 2 * tokens**2 * 1152)
+        assert case.groups[0].flops == 6 * 128 * (12 * tokens * 1152**2 + 2 * tokens**2 * 1152)
     (optimizer,) = cases(helpers, "optimizer", "cuda", models=("MPDiT-XL/4-2",))
-    assert optimizer.teams[0].bytes == 36 * 480_839_216
+    assert optimizer.groups[0].bytes == 36 * 480_839_216
 
 
 @pytest.mark.parametrize("part", ["block", "forward", "step", "sampling", "optimizer"])
 def test_our_models_pass_their_gates(helpers: Any, part: str) -> None:
     case = small(helpers, part)
-    ways = [way for way in case.ways if "compile" not in way and "apex" not in way]
+    ways = [way for way in case.variants if "compile" not in way and "apex" not in way]
     for way, outcome in judged(helpers, case, ways).items():
         assert outcome.failed is None and outcome.skipped is None, way
         assert 0 <= outcome.gate["error"] <= outcome.gate["allowed"] < 1e-4, way
@@ -86,8 +88,8 @@ def test_our_models_pass_their_gates(helpers: Any, part: str) -> None:
 
 @pytest.mark.parametrize("part", ["forward", "step"])
 def test_a_slightly_wrong_model_is_found(helpers: Any, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    zoo = importlib.import_module("zoo")
-    monkeypatch.setattr(zoo, "in_way", lambda model, way: lambda x, t, y: 1.0001 * model(x, t, y))
+    models = helpers.models
+    monkeypatch.setattr(models, "in_variant", lambda model, way: lambda x, t, y: 1.0001 * model(x, t, y))
     found = judged(helpers, small(helpers, part), ["ours"])["ours"]
     assert found.failed is not None and found.failed.startswith("its gate is red") and found.samples == []
 
@@ -108,18 +110,16 @@ def test_it_is_the_compiled_kernel_that_is_judged(helpers: Any, monkeypatch: pyt
 
     monkeypatch.setattr(torch, "compile", lambda call, **_: lambda *inputs: scaled(call(*inputs)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    bench = importlib.import_module("bench_kernels")
     case = next(case for case in cases(helpers, "kernels") if case.name.startswith("gated_residual_adaln"))
-    team = case.teams[0]
-    build = team.ways["eager"].func
-    team = helpers.harness.Team({"compile": lambda state: build("compile", state)}, team.make, team.truth, team.usual)
-    found = judged(helpers, helpers.harness.Case("kernels", bench.__name__, [team]), ["compile"])["compile"]
+    build = case.groups[0].variants["eager"].func
+    group = dataclasses.replace(case.groups[0], variants={"compile": lambda state: build("compile", state)})
+    found = judged(helpers, helpers.harness.Case("kernels", "a kernel", [group]), ["compile"])["compile"]
     assert found.failed is not None and found.failed.startswith("its gate is red")
 
 
 def test_backward_is_outside_autocast(helpers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in training, where the engine's forward alone is in it."""
-    bench, zoo = importlib.import_module("bench_step"), importlib.import_module("zoo")
+    bench, models = importlib.import_module("bench_step"), helpers.models
     seen = []
 
     class Seen(torch.autograd.Function):
@@ -135,18 +135,18 @@ def test_backward_is_outside_autocast(helpers: Any, monkeypatch: pytest.MonkeyPa
 
     setting = helpers.setting.Setting("cpu", {})
     monkeypatch.setattr(helpers.setting.Setting, "dtype", "bf16")
-    model = zoo.new_model(DIGITS, setting)
-    trainer = bench.Trainer(model, zoo.Batch.draw(model.config, 2, "cpu"))
+    model = models.new_model(DIGITS, setting)
+    trainer = bench.Trainer(model, models.Batch.draw(model.config, 2, "cpu"))
     watched = lambda x, t, y: Seen.apply(model(x, t, y))  # noqa: E731
     trainer.step(watched, "ours", setting)
-    with zoo.running("ours", setting):
-        zoo.velocity_and_gradients(watched, list(model.parameters()), trainer.batch)
+    with models.running("ours", setting):
+        models.velocity_and_gradients(watched, list(model.parameters()), trainer.batch)
     assert seen == [True, False, True, False]
 
 
 def test_loaders_give_the_samples_themselves(helpers: Any) -> None:
     (case,) = cases(helpers, "loader", batches=(8,))
-    ways = [way for way in case.ways if "DALI" not in way]  # which need not be there
+    ways = [way for way in case.variants if "DALI" not in way]  # which need not be there
     assert len(ways) == 3
     for way, outcome in judged(helpers, case, ways).items():
         assert outcome.failed is None
@@ -157,9 +157,9 @@ def test_loaders_give_the_samples_themselves(helpers: Any) -> None:
 
 
 def test_ways_share_parameters(helpers: Any) -> None:
-    zoo = importlib.import_module("zoo")
-    model = zoo.new_model(DIGITS, helpers.setting.Setting("cpu", {}))
-    twin = zoo.in_way(model, "ours, compiled")
+    models = helpers.models
+    model = models.new_model(DIGITS, helpers.setting.Setting("cpu", {}))
+    twin = models.in_variant(model, "ours, compiled")
     assert twin is not model
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):
         assert one is other
@@ -184,10 +184,10 @@ def test_peers_are_loaded_side_by_side(helpers: Any, tmp_path: Path) -> None:
 
 @pytest.fixture
 def run(helpers: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A session's Run with options by name."""
+    """A Session with options by name."""
     session = importlib.import_module("session")
     monkeypatch.setattr(session.timing, "ceilings", lambda *_: {"copy": 1.0})
-    return lambda **given: session.Run(
+    return lambda **given: session.Session(
         SimpleNamespace(getoption=lambda name: given.get(name.removeprefix("--").replace("-", "_")))
     )
 
@@ -201,10 +201,10 @@ def toy_cases(helpers: Any) -> list[Any]:
     def large(state: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    first = harness.Case("step", "128", [harness.Team({"ours": build, "eager": build}), harness.Team({"dit": large})])
+    first = harness.Case("step", "128", [harness.Group({"ours": build, "eager": build}), harness.Group({"dit": large})])
     ways = {"ours": build, "eager": build}
-    second = harness.Case("step", "64", [harness.Team(ways), harness.Team({"dit": build})], smaller_than="128")
-    return [first, second, harness.Case("step", "32", second.teams, smaller_than="64")]
+    second = harness.Case("step", "64", [harness.Group(ways), harness.Group({"dit": build})], smaller_than="128")
+    return [first, second, harness.Case("step", "32", second.groups, smaller_than="64")]
 
 
 def test_only_the_largest_that_fits(helpers: Any, run: Any) -> None:

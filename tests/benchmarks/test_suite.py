@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 TOY = """
 import torch
-from harness import Built, Case, Team, Unavailable
+from harness import Built, Case, Group, Unavailable
 from mpdit.planning import account
 from mpdit.model.presets import PRESETS
 
@@ -28,13 +28,13 @@ def cases(setting):
     def absent(state):
         raise Unavailable("needs timm: pip install timm")
     flops = account(PRESETS[MODEL]).training_flops_per_image * 2
-    ours = Team({"ours": way(1.0), "wrong": way(2.0), "absent": absent}, truth=lambda s: exact,
-                usual=lambda s: [torch.ones(3)], model=MODEL, flops=flops)
-    yield Case("step", "a step, 2 images, fp32", [ours, Team({"other": way(0.0)}, bytes=64)], 2)
-    yield Case("loader", "a loader", [Team({"ours": way(1.0)})])
+    ours = Group({"ours": way(1.0), "wrong": way(2.0), "absent": absent}, exact=lambda s: exact,
+                reference=lambda s: [torch.ones(3)], model=MODEL, flops=flops)
+    yield Case("step", "a step, 2 images, fp32", [ours, Group({"other": way(0.0)}, bytes=64)], 2)
+    yield Case("loader", "a loader", [Group({"ours": way(1.0)})])
 
-def test_toy(duel):
-    duel()
+def test_toy(compare):
+    compare()
 """
 
 
@@ -59,7 +59,7 @@ def suite(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], dict[str, Any], Path]:
     """One run with everything on: its output, its JSON and its folder."""
     folder = tmp_path_factory.mktemp("suite")
-    done = suite(folder, "--benchmark-only", "--benchmark-json=out.json", "--benchmark-autosave", "--journal=j.jsonl")
+    done = suite(folder, "--benchmark-only", "--benchmark-json=out.json", "--benchmark-autosave", "--results=dated")
     return done, json.loads((folder / "out.json").read_text()), folder
 
 
@@ -131,13 +131,14 @@ def test_the_object_mpdit(ran: Any) -> None:
     assert found["skipped"][1]["reason"] == "needs timm: pip install timm"
 
 
-def test_the_journal_holds_the_same(ran: Any, helpers: Any) -> None:
-    _, result, folder = ran
-    written = helpers.results.Journal(folder / "j.jsonl").read()
+def test_the_dated_file_holds_the_same(ran: Any) -> None:
+    done, result, folder = ran
+    (path,) = (folder / "dated").iterdir()
+    written = json.loads(path.read_text())
     assert written["benchmarks"] == result["benchmarks"]
-    for name in ("format", "peaks", "ceilings", "skipped"):
+    for name in ("format", "peaks", "ceilings", "skipped", "parts"):
         assert written["mpdit"][name] == result["mpdit"][name], name
-    assert written.keys() == result.keys()
+    assert written.keys() == result.keys() and f"3 figures merged into dated/{path.name}" in done.stdout
 
 
 @pytest.mark.slow
