@@ -1,8 +1,9 @@
-"""Checks of arguments, made before any launch: one ValueError naming argument, got, expected."""
+"""Checks of arguments, made before any launch: one ValueError naming argument, got, expected.
+
+Texts with sizes are made only where they are raised: torch.compile takes a size put into a text as constant.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,38 +18,38 @@ def check(condition: bool, name: str, got: object, expected: str) -> None:
         raise ValueError(f"{name} is {got}: expected {expected}")
 
 
-def check_shape(name: str, x: Tensor, shape: Sequence[int], letters: str = "") -> None:
-    """x has exactly this shape; letters, such as "[B, D]", say where it comes from."""
-    if tuple(x.shape) != tuple(shape):
-        raise ValueError(f"{name} has shape {list(x.shape)}: expected {list(shape)}{' ' + letters if letters else ''}")
+def check_shapes(known: dict[str, int], **shapes: tuple[Tensor | None, str]) -> dict[str, int]:
+    """Check tensors against shapes such as "[B, T, D]", and return the size of each name in them.
+
+    A name that isn't in `known` is the size that it has where it first appears. A tensor that is None is passed over.
+    """
+    for name, (x, text) in shapes.items():
+        if x is None:
+            continue
+        names = text[1:-1].split(", ")
+        if x.ndim == len(names):
+            for letter, size in zip(names, x.shape, strict=True):
+                known.setdefault(letter, size)
+        if list(x.shape) != [known.get(letter) for letter in names]:
+            sizes = f"{[known[letter] for letter in names]} " if known.keys() >= set(names) else ""
+            raise ValueError(f"{name} has shape {list(x.shape)}: expected {sizes}{text}")
+    return known
 
 
 def check_filled(name: str, x: Tensor, axis: int, expected: str) -> None:
-    """x is not empty along an axis. The text is made only for the error: in a text, torch.compile fixes a size."""
+    """x is not empty along an axis."""
     if x.shape[axis] == 0:
         raise ValueError(f"{name} is of shape {list(x.shape)}: expected {expected}")
 
 
-def check_dims(name: str, x: Tensor, letters: str) -> None:
-    """x has as many dimensions as `letters`, such as "[B, T, D]", names."""
-    if x.ndim != letters.count(",") + 1:
-        raise ValueError(f"{name} has shape {list(x.shape)}: expected {letters}")
-
-
-def check_tensors(**tensors: object) -> None:
-    """All are tensors."""
-    for name, x in tensors.items():
-        check(isinstance(x, Tensor), name, "None" if x is None else type(x).__name__, "a tensor")
-
-
-def check_alike(**tensors: Tensor | None) -> None:
-    """All tensors are fp64, fp32, bf16 or fp16, and on the first one's device."""
+def check_tensors(optional: tuple[str, ...] = (), /, **tensors: object) -> None:
+    """All are tensors of fp64, fp32, bf16 or fp16 on the first one's device; those named `optional` may be None."""
     (first, reference), *_ = tensors.items()
-    assert reference is not None
     for name, x in tensors.items():
-        if x is None:
+        if x is None and name in optional:
             continue
-        check_tensors(**{name: x})
+        if not isinstance(x, Tensor) or not isinstance(reference, Tensor):
+            raise ValueError(f"{name} is {'None' if x is None else type(x).__name__}: expected a tensor")
         if x.dtype not in TYPES:
             raise ValueError(f"{name} has dtype {x.dtype}: expected a floating-point type of at least 16 bits")
         if x.device != reference.device:
@@ -60,6 +61,6 @@ def check_eps(eps: float) -> None:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast would have matrix products on x's device take, or None when it is off."""
+    """Return what autocast would have matrix products on x's device take, or None when it is off."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

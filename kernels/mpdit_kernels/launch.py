@@ -67,11 +67,6 @@ class Tunable:
         tuned = tuned_table(target()).get("configs", {}).get(self.name, {})
         return tuned.get(key_text(key)) or self.default(**key)
 
-    @property
-    def overridden(self) -> bool:
-        """Whether an `override` is in force."""
-        return self.name in _overrides
-
     @contextmanager
     def override(self, config: Config) -> Iterator[None]:
         """Make every pick within the block this one; for the tuner and for tests."""

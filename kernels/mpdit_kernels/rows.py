@@ -1,4 +1,4 @@
-"""Device functions shared by the kernels that hold whole rows of width D in registers.
+"""Device functions shared by kernels: whole rows of width D in registers, and GELU.
 
 A row is a tuple of tiles [ROWS, C], the powers of two that D is the sum of: 1152 = 1024 + 128, where one block would
 be 2048 with 44 % of its lanes idle. CHUNKS, ((first column, columns), ...), is that sum, computed by `chunks`.
@@ -89,3 +89,24 @@ def _zeros(C: tl.constexpr):
 def store_vector(pointer, tiles, CHUNKS: tl.constexpr):
     for i in tl.static_range(len(CHUNKS)):
         tl.store(pointer + columns(CHUNKS, i), tiles[i].to(pointer.dtype.element_ty))
+
+
+# tanh-GELU as a product of its argument and a sigmoid, as (1 + tanh(z / 2)) / 2 is sigmoid(z). From exp(-|z|) neither
+# the sigmoid nor its derivative overflows or is a difference of near equals: taken as s - s^2, the derivative would
+# cost several times PyTorch's error once |h| reaches 2.
+
+
+@triton.jit
+def gelu_gate(h):
+    """(s, its derivative) where gelu(h) = h * s; the derivative is that of the sigmoid, s (1 - s)."""
+    z = 1.5957691216057308 * h * (1 + 0.044715 * h * h)  # 2 sqrt(2 / pi)
+    e = tl.exp(-tl.abs(z))
+    larger = 1 / (1 + e)
+    smaller = e * larger
+    return tl.where(z >= 0, larger, smaller), larger * smaller
+
+
+@triton.jit
+def gelu_slope(h, s, ds):
+    """The derivative of h * s; h meets ds first, so that large |h| give 0 and not 0 times infinity."""
+    return s + h * ds * (1.5957691216057308 + 0.2140644488 * h * h)  # 3 * 0.044715 times the former

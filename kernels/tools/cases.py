@@ -194,15 +194,9 @@ def _gelu_mlp_inputs(
 
 @torch.no_grad()
 def _gelu_mlp_launch(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> None:
-    """Both methods, so that both are compiled and tuned; the one asked for where a method is overridden."""
     gelu_mlp = _impl("gelu_mlp")
-    choices = (gelu_mlp.FORWARD_METHOD, gelu_mlp.BACKWARD_METHOD)
-    one = any(choice.overridden for choice in choices)
-    for method in (None,) if one else gelu_mlp.METHODS:
-        y, hidden = gelu_mlp.forward(x, weight1, bias1, weight2, bias2, True, method)
-        gelu_mlp.backward(y, x, weight1, weight2, hidden, [True] * 5, method)
-    for choice in choices:  # asked for last: the tuner turns to the methods when their kernels are tuned
-        choice.pick(width=x.shape[-1], hidden=weight1.shape[0])
+    y, hidden = gelu_mlp.forward(x, weight1, bias1, weight2, bias2, True)
+    gelu_mlp.backward(y, x, weight1, weight2, hidden, [True] * 5)
 
 
 # Attention of one block at each stage's number of tokens, and of the last block, whose class tokens ask nothing.

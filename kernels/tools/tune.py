@@ -82,8 +82,7 @@ class Tuner:
         try:
             problem = measure.gate(case, self.bench)
             if problem is None:
-                # The last first: a choice between methods is asked for before the configurations that it leads to.
-                for tunable, key in reversed(measure.picks_of(case, self.bench.dtype)):
+                for tunable, key in measure.picks_of(case, self.bench.dtype):
                     self._tune(tunable, key)
                 self.table["cases"][case.name] = measure.time_case(case, self.bench, self.table["ceilings"])
         except Exception as error:

@@ -1,40 +1,29 @@
-"""The MLP: its kernels, by either method, against reference and float64."""
+"""The MLP: its kernels against reference and float64."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
 import torch
 from mpdit_kernels import use
-from mpdit_kernels.gelu_mlp import epilogue, gelu_linear, op, reference, triton_impl
+from mpdit_kernels.gelu_mlp import gelu_linear, op, reference, triton_impl
 from proof import DEVICE, DTYPES, NIGHT, _poisoned_memory, distance, leaf, prove, strided
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
-METHODS = pytest.mark.parametrize("method", triton_impl.METHODS)
-EITHER = pytest.mark.parametrize("method", ["epilogue", pytest.param("elementwise", marks=NIGHT)])
-"""For what the method hardly concerns."""
-
 
 @contextmanager
-def by(method: str, small_tiles: bool = True) -> Iterator[None]:
-    """Kernels by this method; with tiles so small that small shapes have several, and incomplete ones, each way."""
-    config = {"METHOD": method}
-    with triton_impl.FORWARD_METHOD.override(config), triton_impl.BACKWARD_METHOD.override(config), use("triton"):
-        if not small_tiles:
-            yield
-            return
-        tiles = epilogue._tiles(16, 32, 32, 4, 2, halvings=1) | {"GROUP": 2}
-        rows = {"ROWS": 2, "COLUMNS": 64, "TOKENS": 8, "num_warps": 4, "num_stages": 1}
-        with (
-            epilogue.FORWARD.override(tiles),
-            epilogue.BACKWARD.override(tiles),
-            triton_impl.PASS_BACKWARD.override(rows),
-        ):
-            yield
+def kernels(small_tiles: bool = True) -> Iterator[None]:
+    """The kernels; with tiles so small that small shapes have several, and incomplete ones, each way."""
+    rows = {"ROWS": 2, "COLUMNS": 64, "TOKENS": 8, "num_warps": 4, "num_stages": 1}
+    with ExitStack() as stack:
+        stack.enter_context(use("triton"))
+        if small_tiles:
+            stack.enter_context(triton_impl.PASS_BACKWARD.override(rows))
+        yield
 
 
 def _inputs(*shape: int, hidden: int, dtype: torch.dtype = torch.float32, out: int | None = None) -> list[Tensor]:
@@ -47,13 +36,12 @@ def _inputs(*shape: int, hidden: int, dtype: torch.dtype = torch.float32, out: i
     return [leaf(*shape, dtype=dtype), *weights]
 
 
-@METHODS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("shape", "hidden"), [((1, 1, 32), 128), ((3, 17, 72), 288), ((2, 40, 24), 97), ((33, 7), 70)], ids=str
 )
-def test_kernels_are_as_exact_as_pytorch(method: str, shape: tuple[int, ...], hidden: int, dtype: torch.dtype) -> None:
-    with by(method):
+def test_kernels_are_as_exact_as_pytorch(shape: tuple[int, ...], hidden: int, dtype: torch.dtype) -> None:
+    with kernels():
         prove(gelu_linear, _inputs(*shape, hidden=hidden, dtype=dtype))
         prove(gelu_linear, _inputs(*shape, hidden=hidden, dtype=dtype)[:3])
 
@@ -61,52 +49,38 @@ def test_kernels_are_as_exact_as_pytorch(method: str, shape: tuple[int, ...], hi
 WIDE = [pytest.param(*size, marks=NIGHT) for size in ((80, 768), (17, 1152))]
 
 
-@METHODS
 @pytest.mark.parametrize(("tokens", "width"), [(33, 96), *WIDE])
-def test_default_configurations_are_as_exact(method: str, tokens: int, width: int) -> None:
-    with by(method, small_tiles=False):
+def test_default_configurations_are_as_exact(tokens: int, width: int) -> None:
+    with kernels(small_tiles=False):
         prove(gelu_linear, _inputs(1, tokens, width, hidden=4 * width))
 
 
-CANDIDATES = range(len(epilogue.FORWARD.candidates(72, 288)))
-
-
-@pytest.mark.parametrize("candidate", [0, *(pytest.param(number, marks=NIGHT) for number in CANDIDATES[1:])])
-def test_every_candidate_of_the_products(candidate: int) -> None:
-    config = epilogue.FORWARD.candidates(72, 288)[candidate]
-    with by("epilogue"), epilogue.FORWARD.override(config), epilogue.BACKWARD.override(config):
-        prove(gelu_linear, _inputs(150, 72, hidden=288, out=40))
-
-
-@METHODS
-def test_strides_of_inputs_and_gradients(method: str) -> None:
+def test_strides_of_inputs_and_gradients() -> None:
     _, weight1, bias1, weight2, bias2 = _inputs(1, 40, hidden=96)
     tall = leaf(40, 96).t()
-    with by(method):
+    with kernels():
         for x in (strided(2, 19, 40), leaf(2, 30, 40)[:, 5:24], leaf(1, 9, 40).expand(2, -1, -1)):
             prove(gelu_linear, [x, weight1, bias1, weight2, bias2], noncontiguous_gradients=True)
             prove(gelu_linear, [x, tall, bias1, strided(40, 96), strided(40)], noncontiguous_gradients=True)
         prove(gelu_linear, [strided(19, 40), tall, strided(96)], noncontiguous_gradients=True)
 
 
-@METHODS
-def test_gaps_between_rows_of_inputs_and_gradients(method: str) -> None:
+def test_gaps_between_rows_of_inputs_and_gradients() -> None:
     _, *weights = _inputs(1, 40, hidden=96)
 
     def function(x: Tensor, *weights: Tensor) -> Tensor:
         return torch.cat([x, gelu_linear(x, *weights)], -1)  # whose gradient comes as part of wider rows
 
     x = torch.randn(19, 90, device=DEVICE)[:, 3:43].requires_grad_()
-    with by(method):
+    with kernels():
         prove(function, [x, *weights])
         prove(function, [x, *weights[:2]])
 
 
-@METHODS
 @pytest.mark.parametrize("asked", [0, 1, 2, 3, 4])
-def test_a_single_gradient(method: str, asked: int) -> None:
+def test_a_single_gradient(asked: int) -> None:
     inputs = [x.requires_grad_(index == asked) for index, x in enumerate(_inputs(2, 5, 24, hidden=40))]
-    with by(method):
+    with kernels():
         prove(gelu_linear, inputs)
 
 
@@ -125,12 +99,11 @@ def test_without_gradients_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
     prove(gelu_linear, [value.detach() for value in (x, *weights)])
 
 
-@METHODS
-def test_large_values_are_finite(method: str) -> None:
+def test_large_values_are_finite() -> None:
     h = torch.tensor([-1e9, -300.0, -12.0, -1e-3, 0.0, 1e-3, 12.0, 300.0, 1e9], device=DEVICE)
     one = torch.ones(9, 1, device=DEVICE)
     x = h[:, None].clone().requires_grad_()
-    with by(method):
+    with kernels():
         y = gelu_linear(x, one[:1], torch.zeros(1, device=DEVICE), one[:1], torch.zeros(1, device=DEVICE))
     (dx,) = torch.autograd.grad(y, x, one)
     exact = h.double()[:, None].requires_grad_()
@@ -139,31 +112,28 @@ def test_large_values_are_finite(method: str) -> None:
     torch.testing.assert_close(dx.double(), slope, rtol=1e-5, atol=1e-6)
 
 
-@METHODS
-def test_slope_is_exact_where_the_gate_saturates(method: str) -> None:
+def test_slope_is_exact_where_the_gate_saturates() -> None:
     one, zero, x = torch.ones(1, 1, device=DEVICE), torch.zeros(1, device=DEVICE), leaf(2000, 1)
     wide = 4 * x
-    with by(method, small_tiles=False):
+    with kernels(small_tiles=False):
         (ours,) = torch.autograd.grad(gelu_linear(wide, one, zero, one, zero).sum(), wide)
     exact = wide.detach().double().requires_grad_()
     (slope,) = torch.autograd.grad(gelu(exact, approximate="tanh").sum(), exact)
     assert distance(ours, slope) < 2 * torch.finfo(torch.float32).eps  # s - s^2 for the gate's own slope errs by 3.3
 
 
-@METHODS
-def test_no_rows(method: str) -> None:
+def test_no_rows() -> None:
     inputs = _inputs(0, 5, 24, hidden=40)
-    with by(method):
+    with kernels():
         y = gelu_linear(*inputs)
         gradients = torch.autograd.grad(y.sum(), inputs)
     assert y.shape == (0, 5, 24)
     assert all(not g.any() and g.shape == x.shape for g, x in zip(gradients, inputs, strict=True))
 
 
-@METHODS
-def test_backward_repeats_bit_for_bit(method: str) -> None:
+def test_backward_repeats_bit_for_bit() -> None:
     inputs = _inputs(2, 41, 48, hidden=96)
-    with by(method):
+    with kernels():
         runs = [torch.autograd.grad(gelu_linear(*inputs).square().sum(), inputs) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
@@ -177,10 +147,9 @@ def test_the_reference_is_what_the_model_does() -> None:
             assert today.dtype == (torch.bfloat16 if enabled else torch.float32)
 
 
-@METHODS
-def test_autocast_sets_the_dtype_of_products(method: str) -> None:
+def test_autocast_sets_the_dtype_of_products() -> None:
     inputs = _inputs(2, 9, 24, hidden=40)
-    with by(method), torch.autocast(DEVICE, torch.float16):  # whose products the interpreter gets right
+    with kernels(), torch.autocast(DEVICE, torch.float16):  # whose products the interpreter gets right
         y = gelu_linear(*inputs)
         mixed = gelu_linear(inputs[0].half(), *inputs[1:])
         gradients = torch.autograd.grad(y.sum(), inputs)
@@ -197,10 +166,9 @@ def test_reference_passes_gradcheck() -> None:
     assert torch.autograd.gradcheck(reference.gelu_linear, (*inputs[:3], None, None))
 
 
-@EITHER
-def test_operator_is_sound(method: str) -> None:
+def test_operator_is_sound() -> None:
     x, *weights = _inputs(2, 5, 24, hidden=40)
-    with by(method):
+    with kernels():
         torch.library.opcheck(op._gelu_linear, (x, *weights, True))
         torch.library.opcheck(op._gelu_linear, (x, *weights[:2], None, None, True))
         torch.library.opcheck(op._gelu_linear, (*(value.detach() for value in (x, *weights)), False))
@@ -210,13 +178,12 @@ ALL = (True,) * 5
 SINGLE = [tuple(index == asked for index in range(5)) for asked in range(5)]
 
 
-@EITHER
 @pytest.mark.parametrize("rows", [pytest.param(0, marks=NIGHT), 10])
-def test_backward_operator_is_sound(method: str, rows: int) -> None:
+def test_backward_operator_is_sound(rows: int) -> None:
     x, weight1, bias1, weight2, bias2 = (value.detach() for value in _inputs(rows, 24, hidden=40))
     calls = [(weight2, needs) for needs in (ALL, *SINGLE, (False,) * 5)]
     calls += [(None, (*needs[:3], False, False)) for needs in (ALL, *SINGLE[:3])]
-    with by(method):
+    with kernels():
         _, hidden = op._gelu_linear(x, weight1, bias1, weight2, bias2, True)
         for second, needs in calls:
             dy = torch.randn(rows, 40 if second is None else 24, device=DEVICE)
@@ -242,10 +209,9 @@ def test_the_kernels_gradients_are_taken_once() -> None:
     assert x.grad is not None
 
 
-@METHODS
-def test_compiles_without_a_break(method: str) -> None:
+def test_compiles_without_a_break() -> None:
     compiled = torch.compile(gelu_linear, fullgraph=True, backend="aot_eager")
-    with by(method):
+    with kernels():
         prove(compiled, _inputs(2, 5, 24, hidden=40))
         prove(compiled, [value.detach() for value in _inputs(2, 5, 24, hidden=40)])
 

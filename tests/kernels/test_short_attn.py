@@ -10,7 +10,7 @@ import pytest
 import torch
 from mpdit_kernels import use
 from mpdit_kernels.short_attn import op, reference, short_attention, short_attention_varlen, triton_impl
-from mpdit_kernels.short_attn.tiles import chunks, groups
+from mpdit_kernels.short_attn.triton_impl import chunks, groups
 from proof import DEVICE, DTYPES, NIGHT, _poisoned_memory, leaf, prove
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention

@@ -5,24 +5,14 @@ One operator serves the three functions, parts left out being None going in and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpdit_kernels.adaln import reference
-from mpdit_kernels.checks import (
-    autocast_dtype,
-    check,
-    check_alike,
-    check_dims,
-    check_eps,
-    check_filled,
-    check_shape,
-    check_tensors,
-)
-from mpdit_kernels.dispatch import takes_triton, too_wide
+from mpdit_kernels.checks import autocast_dtype, check, check_eps, check_filled, check_shapes, check_tensors
+from mpdit_kernels.dispatch import absent, kernel_op, takes_triton, too_wide
 from mpdit_kernels.flops import count_flops
 from mpdit_kernels.varlen import Offsets, Sequences, sequences
 
@@ -39,7 +29,7 @@ def adaln_modulate(
     dtype: torch.dtype | None = None,
     cu_seqlens: Offsets | None = None,
 ) -> Tensor:
-    """LN(x) * (1 + scale) + shift: DiT's adaptive layer norm (Peebles and Xie, ICCV 2023, section 3.2).
+    """Compute LN(x) * (1 + scale) + shift: DiT's adaptive layer norm (Peebles and Xie, ICCV 2023, section 3.2).
 
     Args:
         x: [B, T, D]; any strides.
@@ -65,7 +55,7 @@ def adaln_modulate(
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, *, cu_seqlens: Offsets | None = None) -> Tensor:
-    """x + gate * branch in one pass, and one for the gradients of all three.
+    """Compute x + gate * branch in one pass, and the gradients of all three in one.
 
     Args:
         x, branch: [B, T, D]; any strides and dtypes.
@@ -97,7 +87,7 @@ def gated_residual_adaln(
     dtype: torch.dtype | None = None,
     cu_seqlens: Offsets | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The residual x + gate * branch and, of it, LN(residual) * (1 + scale) + shift: reads two, writes two.
+    """Compute the residual x + gate * branch and, of it, LN(residual) * (1 + scale) + shift: reads two, writes two.
 
     Args:
         x, branch: [B, T, D]; any strides and dtypes.
@@ -125,17 +115,16 @@ def gated_residual_adaln(
 
 
 def _check(x: Tensor, cu_seqlens: Offsets | None, **others: Tensor) -> Sequences | None:
-    """The packed sequences, None without cumulative lengths, all arguments being as they should."""
-    tokens, vectors = ("[B, T, D]", "[B, D]") if cu_seqlens is None else ("[N, D]", "[S, D]")
+    """Return the packed sequences, None without cumulative lengths, all arguments being as they should."""
     check_tensors(x=x, **others)
-    check_dims("x", x, tokens)
-    check_alike(x=x, **others)
+    tokens, vectors = ("[B, T, D]", "[B, D]") if cu_seqlens is None else ("[N, D]", "[S, D]")
+    sizes = check_shapes({}, x=(x, tokens))
     check_filled("x", x, -1, "at least one column")
-    if "branch" in others:
-        check_shape("branch", others.pop("branch"), x.shape, f"{tokens} as x")
-    packed = None if cu_seqlens is None else sequences(cu_seqlens, x.shape[0])
-    for name, vector in others.items():
-        check_shape(name, vector, (x.shape[0] if packed is None else len(packed), x.shape[-1]), vectors)
+    packed = None
+    if cu_seqlens is not None:
+        packed = sequences(cu_seqlens, x.shape[0])
+        sizes["S"] = len(packed)
+    check_shapes(sizes, **{name: (value, tokens if name == "branch" else vectors) for name, value in others.items()})
     return packed
 
 
@@ -147,72 +136,50 @@ def _refusal(x: Tensor, packed: Sequences | None) -> str | None:
 
 
 def _offsets(packed: Sequences | None) -> list[int] | None:
-    """As the operators take them: whole numbers, so that a compiled graph holds no copy to the device."""
+    """Return them as the operators take them: whole numbers, so that a compiled graph holds no copy to the device."""
     return None if packed is None else list(packed.offsets)
 
 
 def _result(x: Tensor, eps: float, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of what is normalised."""
+    """Return the dtype of what is normalised."""
     check_eps(eps)
     dtype = dtype or autocast_dtype(x) or x.dtype
     check(dtype.is_floating_point, "dtype", dtype, "a floating-point type")
     return dtype
 
 
-@torch.library.custom_op("mpdit_kernels::adaln", mutates_args=())
-def _adaln(
-    x: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-    offsets: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(residual, modulated, statistics fp32 [2,B,T]); empty where the arguments ask for none."""
-    from mpdit_kernels.adaln import triton_impl
-
-    outputs = triton_impl.forward(x, branch, gate, shift, scale, eps, dtype, offsets)
-    return tuple(x.new_empty(0) if out is None else out for out in outputs)  # type: ignore[return-value]
+# Returns (residual, modulated, statistics fp32 [2, B, T]), empty where the arguments ask for none.
+_adaln = kernel_op(
+    "adaln",
+    "forward",
+    "adaln(Tensor x, Tensor? branch, Tensor? gate, Tensor? shift, Tensor? scale, float eps, ScalarType dtype, "
+    "SymInt[]? offsets=None) -> (Tensor, Tensor, Tensor)",
+)
+# Returns (dx, dbranch, fp32 [1 to 3, B, D]): dx is empty without d_y, dbranch without branch. The third is of the gate
+# where there is a branch, then of shift and scale where there is d_y.
+_adaln_backward = kernel_op(
+    "adaln",
+    "backward",
+    "adaln_backward(Tensor? d_residual, Tensor? d_y, Tensor x, Tensor? branch, Tensor? gate, Tensor? scale, "
+    "Tensor? statistics, SymInt[]? offsets=None) -> (Tensor, Tensor, Tensor)",
+)
 
 
 @_adaln.register_fake
 def _(x, branch, gate, shift, scale, eps, dtype, offsets=None):  # type: ignore[no-untyped-def]
     return (
-        x.new_empty(0 if branch is None else x.shape),
-        x.new_empty(0 if shift is None else x.shape, dtype=x.dtype if shift is None else dtype),
-        x.new_empty(0, dtype=x.dtype) if shift is None else x.new_empty((2, *x.shape[:-1]), dtype=torch.float32),
+        absent(x) if branch is None else x.new_empty(x.shape),
+        absent(x) if shift is None else x.new_empty(x.shape, dtype=dtype),
+        absent(x) if shift is None else x.new_empty((2, *x.shape[:-1]), dtype=torch.float32),
     )
-
-
-@torch.library.custom_op("mpdit_kernels::adaln_backward", mutates_args=())
-def _adaln_backward(
-    d_residual: Tensor | None,
-    d_y: Tensor | None,
-    x: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    statistics: Tensor | None,
-    offsets: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dbranch, fp32 [1 to 3, B, D]); dx is empty without d_y, dbranch without branch.
-
-    The third is of the gate where there is a branch, then of shift and scale where there is d_y.
-    """
-    from mpdit_kernels.adaln import triton_impl
-
-    outputs = triton_impl.backward(d_residual, d_y, x, branch, gate, scale, statistics, offsets)
-    return tuple(x.new_empty(0) if out is None else out for out in outputs)  # type: ignore[return-value]
 
 
 @_adaln_backward.register_fake
 def _(d_residual, d_y, x, branch, gate, scale, statistics, offsets=None):  # type: ignore[no-untyped-def]
     rows = x.shape[0] if offsets is None else len(offsets) - 1
     return (
-        x.new_empty(0 if d_y is None else x.shape),
-        x.new_empty(0) if branch is None else branch.new_empty(x.shape),
+        absent(x) if d_y is None else x.new_empty(x.shape),
+        absent(x) if branch is None else branch.new_empty(x.shape),
         x.new_empty(((branch is not None) + 2 * (d_y is not None), rows, x.shape[-1]), dtype=torch.float32),
     )
 
@@ -233,8 +200,8 @@ def _gradients(ctx: Any, d_residual: Tensor | None, d_y: Tensor | None, _: Tenso
         return (None,) * 8
     dx, dbranch, sums = _adaln_backward(d_residual, d_y, normalized, branch, gate, scale, statistics, ctx.offsets)
     written = iter(sums.unbind())
-    asked = (branch is not None, d_y is not None, d_y is not None)
-    vectors = [next(written).to(dtype) if wanted else None for dtype, wanted in zip(ctx.dtypes, asked, strict=True)]
+    wanted = (branch is not None, d_y is not None, d_y is not None)
+    vectors = [next(written).to(dtype) if want else None for dtype, want in zip(ctx.dtypes, wanted, strict=True)]
     return d_residual if d_y is None else dx, None if branch is None else dbranch, *vectors, None, None, None
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from mpdit_kernels.backends.choose import BackendError, Context, choice, choose, context, fixed, tell
 from mpdit_kernels.backends.libraries import BACKENDS, Call
 from mpdit_kernels.backends.probe import refusal
-from mpdit_kernels.checks import autocast_dtype, check, check_dims, check_filled, check_tensors
+from mpdit_kernels.checks import autocast_dtype, check, check_filled
 from mpdit_kernels.dispatch import constant_to_compiler
 from mpdit_kernels.short_attn.op import check_first_query, checked_scale
 from mpdit_kernels.varlen import Offsets, Sequences, sequences
@@ -118,9 +118,7 @@ def _check(
     qkv: Tensor, letters: str, scale: float | None, deterministic: bool | None, backend: str
 ) -> tuple[float, bool]:
     """Return (scale, deterministic) as they are meant."""
-    check_tensors(qkv=qkv)
-    check_dims("qkv", qkv, letters)
-    checked_scale(qkv, scale)
+    checked_scale(qkv, letters, scale)
     if not isinstance(backend, str):
         raise BackendError(f"backend is {backend!r}: choose auto or one of {', '.join(BACKENDS)}")
     if deterministic not in (None, True, False):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpdit_kernels.checks import check, check_alike, check_dims, check_shape, check_tensors
-from mpdit_kernels.dispatch import takes_triton
+from mpdit_kernels.checks import check, check_shapes, check_tensors
+from mpdit_kernels.dispatch import absent, kernel_op, takes_triton
 from mpdit_kernels.flops import count_flops
 from mpdit_kernels.fno import reference
 
@@ -51,9 +51,9 @@ def fno_time_embedding(t: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
 
 
 def _check(t: Tensor, weights: Mapping[str, Tensor]) -> tuple[int, list[Tensor]]:
-    """The number of layers, and the weights in order."""
+    """Return the number of layers, and the weights in order."""
     check_tensors(t=t)
-    check_dims("t", t, "[B]")
+    sizes = check_shapes({"1": 1, "modes": reference.MODES}, t=(t, "[B]"))
     check(isinstance(weights, Mapping), "weights", type(weights).__name__, "a mapping from names to tensors")
     layers = max(sum(str(name).endswith(part) for name in weights) for part in (".weights_real", ".weights_imag"))
     check(layers >= 2, "weights", f"of {layers} layers, by its conv{{i}}.weights_real", "at least 2 layers")
@@ -62,22 +62,21 @@ def _check(t: Tensor, weights: Mapping[str, Tensor]) -> tuple[int, list[Tensor]]
     unknown = [name for name in weights if name not in names]
     check(not missing, "weights", f"without {', '.join(missing)}", f"{', '.join(names)}")
     check(not unknown, "weights", f"with {', '.join(map(str, unknown))}", f"only {', '.join(names)}")
-    check_tensors(**{name: weights[name] for name in names})
-    check_alike(t=t, **{name: weights[name] for name in names})
-    check_dims("fc0.weight", weights["fc0.weight"], "[W, 1]")
-    check_dims("fc1.weight", weights["fc1.weight"], "[D, W]")
-    channels, width = weights["fc0.weight"].shape[0], weights["fc1.weight"].shape[0]
+    check_tensors(t=t, **{name: weights[name] for name in names})
+    ends = {"fc0.weight": "[W, 1]", "fc0.bias": "[W]", "fc1.weight": "[D, W]", "fc1.bias": "[D]"}
+    check_shapes(sizes, **{name: (weights[name], shape) for name, shape in ends.items()})
+    channels, width = sizes["W"], sizes["D"]
     check(min(channels, width) > 0, "weights", f"of {channels} channels and width {width}", "at least one of each")
-    check_shape("fc0.weight", weights["fc0.weight"], (channels, 1), "[W, 1]")
-    check_shape("fc0.bias", weights["fc0.bias"], (channels,), "[W]")
-    for i in range(layers):
-        for part in ("real", "imag"):
-            name, shape = f"conv{i}.weights_{part}", (channels, channels, reference.MODES)
-            check_shape(name, weights[name], shape, "[W in, W out, modes]")
-        check_shape(f"w{i}.weight", weights[f"w{i}.weight"], (channels, channels, 1), "[W out, W in, 1]")
-        check_shape(f"w{i}.bias", weights[f"w{i}.bias"], (channels,), "[W]")
-    check_shape("fc1.weight", weights["fc1.weight"], (width, channels), "[D, W]")
-    check_shape("fc1.bias", weights["fc1.bias"], (width,), "[D]")
+    sizes |= {"W in": channels, "W out": channels}
+    mixing = "[W in, W out, modes]"
+    parts = {
+        "conv{}.weights_real": mixing,
+        "conv{}.weights_imag": mixing,
+        "w{}.weight": "[W out, W in, 1]",
+        "w{}.bias": "[W]",
+    }
+    layer = {name.format(i): shape for i in range(layers) for name, shape in parts.items()}
+    check_shapes(sizes, **{name: (weights[name], shape) for name, shape in layer.items()})
     return layers, [weights[name] for name in names]
 
 
@@ -89,12 +88,17 @@ def _refusal(layers: int, width: int) -> str | None:
     return None
 
 
-@torch.library.custom_op("mpdit_kernels::fno", mutates_args=())
-def _fno(t: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(out [B,D], and what the backward needs: see triton_impl.forward); all fp32."""
-    from mpdit_kernels.fno import triton_impl
-
-    return triton_impl.forward(t, weights)
+# Returns (out [B, D], and what the backward needs: see triton_impl.forward); all fp32.
+_fno = kernel_op(
+    "fno", "forward", "fno(Tensor t, Tensor[] weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+# Returns the gradients of t and, in order, of the weights; empty where not asked for.
+_fno_backward = kernel_op(
+    "fno",
+    "backward",
+    "fno_backward(Tensor d_out, Tensor t, Tensor[] weights, Tensor spectrum, Tensor derivative, Tensor means, "
+    "Tensor start, Tensor slope, bool of_t, bool of_weights) -> Tensor[]",
+)
 
 
 @_fno.register_fake
@@ -105,30 +109,10 @@ def _(t, weights):  # type: ignore[no-untyped-def]
     return tuple(t.new_empty(shape) for shape in shapes)
 
 
-@torch.library.custom_op("mpdit_kernels::fno_backward", mutates_args=())
-def _fno_backward(
-    d_out: Tensor,
-    t: Tensor,
-    weights: Sequence[Tensor],
-    spectrum: Tensor,
-    derivative: Tensor,
-    means: Tensor,
-    start: Tensor,
-    slope: Tensor,
-    of_t: bool,
-    of_weights: bool,
-) -> list[Tensor]:
-    """Gradients of t and, in order, of the weights; empty where not asked for."""
-    from mpdit_kernels.fno import triton_impl
-
-    saved = (spectrum, derivative, means, start, slope)
-    return triton_impl.backward(d_out, t, weights, *saved, of_t, of_weights)
-
-
 @_fno_backward.register_fake
 def _(d_out, t, weights, spectrum, derivative, means, start, slope, of_t, of_weights):  # type: ignore[no-untyped-def]
-    d_t = t.new_empty(t.shape if of_t else 0)
-    return [d_t, *(value.new_empty(value.shape if of_weights else 0) for value in weights)]
+    wanted = [(t, of_t), *((value, of_weights) for value in weights)]
+    return [value.new_empty(value.shape) if asked else absent(t) for value, asked in wanted]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

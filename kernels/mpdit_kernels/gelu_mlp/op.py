@@ -8,16 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpdit_kernels.checks import (
-    autocast_dtype,
-    check,
-    check_alike,
-    check_dims,
-    check_filled,
-    check_shape,
-    check_tensors,
-)
-from mpdit_kernels.dispatch import takes_triton
+from mpdit_kernels.checks import autocast_dtype, check, check_filled, check_shapes, check_tensors
+from mpdit_kernels.dispatch import absent, kernel_op, takes_triton
 from mpdit_kernels.flops import count_flops
 from mpdit_kernels.gelu_mlp import reference
 
@@ -25,7 +17,7 @@ from mpdit_kernels.gelu_mlp import reference
 def gelu_linear(
     x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor | None = None, bias2: Tensor | None = None
 ) -> Tensor:
-    """gelu(x weight1^T + bias1) weight2^T + bias2: a DiT block's MLP, with the tanh form of GELU.
+    """Compute gelu(x weight1^T + bias1) weight2^T + bias2: a DiT block's MLP, with the tanh form of GELU.
 
     GELU's tanh form is that of Hendrycks and Gimpel (arXiv 1606.08415, section 2). For backward it keeps x and the
     pre-activation, and the activation is computed again; where no gradient is asked for it keeps neither.
@@ -54,64 +46,54 @@ def gelu_linear(
 
 
 def _check(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor | None, bias2: Tensor | None) -> None:
-    check_tensors(x=x, weight1=weight1, bias1=bias1)
-    check_alike(x=x, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
+    weights = {"weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}
+    check_tensors(("weight2", "bias2"), x=x, **weights)
     check(x.ndim > 0, "x", "of shape []", "[..., D] with at least one column")
     check_filled("x", x, -1, "[..., D] with at least one column")
-    check_dims("weight1", weight1, "[H, D]")
-    check_shape("weight1", weight1, (weight1.shape[0], x.shape[-1]), "[H, D]")
+    sizes = check_shapes({"D": x.shape[-1]}, weight1=(weight1, "[H, D]"))
     check_filled("weight1", weight1, 0, "at least one row")
-    check_shape("bias1", bias1, weight1.shape[:1], "[H]")
+    check_shapes(sizes, bias1=(bias1, "[H]"))
     if (weight2 is None) != (bias2 is None):
         got = ("None", "a tensor, as weight2 is") if bias2 is None else ("given", "None, as weight2 is")
         check(False, "bias2", *got)
-    if weight2 is not None and bias2 is not None:
-        check_dims("weight2", weight2, "[D2, H]")
-        check_shape("weight2", weight2, (weight2.shape[0], weight1.shape[0]), "[D2, H]")
+    check_shapes(sizes, weight2=(weight2, "[D2, H]"))
+    if weight2 is not None:
         check_filled("weight2", weight2, 0, "at least one row")
-        check_shape("bias2", bias2, weight2.shape[:1], "[D2]")
+    check_shapes(sizes, bias2=(bias2, "[D2]"))
     if autocast_dtype(x) is None:
-        for name, tensor in (("weight1", weight1), ("bias1", bias1), ("weight2", weight2), ("bias2", bias2)):
+        for name, tensor in weights.items():
             if tensor is not None:
                 check(tensor.dtype == x.dtype, name, f"of dtype {tensor.dtype}", f"{x.dtype}, as x")
 
 
-@torch.library.custom_op("mpdit_kernels::gelu_linear", mutates_args=())
-def _gelu_linear(
-    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor | None, bias2: Tensor | None, keep: bool
-) -> tuple[Tensor, Tensor]:
-    """(result, pre-activation [..., H]); the second is empty unless kept."""
-    from mpdit_kernels.gelu_mlp import triton_impl
-
-    with torch.autocast(x.device.type, enabled=False):
-        y, hidden = triton_impl.forward(x, weight1, bias1, weight2, bias2, keep)
-    return y, x.new_empty(0) if hidden is None else hidden
+# Returns (result, pre-activation [..., H]); the second is empty unless kept.
+_gelu_linear = kernel_op(
+    "gelu_mlp",
+    "forward",
+    "gelu_linear(Tensor x, Tensor weight1, Tensor bias1, Tensor? weight2, Tensor? bias2, bool keep) "
+    "-> (Tensor, Tensor)",
+)
+# Returns the gradients of x, weight1, bias1, weight2 and bias2; empty where not needed.
+_gelu_linear_backward = kernel_op(
+    "gelu_mlp",
+    "backward",
+    "gelu_linear_backward(Tensor dy, Tensor x, Tensor weight1, Tensor? weight2, Tensor hidden, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 @_gelu_linear.register_fake
 def _(x, weight1, bias1, weight2, bias2, keep):  # type: ignore[no-untyped-def]
     hidden = (*x.shape[:-1], weight1.shape[0])
     result = hidden if weight2 is None else (*x.shape[:-1], weight2.shape[0])
-    return x.new_empty(result), x.new_empty(hidden if keep else 0)
-
-
-@torch.library.custom_op("mpdit_kernels::gelu_linear_backward", mutates_args=())
-def _gelu_linear_backward(
-    dy: Tensor, x: Tensor, weight1: Tensor, weight2: Tensor | None, hidden: Tensor, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight1, bias1, weight2 and bias2; empty where not needed."""
-    from mpdit_kernels.gelu_mlp import triton_impl
-
-    with torch.autocast(x.device.type, enabled=False):
-        gradients = triton_impl.backward(dy, x, weight1, weight2, hidden, needs)
-    return tuple(x.new_empty(0) if g is None else g for g in gradients)  # type: ignore[return-value]
+    return x.new_empty(result), x.new_empty(hidden) if keep else absent(x)
 
 
 @_gelu_linear_backward.register_fake
 def _(dy, x, weight1, weight2, hidden, needs):  # type: ignore[no-untyped-def]
     second = (0, 0) if weight2 is None else (weight2.shape, weight2.shape[:1])
     shapes = (x.shape, weight1.shape, weight1.shape[:1], *second)
-    return tuple(x.new_empty(shape if needed else 0) for shape, needed in zip(shapes, needs, strict=True))
+    return tuple(x.new_empty(shape) if need else absent(x) for shape, need in zip(shapes, needs, strict=True))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -2,9 +2,8 @@
 
 Where nothing is kept, product and GELU are cuBLASLt's own. That is no way to train: torch exposes no epilogue that also
 keeps the pre-activation (GELU_AUX), and the activation doesn't tell it, for GELU has no inverse.
-Where a table of measurements names the method "epilogue", the product and the pass are one kernel, of epilogue.py.
-Either way backward reads the pre-activation, writes its gradient and the activation, and adds up the bias gradient:
-fp32 sums of a program's rows, then of the programs in a fixed order, so results repeat bit for bit.
+Backward reads the pre-activation, writes its gradient and the activation, and adds up the bias gradient: fp32 sums of a
+program's rows, then of the programs in a fixed order, so results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -17,20 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
 
-from mpdit_kernels.gelu_mlp import epilogue
-from mpdit_kernels.gelu_mlp.gelu import gate, slope
 from mpdit_kernels.launch import Config, Tunable, launch
-from mpdit_kernels.rows import rows_of
-
-METHODS = ("elementwise", "epilogue")
-
-
-def _methods(width: int, hidden: int) -> list[Config]:
-    return [{"METHOD": method} for method in METHODS]
-
-
-def _method(width: int, hidden: int) -> Config:
-    return {"METHOD": "elementwise"}
+from mpdit_kernels.rows import gelu_gate, gelu_slope, rows_of
 
 
 def _pass(hidden: int) -> Config:
@@ -58,8 +45,6 @@ def _passes_backward(hidden: int) -> list[Config]:
     ]
 
 
-FORWARD_METHOD = Tunable("gelu_mlp.forward_method", _method, _methods)
-BACKWARD_METHOD = Tunable("gelu_mlp.backward_method", _method, _methods)
 PASS = Tunable("gelu_mlp.pass", _pass, _passes)
 PASS_BACKWARD = Tunable("gelu_mlp.pass_backward", _pass_backward, _passes_backward)
 
@@ -69,7 +54,7 @@ def _forward_pass(h, a, N, BLOCK: tl.constexpr):
     """a = gelu(h), N values; a may be h."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(h + at, mask=at < N, other=0).to(tl.float32)
-    tl.store(a + at, (values * gate(values)[0]).to(a.dtype.element_ty), mask=at < N)
+    tl.store(a + at, (values * gelu_gate(values)[0]).to(a.dtype.element_ty), mask=at < N)
 
 
 @triton.jit
@@ -99,8 +84,8 @@ def _backward_pass(
         at = rows * H + columns
         values = tl.load(h + at, mask=mask, other=0).to(tl.float32)
         gradient = tl.load(da + rows * da_row + columns, mask=mask, other=0).to(tl.float32)
-        s, ds = gate(values)
-        gradient *= slope(values, s, ds)
+        s, ds = gelu_gate(values)
+        gradient *= gelu_slope(values, s, ds)
         tl.store(dh + at, gradient.to(dh.dtype.element_ty), mask=mask)
         if ACTIVATION:
             tl.store(a + at, (values * s).to(a.dtype.element_ty), mask=mask)
@@ -111,23 +96,15 @@ def _backward_pass(
 
 
 def forward(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor | None,
-    bias2: Tensor | None,
-    keep: bool,
-    method: str | None = None,
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor | None, bias2: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(result [..., D2], pre-activation [..., H]); the second is None unless kept. No method means the tuned one."""
+    """Return (result [..., D2], pre-activation [..., H]); the second is None unless kept."""
     leading, width, hidden = x.shape[:-1], x.shape[-1], weight1.shape[0]
     x = x.reshape(-1, width)
     h = None
     if not keep and x.is_cuda:
         # cuBLASLt's epilogue; its GELU is the tanh form on CUDA, and the erf form on a CPU.
         a = torch._addmm_activation(bias1, x, weight1.t(), use_gelu=True)
-    elif keep and (method or FORWARD_METHOD.pick(width=width, hidden=hidden)["METHOD"]) == "epilogue":
-        h, a = epilogue.forward(x, weight1, bias1)
     else:
         h = linear(x, weight1, bias1)
         a = _activation(h, torch.empty_like(h) if keep else h)
@@ -136,20 +113,28 @@ def forward(
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight1: Tensor,
-    weight2: Tensor | None,
-    hidden: Tensor,
-    needs: Sequence[bool],
-    method: str | None = None,
+    dy: Tensor, x: Tensor, weight1: Tensor, weight2: Tensor | None, hidden: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight1, bias1, weight2 and bias2, None where not needed, given forward's pre-activation."""
+    """Return gradients of x, weight1, bias1, weight2, bias2, None where not needed, given forward's pre-activation."""
     need_x, need_weight1, need_bias1, need_weight2, need_bias2 = needs
     dy, h = dy.reshape(-1, dy.shape[-1]), hidden.view(-1, hidden.shape[-1])
     dh = a = partials = None
     if need_x or need_weight1 or need_bias1:
-        dh, a, partials = _gradient(dy, weight2, h, need_weight2, need_bias1, method)
+        da = rows_of(dy) if weight2 is None else dy @ weight2
+        dh = torch.empty_like(h) if weight2 is None else da  # a caller's gradient is not written to
+        a = torch.empty_like(h) if need_weight2 else None
+        config = PASS_BACKWARD.pick(hidden=h.shape[1])
+        parts = triton.cdiv(h.shape[0], config["TOKENS"])
+        partials = torch.empty(parts, h.shape[1], dtype=torch.float32, device=h.device) if need_bias1 else None
+        launch(
+            _backward_pass,
+            (parts * triton.cdiv(h.shape[1], config["COLUMNS"]),),
+            *(da, h, dh, a, partials, h.shape[0], da.stride(0)),
+            H=h.shape[1],
+            ACTIVATION=need_weight2,
+            SUMS=need_bias1,
+            **config,
+        )
     elif need_weight2:
         a = _activation(h, torch.empty_like(h))
     d_weight2 = None if a is None else dy.t() @ a
@@ -161,34 +146,7 @@ def backward(
 
 
 def _activation(h: Tensor, a: Tensor) -> Tensor:
-    """gelu(h) in a, which may be h."""
+    """Write gelu(h) into a, which may be h."""
     config = PASS.pick(hidden=h.shape[-1])
     launch(_forward_pass, (triton.cdiv(h.numel(), config["BLOCK"]),), h, a, h.numel(), **config)
     return a
-
-
-def _gradient(
-    dy: Tensor, weight2: Tensor | None, h: Tensor, activation: bool, sums: bool, method: str | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(dh, gelu(h), fp32 [P, H] that add up to dh's columns); the last two are None unless asked for."""
-    m, hidden = h.shape
-    if weight2 is None:
-        da, dh = rows_of(dy), torch.empty_like(h)
-    elif (method or BACKWARD_METHOD.pick(width=dy.shape[-1], hidden=hidden)["METHOD"]) == "epilogue":
-        return epilogue.backward(dy, weight2, h, activation, sums)
-    else:
-        da = dh = dy @ weight2
-    a = torch.empty_like(h) if activation else None
-    config = PASS_BACKWARD.pick(hidden=hidden)
-    parts = triton.cdiv(m, config["TOKENS"])
-    partials = torch.empty(parts, hidden, dtype=torch.float32, device=h.device) if sums else None
-    launch(
-        _backward_pass,
-        (parts * triton.cdiv(hidden, config["COLUMNS"]),),
-        *(da, h, dh, a, partials, m, da.stride(0)),
-        H=hidden,
-        ACTIVATION=activation,
-        SUMS=sums,
-        **config,
-    )
-    return dh, a, partials

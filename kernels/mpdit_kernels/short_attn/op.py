@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpdit_kernels.checks import check, check_alike, check_dims, check_filled, check_tensors
-from mpdit_kernels.dispatch import takes_triton
+from mpdit_kernels.checks import check, check_filled, check_shapes, check_tensors
+from mpdit_kernels.dispatch import kernel_op, takes_triton
 from mpdit_kernels.flops import count_flops
 from mpdit_kernels.short_attn import reference
 from mpdit_kernels.varlen import Offsets, Sequences, sequences
@@ -23,7 +23,7 @@ WIDTHS = (32, 128)
 
 
 def short_attention(qkv: Tensor, scale: float | None = None, first_query: int = 0) -> Tensor:
-    """softmax(scale * Q K^T) V of every head, for sequences of few tokens (Vaswani et al., 2017, section 3.2.1).
+    """Compute softmax(scale * Q K^T) V of every head for sequences of few tokens (Vaswani et al., 2017, section 3.2.1).
 
     The kernels serve up to 320 tokens and heads of 32 to 128 columns in multiples of 8, the reference whatever else.
     For backward they keep qkv, the result and one fp32 number a query and head; the gradient of qkv is written once,
@@ -43,9 +43,7 @@ def short_attention(qkv: Tensor, scale: float | None = None, first_query: int = 
     Raises:
         ValueError: no tensor, or a shape, dtype or number that doesn't fit.
     """
-    check_tensors(qkv=qkv)
-    check_dims("qkv", qkv, "[B, T, 3, H, d]")
-    scale = checked_scale(qkv, scale)
+    scale = checked_scale(qkv, "[B, T, 3, H, d]", scale)
     tokens = qkv.shape[1]
     check_filled("qkv", qkv, 1, "at least one token")
     check_first_query(first_query, tokens)
@@ -57,7 +55,7 @@ def short_attention(qkv: Tensor, scale: float | None = None, first_query: int = 
 def short_attention_varlen(
     qkv: Tensor, cu_seqlens: Offsets | Sequences, scale: float | None = None, first_query: int = 0
 ) -> Tensor:
-    """The same for sequences of several lengths, packed one after the other; one launch for each length there is.
+    """Compute the same for sequences of several lengths, packed one after the other; one launch for each length.
 
     Args:
         qkv: [N, 3, H, d].
@@ -71,9 +69,7 @@ def short_attention_varlen(
     Raises:
         ValueError: no tensor, or a shape, dtype, length or number that doesn't fit.
     """
-    check_tensors(qkv=qkv)
-    check_dims("qkv", qkv, "[N, 3, H, d]")
-    scale = checked_scale(qkv, scale)
+    scale = checked_scale(qkv, "[N, 3, H, d]", scale)
     packed = cu_seqlens if isinstance(cu_seqlens, Sequences) else sequences(cu_seqlens, qkv.shape[0])
     check_first_query(first_query, min(packed.lengths, default=1))
     if takes_triton("short_attention", qkv, refusal=refusal(packed.longest, qkv.shape[-1])):
@@ -81,20 +77,20 @@ def short_attention_varlen(
     return reference.attention_varlen(qkv, packed.offsets, scale, first_query)
 
 
-def run(qkv: Tensor, scale: float, first_query: int) -> Tensor:
-    """`short_attention` by the kernels, arguments being as they should."""
-    return _short_attention(qkv, None, [], scale, first_query)[0]
+def run(qkv: Tensor, scale: float, query_start: int) -> Tensor:
+    """Compute `short_attention` by the kernels, arguments being as they should."""
+    return _short_attention(qkv, None, [], scale, query_start)[0]
 
 
-def run_varlen(qkv: Tensor, packed: Sequences, scale: float, first_query: int) -> Tensor:
-    """`short_attention_varlen` by the kernels, likewise."""
+def run_varlen(qkv: Tensor, packed: Sequences, scale: float, query_start: int) -> Tensor:
+    """Compute `short_attention_varlen` by the kernels, likewise."""
     lengths = [number for length, members in packed.groups for number in (length, len(members))]
-    starts = _starts(packed.offsets, first_query, qkv.device)
-    return _short_attention(qkv, starts, lengths, scale, first_query)[0]
+    starts = _starts(packed.offsets, query_start, qkv.device)
+    return _short_attention(qkv, starts, lengths, scale, query_start)[0]
 
 
 def refusal(tokens: int, width: int) -> str | None:
-    """Why the kernels don't take sequences of so many tokens with heads so wide, if they don't."""
+    """Return why the kernels don't take sequences of so many tokens with heads so wide, if they don't."""
     if tokens > MAX_TOKENS:
         return f"there are {tokens} tokens, and the kernels take {MAX_TOKENS} at most"
     low, high = WIDTHS
@@ -103,9 +99,10 @@ def refusal(tokens: int, width: int) -> str | None:
     return None
 
 
-def checked_scale(qkv: Tensor, scale: float | None) -> float:
-    """The scale, all of qkv [..., 3, H, d] being as it should."""
-    check_alike(qkv=qkv)
+def checked_scale(qkv: Tensor, letters: str, scale: float | None) -> float:
+    """Return the scale, all of qkv [..., 3, H, d] being as it should."""
+    check_tensors(qkv=qkv)
+    check_shapes({}, qkv=(qkv, letters))
     if qkv.shape[-3] != 3:
         check(False, "qkv", f"of shape {list(qkv.shape)}", "3 in front of [H, d]: queries, keys and values")
     check_filled("qkv", qkv, -2, "at least one head")
@@ -125,59 +122,49 @@ def check_first_query(first_query: int, tokens: int) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def _starts(offsets: tuple[int, ...], first_query: int, device: torch.device) -> Tensor:
-    """int64 [2, S], by rising length: each sequence's first row, and its first row of the result."""
+def _starts(offsets: tuple[int, ...], query_start: int, device: torch.device) -> Tensor:
+    """Return int64 [2, S], by rising length: each sequence's first row, and its first row of the result."""
     order = [index for _, members in Sequences(offsets).groups for index in members]
     rows = [offsets[index] for index in order]
-    out_rows = [row - index * first_query for row, index in zip(rows, order, strict=True)]
+    out_rows = [row - index * query_start for row, index in zip(rows, order, strict=True)]
     with torch.inference_mode(False):  # or what inference made could not be kept for backward later
         return torch.tensor([rows, out_rows], dtype=torch.int64, device=device)
 
 
-@torch.library.custom_op("mpdit_kernels::short_attention", mutates_args=())
-def _short_attention(
-    qkv: Tensor, starts: Tensor | None, lengths: Sequence[int], scale: float, first_query: int
-) -> tuple[Tensor, Tensor]:
-    """(result, base-2 logarithms of sums fp32 [H, N']); lengths are (length, count, ...) in the order of `starts`."""
-    from mpdit_kernels.short_attn import triton_impl
-
-    return triton_impl.forward(qkv, starts, lengths, scale, first_query)
+# Returns (result, lse fp32 [H, N']: base-2 logarithm of the sum that each query's weights are divided by). `lengths`
+# are (length, count, ...) in the order of `starts`.
+_short_attention = kernel_op(
+    "short_attn",
+    "forward",
+    "short_attention(Tensor qkv, Tensor? starts, SymInt[] lengths, float scale, SymInt query_start) "
+    "-> (Tensor, Tensor)",
+)
+# Returns the gradient of qkv, contiguous.
+_short_attention_backward = kernel_op(
+    "short_attn",
+    "backward",
+    "short_attention_backward(Tensor d_out, Tensor qkv, Tensor out, Tensor lse, Tensor? starts, SymInt[] lengths, "
+    "float scale, SymInt query_start) -> Tensor",
+)
 
 
 @_short_attention.register_fake
-def _(qkv, starts, lengths, scale, first_query):  # type: ignore[no-untyped-def]
+def _(qkv, starts, lengths, scale, query_start):  # type: ignore[no-untyped-def]
     *_, heads, width = qkv.shape
     if starts is None:
-        outer = [qkv.shape[0], qkv.shape[1] - first_query]
+        outer = [qkv.shape[0], qkv.shape[1] - query_start]
     else:
-        outer = [qkv.shape[0] - starts.shape[1] * first_query]
+        outer = [qkv.shape[0] - starts.shape[1] * query_start]
     return qkv.new_empty((*outer, heads, width)), qkv.new_empty((heads, math.prod(outer)), dtype=torch.float32)
 
 
-@torch.library.custom_op("mpdit_kernels::short_attention_backward", mutates_args=())
-def _short_attention_backward(
-    d_out: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    logs: Tensor,
-    starts: Tensor | None,
-    lengths: Sequence[int],
-    scale: float,
-    first_query: int,
-) -> Tensor:
-    """The gradient of qkv, contiguous."""
-    from mpdit_kernels.short_attn import triton_impl
-
-    return triton_impl.backward(d_out, qkv, out, logs, starts, lengths, scale, first_query)
-
-
 @_short_attention_backward.register_fake
-def _(d_out, qkv, out, logs, starts, lengths, scale, first_query):  # type: ignore[no-untyped-def]
+def _(d_out, qkv, out, lse, starts, lengths, scale, query_start):  # type: ignore[no-untyped-def]
     return qkv.new_empty(qkv.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    qkv, starts, ctx.lengths, ctx.scale, ctx.first_query = inputs
+    qkv, starts, ctx.lengths, ctx.scale, ctx.query_start = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(qkv, *output, starts)
 
@@ -185,8 +172,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _gradients(ctx: Any, d_out: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     if d_out is None:
         return (None,) * 5
-    qkv, out, logs, starts = ctx.saved_tensors
-    gradient = _short_attention_backward(d_out, qkv, out, logs, starts, ctx.lengths, ctx.scale, ctx.first_query)
+    qkv, out, lse, starts = ctx.saved_tensors
+    gradient = _short_attention_backward(d_out, qkv, out, lse, starts, ctx.lengths, ctx.scale, ctx.query_start)
     return gradient, None, None, None, None
 
 

@@ -1,4 +1,19 @@
-"""Configurations and launchers of the kernels in forward.py and backward.py."""
+"""Attention over few tokens: forward and backward kernels, their configurations and launchers.
+
+One head's queries, keys or values are tuples of tiles that fit their sizes. A head's width is the sum of powers of two
+of at least 16, columns past it being zero: 72 is 64 + 16 with 8 columns idle, where one block would be 128. So are the
+keys: 80 tokens are 64 + 16, 272 are 256 + 16. COLUMNS and KEYS are such sums, ((first, number), ...).
+
+Forward, a program has one head of one sequence, its keys and values RESIDENT, and goes through the queries tile by
+tile. Softmax over a group of keys is one pass, in registers; groups are merged once. Where they don't fit (fp32, wide
+heads), a program has one tile of queries, and keys and values come chunk by chunk.
+
+Backward, one launch gives the packed gradient, each number written once by the program that has its head. Scores are
+computed again. A walk through the queries, with scores transposed so that weights and their gradients are left operands
+straight from registers, adds up the key and value gradients of one block of keys. Where the block is ALL keys, the same
+walk makes the query gradients. Otherwise, after a walk for each block, another makes them and computes the scores a
+third time, which costs less than adding up in memory.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +22,40 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from mpdit_kernels.dispatch import shared_limit
 from mpdit_kernels.launch import Config, Tunable, launch, target
-from mpdit_kernels.short_attn.backward import backward_kernel
-from mpdit_kernels.short_attn.forward import forward_kernel
-from mpdit_kernels.short_attn.tiles import chunks, groups
 
 MAX_COLUMNS = 128
-MAX_TOKENS = 320
 LOG2E = math.log2(math.e)
+
+Chunks = tuple[tuple[int, int], ...]
+
+
+def chunks(size: int, cap: int, first: int = 0) -> Chunks:
+    """Return ((first, number), ...), powers of two from 16 to `cap` that add up to `size`, rounded up to 16s."""
+    parts, end = [], first + -(-size // 16) * 16
+    while first < end:
+        number = min(cap, 1 << ((end - first).bit_length() - 1))
+        parts.append((first, number))
+        first += number
+    return tuple(parts)
+
+
+def groups(size: int, most: int, cap: int) -> tuple[Chunks, Chunks]:
+    """Return the chunks of `size` rows in equal groups of up to `most`, and ((begin, end), ...) of each group's."""
+    sixteens = -(-size // 16)
+    count = -(-sixteens * 16 // most)
+    found: Chunks = ()
+    ranges: Chunks = ()
+    for g in range(count):
+        first, end = (16 * (sixteens * bound // count) for bound in (g, g + 1))
+        group = chunks(end - first, cap, first)
+        ranges += ((len(found), len(found) + len(group)),)
+        found += group
+    return found, ranges
 
 
 def _forward(queries: int, group: int, cap: int, warps: int) -> Config:
@@ -50,7 +88,7 @@ def _candidates(tokens: int, width: int, bytes: int) -> list[Config]:
 
 
 def _fits(tokens: int, width: int) -> bool:
-    """Whether keys, values and a tile of queries fit into a program's shared memory, in a 16-bit dtype."""
+    """Return whether keys, values and a tile of queries fit into a program's shared memory, in a 16-bit dtype."""
     columns = sum(number for _, number in chunks(width, MAX_COLUMNS))
     return width <= 80 and 2 * columns * (2 * tokens + 64) <= shared_limit(target())
 
@@ -84,28 +122,352 @@ FORWARD = Tunable("short_attn.forward", _default, _candidates)
 BACKWARD = Tunable("short_attn.backward", _default_backward, _candidates_backward)
 
 
+@triton.jit
+def load_rows(base, rows, limit, stride, COLUMNS: tl.constexpr, D: tl.constexpr):
+    """Rows [R] of one head at base, those from `limit` on as zero: a tuple of tiles, one for each of COLUMNS."""
+    tiles = ()
+    for j in tl.static_range(len(COLUMNS)):
+        columns = COLUMNS[j][0] + tl.arange(0, COLUMNS[j][1])
+        mask = rows[:, None] < limit
+        if COLUMNS[j][0] + COLUMNS[j][1] > D:
+            mask = mask & (columns[None, :] < D)
+        tiles = tiles + (tl.load(base + rows[:, None] * stride + columns[None, :], mask=mask, other=0),)
+    return tiles
+
+
+@triton.jit
+def load_group(
+    base, limit, stride, KEYS: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr, COLUMNS: tl.constexpr,
+    D: tl.constexpr,
+):  # fmt: skip
+    """Rows of a group of keys or values, chunks BEGIN to END: a tuple for each."""
+    rows = ()
+    for i in tl.static_range(BEGIN, END):
+        rows = rows + (load_rows(base, KEYS[i][0] + tl.arange(0, KEYS[i][1]), limit, stride, COLUMNS, D),)
+    return rows
+
+
+@triton.jit
+def store_rows(base, rows, limit, stride, tiles, factor, COLUMNS: tl.constexpr, D: tl.constexpr):
+    """Write factor * tiles, without rows from `limit` and columns from D on."""
+    for j in tl.static_range(len(COLUMNS)):
+        columns = COLUMNS[j][0] + tl.arange(0, COLUMNS[j][1])
+        mask = rows[:, None] < limit
+        if COLUMNS[j][0] + COLUMNS[j][1] > D:
+            mask = mask & (columns[None, :] < D)
+        values = (tiles[j] * factor).to(base.dtype.element_ty)
+        tl.store(base + rows[:, None] * stride + columns[None, :], values, mask=mask)
+
+
+@triton.jit
+def inner(left, right):
+    """left @ right^T, fp32 [R, R'], of two rows of tiles; fp32 operands without TF32."""
+    total = tl.dot(left[0], tl.trans(right[0]), input_precision="ieee")
+    for j in tl.static_range(1, len(left)):
+        total = tl.dot(left[j], tl.trans(right[j]), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def outer(left, right, acc):
+    """acc + left @ right, row by row of tiles; without acc where it is empty."""
+    found = ()
+    for j in tl.static_range(len(right)):
+        if len(acc) == 0:
+            found = found + (tl.dot(left, right[j], input_precision="ieee"),)
+        else:
+            found = found + (tl.dot(left, right[j], acc[j], input_precision="ieee"),)
+    return found
+
+
+@triton.jit
+def zeros(R: tl.constexpr, COLUMNS: tl.constexpr):
+    """fp32 rows to add up in."""
+    tiles = ()
+    for j in tl.static_range(len(COLUMNS)):
+        tiles = tiles + (_zeros(R, COLUMNS[j][1]),)
+    return tiles
+
+
+@triton.jit
+def _zeros(R: tl.constexpr, C: tl.constexpr):
+    return tl.zeros([R, C], tl.float32)
+
+
+@triton.jit
+def forward_kernel(
+    qkv,  # [N, 3, H, D], neighbours in memory within each of N rows
+    out,  # out [N', H, D]
+    lse,  # out fp32 [H, N']: base-2 logarithm of the sum that each query's weights are divided by
+    starts,  # int64 [S] or None: each sequence's first row, and
+    out_starts,  # int64 [S]: its first row of the result
+    T,
+    query_start,
+    scale,  # of scores, times log2(e)
+    row,
+    sequence,
+    out_rows,  # N'
+    H: tl.constexpr,
+    D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KEYS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    s = tl.program_id(0) // H
+    h = tl.program_id(0) % H
+    if starts is not None:
+        q = qkv + tl.load(starts + s) * row + h * D
+        to = tl.load(out_starts + s)
+    else:
+        q = qkv + s.to(tl.int64) * sequence + h * D
+        to = s.to(tl.int64) * (T - query_start)
+    k = q + H * D
+    v = q + 2 * H * D
+    q += query_start * row
+    out += to * (H * D) + h * D
+    lse += h.to(tl.int64) * out_rows + to
+    keys = ()
+    values = ()
+    if RESIDENT:
+        for g in tl.static_range(len(GROUPS)):
+            keys = keys + (load_group(k, T, row, KEYS, GROUPS[g][0], GROUPS[g][1], COLUMNS, D),)
+            values = values + (load_group(v, T, row, KEYS, GROUPS[g][0], GROUPS[g][1], COLUMNS, D),)
+    count = T - query_start
+    # LLVM would compute what every product addresses before the loop, and keep it in more registers than there are.
+    for first in tl.range(tl.program_id(1) * QUERIES, count, tl.num_programs(1) * QUERIES, disable_licm=True):
+        rows = tl.arange(0, QUERIES)
+        queries = load_rows(q + first * row, rows, count - first, row, COLUMNS, D)
+        if RESIDENT:
+            m_i, l_i, acc = _attend(queries, keys[0], values[0], T, scale, KEYS, 0, GROUPS[0][1], QUERIES, PADDED)
+            for g in tl.static_range(1, len(GROUPS)):
+                tl.debug_barrier()  # or this group's products are begun before the last one's registers are free
+                m_g, l_g, acc_g = _attend(
+                    queries, keys[g], values[g], T, scale, KEYS, GROUPS[g][0], GROUPS[g][1], QUERIES, PADDED
+                )
+                m_i, l_i, acc = _merged(m_i, l_i, acc, m_g, l_g, acc_g)
+        else:
+            m_i = tl.full([QUERIES], float("-inf"), tl.float32)
+            l_i = tl.zeros([QUERIES], tl.float32)
+            acc = zeros(QUERIES, COLUMNS)
+            for key in tl.range(0, T, KEYS[0][1], disable_licm=True):
+                chunk_k = load_group(k + key * row, T - key, row, KEYS, 0, 1, COLUMNS, D)
+                chunk_v = load_group(v + key * row, T - key, row, KEYS, 0, 1, COLUMNS, D)
+                m_g, l_g, acc_g = _attend(queries, chunk_k, chunk_v, T - key, scale, KEYS, 0, 1, QUERIES, PADDED)
+                m_i, l_i, acc = _merged(m_i, l_i, acc, m_g, l_g, acc_g)
+        store_rows(out + first * (H * D), rows, count - first, H * D, acc, (1 / l_i)[:, None], COLUMNS, D)
+        tl.store(lse + first + rows, m_i + tl.log2(l_i), mask=rows < count - first)
+
+
+@triton.jit
+def _attend(
+    queries, keys, values, limit, scale, KEYS: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr,
+    QUERIES: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Of a group of keys: highest score m_i and sum l_i of weights 2^(score - m_i) [QUERIES], and weighted values."""
+    m_i = tl.full([QUERIES], float("-inf"), tl.float32)
+    scores = ()
+    for i in tl.static_range(END - BEGIN):
+        score = inner(queries, keys[i])
+        if PADDED and BEGIN + i + 1 == len(KEYS):
+            at = KEYS[BEGIN + i][0] + tl.arange(0, KEYS[BEGIN + i][1])
+            score = tl.where(at[None, :] < limit, score, float("-inf"))
+        m_i = tl.maximum(m_i, tl.max(score, 1))
+        scores = scores + (score,)
+    m_i *= scale
+    l_i = tl.zeros([QUERIES], tl.float32)
+    weights = ()
+    for i in tl.static_range(END - BEGIN):
+        p = tl.exp2(scores[i] * scale - m_i[:, None])
+        l_i += tl.sum(p, 1)
+        weights = weights + (p.to(values[i][0].dtype),)
+    acc = ()
+    for i in tl.static_range(END - BEGIN):
+        acc = outer(weights[i], values[i], acc)
+    return m_i, l_i, acc
+
+
+@triton.jit
+def _merged(m_i, l_i, acc, m_g, l_g, acc_g):
+    """Two groups of keys as one."""
+    highest = tl.maximum(m_i, m_g)
+    alpha = tl.exp2(m_i - highest)
+    alpha_g = tl.exp2(m_g - highest)
+    merged = ()
+    for j in tl.static_range(len(acc)):
+        merged = merged + (acc[j] * alpha[:, None] + acc_g[j] * alpha_g[:, None],)
+    return highest, l_i * alpha + l_g * alpha_g, merged
+
+
+@triton.jit
+def backward_kernel(
+    d_out,  # [N', H, D], neighbours in memory within each of N' rows
+    qkv,  # [N, 3, H, D], likewise
+    out,  # [N', H, D]
+    lse,  # fp32 [H, N']
+    d_qkv,  # out [N, 3, H, D]
+    starts,  # int64 [S] or None
+    out_starts,  # int64 [S]
+    T,
+    query_start,
+    scale,
+    scale2,  # times log2(e)
+    row,
+    sequence,
+    d_out_row,
+    d_out_sequence,
+    out_rows,  # N'
+    H: tl.constexpr,
+    D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALL: tl.constexpr,
+    PADDED: tl.constexpr,
+    QUERIES: tl.constexpr,
+):
+    s = tl.program_id(0) // H
+    h = tl.program_id(0) % H
+    if starts is not None:
+        start = tl.load(starts + s)
+        to = tl.load(out_starts + s)
+        q = qkv + start * row + h * D
+        d_out += to * d_out_row + h * D
+    else:
+        start = s.to(tl.int64) * T
+        to = s.to(tl.int64) * (T - query_start)
+        q = qkv + s.to(tl.int64) * sequence + h * D
+        d_out += s.to(tl.int64) * d_out_sequence + h * D
+    k = q + H * D
+    q += query_start * row
+    out += to * (H * D) + h * D
+    lse += h.to(tl.int64) * out_rows + to
+    dq = d_qkv + start * (3 * H * D) + h * D
+    dk = dq + H * D
+    for first in range(0, query_start, 16):
+        rows = first + tl.arange(0, 16)
+        store_rows(dq, rows, query_start, 3 * H * D, zeros(16, COLUMNS), 0, COLUMNS, D)
+    dq += query_start * (3 * H * D)
+    count = T - query_start
+    if ALL:
+        _walk(
+            q, k, d_out, out, lse, dq, dk, T, count, scale, scale2, row, d_out_row,
+            H, D, COLUMNS, KEYS, QUERIES, PADDED, True,
+        )  # fmt: skip
+    else:
+        for key in tl.range(0, T, BLOCK, disable_licm=True):
+            d = dk + key * (3 * H * D)
+            _walk(
+                q, k + key * row, d_out, out, lse, dq, d, T - key, count, scale, scale2, row, d_out_row,
+                H, D, COLUMNS, KEYS, QUERIES, PADDED, False,
+            )  # fmt: skip
+        for first in tl.range(0, count, QUERIES, disable_licm=True):
+            rows = tl.arange(0, QUERIES)
+            queries = load_rows(q + first * row, rows, count - first, row, COLUMNS, D)
+            d_outs = load_rows(d_out + first * d_out_row, rows, count - first, d_out_row, COLUMNS, D)
+            delta = _delta(out + first * (H * D), d_outs, count - first, H, D, COLUMNS, QUERIES)
+            lse_i = tl.load(lse + first + rows, mask=rows < count - first, other=float("inf"))
+            acc = zeros(QUERIES, COLUMNS)
+            for key in tl.range(0, T, BLOCK, disable_licm=True):
+                at = tl.arange(0, BLOCK)
+                keys = load_rows(k + key * row, at, T - key, row, COLUMNS, D)
+                values = load_rows(k + key * row + H * D, at, T - key, row, COLUMNS, D)
+                p = tl.exp2(inner(queries, keys) * scale2 - lse_i[:, None])
+                if PADDED:
+                    p = tl.where(at[None, :] < T - key, p, 0)
+                ds = p * (inner(d_outs, values) - delta[:, None])
+                acc = outer(ds.to(q.dtype.element_ty), keys, acc)
+            store_rows(dq + first * (3 * H * D), rows, count - first, 3 * H * D, acc, scale, COLUMNS, D)
+
+
+@triton.jit
+def _walk(
+    q, k, d_out, out, lse, dq, dk, limit, count, scale, scale2, row, d_out_row, H: tl.constexpr, D: tl.constexpr,
+    COLUMNS: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, PADDED: tl.constexpr, ALL: tl.constexpr,
+):  # fmt: skip
+    """Through all queries for one block of keys: gradients of its keys and values; of the queries too, if it is ALL."""
+    keys = load_group(k, limit, row, KEYS, 0, len(KEYS), COLUMNS, D)
+    values = load_group(k + H * D, limit, row, KEYS, 0, len(KEYS), COLUMNS, D)
+    dk_acc = ()
+    dv_acc = ()
+    for i in tl.static_range(len(KEYS)):
+        dk_acc = dk_acc + (zeros(KEYS[i][1], COLUMNS),)
+        dv_acc = dv_acc + (zeros(KEYS[i][1], COLUMNS),)
+    # LLVM would compute what every product addresses before the loop, and keep it in more registers than there are.
+    for first in tl.range(0, count, QUERIES, disable_licm=True):
+        rows = tl.arange(0, QUERIES)
+        queries = load_rows(q + first * row, rows, count - first, row, COLUMNS, D)
+        d_outs = load_rows(d_out + first * d_out_row, rows, count - first, d_out_row, COLUMNS, D)
+        # Weights past the last query are 0.
+        lse_i = tl.load(lse + first + rows, mask=rows < count - first, other=float("inf"))
+        weights = ()
+        d_weights = ()
+        for i in tl.static_range(len(KEYS)):
+            p = tl.exp2(inner(keys[i], queries) * scale2 - lse_i[None, :])
+            if PADDED and i + 1 == len(KEYS):
+                at = KEYS[i][0] + tl.arange(0, KEYS[i][1])
+                p = tl.where(at[:, None] < limit, p, 0)  # else infinite where all scores are low
+            weights = weights + (p,)
+            d_weights = d_weights + (inner(values[i], d_outs),)
+        if ALL:
+            delta = tl.zeros([QUERIES], tl.float32)
+            for i in tl.static_range(len(KEYS)):
+                delta += tl.sum(weights[i] * d_weights[i], 0)
+        else:
+            delta = _delta(out + first * (H * D), d_outs, count - first, H, D, COLUMNS, QUERIES)
+        acc = ()
+        new_dk = ()
+        new_dv = ()
+        for i in tl.static_range(len(KEYS)):
+            ds = (weights[i] * (d_weights[i] - delta[None, :])).to(q.dtype.element_ty)
+            new_dv = new_dv + (outer(weights[i].to(q.dtype.element_ty), d_outs, dv_acc[i]),)
+            new_dk = new_dk + (outer(ds, queries, dk_acc[i]),)
+            if ALL:
+                acc = outer(tl.trans(ds), keys[i], acc)
+        dk_acc = new_dk
+        dv_acc = new_dv
+        if ALL:
+            store_rows(dq + first * (3 * H * D), rows, count - first, 3 * H * D, acc, scale, COLUMNS, D)
+    for i in tl.static_range(len(KEYS)):
+        rows = KEYS[i][0] + tl.arange(0, KEYS[i][1])
+        store_rows(dk, rows, limit, 3 * H * D, dk_acc[i], scale, COLUMNS, D)
+        store_rows(dk + H * D, rows, limit, 3 * H * D, dv_acc[i], 1, COLUMNS, D)
+
+
+@triton.jit
+def _delta(out, d_outs, limit, H: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, QUERIES: tl.constexpr):
+    """Products [QUERIES] of results with their gradients: the sum over all keys of weights times theirs."""
+    outs = load_rows(out, tl.arange(0, QUERIES), limit, H * D, COLUMNS, D)
+    delta = tl.zeros([QUERIES], tl.float32)
+    for j in tl.static_range(len(COLUMNS)):
+        delta += tl.sum(d_outs[j].to(tl.float32) * outs[j].to(tl.float32), 1)
+    return delta
+
+
 def forward(
-    qkv: Tensor, starts: Tensor | None, lengths: Sequence[int], scale: float, first_query: int
+    qkv: Tensor, starts: Tensor | None, lengths: Sequence[int], scale: float, query_start: int
 ) -> tuple[Tensor, Tensor]:
-    """(result, base-2 logarithms of sums fp32 [H, N']) of qkv [B,T,3,H,d], or of [N,3,H,d] by starts and lengths."""
+    """Return (result, lse fp32 [H, N']) of qkv [B, T, 3, H, d], or of [N, 3, H, d] by starts and lengths."""
     *_, heads, width = qkv.shape
     qkv = _rows(qkv, 3)
     if starts is None:
-        shape: tuple[int, ...] = (qkv.shape[0], qkv.shape[1] - first_query)
+        shape: tuple[int, ...] = (qkv.shape[0], qkv.shape[1] - query_start)
     else:
-        shape = (qkv.shape[0] - starts.shape[1] * first_query,)
+        shape = (qkv.shape[0] - starts.shape[1] * query_start,)
     out = torch.empty(*shape, heads, width, dtype=qkv.dtype, device=qkv.device)
     rows = math.prod(shape)
-    logs = torch.empty(heads, rows, dtype=torch.float32, device=qkv.device)
+    lse = torch.empty(heads, rows, dtype=torch.float32, device=qkv.device)
     for tokens, count, first_rows, out_rows in _runs(qkv, starts, lengths):
         config = _pick(FORWARD, qkv, tokens)
         group, cap = config.pop("GROUP"), config.pop("CAP")
-        tiles = 1 if group else triton.cdiv(tokens - first_query, config["QUERIES"])
+        tiles = 1 if group else triton.cdiv(tokens - query_start, config["QUERIES"])
         keys, ranges = groups(tokens, group, cap) if group else (((0, cap),), ((0, 1),))
         launch(
             forward_kernel,
             (count * heads, tiles),
-            *(qkv, out, logs, first_rows, out_rows, tokens, first_query, scale * LOG2E),
+            *(qkv, out, lse, first_rows, out_rows, tokens, query_start, scale * LOG2E),
             *(qkv.stride(-4), qkv.stride(0), rows),
             H=heads,
             D=width,
@@ -116,20 +478,20 @@ def forward(
             PADDED=tokens % (16 if group else cap) != 0,
             **config,
         )
-    return out, logs
+    return out, lse
 
 
 def backward(
     d_out: Tensor,
     qkv: Tensor,
     out: Tensor,
-    logs: Tensor,
+    lse: Tensor,
     starts: Tensor | None,
     lengths: Sequence[int],
     scale: float,
-    first_query: int,
+    query_start: int,
 ) -> Tensor:
-    """The gradient of qkv."""
+    """Return the gradient of qkv."""
     *_, heads, width = qkv.shape
     d_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     qkv, d_out = _rows(qkv, 3), _rows(d_out, 2)
@@ -140,8 +502,8 @@ def backward(
         launch(
             backward_kernel,
             (count * heads,),
-            *(d_out, qkv, out, logs, d_qkv, first_rows, out_rows, tokens, first_query, scale, scale * LOG2E),
-            *(qkv.stride(-4), qkv.stride(0), d_out.stride(-3), d_out.stride(0), logs.shape[1]),
+            *(d_out, qkv, out, lse, d_qkv, first_rows, out_rows, tokens, query_start, scale, scale * LOG2E),
+            *(qkv.stride(-4), qkv.stride(0), d_out.stride(-3), d_out.stride(0), lse.shape[1]),
             H=heads,
             D=width,
             COLUMNS=chunks(width, MAX_COLUMNS),
@@ -160,7 +522,7 @@ def _pick(tunable: Tunable, qkv: Tensor, tokens: int) -> Config:
 def _runs(
     qkv: Tensor, starts: Tensor | None, lengths: Sequence[int]
 ) -> Iterator[tuple[int, int, Tensor | None, Tensor | None]]:
-    """(tokens, sequences, their first rows, their first rows of the result) of each launch; None where they follow."""
+    """Yield (tokens, sequences, their first rows, their first rows of the result) of each launch; None where dense."""
     if starts is None:
         yield qkv.shape[1], qkv.shape[0], None, None
         return
@@ -171,10 +533,10 @@ def _runs(
 
 
 def _rows(x: Tensor, inner: int) -> Tensor:
-    """x whose last `inner` dimensions are neighbours in memory, and tokens within 32 bits of each other: or a copy."""
+    """Return x, or a copy: its last `inner` dimensions neighbours in memory, tokens within 32 bits of each other."""
     expected = 1
     for size, stride in zip(x.shape[: -inner - 1 : -1], x.stride()[: -inner - 1 : -1], strict=True):
         if size > 1 and stride != expected:
             return x.contiguous()
         expected *= size
-    return x if x.stride(-inner - 1) * MAX_TOKENS < 2**31 else x.contiguous()
+    return x if x.stride(-inner - 1) * 512 < 2**31 else x.contiguous()  # of fewer tokens than that

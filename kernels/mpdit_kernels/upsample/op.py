@@ -7,24 +7,14 @@ refining weight with the skip's beside it. Laying them out is left to autograd.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mpdit_kernels.checks import (
-    autocast_dtype,
-    check,
-    check_alike,
-    check_dims,
-    check_eps,
-    check_filled,
-    check_shape,
-    check_tensors,
-)
-from mpdit_kernels.dispatch import takes_triton, too_wide
+from mpdit_kernels.checks import autocast_dtype, check, check_eps, check_filled, check_shapes, check_tensors
+from mpdit_kernels.dispatch import absent, kernel_op, takes_triton, too_wide
 from mpdit_kernels.flops import count_flops
 from mpdit_kernels.upsample import reference
 
@@ -42,7 +32,7 @@ def upsample_tokens(
     grid: tuple[int, int] | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Coarse tokens to fine ones: MPDiT's Upsample block (section 3.1 of its paper).
+    """Take coarse tokens to fine ones: MPDiT's Upsample block (section 3.1 of its paper).
 
     Image tokens pass a Linear D -> r*r*D, a pixel-shuffle onto the r times finer grid and tanh-GELU; class tokens join
     them unchanged; all pass a layer norm without affine part and a Linear; the skip from the input's patches and the
@@ -66,10 +56,14 @@ def upsample_tokens(
     Raises:
         ValueError: shapes, devices, dtypes or types that don't fit.
     """
-    grid = _check(
-        x, expand_weight, expand_bias, refine_weight, refine_bias, num_class_tokens, factor, skip, position, grid
-    )
     check_eps(eps)
+    weights = {
+        "expand_weight": expand_weight,
+        "expand_bias": expand_bias,
+        "refine_weight": refine_weight,
+        "refine_bias": refine_bias,
+    }
+    grid = _check(x, weights, num_class_tokens, factor, skip, position, grid)
     patches, skip_weight, skip_bias = skip or (None, None, None)
     compute = autocast_dtype(x) or x.dtype
     dtype = torch.promote_types(compute, x.dtype)
@@ -98,64 +92,44 @@ def upsample_tokens(
 
 def _check(
     x: Tensor,
-    expand_weight: Tensor,
-    expand_bias: Tensor,
-    refine_weight: Tensor,
-    refine_bias: Tensor,
+    weights: dict[str, Tensor],
     m: int,
     r: int,
-    skip: tuple[Tensor, Tensor, Tensor] | None,
+    skip: Any,
     position: Tensor | None,
     grid: tuple[int, int] | None,
 ) -> tuple[int, int]:
-    """The coarse grid, all arguments being as they should."""
-    weights = {
-        "expand_weight": expand_weight,
-        "expand_bias": expand_bias,
-        "refine_weight": refine_weight,
-        "refine_bias": refine_bias,
-    }
+    """Return the coarse grid, all arguments being as they should."""
     check_tensors(x=x, **weights)
-    patches, skip_weight, skip_bias = _skip(skip)
-    check_alike(x=x, **weights, patches=patches, skip_weight=skip_weight, skip_bias=skip_bias, position=position)
-    check_dims("x", x, "[B, m+n0, D]")
-    batch, tokens, width = x.shape
+    if skip is not None and not (isinstance(skip, tuple) and len(skip) == 3):
+        got = f"a tuple of {len(skip)}" if isinstance(skip, tuple) else f"of type {type(skip).__name__}"
+        check(False, "skip", got, "a tuple (patches, weight, bias), or None")
+    patches, skip_weight, skip_bias = skip or (None, None, None)
+    optional = {"position": position}
+    if skip is not None:
+        optional |= {"patches": patches, "skip_weight": skip_weight, "skip_bias": skip_bias}
+    check_tensors(("position",), x=x, **optional)
+    sizes = check_shapes({}, x=(x, "[B, m+n0, D]"))
+    tokens, width = x.shape[1:]
     check_filled("x", x, 2, "at least one column")
     check(_integer(r) and r >= 1, "factor", r, "an integer of at least 1")
-    # Texts with sizes are made only where they are raised: torch.compile takes a size put into a text as constant.
     if not (_integer(m) and 0 <= m < tokens):
         check(False, "num_class_tokens", m, f"an integer of at least 0, and fewer than x's {tokens} tokens")
     coarse = tokens - m
     grid = _grid(grid, coarse)
-    check_shape("expand_weight", expand_weight, (width * r * r, width), "[D*r*r, D]")
-    check_shape("expand_bias", expand_bias, (width * r * r,), "[D*r*r]")
-    check_shape("refine_weight", refine_weight, (width, width), "[D, D]")
-    check_shape("refine_bias", refine_bias, (width,), "[D]")
-    if patches is not None and skip_weight is not None and skip_bias is not None:  # one is None where all are
-        check_dims("patches", patches, "[B, n1, K]")
-        values = patches.shape[2]
+    sizes |= {"D*r*r": width * r * r, "n1": coarse * r * r}
+    shapes = {"expand_weight": "[D*r*r, D]", "expand_bias": "[D*r*r]", "refine_weight": "[D, D]", "refine_bias": "[D]"}
+    check_shapes(sizes, **{name: (weights[name], shape) for name, shape in shapes.items()})
+    if patches is not None:
+        check_shapes(sizes, patches=(patches, "[B, n1, K]"))
         check_filled("patches", patches, 2, "at least one column")
-        check_shape("patches", patches, (batch, coarse * r * r, values), "[B, n1, K]")
-        check_shape("skip_weight", skip_weight, (width, values), "[D, K]")
-        check_shape("skip_bias", skip_bias, (width,), "[D]")
-    if position is not None:
-        check_shape("position", position, (coarse * r * r, width), "[n1, D]")
+    check_shapes(sizes, skip_weight=(skip_weight, "[D, K]"), skip_bias=(skip_bias, "[D]"))
+    check_shapes(sizes, position=(position, "[n1, D]"))
     return grid
 
 
 def _integer(value: object) -> bool:
     return isinstance(value, (int, torch.SymInt))
-
-
-def _skip(skip: Any) -> tuple[Any, Any, Any]:
-    """The skip's three tensors, or three times None."""
-    if skip is None:
-        return None, None, None
-    got = f"a tuple of {len(skip)}" if isinstance(skip, tuple) else f"of type {type(skip).__name__}"
-    check(isinstance(skip, tuple) and len(skip) == 3, "skip", got, "a tuple (patches, weight, bias), or None")
-    patches, weight, bias = skip
-    check_tensors(patches=patches, skip_weight=weight, skip_bias=bias)
-    return patches, weight, bias
 
 
 def _grid(grid: Any, coarse: int) -> tuple[int, int]:
@@ -175,31 +149,26 @@ def _grid(grid: Any, coarse: int) -> tuple[int, int]:
 
 
 def _offset_major(x: Tensor, r: int, dtype: torch.dtype) -> Tensor:
-    """As the reference reorders, in one copy that also casts."""
+    """Reorder rows as the reference does, in one copy that also casts."""
     rows = x.unflatten(0, (-1, r, r)).movedim(0, 2)
     return rows.to(dtype, memory_format=torch.contiguous_format).flatten(0, 2)
 
 
-@torch.library.custom_op("mpdit_kernels::upsample", mutates_args=())
-def _upsample(
-    x: Tensor,
-    expand: Tensor,
-    expand_bias: Tensor,
-    refine: Tensor,
-    refine_bias: Tensor,
-    patches: Tensor | None,
-    skip_bias: Tensor | None,
-    position: Tensor | None,
-    sizes: Sequence[int],
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(result, and for backward: rows [B*(m+n1), D] before GELU, class tokens' first, and image tokens [B*n0, D])."""
-    from mpdit_kernels.upsample import triton_impl
-
-    return triton_impl.forward(
-        x, expand, expand_bias, refine, refine_bias, patches, skip_bias, position, sizes, eps, dtype
-    )
+# Returns (result, and for backward: rows [B*(m+n1), D] before GELU, class tokens' first, and image tokens [B*n0, D]).
+_upsample = kernel_op(
+    "upsample",
+    "forward",
+    "upsample(Tensor x, Tensor expand, Tensor expand_bias, Tensor refine, Tensor refine_bias, Tensor? patches, "
+    "Tensor? skip_bias, Tensor? position, SymInt[] sizes, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+)
+# Returns gradients of the first eight arguments of the forward, those not wanted being empty. x's comes as `dtype`,
+# those of matrices and patches in the products' dtype, the others in fp32.
+_upsample_backward = kernel_op(
+    "upsample",
+    "backward",
+    "upsample_backward(Tensor d_out, Tensor rows, Tensor image, Tensor expand, Tensor refine, Tensor? patches, "
+    "SymInt[] sizes, float eps, ScalarType dtype, bool[] wanted) -> Tensor[]",
+)
 
 
 @_upsample.register_fake
@@ -212,31 +181,8 @@ def _(x, expand, expand_bias, refine, refine_bias, patches, skip_bias, position,
     )
 
 
-@torch.library.custom_op("mpdit_kernels::upsample_backward", mutates_args=())
-def _upsample_backward(
-    d_out: Tensor,
-    rows: Tensor,
-    image: Tensor,
-    expand: Tensor,
-    refine: Tensor,
-    patches: Tensor | None,
-    sizes: Sequence[int],
-    eps: float,
-    dtype: torch.dtype,
-    asked: Sequence[bool],
-) -> list[Tensor]:
-    """Gradients of the first eight arguments of the forward, those not asked for being empty.
-
-    x's comes as `dtype`, those of matrices and patches in the products' dtype, the others in fp32.
-    """
-    from mpdit_kernels.upsample import triton_impl
-
-    found = triton_impl.backward(d_out, rows, image, expand, refine, patches, sizes, eps, dtype, asked)
-    return [d_out.new_empty(0) if gradient is None else gradient for gradient in found]
-
-
 @_upsample_backward.register_fake
-def _(d_out, rows, image, expand, refine, patches, sizes, eps, dtype, asked):  # type: ignore[no-untyped-def]
+def _(d_out, rows, image, expand, refine, patches, sizes, eps, dtype, wanted):  # type: ignore[no-untyped-def]
     (batch, _, width), (m, r, h, w) = d_out.shape, sizes
     shapes = [
         ((batch, m + h * w, width), dtype),
@@ -249,8 +195,8 @@ def _(d_out, rows, image, expand, refine, patches, sizes, eps, dtype, asked):  #
         ((h * w * r * r, width), torch.float32),
     ]
     return [
-        d_out.new_empty(shape, dtype=kind) if wanted else d_out.new_empty(0)
-        for (shape, kind), wanted in zip(shapes, asked, strict=True)
+        d_out.new_empty(shape, dtype=kind) if want else absent(d_out)
+        for (shape, kind), want in zip(shapes, wanted, strict=True)
     ]
 
 
@@ -265,11 +211,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _gradients(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     if d_out is None:
         return (None,) * 11
-    asked = list(ctx.needs_input_grad[:8])
-    found = _upsample_backward(d_out, *ctx.saved_tensors, ctx.sizes, ctx.eps, ctx.dtypes[0], asked)
-    gradients = [
-        gradient.to(dtype) if wanted else None for gradient, dtype, wanted in zip(found, ctx.dtypes, asked, strict=True)
-    ]
+    wanted = list(ctx.needs_input_grad[:8])
+    found = _upsample_backward(d_out, *ctx.saved_tensors, ctx.sizes, ctx.eps, ctx.dtypes[0], wanted)
+    gradients = [x.to(dtype) if want else None for x, dtype, want in zip(found, ctx.dtypes, wanted, strict=True)]
     return *gradients, None, None, None
 
 
@@ -286,7 +230,7 @@ def _flops(x: Tensor, expand: Tensor, expand_bias: Tensor, refine: Tensor, *_: A
 def _flops_backward(
     d_out: Tensor, rows: Tensor, image: Tensor, expand: Tensor, refine: Tensor, *rest: Any, **_: Any
 ) -> int:
-    of_x, of_expand, of_bias, of_refine, _refine_bias, of_patches, *_vectors = rest[-1]  # `asked`
+    of_x, of_expand, of_bias, of_refine, _refine_bias, of_patches, *_vectors = rest[-1]  # `wanted`
     columns = refine.shape[1] if of_patches else refine.shape[0] if of_x or of_expand or of_bias else 0
     refining = len(rows) * refine.shape[0] * (columns + (refine.shape[1] if of_refine else 0))
     return 2 * (refining + len(image) * expand.numel() * (of_x + of_expand))

@@ -4,12 +4,13 @@ The first product leaves the r*r fine tokens of a coarse one side by side, so to
 matrix: class tokens of all samples, then for each coarse token its offsets (i, j). The forward kernel takes each to its
 place in the result: GELU, norm, and the patch's values appended as columns so that the skip rides in the second
 product. It also writes the whole result, filled with biases and positions, which that product then reads and writes
-again (cases.py has the bytes). The backward kernel does the same way back, computing the normalised rows again. A
+again (tools/cases.py has the bytes). The backward kernel does the same way back, computing the normalised rows again. A
 program takes one offset of several coarse tokens, or several class tokens, ROWS at a time.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -17,20 +18,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mpdit_kernels.gelu_mlp.gelu import gate, slope
 from mpdit_kernels.launch import Config, Tunable, launch
 from mpdit_kernels.rows import (
     chunks,
     columns,
+    gelu_gate,
+    gelu_slope,
     load_rows,
     load_vector,
     row_mean,
     row_moments,
     rows_of,
 )
-from mpdit_kernels.upsample.incoming import sum_and_cast
-from mpdit_kernels.upsample.places import places, program, store_normal
-from mpdit_kernels.upsample.products import accumulate, product
 
 
 def _candidates(width: int) -> list[Config]:
@@ -57,12 +56,64 @@ FORWARD = Tunable("upsample.forward", _default, _candidates)
 BACKWARD = Tunable("upsample.backward", _default_backward, _candidates)
 
 
+def _candidates_incoming() -> list[Config]:
+    return [
+        {"SAMPLES": samples, "BATCH": batch, "COLUMNS": columns, "num_warps": 4, "num_stages": 1}
+        for samples in (1, 2, 4)
+        for batch in (16, 32, 128)
+        for columns in (512, 1024)
+    ]
+
+
+INCOMING = Tunable(
+    "upsample.incoming",
+    lambda: {"SAMPLES": 4, "BATCH": 32, "COLUMNS": 1024, "num_warps": 4, "num_stages": 1},
+    _candidates_incoming,
+)
+
+
+@triton.jit
+def program(PROGRAMS, OFFSETS: tl.constexpr):
+    """Whether this program's tokens are image tokens, which part of them it takes, and at which offset."""
+    pid = tl.program_id(0)
+    image = pid < PROGRAMS
+    return image, tl.where(image, pid // OFFSETS, pid - PROGRAMS), tl.where(image, pid % OFFSETS, 0)
+
+
+@triton.jit
+def places(index, image, offset, B, M, H, W, R: tl.constexpr):
+    """For tokens [ROWS], numbered over all samples: which exist, sample, token in the result, row before GELU."""
+    each = tl.where(image, H * W, M)
+    sample = index // each
+    token = index - sample * each
+    down = token // W
+    fine = (down * R + offset // R) * (W * R) + (token - down * W) * R + offset % R
+    before = tl.where(image, tl.cast(B, tl.int64) * M + index.to(tl.int64) * (R * R) + offset, index.to(tl.int64))
+    return index < B * each, sample.to(tl.int64), tl.where(image, M + fine, token).to(tl.int64), before
+
+
+@triton.jit
+def store_normal(
+    normal, target, values, patches, patches_batch, patches_token, sample, token, mask, image,
+    D: tl.constexpr, CHUNKS: tl.constexpr, K: tl.constexpr, EXTRA: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rows of the second product: normalised values, then the patch's values and zeros, EXTRA in all."""
+    rows = normal + target[:, None] * (D + EXTRA)
+    for i in tl.static_range(len(CHUNKS)):
+        tl.store(rows + columns(CHUNKS, i), values[i].to(normal.dtype.element_ty), mask=mask[:, None])
+    if EXTRA:
+        at = tl.arange(0, BLOCK)[None, :]
+        source = patches + sample[:, None] * patches_batch + token[:, None] * patches_token + at
+        taken = tl.load(source, mask=mask[:, None] & image & (at < K), other=0)
+        tl.store(rows + D + at, taken.to(normal.dtype.element_ty), mask=mask[:, None] & (at < EXTRA))
+
+
 @triton.jit
 def _normalized(values, image, eps, D: tl.constexpr, CHUNKS: tl.constexpr):
     """Rows after GELU, where `image`, and layer norm, with their reciprocal standard deviations."""
     activated = ()
     for i in tl.static_range(len(CHUNKS)):
-        s, _ = gate(values[i])
+        s, _ = gelu_gate(values[i])
         activated = activated + (tl.where(image, values[i] * s, values[i]),)
     mean, rstd = row_moments(activated, eps, D)
     normalized = ()
@@ -181,8 +232,8 @@ def _backward(
             new_sums = ()
             for i in tl.static_range(len(CHUNKS)):
                 total = (gradients[i] - normalized[i] * along - common) * rstd[:, None]
-                s, ds = gate(values[i])
-                total = tl.where(image, total * slope(values[i], s, ds), total)
+                s, ds = gelu_gate(values[i])
+                total = tl.where(image, total * gelu_slope(values[i], s, ds), total)
                 place = d_before + row[:, None] * D + columns(CHUNKS, i)
                 tl.store(place, total.to(d_before.dtype.element_ty), mask=mask[:, None])
                 # A row that doesn't exist may hold NaN where eps is 0.
@@ -197,6 +248,31 @@ def _backward(
 @triton.jit
 def _zeros(ROWS: tl.constexpr, C: tl.constexpr):
     return tl.zeros([ROWS, C], tl.float32)
+
+
+@triton.jit
+def _incoming(
+    gradient,  # [B, N]
+    narrow,  # out [B, N], where CAST
+    sums,  # out fp32 [splits, N]
+    B,
+    N,
+    CAST: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    BATCH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    split = tl.program_id(1).to(tl.int64)
+    total = tl.zeros([1, COLUMNS], tl.float32)
+    for step in range(0, BATCH, SAMPLES):
+        sample = split * BATCH + step + tl.arange(0, SAMPLES)[:, None]
+        mask = (sample < B) & (at < N)
+        values = tl.load(gradient + sample * N + at, mask=mask, other=0)
+        if CAST:
+            tl.store(narrow + sample * N + at, values.to(narrow.dtype.element_ty), mask=mask)
+        total += tl.sum(values.to(tl.float32), 0, keep_dims=True)
+    tl.store(sums + split * N + at, total, mask=at < N)
 
 
 def forward(
@@ -268,7 +344,7 @@ def backward(
     d_rows = d_out.to(before.dtype).view(-1, width)
     d_normal = None
     if gradient or for_patches:
-        d_normal = product(d_rows, refine if for_patches else refine[:, :width])
+        d_normal = d_rows @ (refine if for_patches else refine[:, :width])
     normal = before.new_empty(batch * tokens, refine.shape[1]) if for_refine else None
     d_before = torch.empty_like(before) if gradient else None
     config, programs, grid = _programs(BACKWARD, batch, width, sizes)
@@ -292,8 +368,8 @@ def backward(
         if for_x:
             dx = d_out.new_empty(batch, m + h * w, width, dtype=dtype)
             dx[:, :m].copy_(d_before[: batch * m].view(batch, m, width))
-            dx[:, m:].copy_(product(d_image, expand).view(batch, h * w, width))
-        d_expand = product(d_image.t(), image) if for_expand else None
+            dx[:, m:].copy_((d_image @ expand).view(batch, h * w, width))
+        d_expand = d_image.t() @ image if for_expand else None
     if for_patches and d_normal is not None and patches is not None:
         # Copied even where contiguous: an operator's outputs own their memory.
         columns_of_patches = d_normal.unflatten(0, (batch, tokens))[:, m:, width : width + patches.shape[2]]
@@ -302,12 +378,47 @@ def backward(
         dx,
         d_expand,
         partials.sum(0) if for_bias else None,
-        None if normal is None else product(d_rows.t(), normal),
+        None if normal is None else d_rows.t() @ normal,
         sums.sum(0) if sums is not None and for_refine_bias else None,
         d_patches,
         sums[m:].sum(0) if sums is not None and for_skip_bias else None,
         sums[m:].clone() if sums is not None and for_position else None,
     ]
+
+
+def sum_and_cast(d_out: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """d_out [B, T, D] as `dtype`, and its sum over the batch, fp32 [T, D]; one reading."""
+    batch, elements = d_out.shape[0], d_out[0].numel() if len(d_out) else 0
+    narrow = None if d_out.dtype == dtype else torch.empty(d_out.shape, dtype=dtype, device=d_out.device)
+    config = INCOMING.pick()
+    splits = triton.cdiv(batch, config["BATCH"])
+    sums = torch.empty(splits, *d_out.shape[1:], dtype=torch.float32, device=d_out.device)
+    grid = (triton.cdiv(elements, config["COLUMNS"]), splits)
+    launch(_incoming, grid, d_out, narrow, sums, batch, elements, CAST=narrow is not None, **config)
+    return d_out if narrow is None else narrow, sums[0] if splits == 1 else sums.sum(0)
+
+
+def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b, summed in fp32, out being read and written whole; it has the operands' dtype or is fp32."""
+    if out.dtype == a.dtype:
+        torch.addmm(out, a, b, out=out)
+    elif not out.is_cuda:  # the interpreter's tensors: no such product on the CPU
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), out=out)
+    elif _adds_to_fp32(out.device, a.dtype):
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:  # one more pass, and the product is rounded
+        out += a @ b
+
+
+@functools.cache
+def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch adds a product of narrow matrices to an fp32 one in place."""
+    out, a = torch.zeros(16, 16, device=device), torch.ones(16, 16, dtype=dtype, device=device)
+    try:
+        torch.addmm(out, a, a, out_dtype=out.dtype, out=out)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def _programs(tunable: Tunable, batch: int, width: int, sizes: Sequence[int]) -> tuple[Config, int, tuple[int]]:
