@@ -49,7 +49,7 @@ def denormalize(latents: Tensor, data: Mapping[str, Any]) -> Tensor:
 
 
 def decode(latents: Tensor, data: Mapping[str, Any]) -> NDArray[np.uint8]:
-    """Pictures of normalised latents [B, C, H, W], as the sampler returns them.
+    """Make pictures of normalised latents [B, C, H, W], as the sampler returns them.
 
     Digits are decoded exactly: uint8 [B, 32, 32], grey. Other latents get a preview at latent resolution that needs
     no decoder: uint8 RGB [B, H, W, 3] for the 4 channels of Stable Diffusion's VAE (a linear fit of its decoder, good
@@ -78,23 +78,58 @@ def grid(
     class_names: Sequence[str] | None = None,
     scale: int | None = None,
 ) -> Image.Image:
-    """One picture of many: uint8 [B, H, W] or [B, H, W, 3], row by row, enlarged by a whole factor with hard pixels.
+    """Put many pictures into one: uint8 [B, H, W] or [B, H, W, 3], enlarged by a whole factor with hard pixels.
 
-    With `classes` given, columns (or rows) that hold one class each are labelled with its name. `columns` defaults to
-    one per class when a few classes repeat, and to a square otherwise; `scale` to the least that shows 64 pixels.
-    DataError for an empty or misshapen batch.
+    They go row by row. With `classes` given, columns (or rows) that hold one class each are labelled with its name.
+    `columns` defaults to one per class when a few classes repeat, and to a square otherwise; `scale` to the least that
+    shows 64 pixels. DataError for an empty or misshapen batch.
     """
     if images.ndim not in (3, 4) or images.size == 0 or (images.ndim == 4 and images.shape[3] != 3):
         raise DataError(f"images have shape {images.shape}: give at least one, as [B, H, W] or [B, H, W, 3]")
-    labels = None if classes is None else [int(label) for label in classes]
-    if labels is not None and len(labels) != len(images):
+    labels = [] if classes is None else [int(label) for label in classes]
+    if classes is not None and len(labels) != len(images):
         raise DataError(f"{len(labels)} classes for {len(images)} images: give one class per image")
     columns = min(columns or _columns(len(images), labels), len(images))
+    rows = math.ceil(len(images) / columns)
     scale = scale or math.ceil(_VISIBLE_SIDE / min(images.shape[1:3]))
     tiles = images.repeat(scale, axis=1).repeat(scale, axis=2)
-    font = ImageFont.load_default(max(12, min(tiles.shape[1:3]) // 5))
-    above, left = _labels(labels, columns, class_names)
-    return _draw(tiles, columns, above, left, font)
+    height, width = tiles.shape[1:3]
+    font: Any = ImageFont.load_default(max(12, min(height, width) // 5))
+    # Names above the columns or left of the rows, whichever hold one class each; columns go first.
+    above = _names([labels[column::columns] for column in range(columns)], class_names)
+    left = [] if above else _names([labels[row * columns :][:columns] for row in range(rows)], class_names)
+
+    top = _GAP + (int(font.getbbox("Ag")[3]) + _GAP if above else 0)
+    margin = _GAP + (int(max(map(font.getlength, left))) + 2 * _GAP if left else 0)
+    picture = Image.new("RGB", (margin + columns * (width + _GAP), top + rows * (height + _GAP)), _PAPER)
+    pen = ImageDraw.Draw(picture)
+    for index, tile in enumerate(tiles):
+        row, column = divmod(index, columns)
+        picture.paste(Image.fromarray(tile), (margin + column * (width + _GAP), top + row * (height + _GAP)))
+    for column, text in enumerate(above):
+        shown = text
+        while len(text) > 1 and font.getlength(shown) > width:
+            text = text[:-1]
+            shown = text + "…"
+        pen.text((margin + column * (width + _GAP) + width // 2, top - _GAP), shown, _INK, font, anchor="ms")
+    for row, text in enumerate(left):
+        pen.text((margin - 2 * _GAP, top + row * (height + _GAP) + height // 2), text, _INK, font, anchor="rm")
+    return picture
+
+
+def _columns(count: int, labels: list[int]) -> int:
+    """Return the columns of a grid: one a class where a few classes repeat in turn, else those of a square."""
+    distinct = len(set(labels))
+    if 1 < distinct <= _MAX_CLASS_COLUMNS and labels == [labels[i % distinct] for i in range(count)]:
+        return distinct
+    return math.ceil(math.sqrt(count))
+
+
+def _names(lines: list[list[int]], names: Sequence[str] | None) -> list[str]:
+    """Return the name of each row's or column's class; none where one of them holds several."""
+    if any(len(set(line)) != 1 for line in lines):
+        return []
+    return [names[line[0]] if names and line[0] < len(names) else str(line[0]) for line in lines]
 
 
 def save_sample_grid(
@@ -110,65 +145,3 @@ def save_sample_grid(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path, format="PNG")
-
-
-def _columns(count: int, labels: list[int] | None) -> int:
-    if labels is not None:
-        distinct = len(set(labels))
-        if 1 < distinct <= _MAX_CLASS_COLUMNS and labels == [labels[i % distinct] for i in range(count)]:
-            return distinct
-    return math.ceil(math.sqrt(count))
-
-
-def _labels(
-    labels: list[int] | None, columns: int, names: Sequence[str] | None
-) -> tuple[list[str] | None, list[str] | None]:
-    """Texts above the columns or left of the rows, whichever hold one class each; columns go first."""
-    if labels is None:
-        return None, None
-    down = [labels[column::columns] for column in range(columns)]
-    across = [labels[start : start + columns] for start in range(0, len(labels), columns)]
-    if all(len(set(column)) == 1 for column in down):
-        return [_name(column[0], names) for column in down], None
-    if all(len(set(row)) == 1 for row in across):
-        return None, [_name(row[0], names) for row in across]
-    return None, None
-
-
-def _name(label: int, names: Sequence[str] | None) -> str:
-    return names[label] if names and label < len(names) else str(label)
-
-
-def _draw(
-    tiles: NDArray[np.uint8],
-    columns: int,
-    above: list[str] | None,
-    left: list[str] | None,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-) -> Image.Image:
-    height, width = tiles.shape[1:3]
-    rows = math.ceil(len(tiles) / columns)
-    line = int(font.getbbox("Ag")[3])
-    top = _GAP + (line + _GAP if above else 0)
-    margin = _GAP + (int(max(font.getlength(text) for text in left)) + 2 * _GAP if left else 0)
-    picture = Image.new("RGB", (margin + columns * (width + _GAP), top + rows * (height + _GAP)), _PAPER)
-    for index, tile in enumerate(tiles):
-        row, column = divmod(index, columns)
-        picture.paste(Image.fromarray(tile), (margin + column * (width + _GAP), top + row * (height + _GAP)))
-    pen = ImageDraw.Draw(picture)
-    for column, text in enumerate(above or ()):
-        centre = margin + column * (width + _GAP) + width // 2
-        pen.text((centre, top - _GAP), _fit(text, width, font), _INK, font, anchor="ms")
-    for row, text in enumerate(left or ()):
-        middle = top + row * (height + _GAP) + height // 2
-        pen.text((margin - 2 * _GAP, middle), text, _INK, font, anchor="rm")
-    return picture
-
-
-def _fit(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """The text, shortened until it is no wider than its column."""
-    shown = text
-    while len(text) > 1 and font.getlength(shown) > width:
-        text = text[:-1]
-        shown = text + "…"
-    return shown

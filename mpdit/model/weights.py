@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mpdit.core.errors import CheckpointError, ConfigError
-from mpdit.core.files import sync_to_disk
+from mpdit.core.files import new_file
 from mpdit.core.tensor_file import digest_of, write_tensors
 from mpdit.core.zips import find_damaged, is_zip
 from mpdit.model.config import ModelConfig
@@ -40,26 +40,23 @@ def save_weights(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
-    description = describe(config, metadata)
-    weights_tmp, config_tmp = folder / ".model.safetensors.tmp", folder / ".config.json.tmp"
-    try:
-        write_tensors(weights_tmp, tensors, {"format": "pt", "sha256": digest_of(tensors)})
-    except OSError as error:
-        weights_tmp.unlink(missing_ok=True)
-        raise CheckpointError(f"{folder / 'model.safetensors'} can't be written: {error.strerror}") from error
-    config_tmp.write_text(json.dumps(description, indent=2) + "\n")
-    for tmp, name in ((weights_tmp, "model.safetensors"), (config_tmp, "config.json")):
-        sync_to_disk(tmp)
-        os.replace(tmp, folder / name)
+    description = json.dumps(describe(config, metadata), indent=2) + "\n"
+    # The first to be opened is the last to take its place.
+    with new_file(folder / "config.json") as config_file, new_file(folder / "model.safetensors") as weights_file:
+        config_file.write_text(description)
+        try:
+            write_tensors(weights_file, tensors, {"format": "pt", "sha256": digest_of(tensors)})
+        except OSError as error:
+            raise CheckpointError(f"{folder / 'model.safetensors'} can't be written: {error.strerror}") from error
 
 
 def describe(config: ModelConfig, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json holds; `parse_description` reads it."""
+    """Return what config.json holds; `parse_description` reads it."""
     return {"format": FORMAT, "model": config.to_dict(), **metadata}
 
 
 def parse_description(description: Any, where: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """The model's configuration and the metadata of a `describe`; CheckpointError, naming `where`, if it is none."""
+    """Read a configuration and metadata from what `describe` made; CheckpointError, naming `where`, if it is none."""
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise CheckpointError(f'{where} is not a description of mpdit weights: expected "format": "{FORMAT}"')
     if not isinstance(description.get("model"), dict):
@@ -71,7 +68,7 @@ def parse_description(description: Any, where: str | Path) -> tuple[ModelConfig,
 
 
 def check_flow(metadata: Mapping[str, Any]) -> None:
-    """ConfigError if the weights that this metadata, as `load_weights` returns it, belongs to predict no velocity."""
+    """Raise ConfigError if the weights whose metadata this is, as `load_weights` returns it, predict no velocity."""
     training = metadata.get("training")
     if isinstance(training, Mapping) and training.get("objective") == "noise":
         raise ConfigError(
@@ -80,7 +77,7 @@ def check_flow(metadata: Mapping[str, Any]) -> None:
 
 
 def check_values(tensors: Mapping[str, Tensor], where: str | Path) -> None:
-    """CheckpointError, naming `where` and the first such tensor, unless all are plain, real and finite."""
+    """Raise CheckpointError, naming `where` and the first such tensor, unless all are plain, real and finite."""
     for name, value in tensors.items():
         plain = value.layout == torch.strided and not value.is_quantized and not value.is_meta
         # A view that repeats its values may claim to be of any size.
@@ -93,7 +90,7 @@ def check_values(tensors: Mapping[str, Tensor], where: str | Path) -> None:
 
 
 def load_tensors(path: str | Path) -> Any:
-    """What a file of torch.save holds, on the CPU, tensors read as they are used.
+    """Load what a file of torch.save holds, on the CPU, tensors read as they are used.
 
     Nothing but tensors, plain containers and argparse.Namespace (the "args" of the official codes) is unpickled.
     CheckpointError for a file that is none, is damaged or holds anything else. Torch's own words are not passed on:
@@ -146,7 +143,7 @@ def read_weights(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor], dict
 
 
 def weights_folder(path: Path) -> Path:
-    """The folder that holds model.safetensors and config.json; CheckpointError, naming what was looked for, if none."""
+    """Find the folder of model.safetensors and config.json; CheckpointError, naming what was looked for, if none."""
     if path.suffix == ".safetensors" and path.is_file():
         if path.name != "model.safetensors":
             raise CheckpointError(f"{path} must be named model.safetensors, with its config.json beside it")
@@ -169,23 +166,19 @@ def _read_json(path: Path) -> Any:
 
 
 def _check_metadata(where: str | Path, description: Mapping[str, Any], channels: int) -> None:
-    """What samples are decoded by, and where weights come from, must have the form that `save_weights` was given."""
+    """Check the form of what samples are decoded by ("data") and of where weights come from ("training")."""
     if not isinstance(description.get("training") or {}, dict):
         raise CheckpointError(f'{where} has no valid "training": expected an object')
     data = description.get("data", {})
     valid = isinstance(data, dict) and isinstance(data.get("decoder") or {}, dict)
-    if valid and (normalization := data.get("normalization", {})) != {}:
-        valid = isinstance(normalization, dict) and normalization.keys() == {"mean", "std"}
-        valid = valid and all(_numbers(values, channels) for values in normalization.values())
-        valid = valid and min(normalization["std"]) > 0
+    if valid and (constants := data.get("normalization", {})) != {}:
+        valid = isinstance(constants, dict) and constants.keys() == {"mean", "std"}
+        for values in constants.values() if valid else ():
+            valid = valid and isinstance(values, list) and len(values) == channels
+            valid = valid and all(type(value) in (int, float) and abs(value) < _LARGEST for value in values)
+        valid = valid and min(constants["std"]) > 0
     if not valid:
         raise CheckpointError(
             f'{where} has no valid "data": expected an object with "normalization" {{"mean", "std"}}, finite numbers '
             f"of {channels} channels each, std above 0"
         )
-
-
-def _numbers(values: Any, count: int) -> bool:
-    """Whether these are so many finite numbers."""
-    kinds = isinstance(values, list) and all(type(value) in (int, float) for value in values)
-    return kinds and len(values) == count and all(abs(value) < _LARGEST for value in values)
