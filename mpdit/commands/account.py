@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from mpdit.commands.common import Outcome, add_model, model_config, whole
+from mpdit.commands.common import Outcome, add_model, adder, model_config, whole
 
 SUMMARY = "count a model's parameters, FLOPs and activations"
 DESCRIPTION = (
@@ -12,19 +12,21 @@ DESCRIPTION = (
     "exact, of the graph as the paper draws it; beside them stand what runs with our exact fusions and what the "
     "paper prints."
 )
+_HELP = {
+    "batch": "images of a forward pass, which share what the exact fusions compute on weights alone",
+    "precision": "of training",
+    "checkpointing": "activations with checkpointing of each block",
+    "reference": "activations of the plain PyTorch references",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument(
-        "--batch",
-        type=whole(1),
-        default=1,
-        help="images of a forward pass, which share what the exact fusions compute on weights alone (default: 1)",
-    )
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of training (default: bf16)")
-    parser.add_argument("--checkpointing", action="store_true", help="activations with checkpointing of each block")
-    parser.add_argument("--reference", action="store_true", help="activations of the plain PyTorch references")
+    add = adder(parser, _HELP)
+    add("--batch", type=whole(1), default=1)
+    add("--precision", choices=("bf16", "fp32"), default="bf16")
+    add("--checkpointing", action="store_true")
+    add("--reference", action="store_true")
 
 
 def run(args: argparse.Namespace) -> Outcome:

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,23 +71,53 @@ def refuse(args: argparse.Namespace, names: Iterable[str], why: str) -> None:
             raise ConfigError(f"{flag(name)} {why}")
 
 
+_HELP = {
+    "model": "name of a preset (mpdit.PRESETS), for example MPDiT-XL/4-2",
+    "input_size": "side of the latent: 32 for 256 px, 64 for 512 px (default: the preset's)",
+    "override": "a field of the model's configuration, as in training; may be repeated: --override class_tokens=4 "
+    "(default: none)",
+    "data_scale": "what latents of another project's files were multiplied by: 1, 0.18215, ... or auto: as the format "
+    "has it, or by the std measured (default: auto)",
+    "normalization": "constants to train with; auto: those that come with the data, else the paper's where they suit "
+    "it (default: auto)",
+    "num_classes": "classes of another project's files (default: one more than the highest label)",
+    "device": "cpu, cuda, cuda:1, ...; auto is cuda where there is one",
+    "gpus": "processes, each with a GPU of its own; without GPUs processes on the CPU",
+    "method": "; ".join(f"{name}: {solver.help}" for name, solver in SAMPLERS.items()),
+    "steps": "steps; for dopri5 the most it may try. The paper's figures take 250, models of the digits no more "
+    "than 25",
+    "guidance": "classifier-free guidance w in u + w (c - u); 1 is none, at half the cost",
+    "interval": "times in which guidance acts; 1 is noise, 0 is data",
+    "diffusion_form": f"how much noise sde adds over time: {', '.join(DIFFUSION_FORMS)}; the other methods add none",
+    "tolerance": "absolute and relative error dopri5 keeps to; the other methods go by steps alone",
+    "seed": "of the noise; image i is keyed by (seed, i)",
+    "batch": "images per call, as memory allows; not part of the result, but for round-off",
+    "precision": "what the model computes in; auto: bf16 on a GPU, fp32 on a CPU. tf32 is what DiT's scripts sample in",
+}
+
+
+def adder(parser: argparse._ActionsContainer, texts: Mapping[str, str]) -> Callable[..., None]:
+    """Return a function that adds an argument to the parser, with its text as help and its default after that.
+
+    An option without a default says in its text what holds when it is not given.
+    """
+
+    def add(argument: str, **options: Any) -> None:
+        text, default = texts[argument.lstrip("-").replace("-", "_")], options.get("default")
+        if default is not None:
+            shown = " ".join(f"{part:g}" for part in default) if isinstance(default, tuple) else default
+            text = f"{text} (default: {shown})"
+        parser.add_argument(argument, help=text, **options)
+
+    return add
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add a model by its preset and what is overridden of it, for `model_config`."""
-    parser.add_argument("model", metavar="MODEL", help="name of a preset (mpdit.PRESETS), for example MPDiT-XL/4-2")
-    parser.add_argument(
-        "--input-size",
-        type=whole(1),
-        metavar="N",
-        help="side of the latent: 32 for 256 px, 64 for 512 px (default: the preset's)",
-    )
-    parser.add_argument(
-        "--override",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="a field of the model's configuration, as in training; may be repeated: --override class_tokens=4 "
-        "(default: none)",
-    )
+    add = adder(parser, _HELP)
+    add("model", metavar="MODEL")
+    add("--input-size", type=whole(1), metavar="N")
+    add("--override", action="append", metavar="FIELD=VALUE")
 
 
 def model_config(args: argparse.Namespace) -> ModelConfig:
@@ -95,7 +125,7 @@ def model_config(args: argparse.Namespace) -> ModelConfig:
     from mpdit.model.presets import preset
     from mpdit.training.config import parse_override
 
-    overrides = dict(parse_override(text) for text in args.override)
+    overrides = dict(parse_override(text) for text in args.override or ())
     if args.input_size is not None:
         if overrides.get("input_size", args.input_size) != args.input_size:
             raise ConfigError(f"--input-size {args.input_size} and --override input_size differ: give one of them")
@@ -105,31 +135,18 @@ def model_config(args: argparse.Namespace) -> ModelConfig:
 
 def add_data(parser: argparse._ActionsContainer) -> None:
     """Add what the user may say about another project's latents; None where nothing is said."""
-    parser.add_argument(
-        "--data-scale",
-        metavar="FACTOR",
-        help="what latents of another project's files were multiplied by: 1, 0.18215, ... or auto: as the format has "
-        "it, or by the std measured (default: auto)",
-    )
-    parser.add_argument(
-        "--normalization",
-        choices=("auto", "paper", "measured"),
-        help="constants to train with; auto: those that come with the data, else the paper's where they suit it "
-        "(default: auto)",
-    )
-    parser.add_argument(
-        "--num-classes",
-        type=whole(1),
-        metavar="N",
-        help="classes of another project's files (default: one more than the highest label)",
-    )
+    add = adder(parser, _HELP)
+    add("--data-scale", metavar="FACTOR")
+    add("--normalization", choices=("auto", "paper", "measured"))
+    add("--num-classes", type=whole(1), metavar="N")
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """Add where to compute, for `pick_device`."""
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is cuda where there is one (default: auto)"
-    )
+def add_device(parser: argparse.ArgumentParser, *, gpus: bool = False) -> None:
+    """Add where to compute, for `pick_device`, and how many processes share a job."""
+    add = adder(parser, _HELP)
+    if gpus:
+        add("--gpus", type=whole(1), default=1, metavar="N")
+    add("--device", default="auto")
 
 
 def pick_device(name: str) -> torch.device:
@@ -148,43 +165,18 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def add_gpus(parser: argparse.ArgumentParser) -> None:
-    """Add how many processes share a job."""
-    parser.add_argument(
-        "--gpus",
-        type=whole(1),
-        default=1,
-        metavar="N",
-        help="processes, each with a GPU of its own; without GPUs processes on the CPU (default: 1)",
-    )
-
-
 def add_sampler(parser: argparse.ArgumentParser, defaults: Sampler) -> None:
     """Add the fields of a Sampler, for `sampler`."""
-    group = parser.add_argument_group("sampler")
-
-    def add(name: str, meaning: str, **options: Any) -> None:
-        default = getattr(defaults, name)
-        shown = " ".join(f"{part:g}" for part in default) if isinstance(default, tuple) else default
-        group.add_argument(flag(name), default=default, help=f"{meaning} (default: {shown})", **options)
-
-    methods = "; ".join(f"{name}: {solver.help}" for name, solver in SAMPLERS.items())
-    add("method", methods, choices=tuple(SAMPLERS))
-    steps = "steps; for dopri5 the most it may try. The paper's figures take 250, models of the digits no more than 25"
-    add("steps", steps, type=whole(1))
-    add("guidance", "classifier-free guidance w in u + w (c - u); 1 is none, at half the cost", type=number)
-    times = "times in which guidance acts; 1 is noise, 0 is data"
-    add("interval", times, type=number, nargs=2, metavar=("FIRST", "LAST"))
-    forms = f"how much noise sde adds over time: {', '.join(DIFFUSION_FORMS)}; the other methods add none"
-    add("diffusion_form", forms, metavar="FORM")
-    add("tolerance", "absolute and relative error dopri5 keeps to; the other methods go by steps alone", type=number)
-    add("seed", "of the noise; image i is keyed by (seed, i)", type=whole(0))
-    add("batch", "images per call, as memory allows; not part of the result, but for round-off", type=whole(1))
-    add(
-        "precision",
-        "what the model computes in; auto: bf16 on a GPU, fp32 on a CPU. tf32 is what DiT's scripts sample in",
-        choices=("auto", "fp32", "tf32", "bf16"),
-    )
+    add = adder(parser.add_argument_group("sampler"), _HELP)
+    add("--method", default=defaults.method, choices=tuple(SAMPLERS))
+    add("--steps", default=defaults.steps, type=whole(1))
+    add("--guidance", default=defaults.guidance, type=number)
+    add("--interval", default=defaults.interval, type=number, nargs=2, metavar=("FIRST", "LAST"))
+    add("--diffusion-form", default=defaults.diffusion_form, metavar="FORM")
+    add("--tolerance", default=defaults.tolerance, type=number)
+    add("--seed", default=defaults.seed, type=whole(0))
+    add("--batch", default=defaults.batch, type=whole(1))
+    add("--precision", default=defaults.precision, choices=("auto", "fp32", "tf32", "bf16"))
 
 
 def sampler(args: argparse.Namespace) -> Sampler:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpdit.commands.common import Outcome, add_data, check_new_folder, records_bar, refuse, whole
+from mpdit.commands.common import Outcome, add_data, adder, check_new_folder, records_bar, refuse, whole
 from mpdit.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,48 +30,34 @@ _OPTIONS = {
 """The options by the one kind of conversion that reads them."""
 
 
+_HELP = {
+    "source": "an official checkpoint (.pt, .pth, .ckpt, .bin), a training run's or weights folder, or latents",
+    "out": "folder to write, new or empty; with --to official also a new file that ends in .pt or .pth",
+    "to": "weights: model.safetensors and config.json; official: a checkpoint that the official codes load; diffusers: "
+    "a pipeline folder; latents: a packed data set (default: weights for a checkpoint, latents for data; a model of "
+    "ours needs it)",
+    "num_heads": "attention heads (default: those that the checkpoint names)",
+    "which": "which of its weights to take (default: ema)",
+    "convention": "of weights that predict a velocity: sit if trained with t = 1 as data, mpdit if with t = 0 "
+    "(default: sit if the checkpoint names a SiT, else mpdit, and a DiT's weights are taken to predict noise)",
+    "shard_records": "records in a shard (default: as many as make 1 GiB)",
+    "vae": "the AutoencoderKL to put into the pipeline (default: none, the pipeline then makes latents)",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source",
-        metavar="SOURCE",
-        type=Path,
-        help="an official checkpoint (.pt, .pth, .ckpt, .bin), a training run's or weights folder, or latents",
-    )
-    parser.add_argument(
-        "out",
-        metavar="OUT",
-        type=Path,
-        help="folder to write, new or empty; with --to official also a new file that ends in .pt or .pth",
-    )
-    parser.add_argument(
-        "--to",
-        choices=("weights", "official", "diffusers", "latents"),
-        help="weights: model.safetensors and config.json; official: a checkpoint that the official codes load; "
-        "diffusers: a pipeline folder; latents: a packed data set "
-        "(default: weights for a checkpoint, latents for data; a model of ours needs it)",
-    )
-    official = parser.add_argument_group("official checkpoint as SOURCE")
-    official.add_argument(
-        "--num-heads", type=whole(1), metavar="N", help="attention heads (default: those that the checkpoint names)"
-    )
-    official.add_argument("--which", choices=("ema", "model"), help="which of its weights to take (default: ema)")
-    official.add_argument(
-        "--convention",
-        choices=("mpdit", "sit"),
-        help="of weights that predict a velocity: sit if trained with t = 1 as data, mpdit if with t = 0 (default: sit "
-        "if the checkpoint names a SiT, else mpdit, and a DiT's weights are taken to predict noise)",
-    )
+    add = adder(parser, _HELP)
+    add("source", metavar="SOURCE", type=Path)
+    add("out", metavar="OUT", type=Path)
+    add("--to", choices=("weights", "official", "diffusers", "latents"))
+    of_official = adder(parser.add_argument_group("official checkpoint as SOURCE"), _HELP)
+    of_official("--num-heads", type=whole(1), metavar="N")
+    of_official("--which", choices=("ema", "model"))
+    of_official("--convention", choices=("mpdit", "sit"))
     latents = parser.add_argument_group("--to latents")
     add_data(latents)
-    latents.add_argument(
-        "--shard-records", type=whole(1), metavar="N", help="records in a shard (default: as many as make 1 GiB)"
-    )
-    diffusers = parser.add_argument_group("--to diffusers")
-    diffusers.add_argument(
-        "--vae",
-        metavar="PATH_OR_HUB_ID",
-        help="the AutoencoderKL to put into the pipeline (default: none, the pipeline then makes latents)",
-    )
+    adder(latents, _HELP)("--shard-records", type=whole(1), metavar="N")
+    adder(parser.add_argument_group("--to diffusers"), _HELP)("--vae", metavar="PATH_OR_HUB_ID")
 
 
 def run(args: argparse.Namespace) -> Outcome:

@@ -12,6 +12,7 @@ from mpdit.commands.common import (
     Outcome,
     add_device,
     add_sampler,
+    adder,
     check_file,
     flag,
     pick_device,
@@ -33,50 +34,31 @@ DESCRIPTION = (
 )
 
 
+_HELP = {
+    "weights": "images: a folder that `mpdit sample` wrote, a folder of images (any depth), or an npz with arr_0. Or a "
+    "model of the digits: a training run's folder (its EMA weights), a folder with model.safetensors and config.json, "
+    "or the model.safetensors itself",
+    "out": "where to write figures and protocol as JSON (default: evaluation.json in the folder given or beside "
+    "model.safetensors, X.evaluation.json beside X.npz)",
+    "reference": "what to measure images against: ADM's reference npz (mu, sigma, mu_s, sigma_s, arr_0), a folder of "
+    "images, or an npz of them (default: none)",
+    "write_reference": "make ADM's reference npz of the images instead of measuring them (default: none)",
+    "image_size": "crop the images of a reference's folder to N x N pixels, as `mpdit extract` does (default: none is "
+    "cropped, they must be of one size)",
+    "inception": "weights of torch-fidelity's Inception (default: torch hub's cache, filled by a download where empty)",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "weights",
-        metavar="RUN_OR_WEIGHTS_OR_SAMPLES",
-        type=Path,
-        help="images: a folder that `mpdit sample` wrote, a folder of images (any depth), or an npz with arr_0. "
-        "Or a model of the digits: a training run's folder (its EMA weights), a folder with model.safetensors and "
-        "config.json, or the model.safetensors itself",
-    )
+    add = adder(parser, _HELP)
+    add("weights", metavar="RUN_OR_WEIGHTS_OR_SAMPLES", type=Path)
     add_device(parser)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="where to write figures and protocol as JSON "
-        "(default: evaluation.json in the folder given or beside model.safetensors, X.evaluation.json beside X.npz)",
-    )
-    group = parser.add_argument_group("images")
-    group.add_argument(
-        "--reference",
-        type=Path,
-        metavar="REF",
-        help="what to measure images against: ADM's reference npz (mu, sigma, mu_s, sigma_s, arr_0), a folder of "
-        "images, or an npz of them (default: none)",
-    )
-    group.add_argument(
-        "--write-reference",
-        type=Path,
-        metavar="REF.npz",
-        help="make ADM's reference npz of the images instead of measuring them (default: none)",
-    )
-    group.add_argument(
-        "--image-size",
-        type=whole(1),
-        metavar="N",
-        help="crop the images of a reference's folder to N x N pixels, as `mpdit extract` does (default: none is "
-        "cropped, they must be of one size)",
-    )
-    group.add_argument(
-        "--inception",
-        type=Path,
-        metavar="FILE",
-        help="weights of torch-fidelity's Inception (default: torch hub's cache, filled by a download where empty)",
-    )
+    add("--out", type=Path, metavar="FILE")
+    of_images = adder(parser.add_argument_group("images"), _HELP)
+    of_images("--reference", type=Path, metavar="REF")
+    of_images("--write-reference", type=Path, metavar="REF.npz")
+    of_images("--image-size", type=whole(1), metavar="N")
+    of_images("--inception", type=Path, metavar="FILE")
     add_sampler(parser, DIGITS_SAMPLER)
 
 

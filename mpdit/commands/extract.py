@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpdit.commands.common import Outcome, add_device, add_gpus, check_new_folder, given_fields, pick_device, whole
+from mpdit.commands.common import Outcome, add_device, adder, check_new_folder, given_fields, pick_device, whole
 from mpdit.core.files import counted
 
 if TYPE_CHECKING:
@@ -29,78 +29,44 @@ DESCRIPTION = (
 _SHOWN = 10
 
 
+_HELP = {
+    "images": "a folder of images, a .tar, a .zip",
+    "out": "folder to write; new, empty, or of the same job",
+    "vae": "a folder that diffusers saved, or a hub id such as stabilityai/sd-vae-ft-ema (required)",
+    "image_size": "side of the crop in pixels: 256, 512, or any multiple of the VAE's factor",
+    "flip": "store the encoding of the mirrored image too",
+    "classes": "what an image's class is: label (.cls, .json, dataset.json), folder, archive (each tar or zip is a "
+    "class), one (all images are of one); auto is the first of label, folder and archive there is",
+    "dtype": "what the VAE computes in",
+    "pixel_range": "what black and white are to the VAE: signed is -1..1, as it was trained and as DiT and MPDiT have "
+    "it; unit is 0..1, as EDM2 and REPA have it",
+    "batch": "images the VAE encodes at a time, as memory allows (default: 64 at 256 pixels, 16 at 512)",
+    "workers": "decoding threads for each GPU (default: this machine's cores shared out)",
+    "part_images": "images of a shard; those of an unfinished one are encoded again after a kill",
+    "max_skipped": "broken images to skip before giving up",
+    "normalization": "constants that training normalises the latents by; auto: the paper's where they suit the data, "
+    "else those measured",
+    "kind": "short name of the data, such as imagenet256 (default: images and the size)",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", metavar="IMAGES", type=Path, help="a folder of images, a .tar, a .zip")
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; new, empty, or of the same job")
-    parser.add_argument(
-        "--vae",
-        required=True,
-        metavar="PATH_OR_HUB_ID",
-        help="a folder that diffusers saved, or a hub id such as stabilityai/sd-vae-ft-ema (required)",
-    )
-    parser.add_argument(
-        "--image-size",
-        type=whole(1),
-        default=256,
-        metavar="N",
-        help="side of the crop in pixels: 256, 512, or any multiple of the VAE's factor (default: 256)",
-    )
-    parser.add_argument("--flip", action="store_true", help="store the encoding of the mirrored image too")
-    parser.add_argument(
-        "--classes",
-        choices=("auto", "label", "folder", "archive", "one"),
-        default="auto",
-        help="what an image's class is: label (.cls, .json, dataset.json), folder, archive (each tar or zip is a "
-        "class), one (all images are of one); auto is the first of label, folder and archive there is (default: auto)",
-    )
-    add_gpus(parser)
-    add_device(parser)
-    parser.add_argument(
-        "--dtype", choices=("fp32", "bf16"), default="fp32", help="what the VAE computes in (default: fp32)"
-    )
-    parser.add_argument(
-        "--pixel-range",
-        choices=("signed", "unit"),
-        default="signed",
-        help="what black and white are to the VAE: signed is -1..1, as it was trained and as DiT and MPDiT have it; "
-        "unit is 0..1, as EDM2 and REPA have it (default: signed)",
-    )
-    parser.add_argument(
-        "--batch",
-        type=whole(1),
-        metavar="N",
-        help="images the VAE encodes at a time, as memory allows (default: 64 at 256 pixels, 16 at 512)",
-    )
-    parser.add_argument(
-        "--workers",
-        type=whole(1),
-        metavar="N",
-        help="decoding threads for each GPU (default: this machine's cores shared out)",
-    )
-    parser.add_argument(
-        "--part-images",
-        type=whole(1),
-        default=8192,
-        metavar="N",
-        help="images of a shard; those of an unfinished one are encoded again after a kill (default: 8192)",
-    )
-    parser.add_argument(
-        "--max-skipped",
-        type=whole(0),
-        default=100,
-        metavar="N",
-        help="broken images to skip before giving up (default: 100)",
-    )
-    parser.add_argument(
-        "--normalization",
-        choices=("auto", "paper", "measured"),
-        default="auto",
-        help="constants that training normalises the latents by; auto: the paper's where they suit the data, else "
-        "those measured (default: auto)",
-    )
-    parser.add_argument(
-        "--kind", metavar="NAME", help="short name of the data, such as imagenet256 (default: images and the size)"
-    )
+    add = adder(parser, _HELP)
+    add("images", metavar="IMAGES", type=Path)
+    add("out", metavar="OUT", type=Path)
+    add("--vae", required=True, metavar="PATH_OR_HUB_ID")
+    add("--image-size", type=whole(1), default=256, metavar="N")
+    add("--flip", action="store_true")
+    add("--classes", choices=("auto", "label", "folder", "archive", "one"), default="auto")
+    add_device(parser, gpus=True)
+    add("--dtype", choices=("fp32", "bf16"), default="fp32")
+    add("--pixel-range", choices=("signed", "unit"), default="signed")
+    add("--batch", type=whole(1), metavar="N")
+    add("--workers", type=whole(1), metavar="N")
+    add("--part-images", type=whole(1), default=8192, metavar="N")
+    add("--max-skipped", type=whole(0), default=100, metavar="N")
+    add("--normalization", choices=("auto", "paper", "measured"), default="auto")
+    add("--kind", metavar="NAME")
 
 
 def run(args: argparse.Namespace) -> Outcome:

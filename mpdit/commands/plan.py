@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING
 
-from mpdit.commands.common import Outcome, add_model, model_config, number, whole
+from mpdit.commands.common import Outcome, add_model, adder, model_config, number, whole
 from mpdit.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,29 +28,35 @@ _FIGURES = {
 """The figures of a GPU by their options: the field of Gpu, unit, meaning, and how many of the field's units it is."""
 
 
+_HELP = {
+    "gpu": "a100-40gb, a100-80gb, h100, h200, b200, rtx4090, or any other with its figures (required)",
+    "gpus": "in all",
+    "global_batch": "images of a step",
+    "zero": "ZeRO stage",
+    "epochs": "length of the run",
+    "dataset_size": "images of an epoch (default: ImageNet's)",
+    "accumulation": "micro steps (default: the fewest that fit)",
+    "precision": "of training",
+    "checkpointing": "recompute activations in backward",
+    "gpus_per_node": "that share NVLink",
+    "network": "of one GPU to other nodes, one direction (default: 25, an HDR adapter each, for A100, else 50, NDR)",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument(
-        "--gpu",
-        required=True,
-        metavar="GPU",
-        help="a100-40gb, a100-80gb, h100, h200, b200, rtx4090, or any other with its figures (required)",
-    )
-    parser.add_argument("--gpus", type=whole(1), default=8, help="in all (default: 8)")
-    parser.add_argument("--global-batch", type=whole(1), default=1024, help="images of a step (default: 1024)")
-    parser.add_argument("--zero", type=int, choices=range(4), default=2, help="ZeRO stage (default: 2)")
-    parser.add_argument("--epochs", type=number, default=240, help="length of the run (default: 240)")
-    parser.add_argument("--dataset-size", type=whole(1), metavar="N", help="images of an epoch (default: ImageNet's)")
-    parser.add_argument("--accumulation", type=whole(1), metavar="N", help="micro steps (default: the fewest that fit)")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="(default: bf16)")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
-    parser.add_argument("--gpus-per-node", type=whole(1), default=8, help="that share NVLink (default: 8)")
-    parser.add_argument(
-        "--network",
-        type=number,
-        metavar="GB/S",
-        help="of one GPU to other nodes, one direction (default: 25, an HDR adapter each, for A100, else 50, NDR)",
-    )
+    add = adder(parser, _HELP)
+    add("--gpu", required=True, metavar="GPU")
+    add("--gpus", type=whole(1), default=8)
+    add("--global-batch", type=whole(1), default=1024)
+    add("--zero", type=int, choices=range(4), default=2)
+    add("--epochs", type=number, default=240)
+    add("--dataset-size", type=whole(1), metavar="N")
+    add("--accumulation", type=whole(1), metavar="N")
+    add("--precision", choices=("bf16", "fp32"), default="bf16")
+    add("--checkpointing", action="store_true")
+    add("--gpus-per-node", type=whole(1), default=8)
+    add("--network", type=number, metavar="GB/S")
     group = parser.add_argument_group("figures of a GPU that is not listed, or to change of one that is")
     for name, (_, unit, meaning, _) in _FIGURES.items():
         group.add_argument(f"--gpu-{name}", type=number, metavar=unit, help=f"{meaning} (default: the listed GPU's)")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpdit.commands.common import Outcome, check_new_folder, number, refuse
+from mpdit.commands.common import Outcome, adder, check_new_folder, number, refuse
 from mpdit.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,51 +21,28 @@ _RESULTS = Path("benchmarks", "results")
 _THRESHOLD = 2.0
 
 
+_HELP = {
+    "results": f"results files of the benchmarks (default: all in {_RESULTS}, when run in a checkout)",
+    "out": "write report.md and plots there, new or empty (default: print only)",
+    "update": "write the figures between a page's markers (default: docs/benchmarks.md, if given without a file)",
+    "compare": "show which rows of B are faster or slower than in A, and how sure that is (default: off)",
+    "trace": "time by range and kernel of a torch profiler's trace (default: off)",
+    "threshold": f"with --compare: a smaller change of time or memory does not matter (default: {_THRESHOLD:g})",
+    "fail_on_regression": "with --compare: exit with code 1 when a row is slower or needs more memory, or one of ours "
+    "has no time any more; both on the same hardware",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "results",
-        metavar="RESULTS",
-        nargs="*",
-        type=Path,
-        help=f"results files of the benchmarks (default: all in {_RESULTS}, when run in a checkout)",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="write report.md and plots there, new or empty (default: print only)",
-    )
-    modes = parser.add_mutually_exclusive_group()
-    modes.add_argument(
-        "--update",
-        nargs="?",
-        type=Path,
-        const=Path("docs/benchmarks.md"),
-        metavar="PAGE",
-        help="write the figures between a page's markers (default: docs/benchmarks.md, if given without a file)",
-    )
-    modes.add_argument(
-        "--compare",
-        nargs=2,
-        type=Path,
-        metavar=("A", "B"),
-        help="show which rows of B are faster or slower than in A, and how sure that is (default: off)",
-    )
-    modes.add_argument(
-        "--trace", type=Path, metavar="FILE", help="time by range and kernel of a torch profiler's trace (default: off)"
-    )
-    parser.add_argument(
-        "--threshold",
-        type=number,
-        metavar="PERCENT",
-        help=f"with --compare: a smaller change of time or memory does not matter (default: {_THRESHOLD:g})",
-    )
-    parser.add_argument(
-        "--fail-on-regression",
-        action="store_true",
-        help="with --compare: exit with code 1 when a row is slower or needs more memory, or one of ours "
-        "has no time any more; both on the same hardware",
-    )
+    add = adder(parser, _HELP)
+    add("results", metavar="RESULTS", nargs="*", type=Path)
+    add("--out", type=Path, metavar="DIR")
+    mode = adder(parser.add_mutually_exclusive_group(), _HELP)
+    mode("--update", nargs="?", type=Path, const=Path("docs/benchmarks.md"), metavar="PAGE")
+    mode("--compare", nargs=2, type=Path, metavar=("A", "B"))
+    mode("--trace", type=Path, metavar="FILE")
+    add("--threshold", type=number, metavar="PERCENT")
+    add("--fail-on-regression", action="store_true")
 
 
 def run(args: argparse.Namespace) -> Outcome:

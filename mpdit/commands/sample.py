@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from mpdit.commands.common import (
     Outcome,
     add_device,
-    add_gpus,
     add_sampler,
+    adder,
     check_new_folder,
     given_fields,
     pick_device,
@@ -35,58 +35,40 @@ DESCRIPTION = (
 )
 
 
+_HELP = {
+    "weights": "a training run's folder (its EMA weights), a folder with model.safetensors and config.json, or the "
+    "model.safetensors itself",
+    "out": "folder to write: new, empty, or holding the samples of this very protocol to go on with (required)",
+    "num": "number of images",
+    "classes": "classes to draw (default: all of the model's)",
+    "labels": "random: uniformly, keyed by seed and image, as ADM, DiT, SiT and MPDiT draw the labels of their FID; "
+    "balanced: the classes in turn, equally many of each, which lowers FID a little; auto: balanced with --classes "
+    "and up to 16 classes, else random",
+    "vae": "AutoencoderKL that decodes the latents, such as stabilityai/sd-vae-ft-ema (default: none)",
+    "vae_dtype": "what it computes in (default: fp32)",
+    "decode_batch": "images it decodes at a time (default: 16)",
+    "format": "how images are written",
+    "latents": "also write latents.npy, fp32 [N, C, S, S], as the encoder makes them (default: no)",
+    "cuda_graph": "replay the model's kernels from CUDA graphs; auto: on GPUs, where they can be captured",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "weights",
-        metavar="RUN_OR_WEIGHTS",
-        type=Path,
-        help="a training run's folder (its EMA weights), a folder with model.safetensors and config.json, "
-        "or the model.safetensors itself",
-    )
-    add_device(parser)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder to write: new, empty, or holding the samples of this very protocol to go on with (required)",
-    )
-    parser.add_argument("--num", type=whole(1), default=100, help="number of images (default: 100)")
-    parser.add_argument(
-        "--classes", type=whole(0), nargs="+", metavar="CLASS", help="classes to draw (default: all of the model's)"
-    )
-    parser.add_argument(
-        "--labels",
-        choices=("auto", "random", "balanced"),
-        default="auto",
-        help="random: uniformly, keyed by seed and image, as ADM, DiT, SiT and MPDiT draw the labels of their FID; "
-        "balanced: the classes in turn, equally many of each, which lowers FID a little; auto: balanced with --classes "
-        "and up to 16 classes, else random (default: auto)",
-    )
-    add_gpus(parser)
-    group = parser.add_argument_group("images")
-    group.add_argument(
-        "--vae",
-        metavar="PATH_OR_HUB_ID",
-        help="AutoencoderKL that decodes the latents, such as stabilityai/sd-vae-ft-ema (default: none)",
-    )
-    group.add_argument("--vae-dtype", choices=("fp32", "bf16"), help="what it computes in (default: fp32)")
-    group.add_argument("--decode-batch", type=whole(1), metavar="N", help="images it decodes at a time (default: 16)")
-    group.add_argument(
-        "--format", choices=("npz", "png", "both"), default="npz", help="how images are written (default: npz)"
-    )
-    group.add_argument(
-        "--latents",
-        action="store_true",
-        help="also write latents.npy, fp32 [N, C, S, S], as the encoder makes them (default: no)",
-    )
+    add = adder(parser, _HELP)
+    add("weights", metavar="RUN_OR_WEIGHTS", type=Path)
+    add("--out", type=Path, required=True, metavar="DIR")
+    add("--num", type=whole(1), default=100)
+    add("--classes", type=whole(0), nargs="+", metavar="CLASS")
+    add("--labels", choices=("auto", "random", "balanced"), default="auto")
+    add_device(parser, gpus=True)
+    of_images = adder(parser.add_argument_group("images"), _HELP)
+    of_images("--vae", metavar="PATH_OR_HUB_ID")
+    of_images("--vae-dtype", choices=("fp32", "bf16"))
+    of_images("--decode-batch", type=whole(1), metavar="N")
+    of_images("--format", choices=("npz", "png", "both"), default="npz")
+    of_images("--latents", action="store_true")
     add_sampler(parser, Sampler(guidance=1.5, precision="auto"))
-    parser.add_argument(
-        "--cuda-graph",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="replay the model's kernels from CUDA graphs; auto: on GPUs, where they can be captured (default: auto)",
-    )
+    add("--cuda-graph", choices=("auto", "on", "off"), default="auto")
 
 
 def run(args: argparse.Namespace) -> Outcome:
