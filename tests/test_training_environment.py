@@ -21,7 +21,7 @@ from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError
 from mpdit.model.presets import preset
 from mpdit.planning.memory import MEMORY_ERROR, Setting, memory
-from mpdit.training import cli, distributed, loop, oom_advice
+from mpdit.training import cli, loop, oom_advice
 from mpdit.training.checkpoint.format import Checkpoint
 from mpdit.training.cli import main
 from mpdit.training.distributed import init_distributed
@@ -174,9 +174,6 @@ def test_a_port_of_another_program_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         told = _refused(0)
         assert told.startswith(f"{place}, where the ranks are to meet, is in use by another program")
         assert "--master_port" in told
-        # It takes connections and never says anything.
-        monkeypatch.setattr(distributed, "_GRACE_SECONDS", 0.2)
-        assert f"what answers at {place} (MASTER_ADDR, MASTER_PORT) is no rank of this run" in _refused(1)
 
 
 def _big(tmp_path: Path, batch: int, input_size: int) -> Run:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import socket
-import threading
 import time
 import warnings
 from datetime import timedelta
@@ -20,10 +18,7 @@ from mpdit.training.engine import import_deepspeed
 from mpdit.training.safety.watchdog import PATIENCE
 
 _MEETING_SECONDS = 600.0
-_GRACE_SECONDS = 5.0
 _RETRY_SECONDS = 0.5
-_HERE = "rank 0 is here"
-_OTHER_PORT = "give another port, as in deepspeed --master_port 29501 (MASTER_PORT elsewhere)"
 
 
 def init_distributed(env: DistEnv, hang_timeout: float = 0, name: str = "") -> torch.device:
@@ -90,16 +85,9 @@ def _longest_wait(hang_timeout: float) -> timedelta:
 
 
 def _meet(env: DistEnv, name: str, timeout: timedelta) -> Any:
-    """Return the store that all ranks have come to, which rank 0 keeps at MASTER_ADDR:MASTER_PORT (or torchrun does).
-
-    What can be found out by a plain socket is found out first, as torch's sockets write warnings of their own.
-    """
+    """Return the store that all ranks have come to: rank 0 keeps it at MASTER_ADDR:MASTER_PORT, or torchrun does."""
     address, port, seconds = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], timeout.total_seconds()
     place = f"{address}:{port}"
-    taken = (
-        f"{place}, where the ranks are to meet, is in use by another program, perhaps another run on this machine: "
-        f"{_OTHER_PORT}"
-    )
     if not port.isdigit() or not 0 < int(port) < 2**16:
         raise ConfigError(f"MASTER_PORT is {port!r}: give a port from 1 to 65535, as in deepspeed --master_port 29501")
     try:
@@ -109,53 +97,28 @@ def _meet(env: DistEnv, name: str, timeout: timedelta) -> Any:
             f"MASTER_ADDR {address!r} can't be found ({error}): give the name or IP address of rank 0's machine, as in "
             "deepspeed --master_addr"
         ) from error
-    if env.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        if not _is_free(int(port)):
-            raise ConfigError(taken)
-    elif not _answers(address, int(port), seconds):
+    kept_here = env.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if not kept_here and not _answers(address, int(port), seconds):  # torch (2.13) would write pages of stacks
         raise ConfigError(
             f"there was no answer from {place} (MASTER_ADDR, MASTER_PORT) in {seconds:g} s: was rank 0 started there, "
             "and is the port open between the machines?"
         )
-    result = _join(env, name, timeout)
-    if result is None or _HERE in str(result):
-        raise ConfigError(f"what answers at {place} (MASTER_ADDR, MASTER_PORT) is no rank of this run: {_OTHER_PORT}")
-    if not isinstance(result, Exception):
-        return result
-    reason = " ".join(str(result).split())
-    if "address already in use" in reason.lower():
-        raise ConfigError(taken) from result
-    if came := re.search(r"(\d+)/(\d+) clients joined", reason):
-        raise ConfigError(
-            f"only {came[1]} of {came[2]} ranks came to {place} in {seconds:g} s: did the others start, and can their "
-            "machines reach this address (MASTER_ADDR, MASTER_PORT)?"
-        ) from result
-    raise ConfigError(f"the ranks can't meet at {place} (MASTER_ADDR, MASTER_PORT): {reason[:200]}") from result
-
-
-def _join(env: DistEnv, name: str, timeout: timedelta) -> Any:
-    """Return the store, the error it raised, or None where nothing came of it in time.
-
-    In a thread, since torch (2.13) waits without end for a server that takes the connection and then says nothing.
-    """
-    found: list[Any] = []
-
-    def join() -> None:
-        try:
-            store = next(torch.distributed.rendezvous("env://", env.rank, env.size, timeout=timeout))[0]
-            store = torch.distributed.PrefixStore(f"mpdit {name}", store)
-            if env.rank == 0:
-                store.set(_HERE, "")
-            else:
-                store.wait([_HERE], timeout)
-            found.append(store)
-        except Exception as error:
-            found.append(error)
-
-    thread = threading.Thread(target=join, daemon=True)
-    thread.start()
-    thread.join(timeout.total_seconds() + _GRACE_SECONDS)
-    return found[0] if found else None
+    try:
+        store = next(torch.distributed.rendezvous("env://", env.rank, env.size, timeout=timeout))[0]
+        return torch.distributed.PrefixStore(f"mpdit {name}", store)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        if "address already in use" in reason.lower():
+            raise ConfigError(
+                f"{place}, where the ranks are to meet, is in use by another program, perhaps another run on this "
+                "machine: give another port, as in deepspeed --master_port 29501 (MASTER_PORT elsewhere)"
+            ) from error
+        if came := re.search(r"(\d+)/(\d+) clients joined", reason):
+            raise ConfigError(
+                f"only {came[1]} of {came[2]} ranks came to {place} in {seconds:g} s: did the others start, and can "
+                "their machines reach this address (MASTER_ADDR, MASTER_PORT)?"
+            ) from error
+        raise ConfigError(f"the ranks can't meet at {place} (MASTER_ADDR, MASTER_PORT): {reason[:200]}") from error
 
 
 def _answers(address: str, port: int, seconds: float) -> bool:
@@ -169,14 +132,3 @@ def _answers(address: str, port: int, seconds: float) -> bool:
             if time.monotonic() >= end:
                 return False
             time.sleep(_RETRY_SECONDS)
-
-
-def _is_free(port: int) -> bool:
-    """Whether a server may listen on a port of all of this machine's addresses, as torch's does."""
-    dual = socket.has_dualstack_ipv6()
-    try:
-        family = socket.AF_INET6 if dual else socket.AF_INET
-        socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
-    except OSError as error:
-        return error.errno != errno.EADDRINUSE  # another reason is torch's to meet
-    return True

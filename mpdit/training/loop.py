@@ -48,10 +48,14 @@ def train(run: Run, stop: StopRequests) -> str:
     """
     config, env, manifest = run.config, run.env, run.manifest
     set_threads(env)
-    device = init_distributed(env, config.hang_timeout, str(run.out))
-    check_deepspeed(run)
     stopped = ""
     with contextlib.ExitStack() as stack:
+        watchdog = stack.enter_context(Watchdog(config.hang_timeout, run.out / "hang", env.rank))
+        # What takes connections at another rank's port and says nothing would be waited for without end.
+        watchdog.alive("meeting the other ranks", 1 if config.hang_timeout > 600 else PATIENCE)
+        device = init_distributed(env, config.hang_timeout, str(run.out))
+        check_deepspeed(run)
+        watchdog.alive("opening the run's folder", PATIENCE)
         if env.rank == 0:  # two runs that save into one folder would destroy each other's checkpoints
             try:
                 run.out.mkdir(parents=True, exist_ok=True)
@@ -60,7 +64,6 @@ def train(run: Run, stop: StopRequests) -> str:
                 raise ConfigError(
                     f"out {run.out} is in use by another run: wait for its end, or give another --out"
                 ) from None
-        watchdog = stack.enter_context(Watchdog(config.hang_timeout, run.out / "hang", env.rank))
         profile = Profiler(config.profiling, run.out / "profile", env.rank, device, lambda: _what_fits(run))
         stack.enter_context(profile)
 
