@@ -1,4 +1,4 @@
-"""Which of a job's processes this is, and what it asks the others.
+"""Finds which of a job's processes this is, and asks the others.
 
 Torch is imported where it is used, since training answers to signals before it loads torch.
 """

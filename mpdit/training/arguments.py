@@ -1,4 +1,4 @@
-"""The settings of a run as a user gives them: arguments, made from TrainConfig's fields, and a YAML file of the same.
+"""Reads the settings that a user gives: arguments, made from TrainConfig's fields, and a YAML file of the same.
 
 A YAML file becomes arguments first. Its values are taken as the text that stands there, since YAML's own guesses would
 turn 2e-4 into text, 10:12 into 612 and 012 into 10. So whatever a field accepts as an argument it accepts in a file,
@@ -135,7 +135,7 @@ def _show(value: Any) -> str:
 
 
 class _TextLoader(yaml.BaseLoader):
-    """Scalars as text, tags ignored, keys once, no aliases: nested, a few of them stand for millions of values."""
+    """Reads scalars as text and keys once, ignores tags, refuses aliases: a few, nested, are millions of values."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):

@@ -1,4 +1,4 @@
-"""The entry point of training: exit codes, and one line for whatever the user can mend, whichever rank meets it."""
+"""Enters training: exit codes, and one line for whatever the user can mend, whichever rank meets it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything a training run can be told, in one place: field, default, meaning. The command line is made from it."""
+"""Defines the settings of a run: field, default, help text, bounds. The command line is made from them."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ class TrainConfig:
 
     @property
     def model_overrides(self) -> dict[str, Any]:
-        """`override` parsed: fields of ModelConfig."""
+        """Fields of ModelConfig, parsed from `override`."""
         return dict(parse_override(text) for text in self.override)
 
     def model_config(self, data: Mapping[str, Any]) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration: read, held against the arguments, and completed from them."""
+"""Reads the DeepSpeed configuration, holds it against the arguments, and completes it from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the ranks meet: where, for how long they wait for one another, and what is said when one doesn't come."""
+"""Lets the ranks meet, for as long as they wait for one another, and says what is wrong when one doesn't come."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--dry-run`: all that can be known of a run before it starts, in seconds and on any machine; nothing is written."""
+"""Tells, for --dry-run, all that can be known of a run before it starts, on any machine; nothing is written."""
 
 from __future__ import annotations
 

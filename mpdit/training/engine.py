@@ -1,4 +1,4 @@
-"""The DeepSpeed engine of a run: model, optimiser, precision.
+"""Builds the DeepSpeed engine of a run: model, optimiser, precision.
 
 This file and checkpoint/deepspeed_state.py are all that depends on how DeepSpeed works inside (read in 0.19.8).
 """

@@ -1,4 +1,4 @@
-"""What a run shows of its averaged weights: the exported files and grids of samples."""
+"""Exports a run's averaged weights, and draws grids of samples with them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def export(run: Run, saved: Checkpoint) -> None:
 
 
 def is_exported(run: Run, saved: Checkpoint) -> bool:
-    """Whether OUT/ema is this checkpoint's, and whole: a run may be killed between the two."""
+    """Return whether OUT/ema is this checkpoint's, and whole: a run may be killed between the two."""
     try:
         model, _, metadata = read_weights(run.out / "ema")
     except UserError:

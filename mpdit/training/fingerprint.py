@@ -1,4 +1,4 @@
-"""What decides the weights a run ends with: a folder holds one such run, and it is continued as what it is."""
+"""Tells runs apart by what decides their weights: a folder holds one, which is continued as what it is."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def _what_weights_mean(config: ModelConfig) -> dict[str, Any]:
 
 
 def _alike(theirs: Normalization, ours: Normalization) -> bool:
-    """Whether latents normalised by either differ by less than a hundredth of their std."""
+    """Return whether latents normalised by either differ by less than a hundredth of their std."""
     if len(theirs.mean) != len(ours.mean):
         return False
     rows = zip(theirs.mean, theirs.std, ours.mean, ours.std, strict=True)

@@ -1,4 +1,4 @@
-"""The training loop: data, forward, loss, backward, optimiser, then log, draw and save, in that order."""
+"""Trains: data, forward, loss, backward, optimiser, then log, draw and save, in that order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run reports while it runs: metrics.jsonl, progress bar, TensorBoard, Weights & Biases."""
+"""Reports a run while it runs: metrics.jsonl, progress bar, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optimisers a run may choose: AdamWEMA, or a FusedAdam of apex or DeepSpeed that keeps the same average."""
+"""Builds the optimiser of a run: AdamWEMA, or a FusedAdam of apex or DeepSpeed that keeps the same average."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def _prepare(arguments: Sequence[str], env: DistEnv) -> Run:
 
 
 def _is_fresh(config: TrainConfig, out: Path) -> bool:
-    """Whether no checkpoint will be continued, so that initial weights are needed."""
+    """Return whether no checkpoint will be continued, so that initial weights are needed."""
     return config.resume == "never" or (config.resume == "auto" and not committed_folders(out))
 
 

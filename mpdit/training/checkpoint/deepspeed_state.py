@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps the state of training: weights, moments, average, gradients, at ZeRO stages 0 to 3.
+"""Reads and restores what DeepSpeed keeps while it trains: weights, moments, average, gradients; ZeRO stages 0 to 3.
 
 Everything here reads private attributes of DeepSpeed's optimisers, as they are in DeepSpeed 0.19.8. A rank keeps runs
 of the flattened parameters: all of each at stage 0, its partition's share at stages 1 and 2, and the same share of

@@ -1,4 +1,4 @@
-"""What a checkpoint is on the disk: its names, how it is committed, read, verified and removed.
+"""Defines a checkpoint on the disk: its names, how it is committed, read, verified and removed.
 
     checkpoints/step-00000500/rank-00000.safetensors   the fragments of the run's state that a rank keeps, one file each
     checkpoints/step-00000500/manifest.json            what the checkpoint is of; every file's size, SHA-256 and keys
@@ -68,7 +68,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
-        """Read the manifest and check that all files are there in full. CheckpointError names what is wrong."""
+        """Read the manifest and check that all files are there in full. Raises CheckpointError."""
         if not folder.is_dir():
             raise CheckpointError(
                 f"checkpoint {folder} does not exist: give a folder like OUT/checkpoints/step-00000500"
@@ -139,7 +139,7 @@ def step_of(folder: Path) -> int:
 
 
 def committed_manifest(folder: Path) -> bytes:
-    """Read a checkpoint's manifest.json. CheckpointError unless it is what was committed."""
+    """Read a checkpoint's manifest.json. Raises CheckpointError unless it is what was committed."""
     path, marker = folder / "manifest.json", folder / MARKER
     try:
         text = path.read_bytes()

@@ -43,7 +43,7 @@ class AsyncCheckpointer:
 
     @property
     def failed(self) -> bool:
-        """Whether a save went wrong, as far as this rank knows: ranks may learn of it some steps apart."""
+        """Return whether a save went wrong, as far as this rank knows: ranks may learn of it some steps apart."""
         return self._problem is not None
 
     def save(self, step: int, position: int, counters: dict[str, Any]) -> None:

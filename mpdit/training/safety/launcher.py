@@ -23,7 +23,7 @@ class Launcher:
     parents: dict[int, int]
     """Parent of each process of the chain, from this one upwards, as it was at the beginning."""
     orphaned: bool = False
-    """Whether launch.py or the `deepspeed` command was gone before."""
+    """Return whether launch.py or the `deepspeed` command was gone before."""
 
     @classmethod
     def find(cls) -> Launcher:
@@ -48,12 +48,12 @@ class Launcher:
         )
 
     def is_lost(self) -> bool:
-        """Whether one of them has ended. Takes some microseconds."""
+        """Return whether one of them has ended. Takes some microseconds."""
         return self.orphaned or any(_parent(child) != parent for child, parent in self.parents.items())
 
 
 def _is_started_by_command(launch: int) -> bool:
-    """Whether launch.py was started by a `deepspeed` command on this node, which then waits for it.
+    """Return whether launch.py was started by a `deepspeed` command on this node, which then waits for it.
 
     That one gives a --log_level, which pdsh's have not. One that leads its process group was typed.
     """
@@ -65,7 +65,7 @@ def _is_started_by_command(launch: int) -> bool:
 
 
 def _is_runner(process: int) -> bool:
-    """Whether it may be the `deepspeed` command, under a profiler or a debugger too."""
+    """Return whether it may be the `deepspeed` command, under a profiler or a debugger too."""
     words = _command(process)
     return _is_python(process) and any(w == _RUNNER or Path(w).name in ("deepspeed", "ds") for w in words[1:])
 

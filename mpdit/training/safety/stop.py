@@ -1,4 +1,4 @@
-"""Requests to stop: signals, and the loss of the launcher. They are noted at once and granted at a step boundary."""
+"""Notes requests to stop, by signals or the loss of the launcher; the loop grants them at a step boundary."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class StopRequests:
 
     @property
     def held(self) -> bool:
-        """Whether requests wait for a step boundary: `hold` was called."""
+        """Return whether requests wait for a step boundary: `hold` was called."""
         return self._held
 
     def hold(self) -> None:
@@ -129,7 +129,7 @@ def reasons(counts: Sequence[int]) -> str:
 
 
 def _do_nothing(*_: object) -> None:
-    """A handler in Python: without one, the handler in C that wakes the thread is not installed."""
+    """Handle a signal: without a handler in Python, the one in C that wakes the thread is not installed."""
 
 
 def _leave(code: int, message: str) -> NoReturn:
