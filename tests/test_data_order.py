@@ -85,7 +85,7 @@ def test_a_batch_that_changes_on_the_way_leaves_no_gap(legs, world_size):
     ("fields", "message"),
     [
         ({"global_batch": 10, "world_size": 3}, "10 is not divisible by 3 ranks x 1 accumulation.* example 12"),
-        ({"global_batch": 8, "world_size": 2, "accumulation": 3}, "2 ranks x 3 accumulation.*multiple of 6"),
+        ({"global_batch": 8, "world_size": 2, "grad_accum_steps": 3}, "2 ranks x 3 accumulation.*multiple of 6"),
     ],
 )
 def test_plans_that_do_not_divide_are_refused(fields, message):

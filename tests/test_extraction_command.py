@@ -350,13 +350,13 @@ def test_room_is_asked_for_before_the_work(
 @pytest.mark.parametrize(
     ("options", "difference"),
     [
-        ({"image_size": 64}, "image_size: 32 there, 64 here"),
-        ({"flip": False}, "flip: true there, false here"),
-        ({"dtype": "bf16"}, 'dtype: "fp32" there, "bf16" here'),
-        ({"pixel_range": (0.0, 1.0)}, r"pixel_range: \[-1.0, 1.0\] there, \[0.0, 1.0\] here"),
-        ({"part_images": 6}, "part_images: 5 there, 6 here"),
-        ({"classes": "one"}, "listing_sha256: "),
-        ({"kind": "pets"}, 'kind: "images32" there, "pets" here'),
+        ({"image_size": 64}, "image_size 32 there, 64 here"),
+        ({"flip": False}, "flip True there, False here"),
+        ({"dtype": "bf16"}, "dtype fp32 there, bf16 here"),
+        ({"pixel_range": (0.0, 1.0)}, r"pixel_range \[-1.0, 1.0\] there, \[0.0, 1.0\] here"),
+        ({"part_images": 6}, "part_images 5 there, 6 here"),
+        ({"classes": "one"}, "listing_sha256 "),
+        ({"kind": "pets"}, "kind images32 there, pets here"),
     ],
 )
 def test_the_folder_of_another_job_is_refused(
@@ -377,7 +377,7 @@ def test_the_folder_of_another_job_is_refused(
 
 def test_another_vae_is_another_job(whole: Path, images: Path, tmp_path: Path) -> None:
     other = str(save_vae(tmp_path / "vae", scale=1.5))
-    with pytest.raises(ValueError, match="vae_sha256: "):
+    with pytest.raises(ValueError, match="vae_sha256 "):
         extract(images, whole, other, OPTIONS)
 
 
@@ -431,7 +431,7 @@ def test_images_that_changed_in_size_are_noticed(vae: str, tmp_path: Path) -> No
     assert extract(tree, tmp_path / "out", vae, OPTIONS)
     assert extract(tree, tmp_path / "out", vae, OPTIONS)
     (tree / "a" / "2.png").write_bytes(encoded(pixels(3, 50)))
-    with pytest.raises(DataError, match="listing_sha256: "):
+    with pytest.raises(DataError, match="listing_sha256 "):
         extract(tree, tmp_path / "out", vae, OPTIONS)
 
 

@@ -310,13 +310,13 @@ def test_a_set_that_was_growing_is_not_cut_back(
 
 
 OTHER_PROTOCOLS = {
-    "steps": (["--steps", "3"], "steps: 2 there, 3 here"),
-    "seed": (["--seed", "1"], "seed: 0 there, 1 here"),
-    "guidance": (["--guidance", "1.5"], "guidance: 2.0 there, 1.5 here"),
-    "labels": (["--labels", "balanced"], 'labels.order: "random" there, "balanced" here'),
-    "precision": (["--precision", "bf16"], 'precision: "fp32" there, "bf16" here'),
-    "vae": (["--vae-dtype", "bf16"], 'decoder.dtype: "fp32" there, "bf16" here'),
-    "latents": (["--format", "both"], "files.latents: true there, false here"),
+    "steps": (["--steps", "3"], "steps 2 there, 3 here"),
+    "seed": (["--seed", "1"], "seed 0 there, 1 here"),
+    "guidance": (["--guidance", "1.5"], "guidance 2.0 there, 1.5 here"),
+    "labels": (["--labels", "balanced"], "labels.order random there, balanced here"),
+    "precision": (["--precision", "bf16"], "precision fp32 there, bf16 here"),
+    "vae": (["--vae-dtype", "bf16"], "decoder.dtype fp32 there, bf16 here"),
+    "latents": (["--format", "both"], "files.latents True there, False here"),
     "fewer": (["--num", "9"], "--num is 9"),
 }
 

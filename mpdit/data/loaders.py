@@ -66,7 +66,7 @@ def make_loader(
     device: torch.device | str = "cpu",
     gpu_stage: bool = False,
 ) -> Loader:
-    """Return a loader of this rank's batches of steps start_step .. stop_step - 1, plan.accumulation of them a step.
+    """Return a loader of this rank's batches of steps start_step .. stop_step - 1, one a micro step.
 
     Both kinds yield bitwise the same. Records are read and checked in background threads; an error of theirs
     is raised, as the same DataError, in place of the batch it spoils. Batches lie in host memory (pinned when
@@ -98,7 +98,9 @@ class TorchLoader(Loader):
     ) -> None:
         self._dataset, self._order, self._plan = dataset, order, plan
         self._memory = _Memory((plan.micro_batch, *dataset.manifest.record_shape), pin_memory)
-        self._todo: Iterator[tuple[int, int]] = ((step, micro) for step in steps for micro in range(plan.accumulation))
+        self._todo: Iterator[tuple[int, int]] = (
+            (step, micro) for step in steps for micro in range(plan.grad_accum_steps)
+        )
         self._ahead: deque[Future[Batch]] = deque()
         self._threads = ThreadPoolExecutor(_BATCHES_AHEAD, thread_name_prefix="mpdit-read")
         self._may_read = threading.Semaphore(1)

@@ -59,22 +59,23 @@ class BatchPlan:
     global_batch: int
     world_size: int = 1
     rank: int = 0
-    accumulation: int = 1
+    grad_accum_steps: int = 1
     start_step: int = 0
     start_position: int = 0
 
     def __post_init__(self) -> None:
-        parts = self.world_size * self.accumulation
+        parts = self.world_size * self.grad_accum_steps
         if self.global_batch % parts:
             raise ConfigError(
-                f"global_batch {self.global_batch} is not divisible by {self.world_size} ranks x {self.accumulation} "
-                f"accumulation steps: use a multiple of {parts}, for example {-(-self.global_batch // parts) * parts}"
+                f"global_batch {self.global_batch} is not divisible by {self.world_size} ranks x "
+                f"{self.grad_accum_steps} accumulation steps: use a multiple of {parts}, for example "
+                f"{-(-self.global_batch // parts) * parts}"
             )
 
     @property
     def micro_batch(self) -> int:
         """The samples b that one rank takes in one forward pass."""
-        return self.global_batch // (self.world_size * self.accumulation)
+        return self.global_batch // (self.world_size * self.grad_accum_steps)
 
     def position(self, step: int) -> int:
         """Return where a step begins in the global order: the samples that all ranks took in the steps before it."""

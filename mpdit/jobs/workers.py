@@ -221,23 +221,6 @@ def check_room(out: Path, needed: int, what: str) -> None:
         )
 
 
-def difference(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """Return the first setting in which two identities differ, as "steps: 250 there, 50 here"; empty when none does."""
-    theirs, ours = _flat(found), _flat(asked)
-    for name in (*ours, *theirs):
-        there, here = (json.dumps(side.get(name, "none")) for side in (theirs, ours))
-        if there != here:
-            return f"{name}: {there} there, {here} here"
-    return ""
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
-
-
 def _spawn(job: Job, todo: Sequence[int], devices: Sequence[torch.device], advance: Report) -> None:
     # Spawned, not forked: CUDA and thread pools don't survive a fork.
     context = multiprocessing.get_context("spawn")

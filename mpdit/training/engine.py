@@ -77,7 +77,7 @@ def check_deepspeed(run: Run, connected: bool = True) -> None:
 
     ds = copy.deepcopy(run.ds)
     if not connected:
-        ds["train_batch_size"] = run.plan.micro_batch * run.plan.accumulation
+        ds["train_batch_size"] = run.plan.micro_batch * run.plan.grad_accum_steps
     with _deepspeed_errors(run.config.ds_config):
         DeepSpeedConfig(ds)
 

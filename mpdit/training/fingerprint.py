@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from mpdit.core.differences import differences
 from mpdit.core.errors import UserError
 from mpdit.data.dataset import LatentDataset
 from mpdit.model.config import ModelConfig
@@ -64,9 +65,7 @@ def check_same(
     """
     # What was not written down was the only optimizer there was; a loader was once let pass.
     theirs = {"optimizer": "adamw_ema", "loader": ours.get("loader"), **theirs}
-    theirs, ours = (json.loads(json.dumps(fields)) for fields in (theirs, ours))
-    changed = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
-    told = {name: f"{name} {theirs.get(name)} there, {ours.get(name)} here" for name in changed}
+    told = differences(theirs, ours)
     if told and not force:
         raise error(
             f"{holder} another run ({', '.join(told.values())}): give the same settings or another --out, or --force "

@@ -107,7 +107,7 @@ def train(run: Run, stop: StopRequests) -> str:
             lr = config.learning_rate(step - 1)
             trainer.set_learning_rate(lr)
             micro_losses = []
-            for micro in range(plan.accumulation):
+            for micro in range(plan.grad_accum_steps):
                 with profile.range("data"):
                     batch = next(loader)
                 with profile.range("h2d"):
@@ -129,7 +129,7 @@ def train(run: Run, stop: StopRequests) -> str:
                 with profile.range("backward"):
                     trainer.engine.backward(loss)
                 with profile.range("optimizer"):
-                    if micro == plan.accumulation - 1:
+                    if micro == plan.grad_accum_steps - 1:
                         skip = guard.decide(step, micro_losses)
                         trainer.skip.copy_(skip)
                         loss_mean.add(micro_losses, skip)

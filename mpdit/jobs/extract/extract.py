@@ -14,6 +14,7 @@ import numpy as np
 import PIL
 import torch
 
+from mpdit.core.differences import differences
 from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError, DataError
 from mpdit.core.files import counted, sync_to_disk, write_atomically
@@ -36,7 +37,7 @@ from mpdit.data.writer import PartialFile
 from mpdit.jobs.extract.decode import CROP
 from mpdit.jobs.extract.encode import ExtractionJob, ExtractOptions, Receipt, Timing, printable
 from mpdit.jobs.extract.sources import list_images
-from mpdit.jobs.workers import begin, check_room, choose_devices, difference, run_parts
+from mpdit.jobs.workers import begin, check_room, choose_devices, run_parts
 from mpdit.model.vae import VAE
 
 _REPORT_NAME = "extraction.json"
@@ -170,7 +171,7 @@ def _check_job(job: ExtractionJob) -> None:
         what, found = "the parts", _load_json(job.parts_folder / JOB_NAME)
     else:
         return
-    if differing := difference(found or {}, job.identity):
+    if differing := ", ".join(differences(found or {}, job.identity).values()):
         raise DataError(
             f"{job.out} holds {what} of another extraction ({differing}): give another folder, delete this one, or "
             "repeat the command as it was"

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mpdit.core.differences import differences
 from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError, DataError
 from mpdit.core.files import counted
@@ -30,7 +31,7 @@ from mpdit.jobs.sample.worker import (
     named_vae,
     sha256_of,
 )
-from mpdit.jobs.workers import begin, check_room, choose_devices, difference, run_parts
+from mpdit.jobs.workers import begin, check_room, choose_devices, run_parts
 from mpdit.model.config import one_of
 from mpdit.model.mpdit import load_weights
 from mpdit.model.weights import check_flow
@@ -176,7 +177,7 @@ def _part_images(out: Path, protocol: Mapping[str, Any]) -> int | None:
     before = FinishedSet.load(out)
     found = identity_of(before.protocol) if before else (_read_note(out) or ({}, 0))[0]
     images = found.get("part_images")
-    return None if difference(found, identity_of(protocol) | {"part_images": images}) else images
+    return None if differences(found, identity_of(protocol) | {"part_images": images}) else images
 
 
 def _check_same(job: SampleJob, before: FinishedSet | None) -> None:
@@ -185,7 +186,7 @@ def _check_same(job: SampleJob, before: FinishedSet | None) -> None:
     held = [note] if note and any(job.parts_folder.glob("*.npz")) else []
     held += [(identity_of(before.protocol), before.images)] if before else []
     for identity, images in held:
-        if differing := difference(identity, job.identity):
+        if differing := ", ".join(differences(identity, job.identity).values()):
             raise ConfigError(f"--out {job.out} holds samples of another protocol ({differing}): give a new folder")
         if job.count < images:
             raise ConfigError(
