@@ -22,13 +22,12 @@ from mpdit.data import (
     BatchPlan,
     GlobalOrder,
     LatentSpec,
-    LoaderKind,
-    Manifest,
     Normalization,
     PackedLatents,
     make_loader,
 )
-from mpdit.data.manifest import INDEX_NAME, MANIFEST_NAME, StoredFile
+from mpdit.data.loaders import LoaderKind
+from mpdit.data.manifest import INDEX_NAME, MANIFEST_NAME, Manifest, StoredFile
 from mpdit.data.records import INDEX_DTYPE, crc32
 
 IMAGENET = 1_281_167

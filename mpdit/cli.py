@@ -1,4 +1,4 @@
-"""The `mpdit` command: parsing, output and exit codes. The subcommands are in mpdit/commands, one module each."""
+"""Runs the `mpdit` command: parsing, output and exit codes. Subcommands are in mpdit/commands, one module each."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line, without importing what the commands need to run."""
+    """Return the parser of the whole command line, without importing what the commands need to run."""
     parser = Parser(
         prog="mpdit",
         description="Multi-patch diffusion transformers: sample from trained models, evaluate them, check data.",

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from mpdit.core import rng
-from mpdit.data import Batch, Normalization, to_latents, write_packed
+from mpdit.data import Normalization, to_latents, write_packed
+from mpdit.data.loaders import Batch
 
 N, SEED = 64, 11
 

@@ -1,4 +1,4 @@
-"""What subcommands share: the outcome they return, arguments and their types, checks of where results go."""
+"""Defines what subcommands share: the outcome they return, arguments and their types, checks of output places."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What every other room uses and what uses none of them: errors, files, progress, ranks, random numbers."""
+"""Helpers that every other package here uses: errors, files, locks, progress, ranks, random numbers."""

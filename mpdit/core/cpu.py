@@ -1,4 +1,4 @@
-"""Settles, before torch is imported, how a process that computes on a CPU waits and what memory it keeps."""
+"""Sets, before torch is imported, how a process that computes on a CPU waits and what memory it keeps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def settle_cpu() -> None:
-    """Have OpenMP's threads soon sleep while they wait, and the allocator keep what is freed; results stay."""
+    """Let OpenMP's threads sleep soon while they wait, and the allocator keep freed memory; results stay the same."""
     # A thread that spins while it waits takes the core from the one it waits for, as soon as anything else runs here;
     # one that sleeps at once must be woken for each product. A few microseconds of spinning cost little of either: the
     # demo's images a second are 413 alone and 237 beside a busy core, 300 and 253 without any, 475 and 157 with 3000.

@@ -36,8 +36,8 @@ class CheckpointError(UserError):
     """A checkpoint or weight file is missing, damaged or does not fit the run."""
 
 
-def of_system(error: OSError, place: object) -> str:
-    """What the system refused a run, where (`place`, if the error names no file), and how to go on from there."""
+def explain_os_error(error: OSError, place: object) -> str:
+    """Return what the system refused a run, where (`place`, if the error names no file), and how to go on."""
     remedy = "mend it and repeat the command to go on from the newest checkpoint, if any"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         remedy = "make room and repeat the command to go on from the newest checkpoint, if any"
@@ -52,7 +52,7 @@ def first_line(error: Exception) -> str:
 
 
 def one_line(message: object) -> str:
-    """A message as a terminal is to show it: no line breaks or control characters, cut in the middle if very long."""
+    """Return a message as one printable line: no control characters, cut in the middle if very long."""
     words = " ".join(str(message).split())
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"

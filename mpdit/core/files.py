@@ -1,4 +1,4 @@
-"""Files that are on the disk when we say so, whole or not at all."""
+"""Writes files and folders so that they are on the disk whole or not at all, and reads at positions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A temporary name to write a file under: it replaces `path` when the block ends well, and is removed if not."""
+    """Yield a temporary name to write a file under: it replaces `path` if the block succeeds, or is removed."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
@@ -40,7 +40,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """As `new_file`, for a folder that does not exist or is empty: what a killed attempt left is cleared first."""
+    """Do as `new_file` for a folder that does not exist or is empty; what a killed attempt left is cleared first."""
     path = path.resolve()
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -74,7 +74,7 @@ class OpenFile:
 
 
 def readable_bytes(count: float) -> str:
-    """A size in the largest decimal unit it holds one of: "0 B", "20.5 kB", "1.3 GB"."""
+    """Return a size in the largest decimal unit it holds one of: "0 B", "20.5 kB", "1.3 GB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
@@ -83,5 +83,5 @@ def readable_bytes(count: float) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """A number with its noun: "1 image", "2 images"."""
+    """Return a number with its noun: "1 image", "2 images"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

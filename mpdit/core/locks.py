@@ -1,4 +1,4 @@
-"""Exclusive locks on files and folders, between processes."""
+"""Holds exclusive locks on files and folders against other processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""argparse whose errors are ConfigErrors, and without its way of losing a value."""
+"""Adapts argparse: errors are ConfigErrors, and no value is lost."""
 
 from __future__ import annotations
 

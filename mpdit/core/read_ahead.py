@@ -1,4 +1,4 @@
-"""Threads that work ahead of whoever asks for their results, in bounded memory."""
+"""Runs tasks in threads ahead of the consumer of their results, in bounded memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def read_ahead(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], T]], depth: int) -> Generator[T]:
-    """Results of the tasks in order, with `depth` of them under way or waiting; closed, it cancels those not begun."""
+    """Yield the tasks' results in order, `depth` of them under way or waiting; closing cancels those not begun."""
     waiting: deque[Future[T]] = deque()
     try:
         for task in tasks:

@@ -1,4 +1,4 @@
-"""Randomness keyed by (seed, stream, position), the same on every device and for every split of a batch.
+"""Draws random numbers keyed by (seed, stream, position), the same on every device and for every split of a batch.
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in torch integer operations.
 The key is the seed; the counter is (block, stream, position low, position high), so there is no state to save,
@@ -23,7 +23,7 @@ from mpdit.core.errors import ConfigError
 
 
 class Stream(enum.IntEnum):
-    """What a random number is for. The numbers are part of the format: changing one changes every run."""
+    """The purposes of random numbers. Their values are part of the format: changing one changes every run."""
 
     TIME = 1
     NOISE = 2
@@ -45,7 +45,7 @@ _DRAW_SHIFT = 8  # the stream takes the low 8 bits of its counter word, `draw` t
 
 
 def bits(seed: int, stream: Stream, positions: Tensor, count: int, *, draw: int = 0) -> Tensor:
-    """`count` random 32-bit words for each position: int64 [B, count] on the device of `positions`, in 0 .. 2**32 - 1.
+    """Return random 32-bit words for each position: int64 [B, count] on the positions' device, in 0 .. 2**32 - 1.
 
     seed is a whole number in 0 .. 2**64 - 1, positions an integer tensor [B]. `draw` (0 .. 2**24 - 1) tells apart
     several draws of one stream at one position, as the steps of an SDE. Row b depends on seed, stream, draw and
@@ -68,7 +68,7 @@ def check_seed(seed: int) -> None:
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 of 32-bit words held in int64: four counters of one shape, two key words -> four outputs."""
+    """Return the four outputs of Philox4x32-10 for four counters of one shape and two keys, 32-bit words in int64."""
     c0, c1, c2, c3 = (word.clone(memory_format=torch.contiguous_format) for word in counter)
     k0, k1 = key
     for _ in range(_ROUNDS):
@@ -90,12 +90,12 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 
 def uniform(seed: int, stream: Stream, positions: Tensor, shape: tuple[int, ...] = (), *, draw: int = 0) -> Tensor:
-    """Uniform fp32 [B, *shape] in the open interval (0, 1): odd multiples of 2**-24. Arguments as in `bits`."""
+    """Return uniform fp32 [B, *shape] in the open interval (0, 1): odd multiples of 2**-24. Arguments as in `bits`."""
     return _draw(_to_uniform, seed, stream, positions, shape, draw)
 
 
 def normal(seed: int, stream: Stream, positions: Tensor, shape: tuple[int, ...] = (), *, draw: int = 0) -> Tensor:
-    """Standard normal fp32 [B, *shape], tails to 6.3 sigma. Arguments as in `bits`.
+    """Return standard normal fp32 [B, *shape], tails to 6.3 sigma. Arguments as in `bits`.
 
     The quantile of a 32-bit uniform by linear interpolation between 1024 points an octave, within
     2e-7 * max(1, |z|) of the exact quantile.
@@ -145,7 +145,7 @@ def _to_normal(words: Tensor) -> Tensor:
 
 @functools.cache
 def _quantiles(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Normal quantile at the lower end of each of 32 x 1024 sub-intervals, and its rise per unit of the remainder.
+    """Return the normal quantile at the lower end of each of 32 x 1024 sub-intervals, and its rise per unit of rest.
 
     Rounded to fp32, so that the last bits of a platform's logarithm don't reach the results.
     """

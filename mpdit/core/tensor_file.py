@@ -1,4 +1,4 @@
-"""Writing safetensors files piece by piece: hashed on the way, without a second copy, and without holding up Python.
+"""Writes safetensors files piece by piece: hashed on the way, without a second copy, and without holding up Python.
 
 The library's own writer copies every tensor first and keeps Python's lock while it writes, which would stall training.
 """
@@ -48,7 +48,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256, in hex, of the names, dtypes, shapes and values of CPU tensors, in whatever order they come."""
+    """Return the SHA-256, in hex, of names, dtypes, shapes and values of CPU tensors, whatever their order."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())

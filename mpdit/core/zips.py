@@ -1,4 +1,4 @@
-"""Zip files from elsewhere: opened only when their table of contents can be true."""
+"""Reads zip files from elsewhere, whose table of contents is checked before it is believed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ZIP_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplement
 
 
 def is_zip(path: str | Path) -> bool:
-    """Whether the file says that it is a zip, however damaged. Raises OSError."""
+    """Return whether the file says that it is a zip, however damaged. Raises OSError."""
     try:
         return zipfile.is_zipfile(path)
     except zipfile.BadZipFile:  # raised for some ends of a zip and not for others
@@ -31,7 +31,7 @@ def is_zip(path: str | Path) -> bool:
 
 
 def open_zip(path: str | Path) -> zipfile.ZipFile:
-    """A zip to read. One of ZIP_DAMAGE when it is none, or when a member lies outside or can't be so large.
+    """Open a zip to read. Raises one of ZIP_DAMAGE when it is none, or a member lies outside or can't be so large.
 
     zipfile itself asks for as much memory as the table says.
     """
@@ -47,7 +47,7 @@ def open_zip(path: str | Path) -> zipfile.ZipFile:
 
 
 class LocalHeader(NamedTuple):
-    """What precedes a member's bytes."""
+    """The header that precedes a member's bytes, as far as it is of use."""
 
     flags: int
     method: int
@@ -66,7 +66,7 @@ def read_local_header(descriptor: int, offset: int) -> LocalHeader:
 
 
 def find_damaged(path: str | Path) -> str | None:
-    """The first member of a zip of stored members whose bytes don't have their CRC-32; None when all have.
+    """Return the first member of a zip of stored members whose bytes don't have their CRC-32; None if all have.
 
     As zipfile's testzip, at the speed of the disk instead of zlib's. Raises as `open_zip`, and OSError.
     """

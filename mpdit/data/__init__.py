@@ -1,10 +1,10 @@
 """Data: latents on disk, one global order over them, batches ahead of training, and the embedded digits."""
 
 from mpdit.data.convert import convert_latents
-from mpdit.data.dataset import LatentDataset
 from mpdit.data.latents import PackedLatents
-from mpdit.data.loaders import Batch, Loader, LoaderKind, make_loader
-from mpdit.data.manifest import DatasetInfo, LatentSpec, Manifest, Normalization
+from mpdit.data.loaders import make_loader
+from mpdit.data.manifest import LatentSpec
+from mpdit.data.normalization import Normalization
 from mpdit.data.open import open_latents
 from mpdit.data.order import BatchPlan, GlobalOrder
 from mpdit.data.posterior import to_latents
@@ -12,15 +12,9 @@ from mpdit.data.verify import verify
 from mpdit.data.writer import PackedWriter, write_packed
 
 __all__ = [
-    "Batch",
     "BatchPlan",
-    "DatasetInfo",
     "GlobalOrder",
-    "LatentDataset",
     "LatentSpec",
-    "Loader",
-    "LoaderKind",
-    "Manifest",
     "Normalization",
     "PackedLatents",
     "PackedWriter",

@@ -29,7 +29,7 @@ _WAITING = 1e-4
 
 
 class Batch(NamedTuple):
-    """What one rank trains on in one micro step."""
+    """The samples that one rank trains on in one micro step."""
 
     moments: Tensor
     """fp16 [b, V, 2C, H, W], posterior means before stds."""

@@ -94,7 +94,7 @@ class LatentSpec:
 
     @property
     def record_shape(self) -> tuple[int, int, int, int]:
-        """(V, 2C, H, W)."""
+        """Shape (V, 2C, H, W) of a record."""
         return len(self.variants), 2 * self.channels, self.height, self.width
 
     @property
@@ -125,7 +125,7 @@ class DatasetInfo(LatentSpec):
 
     @property
     def pixel_range(self) -> tuple[float, float] | None:
-        """What black and white were to the encoder; None where it isn't stated."""
+        """Range of pixels that the encoder took black and white as; None where it isn't stated."""
         stated = self.decoder.get("range")
         if not isinstance(stated, list | tuple) or [type(value) in (int, float) for value in stated] != [True, True]:
             return None
@@ -195,7 +195,7 @@ class Manifest(DatasetInfo):
 
     @property
     def sha256(self) -> str:
-        """In hex, of all fields. It is in the file as well, since a damaged digit may be another digit."""
+        """SHA-256, in hex, of all fields. It is in the file as well, since a damaged digit may be another digit."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:

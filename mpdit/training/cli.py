@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mpdit.core.dist_env import DistEnv
-from mpdit.core.errors import UserError, of_system, one_line
+from mpdit.core.errors import UserError, explain_os_error, one_line
 from mpdit.training.safety.stop import STOPPED, StopRequests
 
 BAD_INPUT, FAILED = 2, 1
@@ -124,7 +124,7 @@ def _what_to_mend(error: Exception, out: Path | None) -> str:
         return ""
     if isinstance(error, OSError):
         known = error.errno is not None and not isinstance(error, ConnectionError | TimeoutError)
-        return one_line(of_system(error, out)) if known else ""
+        return one_line(explain_os_error(error, out)) if known else ""
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
         return one_line(
             f"this machine's memory ran out ({' '.join(str(error).split()) or 'nothing says for what'}): give more "

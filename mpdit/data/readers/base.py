@@ -32,7 +32,7 @@ _STATISTICS_BATCH = 64
 
 @dataclass(frozen=True)
 class Options:
-    """What the user may say about data that don't describe themselves."""
+    """Settings by which the user may describe data that don't describe themselves."""
 
     scale: float | None = None
     """The factor the stored latents were multiplied by; None: what the format has, or what is measured."""
@@ -115,7 +115,7 @@ class ForeignLatents(LatentDataset):
         return 1.0
 
     def _pixel_range(self, measured: Normalization) -> PixelRange:
-        """Return what black and white were to the encoder."""
+        """Return the range of pixels that the encoder took black and white as."""
         return SIGNED
 
     def _describe(

@@ -31,7 +31,7 @@ def find_lightningdit(path: Path) -> bool:
 
 
 class _Tensor(NamedTuple):
-    """Where a tensor lies in its file, and as what."""
+    """The place of a tensor in its file, its dtype and shape."""
 
     dtype: str
     shape: list[int]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mpdit.core.dist_env import gather
-from mpdit.core.errors import CheckpointError, UserError, of_system
+from mpdit.core.errors import CheckpointError, UserError, explain_os_error
 from mpdit.core.files import sync_to_disk
 from mpdit.training import export
 from mpdit.training.checkpoint import format
@@ -148,5 +148,5 @@ def finish(run: Run, whole: Checkpoint) -> str:
 
 def _told(error: Exception, place: Path) -> str:
     if isinstance(error, OSError):
-        return of_system(error, place)
+        return explain_os_error(error, place)
     return str(error) if isinstance(error, UserError) else repr(error)
