@@ -10,13 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from mpdit.training import loop
@@ -28,25 +27,22 @@ INTERVAL = 1000
 """Steps between checkpoints that the share is given for."""
 WARM_UP = 10
 
+_times: dict[str, list[Any]] = {"done": [], "calls": [], "spans": []}
+"""Seconds at which steps were done, that calls took, and between which saves were under way."""
+
 
 class TimedSaver(AsyncCheckpointer):
-    """Notes when saves begin, how long the call takes, and when they are committed."""
+    """Notes how long the call takes, and when saves begin and are committed."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.calls: list[float] = []
-        self.spans: list[tuple[float, float]] = []
-        _SAVERS.append(self)
-
-    def save(self, *arguments: Any) -> None:
+    def save(self, *arguments: Any, **options: Any) -> None:
         began = time.perf_counter()
-        super().save(*arguments)
-        self.calls.append(time.perf_counter() - began)
+        super().save(*arguments, **options)
+        _times["calls"].append(time.perf_counter() - began)
 
     def _work(self, *arguments: Any) -> None:
         began = time.perf_counter()
         super()._work(*arguments)
-        self.spans.append((began, time.perf_counter()))
+        _times["spans"].append((began, time.perf_counter()))
 
 
 class TimedLog(loop.MetricsLog):
@@ -54,64 +50,38 @@ class TimedLog(loop.MetricsLog):
 
     def advance(self) -> None:
         super().advance()
-        _DONE.append(time.perf_counter())
+        _times["done"].append(time.perf_counter())
 
 
-_SAVERS: list[TimedSaver] = []
-_DONE: list[float] = []
-
-
-def train(arguments: list[str], result: str) -> int:
-    """One rank: train, and write what was timed."""
+def train(result: str, arguments: list[str]) -> int:
+    """Train as one rank, and write what was timed."""
     loop.AsyncCheckpointer, loop.MetricsLog = TimedSaver, TimedLog  # type: ignore[misc]
     code = main(arguments)
     if code == 0 and os.environ["RANK"] == "0":
-        saves = _SAVERS[0]
-        Path(result).write_text(json.dumps({"done": _DONE, "calls": saves.calls, "spans": saves.spans}))
+        Path(result).write_text(json.dumps(_times))
     return code
 
 
 def start(ranks: int, steps: int, every: int) -> dict[str, Any]:
     """Train by `ranks` processes and return rank 0's times."""
     with tempfile.TemporaryDirectory() as folder:
-        common = {
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
-        }
-        command = [sys.executable, __file__, "--result", f"{folder}/result.json"]
-        given = ["--ds_config", str(REPOSITORY / "launch/zero2.json"), "--steps", str(steps), "--sample-every", "0"]
-        given += ["--checkpoint-every", str(every), "--no-progress", "--log-every", "1000", "--out", f"{folder}/run"]
-        processes = [
-            subprocess.Popen(
-                [*command, "--train", *given], env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank}
-            )
-            for rank in map(str, range(ranks))
-        ]
-        codes = [process.wait() for process in processes]
-        if any(codes):
-            raise SystemExit("training failed")
-        times: dict[str, Any] = json.loads(Path(folder, "result.json").read_text())
-        return times
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-    return port
+        result = Path(folder, "result.json")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        command += [__file__, "--train", str(result), "--ds_config", str(REPOSITORY / "launch/zero2.json")]
+        command += ["--steps", str(steps), "--checkpoint-every", str(every), "--out", f"{folder}/run"]
+        subprocess.run([*command, "--sample-every", "0", "--no-progress", "--log-every", "1000"], check=True)
+        return json.loads(result.read_text())  # type: ignore[no-any-return]
 
 
 def report(times: dict[str, Any]) -> str:
-    """The figures, in words."""
+    """Return the figures, in words."""
+    spans = times["spans"]
     steps = list(zip(times["done"], times["done"][1:], strict=False))[WARM_UP:]
-    first, last = steps[0][0], steps[-1][1]
-    saves = sum(first <= begin and end <= last for begin, end in times["spans"])  # the last one has no step beside it
-    beside = [end - begin for begin, end in steps if any(a < end and begin < b for a, b in times["spans"])]
-    alone = [end - begin for begin, end in steps if not any(a < end and begin < b for a, b in times["spans"])]
-    step = statistics.median(alone)
-    call, written = statistics.median(times["calls"]), statistics.median(b - a for a, b in times["spans"])
+    saves = sum(steps[0][0] <= begin and end <= steps[-1][1] for begin, end in spans)  # beside the last is no step
+    beside, alone = [], []
+    for begin, end in steps:
+        (beside if any(a < end and begin < b for a, b in spans) else alone).append(end - begin)
+    step, call, written = median(alone), median(times["calls"]), median(end - begin for begin, end in spans)
     # A step beside a save holds the call too: the span begins within it.
     added = (sum(beside) - step * len(beside)) / saves
     return (
@@ -123,13 +93,11 @@ def report(times: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--train"]:
+        sys.exit(train(sys.argv[2], sys.argv[3:]))
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--ranks", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--steps", type=int, default=300, help="steps that are trained (default: 300)")
     parser.add_argument("--every", type=int, default=25, help="steps between checkpoints (default: 25)")
-    parser.add_argument("--result", help=argparse.SUPPRESS)
-    parser.add_argument("--train", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.train is not None:
-        sys.exit(train(given.train, given.result))
     print(report(start(given.ranks, given.steps, given.every)))

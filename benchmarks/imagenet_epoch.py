@@ -32,7 +32,6 @@ from mpdit.data.records import INDEX_DTYPE, crc32
 
 IMAGENET = 1_281_167
 BATCH = 256
-_CHUNK = 1 << 24
 
 
 def main() -> None:
@@ -46,7 +45,7 @@ def main() -> None:
 
 
 def write_sparse(folder: Path, samples: int) -> None:
-    """A data set of 4x32x32 latents that are all zero, in one sparse shard."""
+    """Write a data set of 4x32x32 latents that are all zero, in one sparse shard."""
     spec = LatentSpec(channels=4, height=32, width=32, num_classes=1000)
     index = np.empty(samples, INDEX_DTYPE)
     index["label"] = np.arange(samples) % spec.num_classes
@@ -85,10 +84,9 @@ def measure(folder: Path, kind: str) -> None:
 
 
 def anonymous_mib() -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) / 1024
-    raise OSError("/proc/self/status names no RssAnon")
+    """Return what this process holds itself, without cached files."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["RssAnon"].split()[0]) / 1024
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -230,161 +230,135 @@ def read_results(path: str | Path) -> Results:
 
 def parse_results(path: Path, content: Any) -> Results:
     """Check the content of a results file; raises as `read_results`."""
-    top = _Object.of(path, content)
-    if "mpdit" not in top.values:
+    _check(path, "", content, {})
+    if "mpdit" not in content:
         raise DataError(f'{path}: has no object "mpdit", so it is not of our benchmarks; {_MEASURE}')
-    info = top.object("mpdit")
-    found = info.get("format", "a text")
-    if found != FORMAT:
-        (family, number), (name, ours) = (text.rpartition("-")[::2] for text in (found, FORMAT))
-        if family == name and number.isdigit() and int(number) > int(ours):
-            raise DataError(f"{path}: mpdit.format is {found!r}, newer than {FORMAT!r}: update mpdit")
-        raise DataError(f"{path}: mpdit.format is {found!r}, and {FORMAT!r} is read; {_MEASURE}")
-    device = info.one_of("device", ("cuda", "cpu"))
-    machine, peaks, ceilings = info.object("machine"), info.optional("peaks"), info.optional("ceilings")
-    for name in ("gpu" if device == "cuda" else "cpu", "torch"):
-        machine.get(name, "a text")
-    rates: dict[str, float] = {}
-    if peaks:
-        peaks.get("source", "a text")
-        rates |= {name: peaks.get(name, _POSITIVE) for name in ("bf16", "fp32", "bandwidth")}
-    if ceilings:
-        rates |= {name: ceilings.get(name, _POSITIVE) for name in ("copy", "matmul", "matmul32")}
-    rows = tuple(_row(entry.object("extra_info"), entry, rates) for entry in top.objects("benchmarks"))
-    seen: set[Key] = set()
-    for row in rows:
-        if row.key in seen:
-            raise DataError(f"{path}: benchmarks holds {row.variant!r} of {row.case!r} twice; remove one of them")
-        seen.add(row.key)
+    _check(path, "", content, {"mpdit": {"format": _TEXT}})
+    info = content["mpdit"]
+    _check_format(path, info["format"])
+    _check(path, "", content, _FILE)
+    rates = {**(info["peaks"] or {}), **(info["ceilings"] or {})}
+    rows = tuple(_row(entry["extra_info"], entry["stats"]["data"], rates) for entry in content["benchmarks"])
+    for index, row in enumerate(rows):
+        for name, values in (("seconds", row.seconds), ("ratio", row.ratio)):
+            if values and not values.q20 <= values.median <= values.q80:
+                place = f"benchmarks[{index}].extra_info.{name}"
+                raise _wrong(path, place, asdict(values), "quantiles in order: q20, median, q80")
+    keys = [row.key for row in rows]
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise DataError(f"{path}: benchmarks holds {twice[2]!r} of {twice[1]!r} twice; remove one of them")
+    # As pytest-benchmark found it: all of it may be missing, outside of a checkout.
+    commit = content.get("commit_info") or {}
+    dirty = " with changes" if commit.get("dirty") else ""
     return Results(
         path,
-        date=info.get("date", "a text"),
-        time=str(top.values.get("datetime") or ""),
-        device=device,
-        machine=machine.values,
-        peaks=peaks.values if peaks else None,
-        ceilings=ceilings.values if ceilings else None,
-        memory_limit=info.get("memory_limit_gb", _POSITIVE, optional=True),
-        commit=_commit(top.values.get("commit_info")),
+        date=info["date"],
+        time=str(content.get("datetime") or ""),
+        device=info["device"],
+        machine=info["machine"],
+        peaks=info["peaks"],
+        ceilings=info["ceilings"],
+        memory_limit=info["memory_limit_gb"],
+        commit=str(commit["id"])[:12] + dirty if commit.get("id") else "",
         rows=rows,
-        skipped={_key(entry): entry.get("reason", "a text") for entry in info.objects("skipped")},
+        skipped={(entry["part"], entry["case"], entry["way"]): entry["reason"] for entry in info["skipped"]},
     )
 
 
-def _row(info: _Object, entry: _Object, rates: dict[str, float]) -> Row:
-    dtype = info.get("dtype", "a text")
-    memory, gate, ratio = info.optional("memory"), info.optional("gate"), info.optional("ratio")
-    if gate and "same" not in gate.values:
-        for name in ("error", "allowed"):
-            gate.get(name, "a finite number of at least 0")
-    if ratio:
-        ratio.one_of("to", (OURS,))
-    peak, ceiling = (rates.get(name) for name in RATES.get(dtype, ("", "")))
-    samples = entry.object("stats").items("data", "a list of times")
-    part, case, variant = _key(info)
+def _check_format(path: Path, found: str) -> None:
+    (family, number), (name, ours) = (text.rpartition("-")[::2] for text in (found, FORMAT))
+    if family == name and number.isdigit() and int(number) > int(ours):
+        raise DataError(f"{path}: mpdit.format is {found!r}, newer than {FORMAT!r}: update mpdit")
+    if found != FORMAT:
+        raise DataError(f"{path}: mpdit.format is {found!r}, and {FORMAT!r} is read; {_MEASURE}")
+
+
+def _row(info: Json, samples: list[float], rates: Json) -> Row:
+    peak, ceiling = (rates.get(name) for name in RATES.get(info["dtype"], ("", "")))
+    seconds, ratio, memory = info["seconds"], info["ratio"], info["memory"] or {}
+    same = ("part", "case", "model", "images", "flops", "bytes", "dtype", "gate")
     return Row(
-        part,
-        case,
-        variant,
-        model=info.get("model", "a text", optional=True),
-        images=info.get("images", _WHOLE, optional=True),
-        flops=info.get("flops", _WHOLE, optional=True),
-        bytes=info.get("bytes", _WHOLE, optional=True),
-        dtype=dtype,
-        samples=tuple(samples.get(index, "a finite number of seconds above 0") for index in samples.values),
-        seconds=_spread(info.object("seconds")),
-        ratio=_spread(ratio) if ratio else None,
-        allocated=memory.get("allocated", _WHOLE) if memory else None,
-        reserved=memory.get("reserved", _WHOLE) if memory else None,
-        gate=gate.values if gate else None,
+        **{name: info[name] for name in same},
+        variant=info["way"],
+        samples=tuple(samples),
+        seconds=Spread(seconds["median"], seconds["q20"], seconds["q80"]),
+        ratio=ratio and Spread(ratio["median"], ratio["q20"], ratio["q80"]),
+        allocated=memory.get("allocated"),
+        reserved=memory.get("reserved"),
         peak=peak,
         ceiling=ceiling,
         copy=rates.get("copy"),
     )
 
 
-def _key(entry: _Object) -> Key:
-    return entry.one_of("part", PARTS), entry.get("case", "a text"), entry.get("way", "a text")
+def _number(value: Any, least: float = 0.0) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= least
 
 
-def _spread(entry: _Object) -> Spread:
-    found = Spread(*(entry.get(name, _POSITIVE) for name in ("median", "q20", "q80")))
-    if not found.q20 <= found.median <= found.q80:
-        entry.fail(entry.place, entry.values, "quantiles in order: q20, median, q80")
-    return found
-
-
-def _commit(info: Any) -> str:
-    """Return what pytest-benchmark found: all of it may be missing, outside of a checkout."""
-    if not isinstance(info, dict) or not info.get("id"):
-        return ""
-    return str(info["id"])[:12] + (" with changes" if info.get("dirty") else "")
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-_POSITIVE, _WHOLE = "a finite number above 0", "a whole number of at least 0"
+_TEXT, _POSITIVE, _WHOLE = "a text", "a finite number above 0", "a whole number of at least 0"
+_NOT_NEGATIVE, _SECONDS = "a finite number of at least 0", "a finite number of seconds above 0"
 _CHECKS: dict[str, Callable[[Any], bool]] = {
-    "an object": lambda value: isinstance(value, dict),
-    "a list": lambda value: isinstance(value, list),
-    "a list of times": lambda value: isinstance(value, list) and len(value) > 0,
-    "a text": lambda value: isinstance(value, str) and value != "",
+    _TEXT: lambda value: isinstance(value, str) and value != "",
     _POSITIVE: lambda value: _number(value) and value > 0,
-    "a finite number of seconds above 0": lambda value: _number(value) and value > 0,
-    "a finite number of at least 0": lambda value: _number(value) and value >= 0,
-    _WHOLE: lambda value: _number(value) and value >= 0 and value == int(value),
+    _SECONDS: lambda value: _number(value) and value > 0,
+    _NOT_NEGATIVE: _number,
+    _WHOLE: lambda value: _number(value) and value == int(value),
 }
+_KEY = {"part": PARTS, "case": _TEXT, "way": _TEXT}
+_SPREAD = dict.fromkeys(("median", "q20", "q80"), _POSITIVE)
+_GATE = {"error": _NOT_NEGATIVE, "allowed": _NOT_NEGATIVE}
+_ROW = {
+    **_KEY,
+    "dtype": _TEXT,
+    "model?": _TEXT,
+    **dict.fromkeys(("images?", "flops?", "bytes?"), _WHOLE),
+    "seconds": _SPREAD,
+    "ratio?": {"to": (OURS,), **_SPREAD},
+    "memory?": {"allocated": _WHOLE, "reserved": _WHOLE},
+    "gate?": lambda gate: {} if isinstance(gate, dict) and "same" in gate else _GATE,
+}
+_FILE = {
+    "mpdit": {
+        "date": _TEXT,
+        "device": ("cuda", "cpu"),
+        "machine": {"torch": _TEXT, "gpu": _TEXT, "cpu": _TEXT},
+        "peaks?": {"bf16": _POSITIVE, "fp32": _POSITIVE, "bandwidth": _POSITIVE, "source": _TEXT},
+        "ceilings?": {"copy": _POSITIVE, "matmul": _POSITIVE, "matmul32": _POSITIVE},
+        "memory_limit_gb?": _POSITIVE,
+        "skipped": [_KEY | {"reason": _TEXT}],
+    },
+    "benchmarks": [{"extra_info": _ROW, "stats": {"data": [_SECONDS]}}],
+}
+"""What is read of a file: objects, lists of one kind, choices, and names of _CHECKS; a field with "?" may be null."""
 
 
-@dataclass(frozen=True)
-class _Object:
-    """A JSON object, or a list by index, at `place` of a file; raises DataError naming file, field, value, remedy."""
+def _check(path: Path, place: str, value: Any, wanted: Any) -> None:
+    """Raise DataError naming file, field, value and remedy where a value at `place` is not as `_FILE` wants it."""
+    if callable(wanted):
+        wanted = wanted(value)
+    if isinstance(wanted, dict):
+        if not isinstance(value, dict):
+            raise _wrong(path, place or "the file", value, "an object")
+        for field, inner in wanted.items():
+            name = field.removesuffix("?")
+            where = f"{place}.{name}" if place else name
+            if name not in value:
+                raise DataError(f"{path}: {where} is missing; {_MEASURE}")
+            if value[name] is not None or name == field:
+                _check(path, where, value[name], inner)
+    elif isinstance(wanted, list):
+        if not isinstance(value, list) or not (value or wanted != [_SECONDS]):
+            raise _wrong(path, place, value, "a list")
+        for index, item in enumerate(value):
+            _check(path, f"{place}[{index}]", item, wanted[0])
+    elif isinstance(wanted, tuple):
+        if value not in wanted:
+            raise _wrong(path, place, value, f"one of {', '.join(wanted)}")
+    elif not _CHECKS[wanted](value):
+        raise _wrong(path, place, value, wanted)
 
-    path: Path
-    place: str
-    values: dict[Any, Any]
 
-    @classmethod
-    def of(cls, path: Path, content: Any) -> _Object:
-        """Return the file's own object."""
-        return cls(path, "", {"the file": content}).object("the file", "")
-
-    def get(self, name: str | int, wanted: str, optional: bool = False) -> Any:
-        """Return the value of a field that is `wanted`, one of _CHECKS."""
-        if name not in self.values:
-            raise DataError(f"{self.path}: {self._name(name)} is missing; {_MEASURE}")
-        value = self.values[name]
-        if not (optional and value is None) and not _CHECKS[wanted](value):
-            self.fail(self._name(name), value, wanted)
-        return value
-
-    def one_of(self, name: str, allowed: Sequence[str]) -> str:
-        value: str = self.get(name, "a text")
-        if value not in allowed:
-            self.fail(self._name(name), value, f"one of {', '.join(allowed)}")
-        return value
-
-    def object(self, name: str | int, place: str | None = None) -> _Object:
-        return _Object(self.path, self._name(name) if place is None else place, self.get(name, "an object"))
-
-    def optional(self, name: str) -> _Object | None:
-        return None if self.get(name, "an object", optional=True) is None else self.object(name)
-
-    def items(self, name: str, wanted: str = "a list") -> _Object:
-        return _Object(self.path, self._name(name), dict(enumerate(self.get(name, wanted))))
-
-    def objects(self, name: str) -> Iterator[_Object]:
-        items = self.items(name)
-        return map(items.object, items.values)
-
-    def fail(self, name: str, value: Any, wanted: str) -> None:
-        shown = repr(value)
-        shown = shown if len(shown) <= 60 else shown[:57] + "..."
-        raise DataError(f"{self.path}: {name} is {shown}, where {wanted} is needed; {_MEASURE}")
-
-    def _name(self, name: str | int) -> str:
-        if isinstance(name, int):
-            return f"{self.place}[{name}]"
-        return f"{self.place}.{name}" if self.place else name
+def _wrong(path: Path, place: str, value: Any, wanted: str) -> DataError:
+    shown = repr(value)
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    return DataError(f"{path}: {place} is {shown}, where {wanted} is needed; {_MEASURE}")
