@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from mpdit_kernels.hardware import Gpu
@@ -90,42 +91,92 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Scale:
-    """A step on another number of GPUs: does it fit, seconds, images a second, share of perfect scaling."""
-
-    gpus: int
-    images_per_gpu: int
-    fits: bool
-    seconds: float
-    images_per_second: float
-    efficiency: float
-
-
-@dataclass(frozen=True)
 class Plan:
     """The answer; times carry the relative error of `share.error`, memory that of MEMORY_ERROR.
 
     Attributes:
-        micro_batch, accumulation: images of a GPU's micro step, and micro steps of a step.
-        memory: the worst moment as asked for; `memory_whole` and `memory_checkpointing` are both ways.
-        memory_parts: each part at its most, as asked for.
-        largest: the largest micro-batch that fits, without and with checkpointing; 0 where none does.
-        scaling: name of what is kept fixed -> steps on more and more GPUs.
+        accumulation: micro steps of a step.
     """
 
-    request: Request
     config: ModelConfig
-    micro_batch: int
+    request: Request
     accumulation: int
-    memory: Memory
-    memory_parts: dict[str, float]
-    memory_whole: Memory
-    memory_checkpointing: Memory
-    largest: tuple[int, int]
-    time: StepTime
-    communication: Communication
-    share: Efficiency
-    scaling: dict[str, list[Scale]]
+
+    @property
+    def micro_batch(self) -> int:
+        """Images of a GPU's micro step."""
+        return self.request.images_per_gpu // self.accumulation
+
+    def memory_at(self, checkpointing: bool) -> Memory:
+        """Return the worst moment of a step, with checkpointing or without."""
+        return memory(self.config, self.request.setting(self.micro_batch, self.accumulation, checkpointing))
+
+    @cached_property
+    def memory(self) -> Memory:
+        """The worst moment as asked for."""
+        return self.memory_at(self.request.checkpointing)
+
+    @cached_property
+    def memory_parts(self) -> dict[str, float]:
+        """Each part at its most, as asked for."""
+        return each_at_its_most(self.config, self.request.setting(self.micro_batch, self.accumulation))
+
+    @cached_property
+    def largest(self) -> tuple[int, int]:
+        """The largest micro-batch that fits, without and with checkpointing; 0 where none does."""
+        limit = self.request.gpu.memory
+        settings = (self.request.setting(checkpointing=again) for again in (False, True))
+        whole, again = (largest_micro_batch(self.config, setting, limit, MOST_IMAGES) for setting in settings)
+        return whole, again
+
+    @cached_property
+    def share(self) -> Efficiency:
+        return efficiency(self.request.gpu)
+
+    @cached_property
+    def time(self) -> StepTime:
+        request, parameters = self.request, account(self.config).params_trainable
+        stepped = parameters / request.gpus if request.zero else parameters
+        shape = self.micro_batch, self.accumulation, stepped, request.precision, request.checkpointing
+        return step_time(self.config, request.gpu, self.share, *shape)
+
+    @cached_property
+    def communication(self) -> Communication:
+        request, parameters, backward = self.request, account(self.config).params_trainable, self.time.backward
+        sizes = request.zero, request.gpus, parameters, self.accumulation
+        return communication(*sizes, backward=backward, forward=backward / 2, fabric=request.fabric)
+
+    @cached_property
+    def scaling(self) -> dict[str, list[dict[str, Any]]]:
+        """Steps on 8 to 4096 GPUs and on those asked for, by what is kept fixed: the batch of a GPU, or the global one.
+
+        "efficiency" is the share of perfect scaling from the first row on.
+        """
+        images, plans = self.micro_batch, dict[str, list[Plan]](images_per_gpu=[], global_batch=[])
+
+        def add(name: str, gpus: int, images: int, accumulation: int) -> None:
+            batch = gpus * images * accumulation
+            request = dataclasses.replace(self.request, gpus=gpus, global_batch=batch, accumulation=accumulation)
+            plans[name].append(Plan(self.config, request, accumulation))
+
+        for gpus in sorted({self.request.gpus, *(8 << doubling for doubling in range(10))}):
+            add("images_per_gpu", gpus, images, self.accumulation)
+            each, left = divmod(self.request.global_batch, gpus)
+            if each and not left:
+                micro = math.gcd(each, images) if each > images else each
+                add("global_batch", gpus, micro, each // micro)
+        return {name: [plan._scale(found[0]) for plan in found] for name, found in plans.items()}
+
+    def _scale(self, first: Plan) -> dict[str, Any]:
+        perfect = first.images_per_second / first.request.gpus * self.request.gpus
+        return {
+            "gpus": self.request.gpus,
+            "images_per_gpu": self.request.images_per_gpu,
+            "fits": self.fits,
+            "seconds": self.step_seconds,
+            "images_per_second": self.images_per_second,
+            "efficiency": self.images_per_second / perfect,
+        }
 
     @property
     def fits(self) -> bool:
@@ -171,8 +222,8 @@ class Plan:
             "fits": self.fits,
             "memory": self.memory.to_dict(),
             "memory_each_at_its_most": {name: round(count) for name, count in self.memory_parts.items()},
-            "memory_without_checkpointing": self.memory_whole.to_dict(),
-            "memory_with_checkpointing": self.memory_checkpointing.to_dict(),
+            "memory_without_checkpointing": self.memory_at(False).to_dict(),
+            "memory_with_checkpointing": self.memory_at(True).to_dict(),
             "memory_limit": round(request.gpu.memory),
             "memory_error": MEMORY_ERROR,
             "largest_micro_batch": {"without_checkpointing": self.largest[0], "with_checkpointing": self.largest[1]},
@@ -189,7 +240,7 @@ class Plan:
             "gpu_hours": self.hours * request.gpus,
             "time_error": self.share.error,
             "efficiency": dataclasses.asdict(self.share),
-            "scaling": {name: [dataclasses.asdict(row) for row in rows] for name, rows in self.scaling.items()},
+            "scaling": self.scaling,
         }
 
     def volume(self, zero: int, gpus: int | None = None) -> tuple[float, float]:
@@ -216,31 +267,10 @@ class Plan:
 
 def plan(config: ModelConfig, request: Request) -> Plan:
     """Plan a run of a model. Raises ConfigError for a request that no run could fulfil."""
-    limit = request.gpu.memory
-    largest_whole, largest_again = (
-        largest_micro_batch(config, request.setting(checkpointing=again), limit, MOST_IMAGES) for again in (False, True)
-    )
-    if not largest_again:
+    found = Plan(config, request, request.accumulation or _fewest_micro_steps(config, request))
+    if not found.largest[1]:
         raise ConfigError(_impossible(config, request))
-    accumulation = request.accumulation or _fewest_micro_steps(config, request)
-    images = request.images_per_gpu // accumulation
-    whole, again = (memory(config, request.setting(images, accumulation, way)) for way in (False, True))
-    time, sent = _step(config, request, images, accumulation)
-    return Plan(
-        request,
-        config,
-        images,
-        accumulation,
-        again if request.checkpointing else whole,
-        each_at_its_most(config, request.setting(images, accumulation)),
-        whole,
-        again,
-        (largest_whole, largest_again),
-        time,
-        sent,
-        efficiency(request.gpu),
-        _scaling(config, request, images, accumulation),
-    )
+    return found
 
 
 def _impossible(config: ModelConfig, request: Request) -> str:
@@ -265,43 +295,6 @@ def _fewest_micro_steps(config: ModelConfig, request: Request) -> int:
             if memory(config, request.setting(images // steps, steps)).total <= limit:
                 return steps
     return 1
-
-
-def _step(config: ModelConfig, request: Request, images: int, accumulation: int) -> tuple[StepTime, Communication]:
-    parameters = account(config).params_trainable
-    stepped = parameters / request.gpus if request.zero else parameters
-    share = efficiency(request.gpu)
-    time = step_time(
-        config, request.gpu, share, images, accumulation, stepped, request.precision, request.checkpointing
-    )
-    hidden = (time.backward, time.backward / 2)
-    return time, communication(request.zero, request.gpus, parameters, accumulation, *hidden, request.fabric)
-
-
-def _scaling(config: ModelConfig, request: Request, images: int, accumulation: int) -> dict[str, list[Scale]]:
-    """Return steps on 8 to 4096 GPUs and on those asked for, with a fixed batch a GPU and a fixed global batch."""
-    found: dict[str, list[Scale]] = {"images_per_gpu": [], "global_batch": []}
-    for gpus in sorted({request.gpus, *(8 << doubling for doubling in range(10))}):
-        _add_scale(found["images_per_gpu"], config, request, gpus, images, accumulation)
-        each, left = divmod(request.global_batch, gpus)
-        if each and not left:
-            micro = math.gcd(each, images) if each > images else each
-            _add_scale(found["global_batch"], config, request, gpus, micro, each // micro)
-    return found
-
-
-def _add_scale(
-    rows: list[Scale], config: ModelConfig, request: Request, gpus: int, images: int, accumulation: int
-) -> None:
-    """Append a step on another number of GPUs; the first row is what perfect scaling starts from."""
-    batch = gpus * images * accumulation
-    scaled = dataclasses.replace(request, gpus=gpus, global_batch=batch, accumulation=accumulation)
-    time, sent = _step(config, scaled, images, accumulation)
-    seconds = time.total + sent.exposed
-    speed = batch / seconds
-    perfect = rows[0].images_per_second / rows[0].gpus * gpus if rows else speed
-    fits = memory(config, scaled.setting(images, accumulation)).total <= request.gpu.memory
-    rows.append(Scale(gpus, images * accumulation, fits, seconds, speed, speed / perfect))
 
 
 Rows = list[tuple[str, ...]]
@@ -331,7 +324,7 @@ def _answers(plan: Plan) -> Rows:
 
 
 def _memory_rows(plan: Plan) -> Rows:
-    columns = (plan.memory_whole, plan.memory_checkpointing)
+    columns = (plan.memory_at(False), plan.memory_at(True))
     rows: Rows = [("GiB a GPU", "worst moment", "with checkpointing", "each at its most, as asked")]
     for name in Memory.__dataclass_fields__:
         rows.append((name, *(_gib(vars(column)[name]) for column in columns), _gib(plan.memory_parts[name])))
@@ -358,15 +351,15 @@ def _volume_rows(plan: Plan) -> Rows:
 
 
 def _scaling_rows(plan: Plan) -> Rows:
-    def cells(row: Scale | None) -> tuple[str, str]:
-        if row is None:
-            return "", ""
-        return f"{row.images_per_second:,.0f}{'' if row.fits else ', too large'}", f"{row.efficiency:.0%}"
-
-    head = ("GPUs", "same batch a GPU: images/s", "of perfect", "same global batch: images/s", "of perfect")
-    strong = {row.gpus: row for row in plan.scaling["global_batch"]}
-    weak = plan.scaling["images_per_gpu"]
-    return [head, *((str(row.gpus), *cells(row), *cells(strong.get(row.gpus))) for row in weak)]
+    rows: Rows = [("GPUs", "same batch a GPU: images/s", "of perfect", "same global batch: images/s", "of perfect")]
+    strong = {row["gpus"]: row for row in plan.scaling["global_batch"]}
+    for weak in plan.scaling["images_per_gpu"]:
+        cells: list[str] = []
+        for row in (weak, strong.get(weak["gpus"])):
+            speed = row and f"{row['images_per_second']:,.0f}{'' if row['fits'] else ', too large'}"
+            cells += [speed or "", f"{row['efficiency']:.0%}" if row else ""]
+        rows.append((str(weak["gpus"]), *cells))
+    return rows
 
 
 def _gib(count: float) -> str:

@@ -101,8 +101,8 @@ def test_no_plan_beats_the_peak(name, key):
     assert found.micro_batch * found.accumulation * 8 == 1024
     assert found.hours == pytest.approx(found.steps * found.step_seconds / 3600)
     for rows in found.scaling.values():
-        assert all(0 < row.efficiency <= 1.0001 for row in rows)
-    assert [row.gpus for row in found.scaling["images_per_gpu"]] == [8 << i for i in range(10)]
+        assert all(0 < row["efficiency"] <= 1.0001 for row in rows)
+    assert [row["gpus"] for row in found.scaling["images_per_gpu"]] == [8 << i for i in range(10)]
 
 
 def test_a_run_ends_with_the_epoch_and_not_before() -> None:
@@ -112,7 +112,7 @@ def test_a_run_ends_with_the_epoch_and_not_before() -> None:
 
 def test_scaling_reaches_4096_from_any_number_of_gpus():
     found = plan(XL, Request(GPUS["h100"], gpus=3, global_batch=384))
-    assert [row.gpus for row in found.scaling["images_per_gpu"]] == [3, *(8 << i for i in range(10))]
+    assert [row["gpus"] for row in found.scaling["images_per_gpu"]] == [3, *(8 << i for i in range(10))]
 
 
 def test_a_run_of_which_not_one_image_fits_is_refused_with_what_would_help():
