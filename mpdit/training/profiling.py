@@ -33,7 +33,7 @@ class Profiling:
 
     @classmethod
     def parse(cls, mode: ProfileMode, steps: str, ranks: str, run_steps: int) -> Profiling:
-        """From the arguments' texts, for a run of so many steps. ConfigError names the argument and its remedy."""
+        """Read the arguments' texts, for a run of so many steps. ConfigError names the argument and its remedy."""
         found = re.fullmatch(r"([0-9]{1,18}):([0-9]{1,18})", steps)
         first, last = map(int, found.groups()) if found else (0, 0)
         if not 1 <= first <= last:
@@ -49,7 +49,7 @@ class Profiling:
         return cls(mode, first, last, None if ranks == "all" else frozenset(map(int, ranks.split(","))))
 
     def check(self, world_size: int) -> None:
-        """ConfigError when this machine or this number of ranks can't do it."""
+        """Raise ConfigError when this machine or this number of ranks can't do it."""
         if self.mode == "none":
             return
         if self.mode != "torch" and not torch.cuda.is_available():
@@ -66,23 +66,18 @@ class Profiler:
 
     Used as a context around the run, within which `steps` hands out the steps:
 
-        with Profiler(profiling, out / "profile", rank, device) as profile:
+        with Profiler(profiling, out / "profile", rank, device, remedy) as profile:
             for step in profile.steps(range(1, 1001)):
                 with profile.range("forward"):
                     ...
 
     The device is synchronised at both ends of the window and nowhere else. When GPU memory runs out inside of the
-    context, whatever the mode, a snapshot is written and a ConfigError of one line says so, with what `remedy` says if
-    it is given; with mode "memory", up to the window's end, the snapshot also tells who allocated what.
+    context, whatever the mode, a snapshot is written and a ConfigError of one line says so, with what `remedy` says;
+    with mode "memory", up to the window's end, the snapshot also tells who allocated what.
     """
 
     def __init__(
-        self,
-        profiling: Profiling,
-        folder: Path,
-        rank: int,
-        device: torch.device,
-        remedy: Callable[[], str] | None = None,
+        self, profiling: Profiling, folder: Path, rank: int, device: torch.device, remedy: Callable[[], str]
     ) -> None:
         self._profiling, self._folder, self._rank, self._device = profiling, folder, rank, device
         self._remedy = remedy
@@ -93,7 +88,7 @@ class Profiler:
         self._inside = self._disturbed = False
 
     def steps(self, steps: range) -> Iterator[int]:
-        """The steps, with the window opened before its first one and closed after its last one."""
+        """Yield the steps, with the window opened before its first one and closed after its last one."""
         window = self._profiling
         first, last = max(window.first, steps.start), window.last
         if window.mode == "none" or first > last:
@@ -111,13 +106,13 @@ class Profiler:
                 self._end(first)
 
     def range(self, name: RangeName | str) -> AbstractContextManager[Any]:
-        """What happens within the context has this name in the trace."""
+        """Name what happens within the context, in the trace."""
         if not self._inside or self._mode in ("none", "memory"):
             return nullcontext()
         return torch.profiler.record_function(name) if self._mode == "torch" else _nvtx_range(name)
 
     def take_disturbed(self) -> bool:
-        """Whether profiling slowed the run down at any time since the last call, so that no speed may be quoted."""
+        """Return whether profiling slowed the run at any time since the last call, so that no speed may be quoted."""
         disturbed, self._disturbed = self._disturbed, self._inside
         return disturbed
 
@@ -148,15 +143,12 @@ class Profiler:
 
     def _begin(self) -> None:
         self._inside = self._disturbed = True
+        if self._mode in ("nsys", "ncu", "torch"):
+            self._synchronize()
         if self._mode in ("nsys", "ncu"):
-            torch.cuda.synchronize(self._device)
             torch.cuda.profiler.start()
         elif self._mode == "torch":
-            self._synchronize()
-            activities = [torch.profiler.ProfilerActivity.CPU]
-            if self._device.type == "cuda":
-                activities.append(torch.profiler.ProfilerActivity.CUDA)
-            self._trace = torch.profiler.profile(activities=activities)
+            self._trace = torch.profiler.profile()  # of the CPU, and of a GPU where there is one
             self._trace.start()
 
     def _end(self, first: int) -> None:
@@ -181,15 +173,15 @@ class Profiler:
     def _stop(self) -> None:
         """End what is being recorded, if anything is; after an error too."""
         inside, self._inside = self._inside, False
-        if not inside:
+        if not inside or self._mode == "none":
             return
-        if self._mode in ("nsys", "ncu"):
-            torch.cuda.synchronize(self._device)
-            torch.cuda.profiler.stop()
-        elif self._mode == "memory":
+        if self._mode == "memory":
             torch.cuda.memory._record_memory_history(None)
+            return
+        self._synchronize()
+        if self._mode != "torch":
+            torch.cuda.profiler.stop()
         elif self._trace is not None:
-            self._synchronize()
             self._trace.stop()
             self._trace = None
 
@@ -215,16 +207,10 @@ class Profiler:
     def _advice(self, error: str, snapshot: Path | None, recorded: bool) -> str:
         asked = re.search(r"Tried to allocate ([\d.]+ \w+)", error)
         tried = f" (it asked for {asked[1]} more)" if asked else ""
-        record = f"the snapshot {snapshot} opens at https://pytorch.org/memory_viz" if snapshot else ""
+        notes = [f"the snapshot {snapshot} opens at https://pytorch.org/memory_viz"] if snapshot else []
         if not recorded:  # what is there, but not who allocated it
-            record += f"{'; ' if record else ''}--profile memory records who allocates it"
-        remedy = (
-            self._remedy()
-            if self._remedy
-            else "double --accumulation for a micro-batch of half the size, or give --checkpointing, a higher ZeRO "
-            "stage or more GPUs; `mpdit plan` tells what fits"
-        )
-        return f"GPU memory ran out on rank {self._rank}{tried}: {remedy}; {record}"
+            notes.append("--profile memory records who allocates it")
+        return f"GPU memory ran out on rank {self._rank}{tried}: {'; '.join([self._remedy(), *notes])}"
 
 
 @contextmanager
