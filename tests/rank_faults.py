@@ -153,7 +153,7 @@ class _RecordingGuard(Guard):
         if unread:  # once a step, after the optimiser
             optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)  # within ZeRO's, if any
             parts, steps = fragments(self._engine, optimizer), optimizer_steps(optimizer)
-            line = {kind: _digest([part.values[kind] for part in parts]) for kind in KINDS}
+            line = {kind: _digest([parts[key] for key in parts if key.startswith(f"{kind}/")]) for kind in KINDS}
             line["model"] = _digest([param.detach() for param in self._engine.module.parameters()])
             self._file.write(json.dumps({"step": self._step, "steps": steps} | line) + "\n")
             self._file.flush()

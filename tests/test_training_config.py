@@ -37,8 +37,8 @@ def test_arguments_hold_only_what_was_given() -> None:
         "ds_config": "a.json",
         "global_batch": 8,
         "sample_every": 0,
-        "betas": (0.8, 0.9),
-        "override": ("width=64", "stages=[[4,1]]"),
+        "betas": [0.8, 0.9],
+        "override": ["width=64", "stages=[[4,1]]"],
         "tensorboard": False,
     }
     config = TrainConfig.create(**given)

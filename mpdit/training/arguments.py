@@ -63,7 +63,7 @@ def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
         given = file | given | ({"override": override} if override else {})
     if "ds_config" not in given:
         raise ConfigError("--ds_config is missing: give a DeepSpeed configuration, for example launch/zero2.json")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return given
 
 
 # Arguments

@@ -248,7 +248,8 @@ class TrainConfig:
 
 def with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return every field of TrainConfig: as given, else by default, the digits' or, for other data, the paper's."""
-    given = {RENAMED.get(name, name): value for name, value in given.items()}
+    # As a command line or a run's config.json has them: lists, and names of earlier versions.
+    given = {RENAMED.get(name, name): tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     if given.get("data", DIGITS) != DIGITS:
         theirs = {field.name: field.metadata["imagenet_default"] for field in dataclasses.fields(TrainConfig)}

@@ -35,10 +35,6 @@ class Trainer:
     skip: Tensor
     """bool []: the optimiser reads it at each step, on the device, and changes nothing where it is true."""
 
-    def set_learning_rate(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-
 
 def build_trainer(run: Run, device: torch.device) -> Trainer:
     """Build the model from the run's seed or initial weights and hand it to DeepSpeed, with the run's optimiser.

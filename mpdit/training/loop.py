@@ -105,7 +105,8 @@ def train(run: Run, stop: StopRequests) -> str:
         for step in profile.steps(range(start + 1, config.steps + 1)):
             watchdog.alive(f"step {step}")
             lr = config.learning_rate(step - 1)
-            trainer.set_learning_rate(lr)
+            for group in trainer.optimizer.param_groups:
+                group["lr"] = lr
             micro_losses = []
             for micro in range(plan.grad_accum_steps):
                 with profile.range("data"):

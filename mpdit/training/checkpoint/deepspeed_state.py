@@ -9,7 +9,6 @@ stage take from it what they keep.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,16 +18,6 @@ from torch.optim import Optimizer
 
 from mpdit.core.errors import ConfigError
 from mpdit.training.checkpoint.format import KINDS, Checkpoint, ShardReader
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """Values start .. start + numel - 1 of a flattened parameter, which this rank keeps."""
-
-    name: str
-    start: int
-    values: Mapping[str, Tensor]
-    """fp32 [numel] by kind (KINDS): views of the optimiser's memory, so that writing to them changes the state."""
 
 
 def check_supported(ds: Mapping[str, Any]) -> None:
@@ -46,12 +35,16 @@ def parameter_shapes(engine: Any) -> dict[str, list[int]]:
     return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
 
 
-def fragments(engine: Any, optimizer: Optimizer) -> list[Fragment]:
-    """Return this rank's fragments, each value of the model on exactly one rank; state not yet there is made."""
-    return [
-        Fragment(name, start, {kind: full.narrow(0, offset, numel) for kind, full in _state(optimizer, flat).items()})
+def fragments(engine: Any, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return this rank's fragments by "kind/parameter/start in it", each value of the model on exactly one rank.
+
+    They are fp32 [numel], views of the optimiser's memory; state that is not there yet is made.
+    """
+    return {
+        f"{kind}/{name}/{start}": full.narrow(0, offset, numel)
         for name, start, flat, offset, numel in _places(engine, share=True)
-    ]
+        for kind, full in _state(optimizer, flat).items()
+    }
 
 
 def optimizer_steps(optimizer: Optimizer) -> int:

@@ -7,7 +7,6 @@ import threading
 import traceback
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -54,12 +53,8 @@ class AsyncCheckpointer:
         """
         self.wait()
         run, trainer = self._run, self._trainer
-        tensors = {
-            f"{kind}/{fragment.name}/{fragment.start}": values
-            for fragment in fragments(trainer.engine, trainer.optimizer)
-            for kind, values in fragment.values.items()
-        }
-        tensors = {key: self._copied(key, values) for key, values in tensors.items()}
+        ours = fragments(trainer.engine, trainer.optimizer)
+        tensors = {key: self._copied(key, values) for key, values in ours.items()}
         copied = torch.cuda.Event() if trainer.device.type == "cuda" else None
         if copied is not None:
             copied.record()
@@ -90,9 +85,7 @@ class AsyncCheckpointer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.wait()
         elif self._thread is not None:

@@ -9,7 +9,6 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from mpdit.training.safety.launcher import Launcher
@@ -86,9 +85,7 @@ class StopRequests:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if self._last else handler)
         if self._before:

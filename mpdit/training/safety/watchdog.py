@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import linecache
 import os
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 HUNG = 124
@@ -23,7 +22,7 @@ _GRACE_SECONDS = 5.0
 _GRACE_PARTS = 20
 """It is slept in parts, as a time in which the process is suspended is none of it."""
 
-_PACKAGE = str(Path(__file__).parents[2])
+_PACKAGE = Path(__file__).parents[2]
 
 
 class Watchdog:
@@ -56,9 +55,7 @@ class Watchdog:
             self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.alive("ending", PATIENCE)
         while self._reporting.is_set():  # another rank has left earlier: our report is not to be cut short
@@ -116,12 +113,8 @@ class Watchdog:
 
     def _place(self) -> str:
         """Say where our own code is in the main thread's stack, innermost first; "" when it isn't."""
-        frame = sys._current_frames().get(self._main or 0)
-        while frame is not None:
-            code = frame.f_code
-            if code.co_filename.startswith(_PACKAGE):
-                line = linecache.getline(code.co_filename, frame.f_lineno).strip()
-                name = Path(code.co_filename).relative_to(Path(_PACKAGE).parent)
-                return f", {name}:{frame.f_lineno} in {code.co_name}: {line}"
-            frame = frame.f_back
+        stack = traceback.extract_stack(sys._current_frames().get(self._main or 0))
+        for call in reversed(stack):
+            if call.filename.startswith(str(_PACKAGE)):
+                return f", {Path(call.filename).relative_to(_PACKAGE.parent)}:{call.lineno} in {call.name}: {call.line}"
         return ""
