@@ -37,13 +37,13 @@ def check_shapes(known: dict[str, int], **shapes: tuple[Tensor | None, str]) -> 
 
 
 def check_filled(name: str, x: Tensor, axis: int, expected: str) -> None:
-    """x is not empty along an axis."""
+    """Check that x is not empty along an axis."""
     if x.shape[axis] == 0:
         raise ValueError(f"{name} is of shape {list(x.shape)}: expected {expected}")
 
 
 def check_tensors(optional: tuple[str, ...] = (), /, **tensors: object) -> None:
-    """All are tensors of fp64, fp32, bf16 or fp16 on the first one's device; those named `optional` may be None."""
+    """Check that all are tensors of one of TYPES on the first one's device; those named `optional` may be None."""
     (first, reference), *_ = tensors.items()
     for name, x in tensors.items():
         if x is None and name in optional:

@@ -62,7 +62,7 @@ _NAMES = {
 
 
 def find_gpu(name: str) -> Gpu | None:
-    """The GPU of a key ("h200"), or of a name as torch.cuda.get_device_name() gives it; None for one not listed.
+    """Return the GPU of a key ("h200"), or of a name as torch.cuda.get_device_name() gives it; None for one not listed.
 
     PCIe and other slower boards of the same chip, such as "NVIDIA H100 PCIe", are not listed: their peaks differ.
     """

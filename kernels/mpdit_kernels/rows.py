@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def chunks(width: int, cap: int) -> tuple[tuple[int, int], ...]:
-    """((first column, columns), ...) with columns powers of two of at most `cap`, adding up to `width`."""
+    """Return ((first column, columns), ...), columns being powers of two of at most `cap`, adding up to `width`."""
     parts, first = [], 0
     while first < width:
         columns = min(cap, 1 << ((width - first).bit_length() - 1))
@@ -22,7 +22,7 @@ def chunks(width: int, cap: int) -> tuple[tuple[int, int], ...]:
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """x with neighbouring columns neighbours in memory, as the kernels need: itself or a copy."""
+    """Return x, or a copy, with neighbouring columns neighbours in memory, as the kernels need."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 

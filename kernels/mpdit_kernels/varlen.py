@@ -40,7 +40,7 @@ class Sequences:
         return max(self.lengths, default=0)
 
     def on(self, device: torch.device) -> Tensor:
-        """Cumulative lengths int32 [S+1] there; made once."""
+        """Return cumulative lengths int32 [S+1] there; made once."""
         return _on(self.offsets, device)
 
     @property
@@ -49,12 +49,12 @@ class Sequences:
         return _groups(self.offsets)
 
     def without_first(self, tokens: int) -> Sequences:
-        """The same without each sequence's first so many tokens."""
+        """Return the same without each sequence's first so many tokens."""
         return Sequences(tuple(offset - index * tokens for index, offset in enumerate(self.offsets)))
 
 
 def sequences(cu_seqlens: Offsets, total: int, name: str = "cu_seqlens") -> Sequences:
-    """Checked.
+    """Return cumulative lengths as Sequences.
 
     Raises:
         ValueError: they don't rise from 0 to `total` by at least 1 each.

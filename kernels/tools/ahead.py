@@ -17,29 +17,22 @@ from typing import Any
 
 import torch
 import triton
-from mpdit_kernels.launch import INTERPRETING, Launch
+from mpdit_kernels.launch import Launch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 _POINTERS = {
     torch.float32: "*fp32",
-    torch.float64: "*fp64",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int64: "*i64",
     torch.int32: "*i32",
-    torch.uint8: "*u8",
-    torch.bool: "*i1",
 }
 _OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 
 _MOVES = re.compile(r"\b(ld|st)(?:\.[\w:]+)*?\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.[bsuf](\d+)\b")
 _ASYNC_LOADS = re.compile(r"\bcp\.async\.c[ag]\.shared\S*\.global\S*\s*\[[^]]*\],\s*\[[^]]*\],\s*(0x[0-9a-fA-F]+|\d+)")
-_BULK_LOADS = re.compile(r"\bcp\.async\.bulk(?:\.tensor)?\S*?\.shared::\w+\.global\b")
-_BULK_STORES = re.compile(r"\bcp\.async\.bulk(?:\.tensor)?\S*?\.global\.shared::\w+")
-BULK = 128
-"""Width that a bulk (TMA) copy counts as: more than any load of a thread."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +44,7 @@ class Usage:
         spills: bytes of local memory and stack of a thread.
         shared: bytes of shared memory of a program.
         loads, stores: how many instructions for global memory there are of each width in bytes, from the PTX:
-            of a thread, of asynchronous copies to shared memory, and of bulk copies as BULK bytes.
+            of a thread, and of asynchronous copies to shared memory.
         products: how many "wgmma" and "mma" instructions there are, from the PTX.
     """
 
@@ -62,30 +55,20 @@ class Usage:
     stores: dict[int, int]
     products: dict[str, int]
 
-    @property
-    def matrix(self) -> str:
-        """The best kind of matrix instruction found: "wgmma", "mma" or ""."""
-        return next(iter(self.products), "")
-
 
 def compile_ahead(recorded: Launch, target: str) -> CompiledKernel:
     """Compile a recorded launch for a target such as "sm_90", specialised as Triton would for these arguments.
 
     Tensors may be meta: their storage is taken to begin at a multiple of 16 bytes, as torch's allocations do. The
     binary stays in Triton's cache, where under Triton 3.6 a launch of these arguments finds it (3.7 compiles anew).
-
-    Raises:
-        RuntimeError: in a process that runs Triton's interpreter, which has nothing to compile.
     """
-    if INTERPRETING:
-        raise RuntimeError("ahead-of-time compilation needs a process without TRITON_INTERPRET")
     signature, constants, attributes, options = _specialization(recorded)
     source = ASTSource(recorded.kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32), options=options)
 
 
 def usages(jobs: Sequence[tuple[Launch, str]]) -> list[Usage | str]:
-    """The usage of each (launch, target), compiled in one process per core; what differs in nothing is compiled once.
+    """Compile each (launch, target), in one process per core; what differs in nothing is compiled once.
 
     Returns:
         In the order of `jobs`: a Usage, or the first line of the error that compiling ended with.
@@ -108,7 +91,7 @@ _tasks: list[Callable[[], Any]] = []
 
 
 def _in_processes(tasks: list[Callable[[], Any]]) -> list[Any]:
-    """Results of the tasks, which the processes inherit: kernels and tensors need no pickling."""
+    """Run the tasks, which the processes inherit: kernels and tensors need no pickling."""
     global _tasks
     workers = min(len(tasks), len(os.sched_getaffinity(0)))
     if workers < 2:
@@ -132,8 +115,13 @@ def _run_task(index: int) -> Any:
 
 def usage(compiled: CompiledKernel) -> Usage:
     """Read registers and spills from the cubin, widths and matrix instructions from the PTX."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    resources = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
     ptx = compiled.asm["ptx"]
-    resources = _resources(compiled.asm["cubin"])
     loads, stores = widths(ptx)
     counts = {"wgmma": ptx.count("wgmma.mma_async"), "mma": len(re.findall(r"(?<!wg)\bmma\.sync", ptx))}
     return Usage(
@@ -147,25 +135,23 @@ def usage(compiled: CompiledKernel) -> Usage:
 
 
 def widths(ptx: str) -> tuple[dict[int, int], dict[int, int]]:
-    """How many loads from and stores to global memory the PTX has of each width in bytes."""
+    """Count loads from and stores to global memory in the PTX, by width in bytes."""
     found: dict[str, Counter[int]] = {"ld": Counter(), "st": Counter()}
     for what, vector, bits in _MOVES.findall(ptx):
         found[what][int(vector or 1) * int(bits) // 8] += 1
     for size in _ASYNC_LOADS.findall(ptx):
         found["ld"][int(size, 0)] += 1
-    found["ld"][BULK] += len(_BULK_LOADS.findall(ptx))
-    found["st"][BULK] += len(_BULK_STORES.findall(ptx))
     loads, stores = ({width: n for width, n in sorted(counter.items()) if n} for counter in found.values())
     return loads, stores
 
 
 def form(recorded: Launch) -> str:
-    """A text that launches of a kernel share when they run the same binary."""
+    """Return a text that launches of a kernel share when they run the same binary."""
     return repr(_specialization(recorded))
 
 
 def _specialization(recorded: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any], dict[str, Any]]:
-    """(signature, constants, attributes, options) of a launch, as Triton's own launcher derives them."""
+    """Return (signature, constants, attributes, options) of a launch, as Triton's own launcher derives them."""
     kernel = recorded.kernel
     options = {name: value for name, value in recorded.constants.items() if name in _OPTIONS}
     values = dict(zip(kernel.arg_names, recorded.args, strict=False))
@@ -180,15 +166,6 @@ def _specialization(recorded: Launch) -> tuple[dict[str, str], dict[Any, Any], d
         elif _divisible(value):
             attributes[(index,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes, options
-
-
-def _resources(cubin: bytes) -> dict[str, int]:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
-    return {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
 
 
 def _kind(value: Any) -> str:

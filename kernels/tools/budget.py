@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,6 @@ from tools.command import Parser, aligned, write_atomically
 BUDGET = Path(__file__).parent / "budget.json"
 MATRIX = ("", "mma", "wgmma")
 """From worst to best."""
-FIELDS = {"registers": int, "spills": int, "shared": int, "load": int, "wide": int, "matrix": dict, "triton": str}
-"""Of an entry, with their types."""
 UPDATE = "python -m tools.budget --update"
 
 Budget = dict[str, dict[str, Any]]
@@ -33,7 +31,10 @@ Budget = dict[str, dict[str, Any]]
 
 @dataclass
 class Row:
-    """One kernel of one case, compiled for one architecture; `problems` is what judging found."""
+    """One kernel of one case, compiled for one architecture; `problems` is what judging found.
+
+    `usage` is an ahead.Usage, or the error that compiling ended with.
+    """
 
     case: str
     kernel: str
@@ -47,7 +48,7 @@ class Row:
         return " | ".join((self.case, self.kernel, self.arch))
 
     def entry(self, triton_version: str) -> dict[str, Any]:
-        """What the budget holds of it."""
+        """Return what the budget holds of it."""
         used = self.usage
         moves = [*used.loads.items(), *used.stores.items()]
         wide = sum(width * count for width, count in moves if width >= 16)
@@ -75,13 +76,16 @@ def measure(cases: Sequence[Case], archs: Sequence[str]) -> list[Row]:
                 case.launch(*case.inputs("meta", torch.bfloat16))
             seen: dict[str, list[str]] = {}
             for recorded in launches:
-                variants = seen.setdefault(_name(recorded.kernel), [])
-                form = ahead.form(recorded)
+                # "adaln.forward" for the kernel _forward of mpdit_kernels.adaln.triton_impl
+                function = recorded.kernel.fn
+                name = ".".join([*function.__module__.split(".")[-2:-1], function.__name__.lstrip("_")])
+                variants, form = seen.setdefault(name, []), ahead.form(recorded)
                 if form in variants:
                     continue
                 variants.append(form)
-                name = _name(recorded.kernel) + (f" {len(variants)}" if len(variants) > 1 else "")
-                rows.append(Row(case.name, name, arch, _config(recorded.constants), None))
+                sizes = [f"{key}={value}" for key, value in recorded.constants.items() if type(value) is int]
+                number = f" {len(variants)}" if len(variants) > 1 else ""
+                rows.append(Row(case.name, name + number, arch, " ".join(sizes), None))
                 jobs.append((recorded, arch))
     for row, used in zip(rows, ahead.usages(jobs), strict=True):
         row.usage = used
@@ -95,72 +99,56 @@ def judge(rows: Sequence[Row], budget: Budget, in_scope: Callable[[str], bool], 
     return sorted(set(filter(in_scope, budget)) - {row.key for row in rows})
 
 
-def _problems(row: Row, allowed: dict[str, Any] | None, version: str) -> list[str]:
+def _problems(row: Row, allowed: dict[str, Any] | None, version: str) -> Iterator[str]:
     if isinstance(row.usage, str):
-        return [f"does not compile: {row.usage}"]
-    used, found = row.entry(version), []
+        yield f"does not compile: {row.usage}"
+        return
+    used, limit = row.entry(version), SHARED_LIMITS[row.arch]
     now = f"(now {row.config})" if row.config else ""
     if used["spills"]:
-        found.append(f"spills {used['spills']} bytes a thread: take a smaller tile or more warps {now}")
-    if used["shared"] > SHARED_LIMITS[row.arch]:
-        found.append(
-            f"takes {used['shared']} bytes of shared memory where {row.arch} has {SHARED_LIMITS[row.arch]}: "
+        yield f"spills {used['spills']} bytes a thread: take a smaller tile or more warps {now}"
+    if used["shared"] > limit:
+        yield (
+            f"takes {used['shared']} bytes of shared memory where {row.arch} has {limit}: "
             f"take fewer stages or a smaller tile {now}"
         )
     if allowed is None:
-        return [*found, f"is not in the budget: {UPDATE}"]
+        yield f"is not in the budget: {UPDATE}"
+        return
     if allowed["load"] >= 16 > used["load"]:
-        found.append(
+        yield (
             f"loads {used['load']} bytes at a time where the budget has {allowed['load']}: the compiler must see "
             "strides divisible by 16 and neighbouring columns (tl.multiple_of, a constant width)"
         )
     kind, wanted = _best(used["matrix"]), _best(allowed["matrix"])
     if MATRIX.index(kind) < MATRIX.index(wanted):
-        found.append(
+        yield (
             f"has {f'only {kind}' if kind else 'no matrix'} instructions where the budget has {wanted}: tl.dot needs "
             f"tiles of at least 16, wgmma 64 rows and four warps {now}"
         )
-    if allowed["triton"] != version:
-        return found
+    if allowed["triton"] != version:  # under another Triton registers may differ
+        return
     for name, unit, remedy in (
         ("registers", "a thread", "a smaller tile or more warps take fewer"),
         ("shared", "bytes", "fewer stages or a smaller tile take less"),
     ):
         if used[name] > allowed[name]:
-            found.append(f"{name} {used[name]} {unit}, budget {allowed[name]}: {remedy} {now}; if meant: {UPDATE}")
+            yield f"{name} {used[name]} {unit}, budget {allowed[name]}: {remedy} {now}; if meant: {UPDATE}"
     if used["wide"] < allowed["wide"]:
-        found.append(
+        yield (
             f"moves {used['wide']} % of its bytes 16 at a time, budget {allowed['wide']} %: look for a stride that is "
             f"no multiple of 16 or a mask along columns; if meant: {UPDATE}"
         )
-    return found
 
 
-def read(path: Path) -> Budget:
-    """The budget in a file; an empty one when there is no file.
-
-    Raises:
-        ValueError: it is none that --update has written.
-    """
-    budget = json.loads(path.read_text()) if path.exists() else {}
-    if not isinstance(budget, dict):
-        raise ValueError("expected a JSON object from kernels to what they may take")
-    for key, entry in budget.items():
-        if key.count(" | ") != 2:
-            raise ValueError(f"{key!r} does not name a case, a kernel and an architecture, separated by ' | '")
-        for name, kind in FIELDS.items():
-            if not isinstance(entry, dict) or type(entry.get(name)) is not kind:
-                raise ValueError(f"{key}: expected {name!r} of type {kind.__name__}")
-        if not set(entry["matrix"]) <= set(MATRIX):
-            raise ValueError(f"{key}: 'matrix' is {entry['matrix']}, expected counts of {' and '.join(MATRIX[1:])}")
-    return budget
+def _best(products: dict[str, int]) -> str:
+    return max(products, key=MATRIX.index, default="")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser("python -m tools.budget", description="Hold compiled kernels to budget.json")
     parser.add_argument("--arch", nargs="+", default=[*SHARED_LIMITS], choices=[*SHARED_LIMITS], metavar="ARCH",
                         help=f"architectures, of: {', '.join(SHARED_LIMITS)}")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print data instead of a table")
     parser.add_argument("--update", action="store_true", help="write what is measured into budget.json")
     parser.add_argument("--budget", type=Path, default=BUDGET, help="another file than the committed one")
     parser.add_only()
@@ -172,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import triton
 
     try:
-        budget = read(options.budget)
+        budget: Budget = json.loads(options.budget.read_text()) if options.budget.exists() else {}
     except (OSError, ValueError) as error:
         parser.error(f"{options.budget}: {error}")
     cases = all_cases(folders=options.only)
@@ -189,16 +177,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(budget[key])}" for key in sorted(budget))
         write_atomically(options.budget, f"{{\n{lines}\n}}\n")
     stale = judge(rows, budget, in_scope, triton.__version__)
-    print(_as_json(rows, stale) if options.json else _as_text(rows, stale, budget, triton.__version__))
+    print(_report(rows, stale, budget, triton.__version__))
     return 1 if stale or any(row.problems for row in rows) else 0
 
 
-def _as_json(rows: Sequence[Row], stale: Sequence[str]) -> str:
-    kernels = [{**asdict(row), "usage": row.usage if isinstance(row.usage, str) else asdict(row.usage)} for row in rows]
-    return json.dumps({"kernels": kernels, "stale": list(stale)}, indent=1)
-
-
-def _as_text(rows: Sequence[Row], stale: Sequence[str], budget: Budget, version: str) -> str:
+def _report(rows: Sequence[Row], stale: Sequence[str], budget: Budget, version: str) -> str:
     table = [("kernel", "case", "arch", "registers", "spills", "shared KB", "widest load", "matrix", "verdict")]
     for row in rows:
         cells = ("?",) * 5
@@ -220,21 +203,6 @@ def _as_text(rows: Sequence[Row], stale: Sequence[str], budget: Budget, version:
     over = sum(bool(row.problems) for row in rows)
     lines.append(f"{len(rows)} kernels compiled, {over} over budget, {len(stale)} stale entries")
     return "\n".join(lines)
-
-
-def _best(products: dict[str, int]) -> str:
-    return max(products, key=MATRIX.index, default="")
-
-
-def _name(kernel: Any) -> str:
-    """ "adaln.forward" for the kernel _forward of mpdit_kernels.adaln.triton_impl."""
-    folder = kernel.fn.__module__.split(".")[-2:-1]
-    return ".".join([*folder, kernel.fn.__name__.lstrip("_")])
-
-
-def _config(constants: dict[str, Any]) -> str:
-    sizes = {name: value for name, value in constants.items() if type(value) is int}
-    return " ".join(f"{name}={value}" for name, value in sizes.items())
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ Prepare = Callable[[], Sequence[Callable[[], Any]]]
 
 class Clock(Protocol):
     def seconds(self, name: str, prepare: Prepare) -> float:
-        """Time of one of the prepared calls, on average."""
+        """Return the time of one of the prepared calls, on average."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class WallClock:
 def turns(
     clock: Clock, contenders: Mapping[str, Prepare], rounds: int = 30, seconds: float = 3.0, least: int = 5
 ) -> dict[str, list[float]]:
-    """Samples of all contenders, taken in turns: `rounds` of them, fewer (at least `least`) when time is up.
+    """Return samples of all contenders, taken in turns: `rounds` of them, fewer (at least `least`) when time is up.
 
     The samples of one index were taken one after another, so that their ratio is fair.
     """
@@ -127,12 +127,12 @@ def turns(
 def compare(
     clock: Clock, contenders: Mapping[str, Prepare], rounds: int = 30, seconds: float = 3.0
 ) -> dict[str, Times]:
-    """Times of all contenders, taken in turns: `rounds` of them, fewer (at least five) when time is up."""
+    """Return times of all contenders, taken in turns: `rounds` of them, fewer (at least five) when time is up."""
     return {name: Times.of(taken) for name, taken in turns(clock, contenders, rounds, seconds).items()}
 
 
 def ceilings(clock: Clock, device: str, small: bool = False) -> dict[str, float]:
-    """What this device does at best, measured: copying (bytes read and written a second), bf16 and fp32 products."""
+    """Measure what this device does at best: copying (bytes read and written a second), bf16 and fp32 products."""
     sizes = {"cuda": (1 << 29, 8192, 4096), "cpu": (1 << 25, 512, 1536)}
     count, side, side32 = (1 << 16, 64, 64) if small else sizes[torch.device(device).type]
     source, target = torch.ones(2, count, dtype=torch.bfloat16, device=device)
@@ -161,7 +161,7 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What was measured on: hardware, driver, clocks and power where they can be read, versions and the day."""
+    """Return what is measured on: hardware, driver, clocks and power where they can be read, versions and the day."""
     import triton
 
     found = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -92,7 +91,6 @@ def test_usage_is_read_from_the_binary(toys: dict[str, Any]) -> None:
     assert toys["product sm_90"]["matrix"] == "wgmma"
     for target in ("sm_80", "sm_90"):
         assert set(toys[f"product {target}"]["loads"]) == {"16"}, "asynchronous copies count as loads"
-    assert set(toys["bulk"]["loads"]) == set(toys["bulk"]["stores"]) == {str(ahead.BULK)}
     assert set(toys["narrow"]["loads"]) == {"2"}, "from an odd address"
 
 
@@ -112,9 +110,6 @@ def test_the_tuner_times_no_candidate_that_spills_or_does_not_compile(toys: dict
         ("st.global.b16 [%rd18], %rs1;", {}, {2: 1}),
         ("cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;", {16: 1}, {}),
         ("@%p1 cp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x8, %r2;", {8: 1}, {}),
-        ("cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r1], [%rd1, {%r2}], [%r3];",
-         {ahead.BULK: 1}, {}),
-        ("@%p1 cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd1, {%r2, %r3}], [%r4];", {}, {ahead.BULK: 1}),
         ("ld.shared.v4.b32 {%r1}, [%r2]; ld.param.b64 %rd1, [p]; ld.local.b32 %r1, [%r2]; cp.async.commit_group;",
          {}, {}),
     ],
@@ -171,32 +166,6 @@ def test_bad_usage_is_one_line(
     out, error = capsys.readouterr()
     assert stopped.value.code == 2 and out == ""
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "Expecting property name"),
-        ("[]", "expected a JSON object"),
-        ('{"kernel": {}}', "'kernel' does not name a case"),
-        (json.dumps({ROW.key: []}), f"{ROW.key}: expected 'registers' of type int"),
-        (json.dumps({ROW.key: {**ENTRY, "wide": None}}), f"{ROW.key}: expected 'wide' of type int"),
-        (json.dumps({ROW.key: {n: value for n, value in ENTRY.items() if n != "triton"}}), "expected 'triton' of type"),
-        (json.dumps({ROW.key: {**ENTRY, "matrix": {"imma": 1}}}), "expected counts of mma and wgmma"),
-    ],
-)
-def test_a_malformed_budget_is_refused(text: str, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "budget.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=re.escape(message)):
-        budget.read(path)
-
-
-def test_what_the_budget_writes_it_reads(tmp_path: Path) -> None:
-    path = tmp_path / "budget.json"
-    assert budget.read(path) == {}
-    path.write_text(json.dumps({ROW.key: ENTRY}))
-    assert budget.read(path) == {ROW.key: ENTRY}
 
 
 def test_compiling_that_is_interrupted_is_not_waited_for() -> None:

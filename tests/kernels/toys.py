@@ -47,14 +47,6 @@ def multiplier(a, b, c, K, N: tl.constexpr):
     tl.store(c + m * N + n, total.to(c.dtype.element_ty))
 
 
-@triton.jit
-def mover(x, y, K, N: tl.constexpr):
-    """Bulk copies, on sm_90."""
-    source = tl.make_tensor_descriptor(x, [N, K], [K, 1], [N, 64])
-    target = tl.make_tensor_descriptor(y, [N, K], [K, 1], [N, 64])
-    target.store([0, 0], source.load([0, 0]) * 2)
-
-
 COPY = launch.Tunable("toys.copy", lambda: {"N": 1024, "num_warps": 4}, lambda: [{"N": 2048, "num_warps": 4}])
 SPILL = launch.Tunable(
     "toys.spill",
@@ -93,7 +85,7 @@ def _usage(target: str, kernel: object, *args: object, **constants: int) -> dict
     with launch.record(target) as launches:
         launch.launch(kernel, (1,), *args, **constants)
     used = ahead.usage(ahead.compile_ahead(launches[0], target))
-    return {"loads": used.loads, "stores": used.stores, "matrix": used.matrix, "spills": used.spills}
+    return {"loads": used.loads, "stores": used.stores, "matrix": next(iter(used.products), ""), "spills": used.spills}
 
 
 def _left_by_pruning() -> list[dict[str, int]]:
@@ -125,7 +117,6 @@ def main(folder: Path) -> dict[str, object]:
     half, full = (torch.empty(1 << 16, device="meta", dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
     for target in ("sm_80", "sm_90"):
         found[f"product {target}"] = _usage(target, multiplier, half, half, half, 512, N=64, num_stages=3)
-    found["bulk"] = _usage("sm_90", mover, half, half, 1024, N=64)
     found["spilling"] = _usage("sm_90", spiller, full, full, N=8192, num_warps=1)
     found["narrow"] = _usage("sm_90", copier, half[1:], half, N=1024)
     found["pruned"] = _left_by_pruning()

@@ -16,20 +16,20 @@ from torch.nn.functional import layer_norm
 
 
 def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """LN(x [B,T,D]) * (1 + scale [B,D]) + shift [B,D], as `dtype`."""
-    normalized = layer_norm(x, x.shape[-1:], eps=eps)
+    """Compute LN(x [B, T, D]) * (1 + scale [B, D]) + shift [B, D], as `dtype`."""
+    normalized = layer_norm(x, x.shape[-1:], eps=eps)  # [B, T, D]
     return torch.addcmul(shift[:, None], normalized, 1 + scale[:, None]).to(dtype)
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    """x [B,T,D] + gate [B,D] * branch [B,T,D], as the dtype of x."""
+    """Compute x [B, T, D] + gate [B, D] * branch [B, T, D], as the dtype of x."""
     return torch.addcmul(x, gate[:, None], branch).to(x.dtype)
 
 
 def gated_residual_adaln(
     x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The gated residual, and its modulated layer norm as `dtype`."""
+    """Compute the gated residual, and its modulated layer norm as `dtype`; both [B, T, D]."""
     residual = gated_residual(x, branch, gate)
     return residual, adaln_modulate(residual, shift, scale, eps, dtype)
 
@@ -37,7 +37,7 @@ def gated_residual_adaln(
 def packed(
     function: Callable[..., Any], lengths: Sequence[int], tokens: list[Tensor], vectors: list[Tensor], *rest: Any
 ) -> list[Tensor]:
-    """A function above of sequences packed as [N, D], with vectors [S, D]: neighbours of one length are a batch."""
+    """Compute one of the above for sequences packed as [N, D], vectors [S, D]: neighbours of a length are a batch."""
     batches = [(len(list(same)), length) for length, same in groupby(lengths)] or [(0, 1)]
     wide = [x.split([count * length for count, length in batches]) for x in tokens]
     narrow = [vector.split([count for count, _ in batches]) for vector in vectors]

@@ -242,7 +242,7 @@ def forward(
     dtype: torch.dtype,
     offsets: Sequence[int] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(residual, y, statistics fp32 [2,B,T]); residual is None without a branch, the others without a shift.
+    """Return (residual, y, statistics fp32 [2, B, T]); residual is None without a branch, the others without a shift.
 
     With cumulative lengths (0, ..., N) of S sequences, x and branch are [N, D], the vectors [S, D] and the statistics
     [2, N].
@@ -280,7 +280,7 @@ def backward(
     statistics: Tensor | None,
     offsets: Sequence[int] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """(dx, dbranch, fp32 [1 to 3, B, D]) given what the forward normalised as x.
+    """Return (dx, dbranch, fp32 [1 to 3, B, D]) given what the forward normalised as x.
 
     dx is None without d_y: it is then d_residual itself. The third is of the gate where there is a branch, then of
     shift and scale where there is d_y. Cumulative lengths as in the forward, [S, D] taking the place of [B, D].
@@ -314,7 +314,7 @@ def backward(
 
 
 def _extent(x: Tensor, offsets: Sequence[int] | None) -> tuple[int, int, Tensor | None]:
-    """Samples, or sequences; the most tokens that one has; and the cumulative lengths on x's device."""
+    """Return how many samples or sequences there are, the most tokens of one, and cumulative lengths on x's device."""
     if offsets is None:
         return x.shape[0], x.shape[1], None
     packed = Sequences(tuple(offsets))
@@ -322,12 +322,12 @@ def _extent(x: Tensor, offsets: Sequence[int] | None) -> tuple[int, int, Tensor 
 
 
 def _config(tunable: Tunable, x: Tensor, tokens: int, gated: bool, norm: bool) -> Config:
-    """As tuned, with no more tokens to a program than there are."""
+    """Return the tuned configuration, with no more tokens to a program than there are."""
     config = tunable.pick(width=x.shape[-1], parts="gate+norm" if gated and norm else "gate" if gated else "norm")
     most = triton.cdiv(max(1, tokens), config["ROWS"]) * config["ROWS"]
     return config | {"TOKENS": min(config["TOKENS"], most)}
 
 
 def _strides(x: Tensor | None) -> tuple[int, int]:
-    """Of samples and tokens; packed ones are a single sample."""
+    """Return the strides of samples and tokens; packed ones are a single sample."""
     return (0, 0) if x is None else (x.stride(0) if x.ndim == 3 else 0, x.stride(-2))

@@ -43,7 +43,7 @@ def step_(
 
 
 def _laid_out_alike(batch: Batch) -> Batch:
-    """The batch itself or, where a parameter has gaps in memory or company of another order, one of contiguous copies.
+    """Return the batch or, where a parameter has gaps in memory or company of another order, one of contiguous copies.
 
     Our kernel walks memory, and so does torch's fused AdamW, which would mix up the elements without a word.
     """

@@ -90,7 +90,7 @@ class AdamWEMA(torch.optim.Optimizer):
         self._uploads = Uploads()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As every optimiser's, also for the groups that it is made with; ValueError for a setting out of its range."""
+        """Add a group, as is done with those it is made with; ValueError for a setting out of its range."""
         if isinstance(param_group, Mapping):
             _check_settings({**self.defaults, **param_group})
         # torch (2.13) wraps the method for its compiler and would import all of that here: two seconds of CPU time.
@@ -145,7 +145,7 @@ class AdamWEMA(torch.optim.Optimizer):
         return result
 
     def _judge(self, batches: list[Batch]) -> tuple[Tensor | None, Tensor | None]:
-        """(factor for the gradients, whether the step is taken), fp32 scalars on the device; None for not asked."""
+        """Return (factor for the gradients, whether the step is taken), fp32 device scalars; None for not asked."""
         if not batches:
             return None, None
         device = batches[0].params[0].device
@@ -163,7 +163,7 @@ class AdamWEMA(torch.optim.Optimizer):
         return factor, None if wanted is None else wanted.to(torch.float32)
 
     def _batches(self, params: list[Tensor]) -> list[Batch]:
-        """The parameters by device and by dtypes of parameter, gradient and copy."""
+        """Sort the parameters by device and by dtypes of parameter, gradient and copy."""
         kinds: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
         for param in params:
             state, copy = self._state(param), self._copies.get(param)
@@ -194,7 +194,7 @@ class AdamWEMA(torch.optim.Optimizer):
         return state
 
     def state_dict(self) -> dict[str, Any]:
-        """As every optimiser's, with "skipped" where steps may be skipped."""
+        """Return every optimiser's state, with "skipped" where steps may be skipped."""
         extra = {"skipped": self.skipped} if self.skip_nonfinite else {}
         return {**super().state_dict(), **extra}
 

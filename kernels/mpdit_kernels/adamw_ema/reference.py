@@ -79,7 +79,7 @@ def adamw_ema_(
 
 @torch.no_grad()
 def step_(batch: Batch, settings: Settings, factor: Tensor | None, taken: Tensor | None) -> None:
-    """The same for a batch, by torch's fused AdamW and multi-tensor functions: what CPUs train with.
+    """Do the same for a batch, by torch's fused AdamW and multi-tensor functions: what CPUs train with.
 
     `factor` and `taken` are fp32 scalars on the device or None; where taken is 0 nothing changes, to the bit.
     """

@@ -184,7 +184,7 @@ def _update(
 
 
 def step_(batch: Batch, settings: Settings, factor: Tensor | None, taken: Tensor | None, uploads: Uploads) -> None:
-    """As reference.step_, in two launches; all tensors of one place in the batch are dense and laid out alike."""
+    """Do as reference.step_, in two launches; all tensors of one place in the batch are dense and laid out alike."""
     device, count = batch.params[0].device, len(batch.params)
     columns = [batch.params, batch.grads, batch.exp_avgs, batch.exp_avg_sqs, batch.emas]
     columns += [batch.params if batch.copies is None else batch.copies, batch.steps]
@@ -223,7 +223,7 @@ def step_(batch: Batch, settings: Settings, factor: Tensor | None, taken: Tensor
 
 
 def _programs(sizes: tuple[int, ...], chunk: int) -> Tensor:
-    """int32 [P, 2]: for each program its tensor and which of the tensor's chunks."""
+    """Return int32 [P, 2]: for each program its tensor and which of the tensor's chunks."""
     counts = (torch.tensor(sizes) + chunk - 1) // chunk
     tensors = torch.repeat_interleave(torch.arange(len(sizes)), counts)
     firsts = torch.cumsum(counts, 0) - counts

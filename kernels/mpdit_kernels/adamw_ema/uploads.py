@@ -29,7 +29,7 @@ class Uploads:
         self._captured: list[Tensor] = []
 
     def get(self, key: Hashable, device: torch.device, build: Callable[[], Tensor]) -> Tensor:
-        """The table of this key on `device`; `build` makes it on the CPU where it is not there yet."""
+        """Return the table of this key on `device`; `build` makes it on the CPU where it is not there yet."""
         stream, capturing = _stream(device)
         if capturing:
             return self._captured_table(key, device, build)
@@ -49,14 +49,14 @@ class Uploads:
 
 
 def _stream(device: torch.device) -> tuple[int, bool]:
-    """(the device's current stream, whether it is being captured)."""
+    """Return (the device's current stream, whether it is being captured)."""
     if device.type != "cuda":
         return 0, False
     return torch.cuda.current_stream(device).cuda_stream, torch.cuda.is_current_stream_capturing()
 
 
 def _upload(source: Tensor, device: torch.device) -> list[Tensor]:
-    """[what is copied from, the table]."""
+    """Return [what is copied from, the table]."""
     if device.type == "cuda":
         source = source.pin_memory()
     return [source, source.to(device, non_blocking=True)]

@@ -145,13 +145,13 @@ def _only_strict(call: Call) -> str | None:
 
 
 def _split(qkv: Tensor, query_start: int) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, T, 3, H, d] -> q [B, T - f, H, d], k and v [B, T, H, d], views whose gradient is one stack."""
+    """Split [B, T, 3, H, d] into q [B, T - f, H, d], k and v [B, T, H, d], views whose gradient is one stack."""
     q, k, v = qkv.unbind(2)
     return q[:, query_start:] if query_start else q, k, v
 
 
 def _split_packed(qkv: Tensor, sequences: Sequences, query_start: int) -> tuple[Tensor, Tensor, Tensor]:
-    """[N, 3, H, d] -> q without each sequence's first tokens, k and v."""
+    """Split [N, 3, H, d] into q without each sequence's first tokens, k and v."""
     q, k, v = qkv.unbind(1)
     return q.index_select(0, _rows(sequences, query_start, q.device)) if query_start else q, k, v
 
@@ -255,7 +255,7 @@ _lock = threading.Lock()
 
 @contextmanager
 def _only(implementation: SDPBackend) -> Iterator[None]:
-    """torch's sdpa_kernel in a third of its time, which counts at small batches; compilers know only torch's."""
+    """Do as torch's sdpa_kernel in a third of its time, which counts at small batches; compilers know only torch's."""
     with _lock:  # the switches are the process's: threads that left in another order would leave them wrong for good
         before = [enabled() for enabled, _ in SWITCHES.values()]
         try:

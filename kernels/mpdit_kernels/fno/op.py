@@ -20,7 +20,7 @@ WIDTHS = (16, 32, 64)
 
 
 def fno_time_embedding(t: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    """MPDiT's time embedding: a Fourier neural operator on the grid linspace(-1, 1, 32) + t (section 3.3).
+    """Compute MPDiT's time embedding: a Fourier neural operator on the grid linspace(-1, 1, 32) + t (section 3.3).
 
     Through the kernels gradients can be taken once, by torch.autograd's backward; `use("reference")` has no such limit.
     The first call on a device copies tables there, which a CUDA graph can't capture: call it once before a capture.

@@ -26,7 +26,7 @@ MODES = 16
 
 
 def names(layers: int) -> list[str]:
-    """The weights in order: fc0, of each layer its complex mixing conv{i} and its pointwise mixing w{i}, fc1."""
+    """Return the weights' names: fc0, of each layer its complex mixing conv{i} and its pointwise mixing w{i}, fc1."""
     parts = ("conv{}.weights_real", "conv{}.weights_imag", "w{}.weight", "w{}.bias")
     between = [part.format(layer) for layer in range(layers) for part in parts]
     return ["fc0.weight", "fc0.bias", *between, "fc1.weight", "fc1.bias"]
@@ -35,7 +35,10 @@ def names(layers: int) -> list[str]:
 def per_device(
     build: Callable[[], tuple[Tensor, ...]],
 ) -> Callable[[torch.device, torch.dtype], tuple[Tensor, ...]]:
-    """`build`'s tensors on a device in a dtype, made once for each; constants of the graph under torch.compile."""
+    """Return a function that gives `build`'s tensors on a device in a dtype, made once for each.
+
+    They are constants of the graph under torch.compile.
+    """
     made: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}
 
     def get(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -51,9 +54,9 @@ def per_device(
 
 
 def fourier_matrices() -> tuple[Tensor, Tensor]:
-    """The truncated real DFT of GRID points as two real fp64 matrices.
+    """Return the truncated real DFT of GRID points as two real fp64 matrices.
 
-    Returns `analysis` [GRID, 2, MODES] (real and imaginary parts of rfft) and `synthesis` [2, MODES, GRID] (irfft).
+    They are `analysis` [GRID, 2, MODES] (real and imaginary parts of rfft) and `synthesis` [2, MODES, GRID] (irfft).
     """
     points, modes = torch.arange(GRID, device="cpu"), torch.arange(MODES, device="cpu")
     angle = torch.outer(points, modes).double() * (2 * math.pi / GRID)
@@ -66,27 +69,27 @@ def fourier_matrices() -> tuple[Tensor, Tensor]:
 
 @per_device
 def constants() -> tuple[Tensor, ...]:
-    """The grid [GRID], which is that of fp32 in every dtype, and `analysis` and `synthesis`."""
+    """Return the grid [GRID], which is that of fp32 in every dtype, and `analysis` and `synthesis`."""
     grid = torch.linspace(-1, 1, GRID, dtype=torch.float32, device="cpu")
     return grid, *fourier_matrices()
 
 
 def fno_time_embedding(t: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    """t [B] -> [B, D]; t and all weights in fp32, or all in float64."""
+    """Compute t [B] -> [B, D]; t and all weights in fp32, or all in float64."""
     layers = (len(weights) - 4) // 4
     grid, analysis, synthesis = constants(t.device, t.dtype)
 
     def mixed(x: Tensor, layer: int) -> Tensor:
-        """One layer on x [B, W, GRID]."""
+        """Compute one layer on x [B, W, GRID]: the complex mixing of each frequency plus the pointwise one."""
         w_real, w_imag = weights[f"conv{layer}.weights_real"], weights[f"conv{layer}.weights_imag"]
-        real, imag = torch.einsum("bij,jpm->pbim", x, analysis)
+        real, imag = torch.einsum("bij,jpm->pbim", x, analysis)  # [B, W, MODES] each
         mixed_real = torch.einsum("bim,iom->bom", real, w_real) - torch.einsum("bim,iom->bom", imag, w_imag)
         mixed_imag = torch.einsum("bim,iom->bom", real, w_imag) + torch.einsum("bim,iom->bom", imag, w_real)
-        spectral = torch.einsum("pbom,pmj->boj", torch.stack([mixed_real, mixed_imag]), synthesis)
+        spectral = torch.einsum("pbom,pmj->boj", torch.stack([mixed_real, mixed_imag]), synthesis)  # [B, W, GRID]
         return spectral + conv1d(x, weights[f"w{layer}.weight"], weights[f"w{layer}.bias"])
 
     def of_constant(x: Tensor, layer: int, bias: Tensor | None = None) -> Tensor:
-        """The layer on a signal x [B, W] that is constant over the grid, or its mean over the grid.
+        """Compute the layer on a signal x [B, W] that is constant over the grid, or its mean over the grid.
 
         The other frequencies' weights get a gradient of exactly zero, not None, so weight decay still reaches them.
         """
@@ -95,12 +98,12 @@ def fno_time_embedding(t: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         ].real
         return linear(x, zero_mode.T + weights[f"w{layer}.weight"][..., 0], bias)
 
-    at_zero = mixed(linear(grid[:, None], weights["fc0.weight"], weights["fc0.bias"]).T[None], 0)
-    slope = of_constant(weights["fc0.weight"].T, 0)
-    x = gelu(at_zero + (t[:, None] * slope)[..., None])
+    at_zero = mixed(linear(grid[:, None], weights["fc0.weight"], weights["fc0.bias"]).T[None], 0)  # [1, W, GRID]
+    slope = of_constant(weights["fc0.weight"].T, 0)  # [1, W]
+    x = gelu(at_zero + (t[:, None] * slope)[..., None])  # [B, W, GRID]
     for layer in range(1, layers - 1):
         x = gelu(mixed(x, layer))
-    z = of_constant(x.mean(dim=-1), layers - 1, bias=weights[f"w{layers - 1}.bias"])
+    z = of_constant(x.mean(dim=-1), layers - 1, bias=weights[f"w{layers - 1}.bias"])  # [B, W]
     return linear(z, weights["fc1.weight"], weights["fc1.bias"])
 
 

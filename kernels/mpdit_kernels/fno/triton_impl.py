@@ -63,7 +63,7 @@ BACKWARD_WEIGHTS = Tunable("fno.backward_weights", _default_weights, _candidates
 
 @reference.per_device
 def make_tables() -> tuple[Tensor, ...]:
-    """[34, 32]: cosines and negative sines of each mode over the grid, as in a spectrum; the grid; its spectrum."""
+    """Return [34, 32]: each mode's cosines and negative sines over the grid, as in spectra; the grid; its spectrum."""
     analysis, _ = reference.fourier_matrices()
     basis = analysis.permute(1, 2, 0).reshape(32, 32).float()
     grid = torch.linspace(-1, 1, reference.GRID, dtype=torch.float32, device="cpu")
@@ -388,7 +388,7 @@ def _backward_weights(
 
 
 def forward(t: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(out [B,D], spectrum and derivative [B,W,32], means [2,B,W], start [W,32], slope [W]), as _forward says; fp32."""
+    """Return (out [B, D], spectrum and derivative [B, W, 32], means [2, B, W], start [W, 32], slope [W]), all fp32."""
     t, weights = t.contiguous(), [value.contiguous() for value in weights]
     batch, channels, width = t.shape[0], weights[0].shape[0], weights[-1].shape[0]
     per_sample = (batch, channels, reference.GRID)
@@ -413,11 +413,11 @@ def backward(
     slope: Tensor,
     of_t: bool = True,
     of_weights: bool = True,
-) -> list[Tensor]:
-    """Gradients of t and of the weights, fp32, from what the forward returned; empty where not asked for."""
+) -> list[Tensor | None]:
+    """Return gradients of t and of the weights, fp32, from what the forward returned; None where not asked for."""
     d_out, t, weights = rows_of(d_out), t.contiguous(), [value.contiguous() for value in weights]
     batch, channels, width = t.shape[0], weights[0].shape[0], weights[-1].shape[0]
-    d_t = torch.empty_like(t) if of_t else t.new_empty(0)
+    d_t = torch.empty_like(t) if of_t else None
     d_z, d_mixed, d_lifted = torch.empty_like(means[0]), torch.empty_like(spectrum), torch.empty_like(spectrum)
     lift_weight, lift_bias, real0, imag0, point0, _, real1, imag1, point1, _, real2, _, point2, _, project, _ = weights
     tables = make_tables(t.device, torch.float32)
@@ -432,7 +432,7 @@ def backward(
         **BACKWARD_SAMPLES.pick(channels=channels),
     )
     if not of_weights:
-        return [d_t, *(t.new_empty(0) for _ in weights)]
+        return [d_t, *(None for _ in weights)]
     gradients = [torch.empty_like(value) for value in weights]
     config = BACKWARD_WEIGHTS.pick(channels=channels)
     programs = channels + channels * (channels // config["OUT"]) + triton.cdiv(width, config["ROWS"])

@@ -115,7 +115,7 @@ def checked_scale(qkv: Tensor, letters: str, scale: float | None) -> float:
 
 
 def check_first_query(first_query: int, tokens: int) -> None:
-    """0 <= first_query < tokens."""
+    """Check that 0 <= first_query < tokens."""
     whole = isinstance(first_query, (int, torch.SymInt)) and not isinstance(first_query, bool)
     if not (whole and 0 <= first_query < tokens):
         check(False, "first_query", first_query, f"a whole number from 0 to below {tokens}, the tokens of a sequence")

@@ -133,7 +133,7 @@ def _integer(value: object) -> bool:
 
 
 def _grid(grid: Any, coarse: int) -> tuple[int, int]:
-    """(h, w) of the coarse image tokens."""
+    """Return (h, w) of the coarse image tokens."""
     if grid is None:
         # Not math.isqrt, which torch.compile can't trace where the number of tokens is dynamic. Rounded, the root of a
         # square is exact up to 2**52.

@@ -288,7 +288,7 @@ def forward(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(result [B, T, D], rows before GELU [B*T, D], image tokens [B*n0, D]); sizes are (m, r, h, w).
+    """Return (result [B, T, D], rows before GELU [B*T, D], image tokens [B*n0, D]); sizes are (m, r, h, w).
 
     expand [r*r*D, D] has rows (i, j, channel); refine [D, D + K padded to a multiple of 8] has the skip's columns.
     """
@@ -332,7 +332,7 @@ def backward(
     dtype: torch.dtype,
     asked: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients of the forward's first eight arguments, None where not asked for; x's as `dtype`."""
+    """Return gradients of the forward's first eight arguments, None where not asked for; x's as `dtype`."""
     m, r, h, w = sizes
     batch, tokens, width = d_out.shape
     for_x, for_expand, for_bias, for_refine, for_refine_bias, for_patches, for_skip_bias, for_position = asked
@@ -387,7 +387,10 @@ def backward(
 
 
 def sum_and_cast(d_out: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """d_out [B, T, D] as `dtype`, and its sum over the batch, fp32 [T, D]; one reading."""
+    """Return d_out [B, T, D] as `dtype`, and its sum over the batch, fp32 [T, D], reading it once.
+
+    The sum holds the gradients of all that is added to tokens: both biases and the positions.
+    """
     batch, elements = d_out.shape[0], d_out[0].numel() if len(d_out) else 0
     narrow = None if d_out.dtype == dtype else torch.empty(d_out.shape, dtype=dtype, device=d_out.device)
     config = INCOMING.pick()
@@ -399,7 +402,7 @@ def sum_and_cast(d_out: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b, summed in fp32, out being read and written whole; it has the operands' dtype or is fp32."""
+    """Add a @ b to out, in fp32, out being read and written whole; it has the operands' dtype or is fp32."""
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, out=out)
     elif not out.is_cuda:  # the interpreter's tensors: no such product on the CPU
@@ -412,7 +415,7 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 @functools.cache
 def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this torch adds a product of narrow matrices to an fp32 one in place."""
+    """Return whether this torch adds a product of narrow matrices to an fp32 one in place."""
     out, a = torch.zeros(16, 16, device=device), torch.ones(16, 16, dtype=dtype, device=device)
     try:
         torch.addmm(out, a, a, out_dtype=out.dtype, out=out)
@@ -422,7 +425,7 @@ def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _programs(tunable: Tunable, batch: int, width: int, sizes: Sequence[int]) -> tuple[Config, int, tuple[int]]:
-    """The configuration, how many programs take image tokens, and the grid with those that take class tokens."""
+    """Return the configuration, how many programs take image tokens, and the grid with those that take class tokens."""
     m, r, h, w = sizes
     config = dict(tunable.pick(width=width))
     most = max(1, batch * max(m, h * w))  # no more tokens to a program than there are
@@ -432,7 +435,7 @@ def _programs(tunable: Tunable, batch: int, width: int, sizes: Sequence[int]) ->
 
 
 def _columns(refine: Tensor, patches: Tensor | None, config: Config) -> Config:
-    """Constants that say how the second product's rows are made up."""
+    """Return constants that say how the second product's rows are made up."""
     width = refine.shape[0]
     extra = refine.shape[1] - width
     return {
