@@ -72,7 +72,7 @@ def block_group(config: ModelConfig, index: int, tokens: int, images: int, setti
         block = Block(config.width, config.heads, config.mlp_ratio).to(setting.device)
         x, gradient = torch.randn(2, images, tokens, config.width, device=setting.device, dtype=kind)
         condition = 0.1 * torch.randn(images, 6 * config.width, device=setting.device)
-        return State(block, x.requires_grad_(), condition.requires_grad_(), gradient, config.prefix_tokens)
+        return State(block, x.requires_grad_(), condition.requires_grad_(), gradient, config.num_class_tokens)
 
     def run(state: State, forward: Callable[[], Tensor], variant: str, dtype: str | None = None) -> list[Tensor]:
         def inside() -> Tensor:

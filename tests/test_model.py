@@ -181,7 +181,7 @@ def test_checkpointing_keeps_less_and_changes_no_gradient():
         return len(kept), dict(zip(model.state_dict(), torch.autograd.grad(loss, model.parameters()), strict=True))
 
     whole, expected = gradients()
-    model.checkpointing = True
+    model.activation_checkpointing = True
     fewer, found = gradients()
     assert fewer < whole / 2
     for name, gradient in found.items():

@@ -34,7 +34,7 @@ def losses(config: ModelConfig, kernels: str, checkpointing: bool = False) -> li
     """Of a few steps of training from the same weights, with the same noise."""
     torch.manual_seed(0)
     model = mpdit.MPDiT(config)
-    model.checkpointing = checkpointing
+    model.activation_checkpointing = checkpointing
     with torch.no_grad():
         for parameter in model.parameters():  # no gate stays zero
             parameter.add_(0.02 * torch.randn_like(parameter))

@@ -79,7 +79,7 @@ def test_every_ablation_gives_what_it_gives_apart(overrides, fusions):
 def test_fp32_differs_by_rounding(overrides):
     model = tiny(**overrides)
     assert_same(model, *inputs(model), 2e-6, 1e-5)
-    model.checkpointing = True
+    model.activation_checkpointing = True
     assert_same(model, *inputs(model), 2e-6, 1e-5)
 
 
@@ -248,7 +248,7 @@ def losses(kernels, checkpointing=False):
     """Of a few steps of training on mixed sizes, as in test_model_kernels."""
     torch.manual_seed(0)
     model = mpdit.MPDiT(KERNELS)
-    model.checkpointing = checkpointing
+    model.activation_checkpointing = checkpointing
     with torch.no_grad():
         for parameter in model.parameters():  # no gate stays zero
             parameter.add_(0.02 * torch.randn_like(parameter))

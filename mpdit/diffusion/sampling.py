@@ -362,11 +362,15 @@ def generate(
     labels = torch.as_tensor(classes, dtype=torch.int64)
     shape = (model.config.channels, model.config.input_size, model.config.input_size)
     latents = torch.empty(len(labels), *shape)
+    names = ("steps", "method", "guidance", "interval", "diffusion_form", "seed")
+    settings: Any = {name: getattr(sampler, name) for name in names} | dict.fromkeys(
+        ("atol", "rtol"), sampler.tolerance
+    )
     told = 0
     with bar(label, len(labels)) as shown:
 
         def report(start: int, size: int, done: int, total: int) -> None:
-            """`done` of `total` steps of the batch of `size` images from `start` on, told as images."""
+            """Tell `done` of `total` steps of the batch of `size` images from `start` on, as images."""
             nonlocal told
             if (reached := start + size * done // total) > told:
                 shown.update(reached - told)
@@ -377,27 +381,16 @@ def generate(
         for start in range(0, len(labels), sampler.batch):
             chunk = labels[start : start + sampler.batch].to(device)
             positions = torch.arange(first + start, first + start + len(chunk), device=device)
-            latents[start : start + len(chunk)] = sample(
-                model,
-                rng.normal(sampler.seed, rng.Stream.SAMPLE_NOISE, positions, shape),
-                chunk,
-                steps=sampler.steps,
-                method=sampler.method,
-                guidance=sampler.guidance,
-                interval=sampler.interval,
-                diffusion_form=sampler.diffusion_form,
-                seed=sampler.seed,
-                positions=positions,
-                atol=sampler.tolerance,
-                rtol=sampler.tolerance,
-                progress=functools.partial(report, start, len(chunk)),
-            )
+            noise = rng.normal(sampler.seed, rng.Stream.SAMPLE_NOISE, positions, shape)
+            told_of = functools.partial(report, start, len(chunk))
+            found = sample(model, noise, chunk, positions=positions, progress=told_of, **settings)
+            latents[start : start + len(chunk)] = found
             report(start, len(chunk), 1, 1)  # dopri5 stops before its most steps
     return latents
 
 
 def check_finite(latents: Tensor, first: int, weights: str) -> None:
-    """DataError when one of the latents [N, C, S, S] of images `first` and on, drawn by `weights`, isn't finite."""
+    """Raise DataError when a latent [N, C, S, S] of images `first` and on, drawn by `weights`, isn't finite."""
     broken = (~latents.isfinite()).flatten(1).any(1).nonzero()
     if len(broken):
         raise DataError(

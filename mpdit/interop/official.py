@@ -384,7 +384,7 @@ def official_args(config: ModelConfig) -> dict[str, Any]:
         "vae": "ema",
         "in_channels": config.channels,
         "num_classes": config.num_classes,
-        "num_condition_tokens": config.prefix_tokens,
+        "num_condition_tokens": config.num_class_tokens,
         "time_emb": "fno" if config.time_embedding == "fno" else "mlp",
         "skip_connection": config.skip,
         "learn_sigma": config.learn_sigma,

@@ -1,4 +1,4 @@
-"""Frozen, validated descriptions of a model and of a run. Everything else is built from these."""
+"""What describes a model: frozen, validated, and all that it is built from."""
 
 from __future__ import annotations
 
@@ -6,27 +6,17 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from mpdit.core.errors import ConfigError
 
 Modulation = Literal["shared", "per_block"]
 ClassConditioning = Literal["tokens", "added"]
 Convention = Literal["mpdit", "sit"]
-
-
-class Kind(Protocol):
-    """An entry of a table of kinds."""
-
-    @property
-    def help(self) -> str: ...
-
-
-T = TypeVar("T", bound=Kind)
+T = TypeVar("T")
 
 MOST_CLASSES = 1_000_000
-_MOST_WIDTH, _MOST_LAYERS = 1 << 16, 1000
-_MOST = {"input_size": 1 << 11, "num_classes": MOST_CLASSES, "time_layers": _MOST_LAYERS}
+_MOST_WIDTH, _MOST_LAYERS, _MOST_SIDE = 1 << 16, 1000, 1 << 11
 """Far beyond any model there is. A damaged file must not ask for more memory, or hours, than a wrong one would."""
 
 
@@ -76,13 +66,18 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", _as_stages(self.stages))
-        for name in ("width", "heads", "input_size", "channels", "num_classes", "time_layers", "time_width"):
-            _positive(name, getattr(self, name), _MOST.get(name, _MOST_WIDTH))
+        most = {"width": _MOST_WIDTH, "heads": _MOST_WIDTH, "channels": _MOST_WIDTH, "time_width": _MOST_WIDTH}
+        most |= {"input_size": _MOST_SIDE, "num_classes": MOST_CLASSES, "time_layers": _MOST_LAYERS}
+        if self.class_conditioning == "tokens":
+            most["class_tokens"] = _MOST_LAYERS
+        for name, limit in most.items():
+            _whole(name, getattr(self, name), 1, limit)
         for name in ("skip", "learn_sigma"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: give true or false")
-        for name, kind in _CHOICES.items():
-            one_of(name, getattr(self, name), get_args(kind))
+        one_of("class_conditioning", self.class_conditioning, get_args(ClassConditioning))
+        one_of("modulation", self.modulation, get_args(Modulation))
+        one_of("convention", self.convention, get_args(Convention))
         self._check_stages()
         self._check_widths()
 
@@ -90,12 +85,8 @@ class ModelConfig:
         if not self.stages:
             raise ConfigError("stages is empty: give at least one (patch, blocks), for example ((4, 6), (2, 6))")
         for index, stage in enumerate(self.stages):
-            _positive(f"stages[{index}].patch", stage.patch, _MOST["input_size"])
-            blocks = stage.blocks
-            if not isinstance(blocks, int) or isinstance(blocks, bool) or not 0 <= blocks <= _MOST_LAYERS:
-                raise ConfigError(
-                    f"stages[{index}].blocks is {blocks!r}: give a whole number >= 0, of at most {_MOST_LAYERS}"
-                )
+            _whole(f"stages[{index}].patch", stage.patch, 1, _MOST_SIDE)
+            _whole(f"stages[{index}].blocks", stage.blocks, 0, _MOST_LAYERS)
         coarsest = self.stages[0].patch
         if self.input_size % coarsest:
             raise ConfigError(
@@ -117,8 +108,6 @@ class ModelConfig:
             )
         if self.width % 4:
             raise ConfigError(f"width {self.width} must be a multiple of 4 for the 2-D sin-cos position embedding")
-        if self.class_conditioning == "tokens":
-            _positive("class_tokens", self.class_tokens, _MOST_LAYERS)
         ratio = self.mlp_ratio
         number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
         if not number or not 0 < ratio <= _MOST_LAYERS or (self.width * ratio) % 1:
@@ -127,7 +116,7 @@ class ModelConfig:
             )
 
     @property
-    def prefix_tokens(self) -> int:
+    def num_class_tokens(self) -> int:
         """m, the class tokens in front of the image tokens of every stage (0 when the class is added)."""
         return self.class_tokens if self.class_conditioning == "tokens" else 0
 
@@ -137,69 +126,56 @@ class ModelConfig:
         return self.num_classes
 
     def replace(self, **changes: Any) -> ModelConfig:
-        """A copy with fields changed; an unknown field is a ConfigError that lists the known ones."""
-        check_fields(ModelConfig, changes, "model")
+        """Return a copy with fields changed; an unknown field is a ConfigError that lists the known ones."""
+        _check_known(changes)
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` reads it back."""
+        """Return plain JSON types; `from_dict` reads them back."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> ModelConfig:
         if not isinstance(fields, Mapping):
             raise ConfigError(f"the model is {fields!r:.80}: give an object with its fields")
-        check_fields(cls, fields, "model")
+        _check_known(fields)
         for field in dataclasses.fields(cls):
             if field.default is dataclasses.MISSING and field.name not in fields:
                 raise ConfigError(f"model field {field.name!r} is missing")
         return cls(**fields)
 
 
-_CHOICES: dict[str, Any] = {
-    "class_conditioning": ClassConditioning,
-    "modulation": Modulation,
-    "convention": Convention,
-}
-
-
-def check_fields(kind: type, fields: Iterable[str], what: str) -> None:
-    """Raise ConfigError for the first name in `fields` that dataclass `kind` lacks."""
-    known = [field.name for field in dataclasses.fields(kind)]
-    for name in fields:
-        if name not in known:
-            raise ConfigError(f"unknown {what} field {name!r}: known fields are {', '.join(known)}")
+def _check_known(fields: Iterable[str]) -> None:
+    known = [field.name for field in dataclasses.fields(ModelConfig)]
+    if unknown := [name for name in fields if name not in known]:
+        raise ConfigError(f"unknown model field {unknown[0]!r}: known fields are {', '.join(known)}")
 
 
 def _as_stages(stages: Any) -> tuple[StageSpec, ...]:
     try:
-        return tuple(
-            stage
-            if isinstance(stage, StageSpec)
-            else StageSpec(**stage)
-            if isinstance(stage, Mapping)
-            else StageSpec(*stage)
-            for stage in stages
-        )
+        found = []
+        for stage in stages:
+            made = StageSpec(**stage) if isinstance(stage, Mapping) else stage
+            found.append(made if isinstance(made, StageSpec) else StageSpec(*made))
+        return tuple(found)
     except TypeError as error:
         raise ConfigError(f"stages is {stages!r}: give (patch, blocks) pairs, for example ((4, 6), (2, 6))") from error
 
 
-def _positive(name: str, value: Any, most: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} is {value!r}: give a whole number of at least 1")
-    if value > most:
-        raise ConfigError(f"{name} is {value!r}: give at most {most}")
+def _whole(name: str, value: Any, least: int, most: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ConfigError(f"{name} is {value!r}: give a whole number of at least {least} and at most {most}")
 
 
 def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise ConfigError unless value is one of the choices."""
     if value not in choices:
         raise ConfigError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
 
 
 def entry_of(table: Mapping[str, T], field: str, name: Any) -> T:
-    """Return an entry of a table of kinds; ConfigError lists them with their help."""
+    """Return an entry of a table of kinds, each with its `help`; ConfigError lists them with it."""
     if not isinstance(name, str) or name not in table:
-        known = ", ".join(f"{key} ({kind.help})" for key, kind in table.items())
+        known = ", ".join(f"{key} ({kind.help})" for key, kind in table.items())  # type: ignore[attr-defined]
         raise ConfigError(f"{field} is {name!r:.80}: choose one of {known}")
     return table[name]

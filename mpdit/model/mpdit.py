@@ -162,7 +162,7 @@ class MPDiT(Pretrained):
 
     Attributes:
         config: the ModelConfig it was built from.
-        checkpointing: recompute each block's activations in backward instead of keeping them.
+        activation_checkpointing: recompute each block's activations in backward instead of keeping them.
 
     Raises:
         ConfigError: the environment's MPDIT_KERNELS is none of auto, triton, reference, or its MPDIT_ATTENTION neither
@@ -176,12 +176,12 @@ class MPDiT(Pretrained):
             attention_mode()
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        self.checkpointing = False
+        self.activation_checkpointing = False
         self.exact_fusions = True
         width, own = config.width, config.modulation == "per_block"
         transition_kind(config)  # must be known, though a single stage has no transition
-        self.time = time_kind(config).build(config)
-        self.classes = ClassTokens(config.num_classes, config.prefix_tokens or 1, width)
+        self.time = time_kind(config)(width, config.time_layers, config.time_width)
+        self.classes = ClassTokens(config.num_classes, config.num_class_tokens or 1, width)
         self.modulation = None if own else Modulation(width, 6)
         stages: list[Stage] = []
         for index, spec in enumerate(config.stages):
@@ -232,7 +232,7 @@ class MPDiT(Pretrained):
         """Compute `forward` with t replaced by its prepared rows: state [B, F], or [1, F] for one time for all."""
         if not isinstance(x, Tensor):
             return packed_velocity(self, x, state, y)
-        m, patch = self.config.prefix_tokens, self.final.patch
+        m, patch = self.config.num_class_tokens, self.final.patch
         classes = self.classes(y)  # [B, m, D]; [B, 1, D] when classes are added and m is 0
         condition = self.condition(state.expand(len(x), -1), classes)  # [B, 6D]; [B, D] if blocks own their modulation
         latents = x.to(self.final.weight.dtype)  # [B, C, S, S]
@@ -248,7 +248,7 @@ class MPDiT(Pretrained):
     def run_block(self, block: Block, stream: ResidualStream, condition: Tensor) -> ResidualStream:
         """Run a block, with activation checkpointing if that is on."""
         last = self.exact_fusions and block is self.last_block
-        if not (self.checkpointing and torch.is_grad_enabled()):
+        if not (self.activation_checkpointing and torch.is_grad_enabled()):
             return block(stream, condition, last)
         # The pending branch is added on both sides, so that one tensor is kept for each block, not two; and that tensor
         # is an argument of its own, as autograd's hooks on saved tensors see no others.
@@ -274,7 +274,7 @@ class MPDiT(Pretrained):
         Raises:
             ConfigError: the backend asked for can't serve one of them.
         """
-        config, m = self.config, self.config.prefix_tokens
+        config, m = self.config, self.config.num_class_tokens
         asked = {(stage.patch, 0) for stage in config.stages}
         if self.exact_fusions:
             asked.add((config.stages[-1].patch, m))

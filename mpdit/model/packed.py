@@ -116,7 +116,7 @@ class PackedStream(ResidualStream):
 
 def packed_velocity(model: Any, x: Sequence[Tensor], state: Tensor, y: Tensor) -> Tensor | list[Tensor]:
     """Compute MPDiT.velocity of images [C, H, W] of several sizes, by the same steps as there for one size."""
-    images, m = Images(x), model.config.prefix_tokens
+    images, m = Images(x), model.config.num_class_tokens
     if len(images.groups) == 1:
         return images.restore([model.velocity(images.groups[0], state, y)])
     classes = model.classes(y)  # [B, m, D]

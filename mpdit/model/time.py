@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
@@ -21,6 +20,9 @@ from torch.nn.functional import gelu, silu
 from mpdit.core.errors import ConfigError
 from mpdit.model.config import ModelConfig, entry_of
 from mpdit.model.layers import Constants, module_list
+
+FEATURES = 256
+"""Sines and cosines of the sinusoidal embedding."""
 
 
 class TimeCost(NamedTuple):
@@ -43,7 +45,13 @@ class TimeCost(NamedTuple):
 
 
 class TimeEmbedding(nn.Module, ABC):
-    """Base of all: computes in fp32 whatever autocast is on and whatever the model was cast to."""
+    """Base of all: computes in fp32 whatever autocast is on and whatever the model was cast to.
+
+    Made of the width D, time_layers and time_width.
+    """
+
+    help: str
+    least_layers = 1
 
     def forward(self, t: Tensor) -> Tensor:
         """t [B] -> [B, D], fp32 (float64 in a float64 model)."""
@@ -56,6 +64,11 @@ class TimeEmbedding(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, t: Tensor) -> Tensor: ...
+
+    @staticmethod
+    @abstractmethod
+    def cost(config: ModelConfig, kernels: bool) -> TimeCost:
+        """Return its cost with or without the Triton kernels."""
 
 
 class SpectralLayer(nn.Module):
@@ -79,7 +92,10 @@ class FNOTimeEmbedding(TimeEmbedding):
     Its exact algebra is in mpdit_kernels.fno: the first layer is affine in t, and the last only meets a mean.
     """
 
-    def __init__(self, width: int, channels: int = 32, layers: int = 3) -> None:
+    help = "a Fourier neural operator of time_layers layers, time_width wide"
+    least_layers = 2
+
+    def __init__(self, width: int, layers: int = 3, channels: int = 32) -> None:
         super().__init__()
         self.lift = nn.Linear(1, channels)
         self.layers = module_list(SpectralLayer(channels) for _ in range(layers))
@@ -125,13 +141,13 @@ class FNOTimeEmbedding(TimeEmbedding):
 class SinusoidalTimeEmbedding(TimeEmbedding, Constants):
     """256 cosines and sines of t itself (not of 1000 t, as in DiT), then `layers` Linears with SiLU between."""
 
-    FEATURES = 256
+    help = "DiT's sines and cosines, then time_layers Linears"
     frequency: Tensor
 
-    def __init__(self, width: int, layers: int = 2) -> None:
+    def __init__(self, width: int, layers: int = 2, channels: int = 0) -> None:
         super().__init__()
-        self.linears = module_list(nn.Linear(width if i else self.FEATURES, width) for i in range(layers))
-        half = self.FEATURES // 2
+        self.linears = module_list(nn.Linear(width if i else FEATURES, width) for i in range(layers))
+        half = FEATURES // 2
         frequency = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half)
         self.register_buffer("frequency", frequency, persistent=False)
         for module in self.linears:
@@ -145,40 +161,18 @@ class SinusoidalTimeEmbedding(TimeEmbedding, Constants):
             x = module(silu(x) if index else x)
         return x
 
-    @classmethod
-    def cost(cls, config: ModelConfig, kernels: bool) -> TimeCost:
-        inputs = [cls.FEATURES, *[config.width] * (config.time_layers - 1)]
+    @staticmethod
+    def cost(config: ModelConfig, kernels: bool) -> TimeCost:
+        inputs = [FEATURES, *[config.width] * (config.time_layers - 1)]
         # Inputs of the Linears and of SiLU, and the embedding, which the modulation's SiLU keeps.
-        kept = cls.FEATURES + config.width * (2 * config.time_layers - 1)
+        kept = FEATURES + config.width * (2 * config.time_layers - 1)
         return TimeCost(sum(config.width * (i + 1) for i in inputs), sum(config.width * i for i in inputs), kept)
 
 
-class TimeKind(NamedTuple):
-    """An entry of TIME_EMBEDDINGS: the module, its cost with or without Triton kernels, the least time_layers, help."""
-
-    build: Callable[[ModelConfig], TimeEmbedding]
-    cost: Callable[[ModelConfig, bool], TimeCost]
-    least_layers: int
-    help: str
+TIME_EMBEDDINGS: dict[str, type[TimeEmbedding]] = {"fno": FNOTimeEmbedding, "sinusoidal": SinusoidalTimeEmbedding}
 
 
-TIME_EMBEDDINGS = {
-    "fno": TimeKind(
-        lambda config: FNOTimeEmbedding(config.width, config.time_width, config.time_layers),
-        FNOTimeEmbedding.cost,
-        2,
-        "a Fourier neural operator of time_layers layers, time_width wide",
-    ),
-    "sinusoidal": TimeKind(
-        lambda config: SinusoidalTimeEmbedding(config.width, config.time_layers),
-        SinusoidalTimeEmbedding.cost,
-        1,
-        "DiT's sines and cosines, then time_layers Linears",
-    ),
-}
-
-
-def time_kind(config: ModelConfig) -> TimeKind:
+def time_kind(config: ModelConfig) -> type[TimeEmbedding]:
     """Return the configured entry of TIME_EMBEDDINGS; ConfigError if there is none, or for too few layers."""
     name = config.time_embedding
     kind = entry_of(TIME_EMBEDDINGS, "time_embedding", name)

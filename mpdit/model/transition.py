@@ -127,20 +127,15 @@ class RefineConv(nn.Module):
 
 
 class TransitionKind(NamedTuple):
-    """An entry of TRANSITIONS.
-
-    Attributes:
-        expand: module (width, factor) of image tokens [B, n0, D] and their grid -> [B, n1, D], with its `cost`.
-        refine: module (width) of all tokens [B, m+n1, D], m and the fine grid -> the same shape, with its `cost`; None
-            for none.
-        help: one line.
-        fused: mpdit_kernels.upsample_tokens does it in one piece.
-    """
+    """An entry of TRANSITIONS; expand and refine are modules with a `cost`."""
 
     expand: Any
+    """Made of (width, factor); takes image tokens [B, n0, D] and their grid to [B, n1, D]."""
     refine: Any
+    """Made of (width); takes all tokens [B, m+n1, D], m and the fine grid to the same shape. None for none."""
     help: str
     fused: bool = False
+    """mpdit_kernels.upsample_tokens does it in one piece."""
 
 
 TRANSITIONS = {
@@ -167,7 +162,7 @@ class Skip(nn.Module):
     def __init__(self, config: ModelConfig, patch: int) -> None:
         super().__init__()
         width = config.width
-        self.patch, self.num_class_tokens, self.exact_fusions = patch, config.prefix_tokens, True
+        self.patch, self.num_class_tokens, self.exact_fusions = patch, config.num_class_tokens, True
         self.position = Position(width, config.input_size // patch)
         self.enabled = config.skip
         if self.enabled:
@@ -207,7 +202,7 @@ class Upsample(nn.Module):
     def __init__(self, config: ModelConfig, coarse_patch: int, patch: int) -> None:
         super().__init__()
         kind = transition_kind(config)
-        self.num_class_tokens, self.coarse_patch, self.fused = config.prefix_tokens, coarse_patch, kind.fused
+        self.num_class_tokens, self.coarse_patch, self.fused = config.num_class_tokens, coarse_patch, kind.fused
         self.expand: Any = kind.expand(config.width, coarse_patch // patch)
         self.refine: Any = kind.refine(config.width) if kind.refine else None
         self.skip = Skip(config, patch)

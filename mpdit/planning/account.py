@@ -112,7 +112,7 @@ class Account:
         known, and its figures of DiT are others' (0.04 % above the exact ones).
         """
         config = self.config
-        dit = len(config.stages) == 1 and not config.prefix_tokens
+        dit = len(config.stages) == 1 and not config.num_class_tokens
         if dit or config.input_size != 32 or image_tokens(config, config.stages[-1]) != 256:
             return None
         macs = sum(part.macs for part in self.parts if part.linear)
@@ -200,8 +200,8 @@ def account(
         dtype: of matrix products: bf16 under autocast, or fp32.
         kernels: whether the Triton kernels run, or their references, which keep the normalised rows and the MLP's
             activation too. Attention keeps what flash attention does, never its T x T weights.
-        checkpointing: as MPDiT.checkpointing: of each block only its input is kept, and once, as the part RECOMPUTED,
-            the rest of the largest block, while it is computed again.
+        checkpointing: as MPDiT.activation_checkpointing: of each block only its input is kept, and once, as the part
+            RECOMPUTED, the rest of the largest block, while it is computed again.
 
     Raises:
         ConfigError: a batch below 1.
@@ -221,7 +221,7 @@ def image_tokens(config: ModelConfig, stage: StageSpec) -> int:
 
 def stage_tokens(config: ModelConfig, stage: StageSpec) -> int:
     """Return T of a stage."""
-    return config.prefix_tokens + image_tokens(config, stage)
+    return config.num_class_tokens + image_tokens(config, stage)
 
 
 def _parts(config: ModelConfig, size: int, kernels: bool, checkpointing: bool) -> Iterator[Part]:
@@ -231,7 +231,7 @@ def _parts(config: ModelConfig, size: int, kernels: bool, checkpointing: bool) -
     time = time_kind(config).cost(config, kernels)
     executed = (time.executed, time.executed_once)
     yield Part(None, "time embedding", time.params, 0, time.macs, *executed, STREAM * time.kept)
-    yield Part(None, "class embedding", (config.num_classes + 1) * max(1, config.prefix_tokens) * width)
+    yield Part(None, "class embedding", (config.num_classes + 1) * max(1, config.num_class_tokens) * width)
     if shared:
         params, macs = _linear(width, 6 * width)
         yield Part(None, "modulation", params, macs=macs, activation_bytes=STREAM * (1 + 6) * width)
@@ -272,7 +272,7 @@ def _blocks(config: ModelConfig, index: int, size: int, kernels: bool, checkpoin
     if not count:
         return
     # In the model's last block class tokens are keys and values only; the packed projection makes their queries too.
-    idle = config.prefix_tokens if index == len(config.stages) - 1 else 0
+    idle = config.num_class_tokens if index == len(config.stages) - 1 else 0
     kept = dict.fromkeys(("modulation", "attention projections", "attention", "MLP"), 0)
     if checkpointing:
         yield Part(index, "block inputs", activation_bytes=count * STREAM * tokens * width)
@@ -320,7 +320,7 @@ def _recomputed_bytes(config: ModelConfig, stage: StageSpec, size: int, kernels:
 def _transition(config: ModelConfig, index: int, size: int, kernels: bool) -> Iterator[Part]:
     """Yield the parts between a stage and the one before it."""
     coarse, fine = config.stages[index - 1 : index + 1]
-    width, prefix = config.width, config.prefix_tokens
+    width, prefix = config.width, config.num_class_tokens
     before, after, rows = image_tokens(config, coarse), image_tokens(config, fine), stage_tokens(config, fine)
     kind = transition_kind(config)
     expand = kind.expand.cost(width, coarse.patch // fine.patch)

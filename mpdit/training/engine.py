@@ -52,7 +52,7 @@ def build_trainer(run: Run, device: torch.device) -> Trainer:
         model = MPDiT(run.model)
     if run.initial is not None:
         run.initial.copy_to(model)
-    model.checkpointing = config.activation_checkpointing
+    model.activation_checkpointing = config.activation_checkpointing
     skip = torch.zeros((), dtype=torch.bool, device=device)
     optimizer: Any = build_optimizer(config, model.parameters(), device, run.ds)
     optimizer.skip = skip

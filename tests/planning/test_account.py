@@ -138,7 +138,7 @@ def kept(config, batch, kernels, dtype, checkpointing):
     size = config.input_size
     with nothing_computed():
         model = mpdit.MPDiT(config)
-        model.checkpointing = checkpointing
+        model.activation_checkpointing = checkpointing
         fixed = {value.untyped_storage()._cdata for value in (*model.parameters(), *model.buffers())}
         with (
             torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value),

@@ -31,7 +31,7 @@ MODELS = {
 def train(config, images, dtype, checkpointing):
     """Two steps as launch/train.py's, without DeepSpeed."""
     model = mpdit.MPDiT(config).to(DEVICE)
-    model.checkpointing = checkpointing
+    model.activation_checkpointing = checkpointing
     optimizer = AdamWEMA(model.parameters())
     with use_attention("auto" if DEVICE == "cuda" else "sdpa_flash"):
         for _ in range(2):
