@@ -122,10 +122,12 @@ def _help(field: dataclasses.Field[Any]) -> str:
     text, other = str(field.metadata["help"]), field.metadata["imagenet_default"]
     if field.name in _DEFAULT_IN_HELP:
         return text
-    return f"{text} (default: {_show(field.default)}{'' if other is None else f', with other data {_show(other)}'})"
+    otherwise = "" if other is None else f", with other data {show_setting(other)}"
+    return f"{text} (default: {show_setting(field.default)}{otherwise})"
 
 
-def _show(value: Any) -> str:
+def show_setting(value: Any) -> str:
+    """Return a field's value as text."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -201,7 +203,7 @@ def _argument(name: str, value: Any, kind: Any) -> list[str]:
         return [f"{option}={_scalar(name, text)}" for text in (value if isinstance(value, list) else [value])]
     if name == "betas":
         if not isinstance(value, list):
-            raise ConfigError(f"{name} is {_form(value)}: give a list, for example [0.9, 0.999]")
+            raise ConfigError(f"{name} is {value!r}: give a list, for example [0.9, 0.999]")
         return [option, *(_scalar(name, item) for item in value)]
     text = _scalar(name, value)
     if kind is not bool:
@@ -222,11 +224,7 @@ def _plain(value: Any) -> Any:
 
 def _scalar(name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise ConfigError(f"{name} is {_form(value)}: give one value")
+        raise ConfigError(f"{name} is {value!r}: give one value")
     if value.lower() in ("", "~", "null"):
         raise ConfigError(f"{name} has no value: give one, or remove the line")
     return value
-
-
-def _form(value: Any) -> str:
-    return "a list" if isinstance(value, list) else "a mapping" if isinstance(value, dict) else repr(value)

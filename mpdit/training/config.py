@@ -35,7 +35,7 @@ Schedule = Literal["constant", "cosine", "linear"]
 
 
 def _option(
-    default: Any, help: str, *, imagenet_default: Any = None, minimum: float = -math.inf, below: float = math.inf
+    default: Any, help: str, *, imagenet_default: Any = None, minimum: float = 0, below: float = math.inf
 ) -> Any:
     """Describe a field. `imagenet_default` holds for data other than the digits; numbers lie in [minimum, below)."""
     metadata = {"help": help, "imagenet_default": imagenet_default, "bounds": (minimum, below)}
@@ -80,7 +80,7 @@ class TrainConfig:
         "weights that a fresh run starts from, all but the classes' where their number differs: a run's folder, a "
         "folder with model.safetensors, or an official checkpoint (.pt); drawn by the seed when not given",
     )
-    seed: int = _option(0, "seed of the initial weights, the order and all noise", minimum=0, below=2**63)
+    seed: int = _option(0, "seed of the initial weights, the order and all noise")
     force: bool = _option(
         False,
         "continue a run with another data set, seed, batch, loader or other settings than it had, from the step and "
@@ -91,29 +91,25 @@ class TrainConfig:
         0,
         "records of the data set, over the whole run, that may be unreadable: each is replaced by the next that is "
         "sound, and noted in OUT/quarantine.jsonl; one more, or with 0 the first, stops the run",
-        minimum=0,
     )
     gpu_stage: bool = _option(False, "let DALI copy batches to the GPU in its pipeline; not yet run on a GPU")
 
     steps: int = _option(1200, "optimiser steps of the whole run", imagenet_default=400_000, minimum=1)
     global_batch: int = _option(64, "samples a step, over all ranks and micro steps", imagenet_default=1024, minimum=1)
     grad_accum_steps: int = _option(1, "micro steps a step is split into, to fit memory", minimum=1)
-    lr: float = _option(4e-3, "peak learning rate of AdamW", imagenet_default=2e-4, minimum=0, below=1e6)
+    lr: float = _option(4e-3, "peak learning rate of AdamW", imagenet_default=2e-4, below=1e6)
     lr_schedule: Schedule = _option(
         "cosine", "what follows the warm-up: constant, or down to 0 at the last step", imagenet_default="constant"
     )
-    warmup: int = _option(
-        100, "steps over which the learning rate rises linearly from 0", imagenet_default=0, minimum=0
-    )
+    warmup: int = _option(100, "steps over which the learning rate rises linearly from 0", imagenet_default=0)
     betas: tuple[float, float] = _option(
-        (0.9, 0.95), "decay of AdamW's two moments", imagenet_default=(0.9, 0.999), minimum=0, below=1
+        (0.9, 0.95), "decay of AdamW's two moments", imagenet_default=(0.9, 0.999), below=1
     )
-    weight_decay: float = _option(0.01, "decoupled weight decay, scaled by the learning rate", minimum=0)
-    clip: float = _option(1.0, "largest norm of the gradient; 0 does not clip", imagenet_default=0.0, minimum=0)
+    weight_decay: float = _option(0.01, "decoupled weight decay, scaled by the learning rate")
+    clip: float = _option(1.0, "largest norm of the gradient; 0 does not clip", imagenet_default=0.0)
     skip_spikes: float = _option(
         0.0,
         "skip a step whose gradient norm is above this many times the average norm of the steps taken; 0 skips none",
-        minimum=0,
     )
     max_skips: int = _option(
         10,
@@ -121,7 +117,7 @@ class TrainConfig:
         minimum=1,
     )
     ema_decay: float = _option(
-        0.995, "decay a step of the average of the weights (EMA)", imagenet_default=0.9999, minimum=0, below=1
+        0.995, "decay a step of the average of the weights (EMA)", imagenet_default=0.9999, below=1
     )
 
     optimizer: OptimizerName = _option(
@@ -133,13 +129,11 @@ class TrainConfig:
     time_sampler: TimeSampler = _option("logit_normal", "how times are drawn")
     # Neighbouring pixels of the enlarged digits are nearly equal, so noise averages out: learn at noisier times.
     logit_mean: float = _option(
-        1.0,
-        "mean of the logit of the times, if logit_normal",
-        imagenet_default=0.0,
+        1.0, "mean of the logit of the times, if logit_normal", imagenet_default=0.0, minimum=-math.inf
     )
-    logit_std: float = _option(1.0, "standard deviation of the logit of the times, if logit_normal", minimum=0)
+    logit_std: float = _option(1.0, "standard deviation of the logit of the times, if logit_normal")
     loss_weight: LossWeight = _option("uniform", "weight of a time in the loss")
-    class_dropout: float = _option(0.1, "share of samples trained without their class, for guidance", minimum=0)
+    class_dropout: float = _option(0.1, "share of samples trained without their class, for guidance")
 
     precision: Precision = _option(
         "auto",
@@ -151,21 +145,18 @@ class TrainConfig:
 
     log_every: int = _option(10, "steps between lines of metrics", imagenet_default=100, minimum=1)
     sample_every: int = _option(
-        400, "steps between sample grids; 0, or more than --steps, draws none", imagenet_default=10_000, minimum=0
+        400, "steps between sample grids; 0, or more than --steps, draws none", imagenet_default=10_000
     )
     sample_steps: int = _option(
         25, "Euler steps of a sample grid", imagenet_default=50, minimum=1, below=MOST_STEPS + 1
     )
-    sample_guidance: float = _option(1.5, "guidance of a sample grid", minimum=0)
-    checkpoint_every: int = _option(
-        400, "steps between checkpoints; 0 saves at the end only", imagenet_default=5000, minimum=0
-    )
+    sample_guidance: float = _option(1.5, "guidance of a sample grid")
+    checkpoint_every: int = _option(400, "steps between checkpoints; 0 saves at the end only", imagenet_default=5000)
     keep: int = _option(2, "newest checkpoints kept", minimum=1)
     hang_timeout: float = _option(
         1800.0,
         "seconds within which a step must finish, and ten times as many for what comes between steps; else every rank "
         "writes what it was doing to OUT/hang, and the run ends; 0 waits for ever",
-        minimum=0,
         below=1e8,
     )
     progress: bool = _option(True, "show a progress bar")
@@ -189,7 +180,7 @@ class TrainConfig:
         "there is none that is known",
     )
     plan_gpus: int = _option(
-        0, "GPUs that --dry-run plans for when it is one process; 0 plans for the ranks of this launch", minimum=0
+        0, "GPUs that --dry-run plans for when it is one process; 0 plans for the ranks of this launch"
     )
 
     def __post_init__(self) -> None:

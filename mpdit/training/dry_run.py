@@ -16,6 +16,7 @@ from mpdit.data.posterior import to_latents
 from mpdit.model.mpdit import MPDiT
 from mpdit.planning import account
 from mpdit.planning.plan import plan
+from mpdit.training.arguments import show_setting
 from mpdit.training.checkpoint import resume
 from mpdit.training.engine import check_deepspeed
 from mpdit.training.init_weights import show_constants
@@ -36,7 +37,9 @@ def sections(run: Run) -> Iterator[str]:
     config = run.config
     check_deepspeed(run, connected=False)
     settings = config.to_dict() | {"out": str(run.out)}
-    yield _section("settings", [(name, _words(value)) for name, value in settings.items() if name != "dry_run"])
+    yield _section(
+        "settings", [(name, show_setting(value) or "-") for name, value in settings.items() if name != "dry_run"]
+    )
 
     built = sum(parameter.numel() for parameter in MPDiT.on_meta(run.model).parameters())
     found = account(run.model)
@@ -123,11 +126,3 @@ def _batch(run: Run, step: int) -> str:
 
 def _section(title: str, rows: list[tuple[str, str]]) -> str:
     return "\n  ".join([title, *aligned(rows).splitlines()])
-
-
-def _words(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list | tuple):
-        return " ".join(map(str, value)) or "-"
-    return "-" if value == "" else str(value)

@@ -135,10 +135,11 @@ def train(run: Run, stop: StopRequests) -> str:
                         trainer.skip.copy_(skip)
                         loss_mean.add(micro_losses, skip)
                     trainer.engine.step()
-            guard.flush(unread=1)
+            guard.flush(unread=1)  # all but this step's decision, which is still on its way from the device
             images += config.global_batch
             log.advance()
 
+            # What one rank has met, all know at the same step.
             asked = torch.tensor([*stop.asked(), saver.failed, run.dataset.met], dtype=torch.int64)
             torch.distributed.all_reduce(asked, group=hosts)
             *signals, failed, unreadable = asked.tolist()
