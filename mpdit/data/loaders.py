@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 import threading
 import time
 from abc import abstractmethod
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mpdit.core.errors import ConfigError
+from mpdit.core.read_ahead import read_ahead
 from mpdit.data.dataset import LatentDataset
 from mpdit.data.order import BatchPlan, GlobalOrder
 
@@ -98,35 +98,23 @@ class TorchLoader(Loader):
     ) -> None:
         self._dataset, self._order, self._plan = dataset, order, plan
         self._memory = _Memory((plan.micro_batch, *dataset.manifest.record_shape), pin_memory)
-        self._todo: Iterator[tuple[int, int]] = (
-            (step, micro) for step in steps for micro in range(plan.grad_accum_steps)
-        )
-        self._ahead: deque[Future[Batch]] = deque()
         self._threads = ThreadPoolExecutor(_BATCHES_AHEAD, thread_name_prefix="mpdit-read")
         self._may_read = threading.Semaphore(1)
         self._readers = 1
         self._adapting = threading.Lock()
-        self._read_ahead(_BATCHES_AHEAD)
+        tasks = (partial(self._read, step, micro) for step in steps for micro in range(plan.grad_accum_steps))
+        self._batches = read_ahead(self._threads, tasks, _BATCHES_AHEAD)
 
     def __next__(self) -> Batch:
-        if not self._ahead:
-            raise StopIteration
         try:
-            batch = self._ahead.popleft().result()
+            return next(self._batches)
         except BaseException:
             self.close()
             raise
-        self._read_ahead(1)
-        return batch
 
     def close(self) -> None:
-        self._todo = iter(())
-        self._ahead.clear()
+        self._batches.close()
         self._threads.shutdown(cancel_futures=True)
-
-    def _read_ahead(self, batches: int) -> None:
-        for step, micro in itertools.islice(self._todo, batches):
-            self._ahead.append(self._threads.submit(self._read, step, micro))
 
     def _read(self, step: int, micro: int) -> Batch:
         self._may_read.acquire()
