@@ -102,7 +102,7 @@ def test_nothing_is_written_where_it_should_not_be(source: Path, tmp_path: Path,
         convert_latents(tmp_path / "packed", tmp_path / "out", num_classes=9)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 0))
-    with pytest.raises(DataError, match=r"\d+ B free and \d+\.\d kB are needed"):
+    with pytest.raises(DataError, match=r"needs \d+\.\d kB for 23 records, and 0 B are free"):
         convert_latents(source, tmp_path / "out")
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from mpdit.core.errors import DataError
+
 
 def sync_to_disk(path: Path) -> None:
     """fsync a file, or the names in a folder."""
@@ -71,6 +73,17 @@ class OpenFile:
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             self.close()
+
+
+def check_room(out: Path, needed: int, what: str) -> None:
+    """Raise DataError when the disk of a folder, made or not, has no room for so many bytes."""
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise DataError(
+            f"{out} needs {readable_bytes(needed)} for {what}, and {readable_bytes(free)} are free: make room, or give "
+            "a folder on another disk"
+        )
 
 
 def readable_bytes(count: float) -> str:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from mpdit.core.errors import ConfigError, DataError
-from mpdit.core.files import readable_bytes
+from mpdit.core.errors import ConfigError
+from mpdit.core.files import check_room, counted
 from mpdit.data.latents import PackedLatents
 from mpdit.data.manifest import INDEX_NAME, LatentSpec
 from mpdit.data.normalization import NormalizationMode
@@ -50,7 +49,8 @@ def convert_latents(
     try:
         if num_classes not in (None, info.num_classes):
             raise ConfigError(f"num_classes is {num_classes}, but {source} is packed with {info.num_classes} classes")
-        _check_out(out, len(dataset) * (info.record_bytes + INDEX_DTYPE.itemsize))
+        _check_out(out)
+        check_room(out, len(dataset) * (info.record_bytes + INDEX_DTYPE.itemsize), counted(len(dataset), "record"))
         fields = {field.name: getattr(info, field.name) for field in dataclasses.fields(LatentSpec)}
         if not isinstance(dataset, PackedLatents):  # which says nothing of statistics: they are of every record now
             stated = {name: value for name, value in info.source.items() if name != "statistics"}
@@ -67,14 +67,9 @@ def convert_latents(
     return PackedLatents(out)
 
 
-def _check_out(out: Path, nbytes: int) -> None:
+def _check_out(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out {out} is a file: give a new or empty folder")
     held = os.listdir(out) if out.is_dir() else []
     if foreign := [name for name in held if not _LEFT_BY_A_WRITER.fullmatch(name)]:
         raise ConfigError(f"out {out} holds {min(foreign)}: give a new or empty folder")
-    at = next(path for path in (out, *out.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(at).free
-    if free < nbytes:
-        needed = readable_bytes(nbytes)
-        raise DataError(f"{at} has {readable_bytes(free)} free and {needed} are needed: give another out")

@@ -30,7 +30,7 @@ import torch
 from mpdit.core.cpu import settle_cpu
 from mpdit.core.dist_env import DistEnv, set_threads
 from mpdit.core.errors import ConfigError, DataError, UserError
-from mpdit.core.files import counted, readable_bytes, write_atomically
+from mpdit.core.files import counted, write_atomically
 from mpdit.core.locks import locked
 from mpdit.core.progress import bar
 from mpdit.data.manifest import PARTS_NAME
@@ -208,17 +208,6 @@ def choose_devices(device: str, processes: int, env: DistEnv | None = None) -> l
         raise ConfigError(f"{processes} GPUs are asked for and this machine has {gpus}: ask for at most {gpus}")
     first = env.local_rank if env and env.size > 1 else 0
     return [torch.device("cuda", (first + index) % gpus) for index in range(processes)]
-
-
-def check_room(out: Path, needed: int, what: str) -> None:
-    """Raise DataError when the disk of a folder, made or not, has no room for so many bytes."""
-    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise DataError(
-            f"{out} needs {readable_bytes(needed)} for {what}, and {readable_bytes(free)} are free: make room, or give "
-            "a folder on another disk"
-        )
 
 
 def _spawn(job: Job, todo: Sequence[int], devices: Sequence[torch.device], advance: Report) -> None:

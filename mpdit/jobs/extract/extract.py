@@ -17,7 +17,7 @@ import torch
 from mpdit.core.differences import differences
 from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError, DataError
-from mpdit.core.files import counted, sync_to_disk, write_atomically
+from mpdit.core.files import check_room, counted, sync_to_disk, write_atomically
 from mpdit.core.version import __version__
 from mpdit.data.latents import PackedLatents
 from mpdit.data.manifest import (
@@ -37,7 +37,7 @@ from mpdit.data.writer import PartialFile
 from mpdit.jobs.extract.decode import CROP
 from mpdit.jobs.extract.encode import ExtractionJob, ExtractOptions, Receipt, Timing, printable
 from mpdit.jobs.extract.sources import list_images
-from mpdit.jobs.workers import begin, check_room, choose_devices, run_parts
+from mpdit.jobs.workers import begin, choose_devices, run_parts
 from mpdit.model.vae import VAE
 
 _REPORT_NAME = "extraction.json"
