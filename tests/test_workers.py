@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import tqdm.std
 from forks import exit_code, fork_workers, in_a_child
 from part_files import Files, Slow
 
@@ -124,14 +125,14 @@ def test_a_log_gets_a_line_a_minute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(tqdm.std, "time", lambda: now[0])
     with progress.bar("samples", 1000, initial=100) as shown:
         for _ in range(8):
             now[0] += 20
             shown.update(10)
     assert capsys.readouterr().err.splitlines() == [
-        "samples: 130/1000 img, 0.50 img/s, 29:00 left",
-        "samples: 160/1000 img, 0.50 img/s, 28:00 left",
+        "samples: 130/1000 img,  2.00s/img, 29:00 left",
+        "samples: 160/1000 img,  2.00s/img, 28:00 left",
     ]
 
 

@@ -35,7 +35,7 @@ from mpdit.data.normalization import NormalizationMode, choose_normalization
 from mpdit.data.records import INDEX_DTYPE, ChannelStatistics
 from mpdit.data.writer import PartialFile
 from mpdit.jobs.extract.decode import CROP
-from mpdit.jobs.extract.encode import ExtractionJob, ExtractOptions, Receipt, Timing, printable
+from mpdit.jobs.extract.encode import ExtractionJob, ExtractOptions, Timing, printable
 from mpdit.jobs.extract.sources import list_images
 from mpdit.jobs.workers import begin, choose_devices, run_parts
 from mpdit.model.vae import VAE
@@ -180,7 +180,9 @@ def _check_job(job: ExtractionJob) -> None:
 
 def _assemble(job: ExtractionJob, mode: NormalizationMode) -> ExtractReport:
     """Put the finished parts together: index, report, and last the manifest."""
-    receipts = [_receipt(job, part) for part in job.parts]
+    receipts = [receipt for part in job.parts if (receipt := job.receipt(part))]
+    if len(receipts) < len(job.parts):
+        raise DataError(f"a part of {job.out} has vanished: repeat the command, which does it again")
     skipped = [item for receipt in receipts for item in receipt.skipped]
     job.check_skipped(skipped)
     if len(skipped) == len(job.images):
@@ -226,13 +228,6 @@ def _assemble(job: ExtractionJob, mode: NormalizationMode) -> ExtractReport:
     timings = [receipt.effort for receipt in receipts]
     total = Timing(*(sum(getattr(timing, field.name) for timing in timings) for field in dataclasses.fields(Timing)))
     return _read_report(job.out, dataclasses.replace(total, workers=timings[-1].workers))
-
-
-def _receipt(job: ExtractionJob, part: int) -> Receipt:
-    receipt = job.receipt(part)
-    if receipt is None:
-        raise DataError(f"part {part} of {job.out} has vanished: repeat the command, which does it again")
-    return receipt
 
 
 def _read_report(out: Path, timing: Timing | None) -> ExtractReport:

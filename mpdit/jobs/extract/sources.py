@@ -263,17 +263,18 @@ class _Listing(Evidence):
         for path in paths:
             prefix = f"{path.name}/" if len(paths) > 1 else ""
             try:
-                if path.name.lower().endswith(_COMPRESSED):
-                    raise _compressed(path)
-                if path.suffix.lower() == ".zip" or (path.suffix.lower() != ".tar" and is_zip(path)):
-                    self._add_zip(path, prefix)
-                elif path.suffix.lower() == ".tar":
-                    with open(path, "rb") as file:
-                        if file.read(6).startswith(_GZIP_BZIP_XZ_ZSTD):
-                            raise _compressed(path)
+                with open(path, "rb") as file:
+                    if path.name.lower().endswith(_COMPRESSED) or file.read(6).startswith(_GZIP_BZIP_XZ_ZSTD):
+                        raise DataError(
+                            f"{path} is compressed as a whole, so that no image in it can be read by itself: "
+                            "decompress it first"
+                        )
+                    if path.suffix.lower() == ".tar":
                         self._add_tar(file, path, path.name, 0, file.seek(0, os.SEEK_END), prefix)
-                else:
-                    raise DataError(f"{path} is neither a folder nor a .tar nor a .zip: give one of them")
+                    elif path.suffix.lower() == ".zip" or is_zip(path):
+                        self._add_zip(path, prefix)
+                    else:
+                        raise DataError(f"{path} is neither a folder nor a .tar nor a .zip: give one of them")
             except OSError as error:
                 raise DataError(
                     f"{path} can't be read ({error.strerror or error}): check it, or copy it again"
@@ -417,12 +418,6 @@ def _read_label(text: bytes, name: str, shown: str, labels: dict[str, int]) -> N
         raise DataError(
             f"{shown} holds no label that can be used ({error}): mend it, or choose other classes"
         ) from error
-
-
-def _compressed(path: Path) -> DataError:
-    return DataError(
-        f"{path} is compressed as a whole, so that no image in it can be read by itself: decompress it first"
-    )
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
