@@ -10,10 +10,13 @@ from mpdit.data.dataset import LatentDataset
 from mpdit.data.latents import PackedLatents
 from mpdit.data.manifest import JOB_NAME, MANIFEST_NAME, PARTS_NAME
 from mpdit.data.normalization import NormalizationMode, choose_normalization
-from mpdit.data.readers.base import Options, parse_scale
-from mpdit.data.readers.edm2 import EDM2Latents, find_edm2
-from mpdit.data.readers.lightningdit import LightningDiTLatents, find_lightningdit
-from mpdit.data.readers.npy import NpyPairs, find_pairs
+from mpdit.data.readers.base import ForeignLatents, Options, parse_scale
+from mpdit.data.readers.edm2 import EDM2Latents
+from mpdit.data.readers.lightningdit import LightningDiTLatents
+from mpdit.data.readers.npy import NpyPairs
+
+READERS: tuple[type[ForeignLatents], ...] = (EDM2Latents, LightningDiTLatents, NpyPairs)
+"""The formats of other projects; the first whose files are there is taken."""
 
 
 def open_latents(
@@ -48,15 +51,10 @@ def open_latents(
             constants = choose_normalization(normalization, dataset.manifest.statistics)
             dataset.manifest = dataclasses.replace(dataset.manifest, normalization=constants)
         return dataset
-    if folder := find_edm2(path):
-        return EDM2Latents(folder, options)
-    if find_lightningdit(path):
-        return LightningDiTLatents(path, options)
-    if pair := find_pairs(path):
-        return NpyPairs(*pair, options)
+    for reader in READERS:
+        if place := reader.find(path):
+            return reader(place, options)
     if (path / PARTS_NAME / JOB_NAME).is_file():
         raise DataError(f"{path} is an unfinished extraction: repeat the command that began it, which goes on with it")
-    raise DataError(
-        f"{path} holds no data set: looked for {MANIFEST_NAME} (packed), dataset.json in it, in vae-sd/ or in a .zip "
-        "(EDM2, REPA), *.safetensors (LightningDiT) and features/ beside labels/ (MPDiT, fast-DiT); check the path"
-    )
+    looked_for = ", ".join([f"{MANIFEST_NAME} (packed)", *(reader.looked_for for reader in READERS)])
+    raise DataError(f"{path} holds no data set: looked for {looked_for}; check the path")

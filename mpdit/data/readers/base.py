@@ -68,11 +68,14 @@ class ForeignLatents(LatentDataset):
 
     format: ClassVar[str]
     """As its users call it."""
+    looked_for: ClassVar[str]
+    """The files by which `find` knows the format, in words."""
     _scale_origin: ClassVar[str] = "as the format has it"
     """How the factor is known where none is given."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, options: Options) -> None:
         self.path = path
+        self._options = options
         self._scale = 1.0  # what stored latents are divided by as they are read
         self._known_labels: NDArray[np.int64] | None = None
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="mpdit-files")
@@ -98,6 +101,11 @@ class ForeignLatents(LatentDataset):
         self._read_moments(indices, moments)
         return moments, self._labels_of(indices)
 
+    @classmethod
+    @abstractmethod
+    def find(cls, path: Path) -> Path | None:
+        """Return where in `path`, which need not exist, a data set of this format lies; None without one."""
+
     @abstractmethod
     def _stored(self, index: int) -> NDArray[Any]:
         """Read what is stored of a sample: [V, C, H, W], or [V, 2C, H, W] where stds follow the means."""
@@ -121,7 +129,6 @@ class ForeignLatents(LatentDataset):
     def _describe(
         self,
         num_samples: int,
-        options: Options,
         *,
         num_classes: int,
         posterior_noise: bool = False,
@@ -140,9 +147,10 @@ class ForeignLatents(LatentDataset):
         channels = planes // 2 if posterior_noise else planes
         sample = np.unique(np.linspace(0, num_samples - 1, min(num_samples, STATISTICS_SAMPLES)).astype(np.int64))
         record_shape = (variants, 2 * channels, height, width)
-        self._scale = options.scale or 1.0
+        given = self._options.scale
+        self._scale = given or 1.0
         measured = self._measure(sample, record_shape)
-        if options.scale is None and (scale := self._scale_of(measured)) != 1:
+        if given is None and (scale := self._scale_of(measured)) != 1:
             self._scale = scale
             measured = self._measure(sample, record_shape)
         whole = len(sample) == num_samples
@@ -155,14 +163,14 @@ class ForeignLatents(LatentDataset):
             source={
                 "format": self.format,
                 "scale": self._scale,
-                "scale_origin": self._scale_origin if options.scale is None else "given",
+                "scale_origin": self._scale_origin if given is None else "given",
                 "statistics": "of every sample" if whole else f"of {len(sample)} samples, evenly spread",
                 **(source or {}),
             },
             decoder={"kind": DECODER_KIND, "vae": None, "range": list(self._pixel_range(measured))},
             num_samples=num_samples,
             posterior_noise=posterior_noise,
-            normalization=self._choose(options.normalization, measured, normalization),
+            normalization=self._choose(measured, normalization),
             statistics=measured,
         )
 
@@ -178,10 +186,10 @@ class ForeignLatents(LatentDataset):
         self._sampled = sample, digest.digest()
         return Normalization(*statistics.result())
 
-    def _choose(self, mode: NormalizationMode, measured: Normalization, own: Normalization | None) -> Normalization:
-        if mode != "auto" or own is None:
+    def _choose(self, measured: Normalization, own: Normalization | None) -> Normalization:
+        if self._options.normalization != "auto" or own is None:
             try:
-                return choose_normalization(mode, measured)
+                return choose_normalization(self._options.normalization, measured)
             except DataError as error:
                 raise DataError(f"{self.path}: {error}") from None
         constants = Normalization(*(tuple(v / self._scale for v in values) for values in (own.mean, own.std)))

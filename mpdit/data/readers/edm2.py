@@ -28,14 +28,6 @@ _BRIGHTNESS = 0.18215 * np.array((0.2377, 0.2153, 0.0983, -0.3093))
 _BRIGHT = 0.25
 
 
-def find_edm2(path: Path) -> Path | None:
-    """Return the folder or zip file in `path`, or itself, that holds dataset.json; None without one."""
-    for candidate in (path, path / "vae-sd"):
-        if (candidate / LABELS_NAME).is_file():
-            return candidate
-    return path if path.suffix.lower() == ".zip" and path.is_file() else None
-
-
 class EDM2Latents(ForeignLatents):
     """Posterior means and stds, floats [2C, H, W], in the .npy files that dataset.json lists, in a folder or a zip.
 
@@ -50,9 +42,17 @@ class EDM2Latents(ForeignLatents):
     """
 
     format: ClassVar[str] = "EDM2"
+    looked_for: ClassVar[str] = "dataset.json in it, in vae-sd/ or in a .zip (EDM2, REPA)"
+
+    @classmethod
+    def find(cls, path: Path) -> Path | None:
+        for candidate in (path, path / "vae-sd"):
+            if (candidate / LABELS_NAME).is_file():
+                return candidate
+        return path if path.suffix.lower() == ".zip" and path.is_file() else None
 
     def __init__(self, path: Path, options: Options) -> None:
-        super().__init__(path)
+        super().__init__(path, options)
         self._zip = _Zip(path) if path.is_file() else None
         listed = _parse_labels(path, self._read(LABELS_NAME))
         present = self._zip.names() if self._zip else _files_below(path)
@@ -60,7 +60,7 @@ class EDM2Latents(ForeignLatents):
         self._names = np.array([os.fsencode(name) for name, _ in listed])  # of fixed width: far smaller than str
         self._known_labels = np.array([label for _, label in listed], np.int64)
         num_classes = count_classes(path / LABELS_NAME, self._known_labels, options.num_classes)
-        self._describe(len(listed), options, num_classes=num_classes, posterior_noise=True)
+        self._describe(len(listed), num_classes=num_classes, posterior_noise=True)
 
     def close(self) -> None:
         super().close()

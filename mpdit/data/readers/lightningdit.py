@@ -25,11 +25,6 @@ _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _INTEGERS = {"I64": "<i8", "I32": "<i4"}
 
 
-def find_lightningdit(path: Path) -> bool:
-    """Return whether a folder holds safetensors files."""
-    return path.is_dir() and any(path.glob("*.safetensors"))
-
-
 class _Tensor(NamedTuple):
     """The place of a tensor in its file, its dtype and shape."""
 
@@ -48,9 +43,14 @@ class LightningDiTLatents(ForeignLatents):
     """
 
     format: ClassVar[str] = "LightningDiT"
+    looked_for: ClassVar[str] = "*.safetensors (LightningDiT)"
+
+    @classmethod
+    def find(cls, path: Path) -> Path | None:
+        return path if path.is_dir() and any(path.glob("*.safetensors")) else None
 
     def __init__(self, path: Path, options: Options) -> None:
-        super().__init__(path)
+        super().__init__(path, options)
         self._paths = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("."))
         self._files: list[OpenFile] = []
         self._shards = [self._open(file) for file in self._paths]
@@ -67,7 +67,6 @@ class LightningDiTLatents(ForeignLatents):
         own = _read_statistics(path / STATISTICS_NAME)
         self._describe(
             int(self._starts[-1]),
-            options,
             num_classes=num_classes,
             normalization=own,
             source={} if own is None else {"normalization": STATISTICS_NAME},

@@ -27,32 +27,6 @@ _SD_STD = (3.0, 5.2)
 _FEATURES, _LABELS = "features", "labels"
 
 
-def find_pairs(path: Path) -> tuple[Path, Path] | None:
-    """Return the folders of latents and of labels in `path`, which may be that of latents; None without any.
-
-    They are named features and labels, or NAME_features and NAME_labels; as MPDiT's extraction adds the encoder to one
-    of the names only, NAME_vae_features goes with NAME_labels too. DataError when several pairs are there.
-    """
-    if labels := _labels_of(path):
-        return path, labels
-    inside = [path / _FEATURES, *sorted(path.glob(f"*_{_FEATURES}"))]
-    found = [(folder, labels) for folder in inside if (labels := _labels_of(folder))]
-    if len(found) > 1:
-        names = ", ".join(folder.name for folder, _ in found)
-        raise DataError(f"{path} holds several data sets ({names}): give the path of one of these folders")
-    return found[0] if found else None
-
-
-def _labels_of(features: Path) -> Path | None:
-    """Return the folder of labels beside a folder of latents; None if it is none, or has none."""
-    if features.is_dir() and re.fullmatch(rf"(.+_)?{_FEATURES}", features.name):
-        name = features.name.removesuffix(_FEATURES)
-        for prefix in (name, name.removesuffix("vae_")):
-            if (folder := features.with_name(prefix + _LABELS)).is_dir():
-                return folder
-    return None
-
-
 class NpyPairs(ForeignLatents):
     """Latents [1, C, H, W] or [C, H, W] and labels [1] or [] in pairs of .npy files of the same name.
 
@@ -65,17 +39,33 @@ class NpyPairs(ForeignLatents):
     """
 
     format: ClassVar[str] = "npy pairs"
+    looked_for: ClassVar[str] = "features/ beside labels/ (MPDiT, fast-DiT)"
     _scale_origin: ClassVar[str] = "found by their std"
 
-    def __init__(self, features: Path, labels: Path, options: Options) -> None:
-        super().__init__(features)
-        self._label_folder = labels
-        self._names = _paired_names(features, labels)
+    @classmethod
+    def find(cls, path: Path) -> Path | None:
+        """Return the folder of latents, `path` itself or in it. Raises DataError when several are there.
+
+        Folders are named features and labels, or NAME_features and NAME_labels; as MPDiT's extraction adds the encoder
+        to one of the names only, NAME_vae_features goes with NAME_labels too.
+        """
+        if _labels_of(path):
+            return path
+        found = [folder for folder in (path / _FEATURES, *sorted(path.glob(f"*_{_FEATURES}"))) if _labels_of(folder)]
+        if len(found) > 1:
+            names = ", ".join(folder.name for folder in found)
+            raise DataError(f"{path} holds several data sets ({names}): give the path of one of these folders")
+        return found[0] if found else None
+
+    def __init__(self, path: Path, options: Options) -> None:
+        super().__init__(path, options)
+        self._label_folder = labels = _labels_of(path) or path
+        self._names = _paired_names(path, labels)
         self._num_classes = num_classes = options.num_classes
         if num_classes is None:
             self._known_labels = self._read_labels(np.arange(len(self._names)))
             num_classes = count_classes(labels, self._known_labels, None)
-        self._describe(len(self._names), options, num_classes=num_classes)
+        self._describe(len(self._names), num_classes=num_classes)
 
     def _stored(self, index: int) -> NDArray[Any]:
         values = parse_npy(read_file(self._path(index)), self._where(index))
@@ -114,6 +104,16 @@ class NpyPairs(ForeignLatents):
             f"{self.path}: the latents' std is {std:.3g}, neither about 4, as of Stable Diffusion's VAE, nor about "
             f"0.8, as times {SD_SCALE}: give the factor they were multiplied by with --data-scale (1 if by none)"
         )
+
+
+def _labels_of(features: Path) -> Path | None:
+    """Return the folder of labels beside a folder of latents; None if it is none, or has none."""
+    if features.is_dir() and re.fullmatch(rf"(.+_)?{_FEATURES}", features.name):
+        name = features.name.removesuffix(_FEATURES)
+        for prefix in (name, name.removesuffix("vae_")):
+            if (folder := features.with_name(prefix + _LABELS)).is_dir():
+                return folder
+    return None
 
 
 def parse_npy(content: bytes, where: str) -> NDArray[Any]:
