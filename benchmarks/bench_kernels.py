@@ -17,7 +17,7 @@ from mpdit_kernels import launch
 from setting import Setting
 from tools import cases as kernels
 from tools import measure
-from tools.timing import CpuClock, GpuClock
+from tools.timing import GpuClock, WallClock
 from torch import Tensor
 
 
@@ -48,7 +48,7 @@ def kernel_group(case: kernels.Case, direction: str, cost: kernels.Cost, setting
     calls = measure.forwards if direction == "forward" else measure.backwards
 
     def make() -> State:
-        clock, dtype = (GpuClock(), torch.bfloat16) if setting.on_gpu else (CpuClock(), torch.float32)
+        clock, dtype = (GpuClock(), torch.bfloat16) if setting.on_gpu else (WallClock(), torch.float32)
         bench = measure.Bench(clock, setting.device, dtype, torch.compile)
         return State(bench, bench.input_sets(case))
 

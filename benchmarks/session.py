@@ -75,7 +75,7 @@ class Session:
         device, limit = self.setting.device, self.setting.memory_limit
         if limit is not None:
             settings.limit_memory(limit)
-        on_gpu = timing.GpuClock() if device == "cuda" else timing.CpuClock()
+        on_gpu = timing.GpuClock() if device == "cuda" else timing.WallClock()
         self._clocks = {False: timing.WallClock(device), True: on_gpu}
         self._ceilings = timing.ceilings(on_gpu, device)
         release()

@@ -110,31 +110,6 @@ def constant_to_compiler(function: F) -> F:
     return function
 
 
-def kernel_op(folder: str, launcher: str, schema: str) -> Any:
-    """Define the operator torch.ops.mpdit_kernels.NAME of a schema "NAME(Tensor x) -> Tensor", run by Triton kernels.
-
-    It calls the launcher in the folder's triton_impl.py, which is imported then. An operator returns tensors alone:
-    what the launcher returns as None comes out as `absent`.
-    """
-
-    def run(*args: Any) -> Any:
-        implementation = importlib.import_module(f"mpdit_kernels.{folder}.triton_impl")
-        tensor = next(x for x in args if isinstance(x, Tensor))
-        with torch.autocast(tensor.device.type, enabled=False):  # its products take the dtypes that they are given
-            found = getattr(implementation, launcher)(*args)
-        if isinstance(found, Tensor):
-            return found
-        return type(found)(absent(tensor) if x is None else x for x in found)
-
-    name, arguments = schema.split("(", 1)
-    return torch.library.custom_op(f"mpdit_kernels::{name}", run, mutates_args=(), schema=f"({arguments}")
-
-
-def absent(x: Tensor) -> Tensor:
-    """Return an empty fp32 tensor on x's device."""
-    return x.new_empty(0, dtype=torch.float32)
-
-
 @constant_to_compiler  # files, the driver and the log; run where it is traced
 def _decide(
     operation: str, mode: str, device: torch.device, dtypes: tuple[torch.dtype, ...], refusal: str | None

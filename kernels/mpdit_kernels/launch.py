@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import triton
 
-from mpdit_kernels import flops
 from mpdit_kernels.dispatch import tuned_table
+from mpdit_kernels.operators import register_flops
 
-flops.register()  # no operator runs uncounted
+register_flops()  # no operator runs uncounted
 
 INTERPRETING: bool = triton.knobs.runtime.interpret
 """Read once: Triton decides when a kernel is decorated."""

@@ -55,7 +55,7 @@ def measure(device: torch.device, minutes: float, out: Path | None) -> int:
     end = time.monotonic() + 60 * minutes
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    clock = timing.GpuClock() if device.type == "cuda" else timing.CpuClock()
+    clock = timing.GpuClock() if device.type == "cuda" else timing.WallClock()
     todo, machine = shapes(device), _machine(device)
     file = out or dispatch.TUNED / f"attention_{_call(todo[0], device).architecture}.json"
     rows: list[dict[str, Any]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import subprocess
 import time
@@ -11,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 Prepare = Callable[[], Sequence[Callable[[], Any]]]
 """Does what is not to be timed, such as the forward of a backward, and returns the calls to time."""
@@ -35,14 +37,21 @@ class Times:
         return cls(*torch.tensor(samples, dtype=torch.float64).quantile(points).tolist())
 
 
-class CpuClock:
-    """The CPU's time, for calls that run there."""
+class WallClock:
+    """What the caller waits for: from an idle device with cold caches until the calls have ended."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._flush = _flush if device == "cuda" else lambda: None
+        self._wait = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def seconds(self, name: str, prepare: Prepare) -> float:
         calls = prepare()
+        self._flush()
+        self._wait()
         start = time.perf_counter()
         for call in calls:
             call()
+        self._wait()
         return (time.perf_counter() - start) / len(calls)
 
 
@@ -56,15 +65,13 @@ class GpuClock:
     ATTEMPTS = 5
 
     def __init__(self) -> None:
-        properties = torch.cuda.get_device_properties()
-        self._other = torch.ones(max(properties.L2_cache_size, 1 << 24), device="cuda")  # four times the L2
         self._ahead: dict[str, float] = {}
 
     def seconds(self, name: str, prepare: Prepare) -> float:
         for _ in range(self.ATTEMPTS):
             calls = prepare()
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            self._other.sum()  # a read: written lines would be written back while we time
+            _flush()
             torch.cuda.synchronize()
             sleep = self._ahead.get(name, 1e-3)
             torch.cuda._sleep(int(sleep * 2e9))  # cycles; at most about two of them a nanosecond
@@ -82,26 +89,15 @@ class GpuClock:
         return start.elapsed_time(end) / 1e3 / len(calls)
 
 
-class WallClock:
-    """What the caller waits for: from an idle device with cold caches until the calls have ended."""
+@functools.cache
+def _larger_than_cache() -> Tensor:
+    size = torch.cuda.get_device_properties().L2_cache_size
+    return torch.ones(max(size, 1 << 24), device="cuda")  # in fp32: four times the L2
 
-    def __init__(self, device: str) -> None:
-        self._cuda = device == "cuda"
-        if self._cuda:
-            size = max(torch.cuda.get_device_properties().L2_cache_size, 1 << 24)
-            self._other = torch.ones(size, device="cuda")  # four times the L2
 
-    def seconds(self, name: str, prepare: Prepare) -> float:
-        calls = prepare()
-        if self._cuda:
-            self._other.sum()
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        for call in calls:
-            call()
-        if self._cuda:
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / len(calls)
+def _flush() -> None:
+    """Fill the L2 with something else, by a read: written lines would be written back while we time."""
+    _larger_than_cache().sum()
 
 
 def turns(

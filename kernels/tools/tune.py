@@ -234,7 +234,7 @@ def _bench(dry: bool) -> Bench:
     from tools.measure import Bench
 
     if dry:
-        return Bench(timing.CpuClock(), "cpu", torch.float32, partial(torch.compile, backend="eager"), 2, 2)
+        return Bench(timing.WallClock(), "cpu", torch.float32, partial(torch.compile, backend="eager"), 2, 2)
     compiler = partial(torch.compile, dynamic=False, mode="max-autotune-no-cudagraphs")
     return Bench(timing.GpuClock(), "cuda", torch.bfloat16, compiler)
 

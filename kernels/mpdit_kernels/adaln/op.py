@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mpdit_kernels.adaln import reference
 from mpdit_kernels.checks import autocast_dtype, check, check_eps, check_filled, check_shapes, check_tensors
-from mpdit_kernels.dispatch import absent, kernel_op, takes_triton, too_wide
-from mpdit_kernels.flops import count_flops
+from mpdit_kernels.dispatch import takes_triton, too_wide
+from mpdit_kernels.operators import absent, count_flops, kernel_op
 from mpdit_kernels.varlen import Offsets, Sequences, sequences
 
 MAX_TOKENS = 2**19

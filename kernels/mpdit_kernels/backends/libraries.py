@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from mpdit_kernels import dispatch
-from mpdit_kernels.flops import count_flops
+from mpdit_kernels.operators import count_flops
 from mpdit_kernels.short_attn import op as short_attn
 from mpdit_kernels.varlen import Sequences
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mpdit_kernels.checks import check, check_shapes, check_tensors
-from mpdit_kernels.dispatch import absent, kernel_op, takes_triton
-from mpdit_kernels.flops import count_flops
+from mpdit_kernels.dispatch import takes_triton
 from mpdit_kernels.fno import reference
+from mpdit_kernels.operators import absent, count_flops, kernel_op
 
 LAYERS = 3
 """What the kernels are written for."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mpdit_kernels.checks import autocast_dtype, check, check_filled, check_shapes, check_tensors
-from mpdit_kernels.dispatch import absent, kernel_op, takes_triton
-from mpdit_kernels.flops import count_flops
+from mpdit_kernels.dispatch import takes_triton
 from mpdit_kernels.gelu_mlp import reference
+from mpdit_kernels.operators import absent, count_flops, kernel_op
 
 
 def gelu_linear(
@@ -72,6 +72,7 @@ _gelu_linear = kernel_op(
     "forward",
     "gelu_linear(Tensor x, Tensor weight1, Tensor bias1, Tensor? weight2, Tensor? bias2, bool keep) "
     "-> (Tensor, Tensor)",
+    products=True,
 )
 # Returns the gradients of x, weight1, bias1, weight2 and bias2; empty where not needed.
 _gelu_linear_backward = kernel_op(
@@ -79,6 +80,7 @@ _gelu_linear_backward = kernel_op(
     "backward",
     "gelu_linear_backward(Tensor dy, Tensor x, Tensor weight1, Tensor? weight2, Tensor hidden, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    products=True,
 )
 
 

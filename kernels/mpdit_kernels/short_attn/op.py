@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mpdit_kernels.checks import check, check_filled, check_shapes, check_tensors
-from mpdit_kernels.dispatch import kernel_op, takes_triton
-from mpdit_kernels.flops import count_flops
+from mpdit_kernels.dispatch import takes_triton
+from mpdit_kernels.operators import count_flops, kernel_op
 from mpdit_kernels.short_attn import reference
 from mpdit_kernels.varlen import Offsets, Sequences, sequences
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mpdit_kernels.checks import autocast_dtype, check, check_eps, check_filled, check_shapes, check_tensors
-from mpdit_kernels.dispatch import absent, kernel_op, takes_triton, too_wide
-from mpdit_kernels.flops import count_flops
+from mpdit_kernels.dispatch import takes_triton, too_wide
+from mpdit_kernels.operators import absent, count_flops, kernel_op
 from mpdit_kernels.upsample import reference
 
 
@@ -160,6 +160,7 @@ _upsample = kernel_op(
     "forward",
     "upsample(Tensor x, Tensor expand, Tensor expand_bias, Tensor refine, Tensor refine_bias, Tensor? patches, "
     "Tensor? skip_bias, Tensor? position, SymInt[] sizes, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    products=True,
 )
 # Returns gradients of the first eight arguments of the forward, those not wanted being empty. x's comes as `dtype`,
 # those of matrices and patches in the products' dtype, the others in fp32.
@@ -168,6 +169,7 @@ _upsample_backward = kernel_op(
     "backward",
     "upsample_backward(Tensor d_out, Tensor rows, Tensor image, Tensor expand, Tensor refine, Tensor? patches, "
     "SymInt[] sizes, float eps, ScalarType dtype, bool[] wanted) -> Tensor[]",
+    products=True,
 )
 
 

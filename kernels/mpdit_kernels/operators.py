@@ -1,0 +1,70 @@
+"""Defining an operator: torch.ops.mpdit_kernels.NAME, run by Triton kernels, and the FLOP that it counts."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_waiting: list[tuple[Any, Callable[..., int]]] = []
+
+
+def kernel_op(folder: str, launcher: str, schema: str, products: bool = False) -> Any:
+    """Define the operator torch.ops.mpdit_kernels.NAME of a schema "NAME(Tensor x) -> Tensor".
+
+    It calls the launcher in the folder's triton_impl.py, which is imported then. An operator returns tensors alone:
+    what the launcher returns as None comes out as `absent`. With `products` the launcher calls cuBLAS, whose products
+    take the dtypes that they are given, whatever autocast says.
+    """
+
+    def run(*args: Any) -> Any:
+        implementation = importlib.import_module(f"mpdit_kernels.{folder}.triton_impl")
+        tensor = next(x for x in args if isinstance(x, Tensor))
+        with torch.autocast(tensor.device.type, enabled=False) if products else contextlib.nullcontext():
+            found = getattr(implementation, launcher)(*args)
+        if isinstance(found, Tensor):
+            return found
+        return type(found)(absent(tensor) if x is None else x for x in found)
+
+    name, arguments = schema.split("(", 1)
+    return torch.library.custom_op(f"mpdit_kernels::{name}", run, mutates_args=(), schema=f"({arguments}")
+
+
+def absent(x: Tensor) -> Tensor:
+    """Return an empty fp32 tensor on x's device."""
+    return x.new_empty(0, dtype=torch.float32)
+
+
+def count_flops(*operators: Any) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Register what operators count for torch.utils.flop_counter.FlopCounterMode, which can't know it by itself.
+
+    The formula takes an operator's arguments and `out_val`, its result. Counted are matrix products, two FLOP a
+    multiply-accumulate, as that counter does for PyTorch's own operators: norms, activations and sums are not. The
+    counts are those of the references, so that both paths of a model count alike.
+
+    torch.utils.flop_counter imports triton (torch 2.13), which takes a while. So formulas wait for `register_flops`,
+    called before the first kernel is launched, unless that module is there already.
+    """
+
+    def decorate(formula: Callable[..., int]) -> Callable[..., int]:
+        _waiting.extend((operator, formula) for operator in operators)
+        if "torch.utils.flop_counter" in sys.modules:
+            register_flops()
+        return formula
+
+    return decorate
+
+
+def register_flops() -> None:
+    """Hand the formulas that wait over to torch, which keeps its own where it has one."""
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    while _waiting:
+        operator, formula = _waiting.pop()
+        if operator not in flop_registry:
+            register_flop_formula(operator, get_raw=True)(formula)
