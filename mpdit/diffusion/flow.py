@@ -50,7 +50,7 @@ class FlowConfig:
 
 
 def draw_times(config: FlowConfig, seed: int, positions: Tensor) -> Tensor:
-    """A time for each sample: positions int64 [B] -> fp32 [B]."""
+    """Draw a time for each sample: positions int64 [B] -> fp32 [B]."""
     if config.time_sampler == "uniform":
         return rng.uniform(seed, Stream.TIME, positions)
     logit = rng.normal(seed, Stream.TIME, positions).double() * config.logit_std + config.logit_mean
@@ -59,13 +59,13 @@ def draw_times(config: FlowConfig, seed: int, positions: Tensor) -> Tensor:
 
 
 def drop_classes(config: FlowConfig, labels: Tensor, null_class: int, seed: int, positions: Tensor) -> Tensor:
-    """Labels int64 [B] with each replaced by null_class with probability `class_dropout`."""
+    """Replace each of the labels int64 [B] by null_class with probability `class_dropout`."""
     dropped = rng.uniform(seed, Stream.CLASS_DROPOUT, positions) < config.class_dropout
     return labels.masked_fill(dropped, null_class)
 
 
 def loss_weights(config: FlowConfig, t: Tensor) -> Tensor:
-    """Weight of a sample's squared error at its time: fp32 [B] -> fp32 [B]."""
+    """Compute the weight of a sample's squared error at its time: fp32 [B] -> fp32 [B]."""
     if config.loss_weight == "snr":
         return t / (1 - t + 1e-8)
     if config.loss_weight == "min_snr":
@@ -83,7 +83,7 @@ def flow_loss(
     config: FlowConfig,
     null_class: int,
 ) -> Tensor:
-    """Weighted mean squared velocity error of each sample, fp32 [B]; its mean is the training loss.
+    """Compute the weighted mean squared velocity error of each sample, fp32 [B]; its mean is the training loss.
 
     model(x_t fp32 [B, C, H, W], t fp32 [B], labels int64 [B]) -> velocity [B, C, H, W]; latents [B, C, H, W],
     labels and positions (in the global order) int64 [B]. Latents of several sizes are a list of B tensors [C, H, W]:
@@ -113,5 +113,5 @@ def flow_loss(
 
 
 def _shapes(batch: Latents) -> str:
-    """For messages, and to compare."""
+    """Return the shapes of a batch, for messages and to compare."""
     return str(list(batch.shape) if isinstance(batch, Tensor) else [list(image.shape) for image in batch])

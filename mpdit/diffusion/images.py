@@ -65,7 +65,7 @@ def decode(latents: Tensor, data: Mapping[str, Any]) -> NDArray[np.uint8]:
 
 
 def _to_uint8(images: Tensor) -> NDArray[np.uint8]:
-    """0..1 -> 0..255, rounded; a diverged model's NaN shows as black."""
+    """Scale 0..1 to 0..255, rounded; a diverged model's NaN shows as black."""
     scaled = images.detach().cpu().nan_to_num(0.0).clamp(0, 1) * 255
     return scaled.round().to(torch.uint8).numpy()
 

@@ -52,7 +52,7 @@ def choose_precision(name: str, device: torch.device) -> Precision:
 
 @contextlib.contextmanager
 def computing(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Products in this precision and the same bits every time: fp32 without TF32, TF32, or autocast to bf16.
+    """Compute products in this precision and the same bits every time: fp32 without TF32, TF32, or autocast to bf16.
 
     The autocast keeps no casts: those made outside a graph would be freed under it.
     """
@@ -104,16 +104,16 @@ class SamplingModel(nn.Module):
         return self._graphs is not None and not self._graphs.broken
 
     def prepare_time(self, t: Tensor) -> Tensor:
-        """As MPDiT.prepare_time."""
+        """Compute MPDiT.prepare_time."""
         with computing(self.precision, t.device):
             return self.inner.prepare_time(t)
 
     def velocity(self, x: Tensor, state: Tensor, y: Tensor) -> Tensor:
-        """As MPDiT.velocity of latents of one size."""
+        """Compute MPDiT.velocity of latents of one size."""
         return self._compute(x, state, y) if self._graphs is None else self._graphs(x, state, y)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """As MPDiT's of latents of one size."""
+        """Compute MPDiT.forward of latents of one size."""
         return self.velocity(x, self.prepare_time(t), y)
 
     def _compute(self, x: Tensor, state: Tensor, y: Tensor) -> Tensor:

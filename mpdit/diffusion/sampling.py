@@ -92,7 +92,7 @@ class Flow:
 
 
 def euler(flow: Flow, x: Tensor, steps: int) -> Tensor:
-    """`steps` evaluations, at t = 1, 1 - 1/steps, ..., 1/steps."""
+    """Integrate by `steps` evaluations, at t = 1, 1 - 1/steps, ..., 1/steps."""
     times = uniform_times(1.0, 0.0, steps)
     velocity = flow.at(times[:-1], x)
     for i in range(steps):
@@ -102,7 +102,7 @@ def euler(flow: Flow, x: Tensor, steps: int) -> Tensor:
 
 
 def heun(flow: Flow, x: Tensor, steps: int) -> Tensor:
-    """`steps` intervals of two evaluations, at both ends."""
+    """Integrate by `steps` intervals of two evaluations, at both ends."""
     times = uniform_times(1.0, 0.0, steps)
     velocity = flow.at(times, x)
     for i in range(steps):
@@ -114,7 +114,7 @@ def heun(flow: Flow, x: Tensor, steps: int) -> Tensor:
 
 
 def dopri5(flow: Flow, x: Tensor, steps: int) -> Tensor:
-    """At most `steps` attempted steps of six evaluations, adapted to atol and rtol.
+    """Integrate by at most `steps` attempted steps of six evaluations, adapted to atol and rtol (Dormand-Prince 5(4)).
 
     The error is that of the whole batch, so an image depends a little on those it is batched with.
     """
@@ -151,7 +151,7 @@ def dopri5(flow: Flow, x: Tensor, steps: int) -> Tensor:
 
 
 def sde(flow: Flow, x: Tensor, steps: int) -> Tensor:
-    """Euler-Maruyama: `steps` evaluations, the first at 0.96, where x is still the noise given, the last at 0.04.
+    """Integrate by Euler-Maruyama: `steps` evaluations, from 0.96, where x is still the noise given, to 0.04.
 
     The noise added is keyed by (seed, position, step), so it does not depend on the batching.
     """

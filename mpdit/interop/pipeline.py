@@ -6,26 +6,17 @@ import inspect
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
-from diffusers.utils import BaseOutput
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput, ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
 _Base: Any = DiffusionPipeline  # as what diffusers says of its types are its stand-ins' without torch
-
-
-@dataclass
-class MPDiTPipelineOutput(BaseOutput):
-    """A list of PIL images, a numpy array [B, H, W, 3], or a tensor of images [B, 3, H, W] or latents [B, C, S, S]."""
-
-    images: Any
 
 
 class MPDiTPipeline(_Base):
@@ -44,7 +35,7 @@ class MPDiTPipeline(_Base):
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **options: Any) -> None:
-        """As DiffusionPipeline's, with the two files of code, which that one leaves out."""
+        """Write the folder as DiffusionPipeline does, and the two files of code, which that one leaves out."""
         super().save_pretrained(save_directory, *args, **options)
         folder = Path(save_directory)
         kind = type(self.transformer)
@@ -66,8 +57,8 @@ class MPDiTPipeline(_Base):
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-    ) -> MPDiTPipelineOutput | tuple[Any]:
-        """An image of each class.
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw an image of each class.
 
         Args:
             class_labels: B labels; num_classes means no class.
@@ -77,7 +68,7 @@ class MPDiTPipeline(_Base):
             generator: of the noise; one, or one an image.
             latents: the noise itself, [B, C, S, S].
             output_type: "pil"; "np" or "pt", floats in 0..1; or "latent", the normalised latents [B, C, S, S].
-            return_dict: an MPDiTPipelineOutput, else a tuple of its one field.
+            return_dict: whether to return diffusers' ImagePipelineOutput, or a tuple of its one field.
         """
         model = self.transformer.config.model
         labels = [class_labels] if isinstance(class_labels, int) else [int(label) for label in class_labels]
@@ -107,7 +98,7 @@ class MPDiTPipeline(_Base):
 
         images = x if output_type == "latent" else self._decode(x, output_type)
         self.maybe_free_model_hooks()
-        return MPDiTPipelineOutput(images=images) if return_dict else (images,)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _decode(self, x: Tensor, output_type: str) -> Any:
         config = self.transformer.config

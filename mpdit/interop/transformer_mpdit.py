@@ -42,9 +42,9 @@ class MPDiTTransformer2DModel(ModelMixin, ConfigMixin):
         self.mpdit = MPDiT(ModelConfig.from_dict(model))
 
     def forward(self, hidden_states: Tensor, timestep: Tensor | float, class_labels: Tensor) -> Tensor:
-        """Velocity like hidden_states [B, C, S, S] at one time, or times [B]: 1 is noise, 0 is data; labels int64 [B].
+        """Predict the velocity, like hidden_states [B, C, S, S], at one time or times [B]: 1 is noise, 0 is data.
 
-        The label num_classes means no class.
+        class_labels are int64 [B]; num_classes means no class.
         """
         t = torch.as_tensor(timestep, dtype=torch.float32, device=hidden_states.device).expand(len(hidden_states))
         half = self.dtype in (torch.bfloat16, torch.float16)  # torch_dtype of from_pretrained

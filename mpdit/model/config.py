@@ -10,8 +10,6 @@ from typing import Any, Literal, TypeVar, get_args
 
 from mpdit.core.errors import ConfigError
 
-Modulation = Literal["shared", "per_block"]
-ClassConditioning = Literal["tokens", "added"]
 Convention = Literal["mpdit", "sit"]
 T = TypeVar("T")
 
@@ -44,9 +42,9 @@ class ModelConfig:
     num_classes: int = 1000
     class_tokens: int = 16
     """Tokens per class in front of the image tokens; only read when class_conditioning is "tokens"."""
-    class_conditioning: ClassConditioning = "tokens"
+    class_conditioning: Literal["tokens", "added"] = "tokens"
     """"tokens" puts class tokens in front; "added" adds a class vector to the time embedding, as DiT does."""
-    modulation: Modulation = "shared"
+    modulation: Literal["shared", "per_block"] = "shared"
     """One adaLN modulation for all blocks and the final layer, or one per block and another for the final layer."""
     time_embedding: str = "fno"
     """A key of mpdit.model.time.TIME_EMBEDDINGS; this and `transition` are looked up where a model is built."""
@@ -75,8 +73,8 @@ class ModelConfig:
         for name in ("skip", "learn_sigma"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: give true or false")
-        one_of("class_conditioning", self.class_conditioning, get_args(ClassConditioning))
-        one_of("modulation", self.modulation, get_args(Modulation))
+        one_of("class_conditioning", self.class_conditioning, ("tokens", "added"))
+        one_of("modulation", self.modulation, ("shared", "per_block"))
         one_of("convention", self.convention, get_args(Convention))
         self._check_stages()
         self._check_widths()
@@ -117,12 +115,12 @@ class ModelConfig:
 
     @property
     def num_class_tokens(self) -> int:
-        """m, the class tokens in front of the image tokens of every stage (0 when the class is added)."""
+        """Return m, the class tokens in front of the image tokens of every stage (0 when the class is added)."""
         return self.class_tokens if self.class_conditioning == "tokens" else 0
 
     @property
     def null_class(self) -> int:
-        """The label that stands for "no class"."""
+        """Return the label that stands for "no class"."""
         return self.num_classes
 
     def replace(self, **changes: Any) -> ModelConfig:

@@ -42,7 +42,7 @@ def init_linear(module: nn.Module) -> None:
 
 
 def normalize(x: Tensor) -> Tensor:
-    """Layer norm over the last axis without affine part."""
+    """Apply layer norm over the last axis without affine part."""
     return layer_norm(x, x.shape[-1:], eps=EPS)
 
 
@@ -93,12 +93,12 @@ def grid_of(x: Tensor, patch: int) -> Grid:
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:
-    """[B, C, H, W] -> [B, n, C*p*p], channel slowest: the order of a flattened convolution kernel."""
+    """Cut [B, C, H, W] into [B, n, C*p*p], channel slowest: the order of a flattened convolution kernel."""
     return rearrange(x, "b c (h i) (w j) -> b (h w) (c i j)", i=patch, j=patch)
 
 
 def unpatchify(tokens: Tensor, patch: int, grid: Grid) -> Tensor:
-    """[B, n, p*p*C] -> [B, C, H, W], channel fastest: the order of the final layer's rows."""
+    """Join [B, n, p*p*C] to [B, C, H, W], channel fastest: the order of the final layer's rows."""
     return rearrange(tokens, "b (h w) (i j c) -> b c (h i) (w j)", h=grid[0], i=patch, j=patch)
 
 
@@ -180,7 +180,7 @@ class ResidualStream:
         self.x, self.num_class_tokens, self.pending, self.gate = x, num_class_tokens, pending, gate
 
     def sum(self) -> Tensor:
-        """x + gate * pending, in the dtype of x."""
+        """Compute x + gate * pending, in the dtype of x."""
         if self.pending is None or self.gate is None:
             return self.x
         return gated_residual(self.x, self.pending, self.gate, cu_seqlens=self.cu_seqlens)

@@ -82,7 +82,7 @@ class Attention(nn.Module):
         init_linear(self.proj)
 
     def forward(self, x: Tensor, first_query: int = 0, cu_seqlens: tuple[int, ...] | None = None) -> Tensor:
-        """[B, T, D] -> [B, T - first_query, D]: the first tokens are keys and values only. Packed: [N, D] alike."""
+        """Map [B, T, D] to [B, T - first_query, D]: the first tokens are keys and values only. Packed [N, D] alike."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, T, 3, heads, D / heads]
         try:
             if cu_seqlens is None:
@@ -107,7 +107,7 @@ class Block(nn.Module):
         self.mlp = MLP(width, int(width * mlp_ratio))
 
     def forward(self, stream: ResidualStream, condition: Tensor, last: bool = False) -> ResidualStream:
-        """A stream of x [B, T, D] -> the next one, in which the MLP's branch is pending.
+        """Map a stream of x [B, T, D] to the next one, in which the MLP's branch is pending.
 
         condition is the shared modulation [B, 6D], or the condition vector [B, D] when the block owns its modulation.
         In the last block nobody reads the class tokens that come out: there they are keys and values only, and leave.
@@ -262,7 +262,7 @@ class MPDiT(Pretrained):
 
     @property
     def last_block(self) -> Block | None:
-        """The last block of the finest stage, if it has any."""
+        """Return the last block of the finest stage, if it has any."""
         blocks = self.stages[-1].blocks
         return blocks[-1] if len(blocks) else None
 

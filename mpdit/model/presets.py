@@ -33,7 +33,7 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str, **overrides: Any) -> ModelConfig:
-    """The configuration of a preset with fields overridden; ConfigError lists the names when it is unknown."""
+    """Return the configuration of a preset with fields overridden; ConfigError lists the names when it is unknown."""
     if name not in PRESETS:
         raise ConfigError(f"unknown model {name!r}: known models are {', '.join(PRESETS)}")
     return PRESETS[name].replace(**overrides)

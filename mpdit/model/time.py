@@ -54,7 +54,7 @@ class TimeEmbedding(nn.Module, ABC):
     least_layers = 1
 
     def forward(self, t: Tensor) -> Tensor:
-        """t [B] -> [B, D], fp32 (float64 in a float64 model)."""
+        """Embed t [B] as [B, D], fp32 (float64 in a float64 model)."""
         parameter = next(self.parameters())
         with torch.autocast(t.device.type, enabled=False):
             if parameter.dtype in (torch.float32, torch.float64):
