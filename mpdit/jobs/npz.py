@@ -1,4 +1,4 @@
-"""npz files larger than memory: arrays read and written row by row, straight from and into the zip."""
+"""Reads and writes npz files larger than memory: arrays row by row, straight from and into the zip."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.r
 
 
 class NpzReader:
-    """The arrays of an npz: headers at once, contents when asked for. DataError for a file that isn't a sound npz."""
+    """Reads the arrays of an npz, when asked for them. DataError for a file that isn't a sound npz."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

@@ -1,4 +1,4 @@
-"""Work in parts that any number of processes share: each part is done once, and what is done stays done.
+"""Shares work in parts among any number of processes: each part is done once, and what is done stays done.
 
 A job is a fixed list of parts, each of which leaves files of its own that appear whole or not at all. So processes
 need not talk to one another: which parts are left is seen from the folder, a killed job goes on where it was, and the
@@ -50,7 +50,7 @@ _PATIENCE_SECONDS = 20.0
 
 @dataclass(kw_only=True)
 class Job(ABC):
-    """Images that are worked at in parts, in a folder; it must be picklable, as each process gets a copy."""
+    """Describes work at images in parts, in a folder; it must be picklable, as each process gets a copy."""
 
     out: Path
     identity: dict[str, Any]
@@ -65,17 +65,17 @@ class Job(ABC):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the identity, which every part carries."""
+        """Return the SHA-256 of the identity, which every part carries."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
     @property
     def parts(self) -> range:
-        """The numbers of the parts."""
+        """Return the numbers of the parts."""
         return range(self.kept // self.part_images, -(-self.count // self.part_images))
 
     @property
     def parts_folder(self) -> Path:
-        """The folder of what isn't put together yet."""
+        """Return the folder of what isn't put together yet."""
         return self.out / PARTS_NAME
 
     def span(self, part: int) -> tuple[int, int]:

@@ -1,1 +1,1 @@
-"""How good are the samples? Every figure comes with the protocol it was measured by."""
+"""Measures how good samples are; every figure comes with the protocol it was measured by."""

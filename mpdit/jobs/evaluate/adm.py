@@ -1,4 +1,4 @@
-"""FID, sFID, Inception Score, precision and recall of samples, by the definitions of ADM's evaluator.
+"""Measures FID, sFID, Inception Score, precision and recall of samples, by the definitions of ADM's evaluator.
 
 https://github.com/openai/guided-diffusion/tree/main/evaluations (Dhariwal and Nichol, 2021), without TensorFlow: FID
 from Inception's pool_3 (Heusel et al., 2017), sFID from the first 7 channels of mixed_6/conv (Nash et al., 2021),
@@ -50,7 +50,7 @@ _STORED = {"pool": ("mu", "sigma", POOL_FEATURES), "spatial": ("mu_s", "sigma_s"
 
 @dataclass(frozen=True)
 class Features:
-    """What figures are computed from; a reference may lack some of it."""
+    """Holds what figures are computed from; a reference may lack some of it."""
 
     pool: Gaussian | None
     spatial: Gaussian | None
@@ -101,7 +101,7 @@ def extract_features(
 
 
 class Reference:
-    """An ADM reference npz (mu, sigma, mu_s, sigma_s, arr_0), a part of it that makes sense, or images.
+    """Reads a reference: an ADM npz (mu, sigma, mu_s, sigma_s, arr_0), a part of it that makes sense, or images.
 
     Statistics stored in the npz are used as they are, and its images for precision and recall alone, as ADM does.
     Without any the images give the statistics too. Of a folder at most 10 000 images, evenly taken, go into precision
@@ -209,7 +209,7 @@ def write_reference(
 
 @dataclass(frozen=True)
 class ImagesEvaluation:
-    """Five figures, and what they were measured with; None for what the reference doesn't give."""
+    """Holds five figures, and what they were measured with; None for what the reference doesn't give."""
 
     fid: float | None
     sfid: float | None

@@ -33,7 +33,7 @@ _LEAST_ACCURACY = 0.96
 
 @dataclass(frozen=True)
 class DigitsEvaluation:
-    """Two figures, and what they were measured with."""
+    """Holds two figures, and what they were measured with."""
 
     class_agreement: float
     """Fraction of guided samples that the classifier takes for the class asked for."""

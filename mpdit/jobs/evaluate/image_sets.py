@@ -1,4 +1,4 @@
-"""Images to be judged, in order and in little memory: a folder of files, an npz, or what `mpdit sample` writes."""
+"""Reads images to be judged, in order and in little memory: files in a folder, an npz, or what `mpdit sample` wrote."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _NAMED = 5  # of many files, as many are named in a message
 
 
 class ImageSet(ABC):
-    """Images of one size; open_images() makes them."""
+    """Reads images of one size; open_images() makes it."""
 
     path: Path
     """As given by the user."""

@@ -1,4 +1,4 @@
-"""The Inception network that FID is defined by: torch-fidelity's port, its weights checked and never blindly unpickled.
+"""Loads the Inception network that FID is defined by: torch-fidelity's port, its weights checked, no code unpickled.
 
 TensorFlow's classify_image_graph_def.pb of 2015-12-05, which ADM's evaluator runs, in torch. Which module is which is
 said by torch-fidelity's conversion script (utils/util_convert_inception_weights.py): TensorFlow's mixed_4 .. mixed_7
@@ -32,7 +32,7 @@ _SPATIAL_CHANNELS = 7
 
 
 class Inception:
-    """Features of images for FID, sFID, Inception Score, precision and recall; fp32, TensorFlow's resizing to 299."""
+    """Computes the features of images that ADM's figures are made of: in fp32, after TensorFlow's resizing to 299."""
 
     sha256: str
     """Of the file of weights."""
@@ -62,7 +62,7 @@ class Inception:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Why its figures can't be compared with others."""
+        """Return why its figures can't be compared with others."""
         warning = "not the standard weights of Inception: the figures can't be compared with others'"
         return () if self.is_standard else (warning,)
 

@@ -1,4 +1,4 @@
-"""Figures of image features: Gaussian statistics, Frechet distance, Inception Score, precision and recall."""
+"""Computes figures of image features: Gaussian statistics, Frechet distance, Inception Score, precision and recall."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SAME = 1e-10  # squared distance over squared norms, below which two rows are o
 
 
 class StreamingGaussian:
-    """Mean and covariance of rows that come in batches, in float64 and in the memory of two covariances.
+    """Computes mean and covariance of rows that come in batches, in float64 and in the memory of two covariances.
 
     Sums of the outer products of rows minus a fixed shift, which keeps the digits where means are large. Rows are
     summed in blocks of one size, so the result doesn't depend on the batches they came in.

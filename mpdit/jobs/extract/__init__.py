@@ -1,1 +1,1 @@
-"""From images to packed latents: listed, cropped, decoded ahead, encoded, in parts that any number of ranks share."""
+"""Extracts packed latents from images: listed, decoded ahead, encoded, in parts that any number of ranks share."""

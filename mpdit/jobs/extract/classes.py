@@ -30,7 +30,7 @@ Classes = tuple[tuple[str, ...], NDArray[np.int32]]
 
 
 class Evidence:
-    """What a source says of its images, of each in the order they were found."""
+    """Collects what a source says of its images, in the order they were found."""
 
     def __init__(self) -> None:
         self.names: list[str] = []

@@ -1,4 +1,4 @@
-"""From image files to squares of pixels, in threads ahead of the encoder: decoding, RGB, ADM's centre crop."""
+"""Decodes image files to squares of pixels, in threads ahead of the encoder: RGB, ADM's centre crop."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def center_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class DecodedBatch:
-    """Images side by side in the index, less the broken ones."""
+    """Holds images side by side in the index, less the broken ones."""
 
     images: NDArray[np.uint8]
     """[B, H, W, 3]."""

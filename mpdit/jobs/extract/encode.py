@@ -49,7 +49,7 @@ _NAMED = 3  # of the broken images, as many are named in a message
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractOptions:
-    """How images become latents. None: chosen by what is at hand."""
+    """Says how images become latents. None: chosen by what is at hand."""
 
     image_size: int = 256
     flip: bool = False
@@ -80,19 +80,19 @@ class ExtractOptions:
 
     @property
     def batch_images(self) -> int:
-        """`batch`, chosen where it is None."""
+        """Return `batch`, chosen where it is None."""
         return self.batch or max(1, _BATCH_PIXELS // self.image_size**2)
 
     @property
     def decode_threads(self) -> int:
-        """`workers`, chosen where it is None."""
+        """Return `workers`, chosen where it is None."""
         sharing = max(self.processes, DistEnv.from_environment().local_size)
         return self.workers or max(1, len(os.sched_getaffinity(0)) // sharing)
 
 
 @dataclass
 class Timing:
-    """Where the time of a part went, in seconds."""
+    """Counts where the time of a part went, in seconds."""
 
     images: int = 0
     workers: int = 0
@@ -106,7 +106,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a finished part left."""
+    """Describes a finished part, as its JSON file does."""
 
     job: str
     """Digest of the job it belongs to."""
@@ -122,7 +122,7 @@ class Receipt:
 
 @dataclass(kw_only=True)
 class ExtractionJob(Job):
-    """What is to be encoded, and how."""
+    """Describes what is to be encoded, and how."""
 
     images: ImageIndex
     spec: LatentSpec
@@ -177,7 +177,7 @@ def _matches(path: Path, stored: StoredFile, whole: bool) -> bool:
 
 
 class EncodeWorker:
-    """One process's work: its VAE, and the broken images it has met."""
+    """Encodes parts in one process: holds its VAE, and the broken images it has met."""
 
     def __init__(self, job: ExtractionJob, device: torch.device) -> None:
         self._job, self._device = job, device

@@ -1,4 +1,4 @@
-"""From a source of images to a packed data set: checks first, parts by any number of processes, the manifest last."""
+"""Extracts a packed data set from images: checks first, parts by any number of processes, the manifest last."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _IGNORED_NAMED = 1000  # of the files that are no images, as many are named in t
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """What came of it."""
+    """Says what came of an extraction."""
 
     path: Path
     manifest: Manifest
@@ -89,16 +89,17 @@ def extract(
         raise DataError(f"{folder} {what}: give a new folder, nothing is overwritten")
     job = _plan(source, folder, vae, options)
 
-    def is_begun() -> bool:
+    def check() -> bool:
+        """Raise DataError for another job's folder; return whether rank 0 has begun."""
         _check_job(job)
         return (job.parts_folder / JOB_NAME).exists() or (folder / MANIFEST_NAME).exists()
 
-    is_begun()
+    check()
     if not (folder / MANIFEST_NAME).exists():
         held = sum(path.stat().st_size for path in folder.glob("shard-*.bin"))
         needed = len(job.images) * (job.spec.record_bytes + 2 * INDEX_DTYPE.itemsize) + _SLACK_BYTES - held
         check_room(folder, needed, counted(len(job.images), "image"))
-        with begin(job, JOB_NAME, job.identity, is_begun):
+        with begin(job, JOB_NAME, job.identity, check):
             # Rank 0 may have put all together meanwhile.
             if not (folder / MANIFEST_NAME).exists():
                 first = run_parts(job, processes=options.processes, device=options.device, label="encoding")

@@ -48,12 +48,12 @@ _OF_ONE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELO
 
 
 class BrokenImage(Exception):
-    """One image can't be used; the message says why. It is listed and left out."""
+    """Says why one image can't be used. It is listed and left out."""
 
 
 @dataclass(frozen=True)
 class Container:
-    """A folder of image files, or an archive of them."""
+    """Names a folder of image files, or an archive of them."""
 
     path: str
     kind: Literal["folder", "tar", "zip"]
@@ -61,7 +61,7 @@ class Container:
 
 @dataclass(frozen=True)
 class ImageIndex:
-    """Where N images lie, sorted by class, then name. In columns: a million objects would be slow and large."""
+    """Holds where N images lie, sorted by class, then name. In columns: a million objects would be slow and large."""
 
     class_names: tuple[str, ...]
     labels: NDArray[np.int32]
@@ -205,7 +205,7 @@ class _Listing(Evidence):
         return ImageIndex(class_names, labels[order], names, tuple(self._containers), places[order], self.ignored)
 
     def _open(self, container: Container, archive: str = "") -> None:
-        """Images added from here on lie in this container."""
+        """Begin a container, in which the images added from here on lie."""
         self._containers.append(container)
         self._archive = archive
 
@@ -392,7 +392,7 @@ class _Listing(Evidence):
 
 
 class _Bounded:
-    """A file as tarfile reads it, which would ask for as many bytes as a damaged header says."""
+    """Hands a file to tarfile, which would ask it for as many bytes as a damaged header says."""
 
     def __init__(self, file: IO[bytes], end: int) -> None:
         self._file, self._end = file, end

@@ -1,4 +1,4 @@
-"""Sample sets: many images drawn by any number of processes, into a folder that is continued where it was."""
+"""Draws sample sets: many images, by any number of processes, into a folder that is continued where it was."""
 
 from __future__ import annotations
 

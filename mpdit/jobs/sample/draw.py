@@ -42,7 +42,7 @@ _NOTE_NAME = "samples.json"
 
 @dataclass(frozen=True)
 class DrawReport:
-    """What came of it."""
+    """Says what came of drawing."""
 
     out: Path
     images: int
@@ -91,12 +91,13 @@ def draw(weights: str | Path, out: str | Path, options: DrawOptions | None = Non
     to_write = job.count - job.kept + (0 if options.files == "png" else job.count)  # PNGs are compressed: not counted
     check_room(out, to_write * image_bytes - held, f"{counted(job.count, 'image')}, parts and result")
 
-    def is_begun() -> bool:
+    def check() -> bool:
+        """Raise ConfigError for a folder of other samples; return whether rank 0 has begun."""
         finished = FinishedSet.load(out)
         _check_same(job, finished)
         return (job.parts_folder / _NOTE_NAME).is_file() or (finished is not None and finished.images == job.count)
 
-    with begin(job, _NOTE_NAME, {"identity": job.identity, "images": job.count}, is_begun):
+    with begin(job, _NOTE_NAME, {"identity": job.identity, "images": job.count}, check):
         if env.rank and not job.parts_folder.is_dir():
             return None  # rank 0 has put all together meanwhile
         left = sum(job.size(part) for part in job.todo())

@@ -1,4 +1,4 @@
-"""The files of a finished sample set: reading one to go on with it, and putting one together from its parts."""
+"""Reads a finished sample set, to go on with it, and puts one together from its parts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def identity_of(protocol: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class FinishedSet:
-    """A finished sample set: its last file is written last, so all of it is there."""
+    """Reads a finished sample set: the file that it is known by is written last, so all of it is there."""
 
     out: Path
     protocol: dict[str, Any]

@@ -43,7 +43,7 @@ Files = Literal["npz", "png", "both"]
 
 @dataclass(frozen=True, kw_only=True)
 class DrawOptions:
-    """Which images, drawn how, decoded by what, written as what."""
+    """Says which images are drawn how, decoded by what, written as what."""
 
     images: int = 100
     sampler: Sampler = field(default_factory=Sampler)
@@ -70,7 +70,7 @@ class DrawOptions:
 
 @dataclass(frozen=True)
 class Labels:
-    """Image i's class is a function of i, whatever the number of images or the part it is drawn in.
+    """Says what class image i is of, whatever the number of images or the part it is drawn in.
 
     "random" draws each uniformly, keyed by (seed, i): the protocol of ADM, DiT, SiT and MPDiT, whose scripts draw
     50 000 labels at random. "balanced" takes the classes in turn, so that all come equally often where their number
@@ -135,7 +135,7 @@ class LatentDecoder:
 
     @property
     def kind(self) -> str:
-        """DIGITS, PREVIEW or WITH_VAE."""
+        """Return DIGITS, PREVIEW or WITH_VAE."""
         if self._vae is not None:
             return WITH_VAE
         return DIGITS if self._data.get("kind") == "digits" else PREVIEW
@@ -194,7 +194,7 @@ def named_vae(data: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @dataclass(kw_only=True)
 class SampleJob(Job):
-    """What is to be drawn, and how.
+    """Describes what is to be drawn, and how.
 
     A part is drawn `sampler.batch` images at a time: so its bits don't depend on who draws it, or when, and on the
     batch by round-off only.
@@ -221,7 +221,7 @@ class SampleJob(Job):
 
     @property
     def arrays(self) -> dict[str, tuple[tuple[int, ...], type]]:
-        """Shape of a row and dtype of what is kept of each image."""
+        """Return shape of a row and dtype of what is kept of each image."""
         shape = (self.config.channels, self.config.input_size, self.config.input_size)
         latents: dict[str, tuple[tuple[int, ...], type]] = (
             {"latents": (shape, np.float32)} if self.options.latents else {}
@@ -255,7 +255,7 @@ class SampleJob(Job):
 
 
 class SampleWorker:
-    """One process's work: its model and its decoder."""
+    """Draws parts in one process: holds its model and its decoder."""
 
     def __init__(self, job: SampleJob, device: torch.device) -> None:
         self._job, self._device = job, device
