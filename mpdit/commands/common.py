@@ -19,6 +19,7 @@ from mpdit.diffusion.sampling import DIFFUSION_FORMS, SAMPLERS, Sampler
 if TYPE_CHECKING:
     import torch
 
+    from mpdit.data.normalization import Normalization
     from mpdit.model.config import ModelConfig
 
 
@@ -197,6 +198,16 @@ def records_bar(label: str, total: int | None = None) -> Iterator[Callable[[int]
 
     with tqdm(desc=label, total=total, unit="rec", disable=None, file=sys.stderr, leave=False) as bar:
         yield lambda done: bar.update(done - bar.n)
+
+
+def channels_lines(measured: Normalization, used: Normalization) -> list[str]:
+    """Return the statistics of latents beside the constants in use, as text."""
+    from mpdit.data.normalization import channels_text
+
+    return [
+        f"{name} of the channels: {channels_text(getattr(measured, name))}; in use {channels_text(getattr(used, name))}"
+        for name in ("mean", "std")
+    ]
 
 
 def check_new_folder(out: Path, option: str = "--out") -> None:

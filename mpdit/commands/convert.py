@@ -8,8 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpdit.commands.common import Outcome, add_data, adder, check_new_folder, records_bar, refuse, whole
+from mpdit.commands.common import (
+    Outcome,
+    add_data,
+    adder,
+    channels_lines,
+    check_file,
+    check_new_folder,
+    records_bar,
+    refuse,
+    whole,
+)
 from mpdit.core.errors import ConfigError
+from mpdit.core.files import new_folder
 
 if TYPE_CHECKING:
     from mpdit.model.mpdit import MPDiT
@@ -81,7 +92,6 @@ def _deduce(source: Path, checkpoint: bool) -> str:
 
 
 def _convert_model(args: argparse.Namespace, checkpoint: bool, target: str) -> Outcome:
-    from mpdit.core.files import new_folder
     from mpdit.interop.diffusers_folder import save_diffusers
     from mpdit.interop.official import official_model_name, read_official, save_official
     from mpdit.model.mpdit import load_weights
@@ -90,7 +100,7 @@ def _convert_model(args: argparse.Namespace, checkpoint: bool, target: str) -> O
     to_file = target == "official" and args.out.suffix.lower() in (".pt", ".pth")
     if to_file and args.out.exists():
         raise ConfigError(f"OUT {args.out} exists: give a new file, nothing is overwritten")
-    check_new_folder(args.out.parent / f"{args.out.name}.partial" if to_file else args.out, "OUT")
+    (check_file if to_file else check_new_folder)(args.out, "OUT")
     if checkpoint:
         model, metadata = read_official(args.source, args.num_heads, args.which or "ema", args.convention)
     else:
@@ -144,7 +154,6 @@ def _lines(model: MPDiT, figures: dict[str, Any]) -> Iterator[str]:
 
 def _pack(args: argparse.Namespace) -> Outcome:
     from mpdit.data.convert import convert_latents
-    from mpdit.data.normalization import channels_text
 
     if args.out.resolve().is_relative_to(args.source.resolve()):
         raise ConfigError(f"OUT {args.out} is inside {args.source}, which is being read: give a folder elsewhere")
@@ -174,12 +183,10 @@ def _pack(args: argparse.Namespace) -> Outcome:
         "statistics": dataclasses.asdict(manifest.statistics),
         "origin": dict(manifest.source),
     }
-    measured, used = manifest.statistics, manifest.normalization
     lines = [
         f"latents: {args.out}",
         f"samples: {manifest.num_samples} of {manifest.num_classes} classes in {len(manifest.shards)} shard(s)",
         f"source: {manifest.describe_source()}",
-        f"mean of the channels: {channels_text(measured.mean)}; in use {channels_text(used.mean)}",
-        f"std of the channels: {channels_text(measured.std)}; in use {channels_text(used.std)}",
+        *channels_lines(manifest.statistics, manifest.normalization),
     ]
     return Outcome("\n".join(lines), figures)

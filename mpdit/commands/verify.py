@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mpdit.commands.common import Outcome, add_data, records_bar
+from mpdit.commands.common import Outcome, add_data, channels_lines, records_bar
 from mpdit.core.errors import ConfigError
 
 SUMMARY = "check a data set from the first byte to the last"
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> Outcome:
 
 
 def _lines(data: Path, report: dict[str, Any]) -> Iterator[str]:
-    from mpdit.data.normalization import channels_text
+    from mpdit.data.normalization import Normalization
 
     where = f"{report['shards']} shard(s)" if report["checksums"] else f"the files of {report['format']}"
     yield f"sound: {data}"
@@ -64,9 +64,7 @@ def _lines(data: Path, report: dict[str, Any]) -> Iterator[str]:
     ratio = max(counts) / min(count for count in counts if count)
     if ratio > _IMBALANCED:
         yield f"imbalanced: {ratio:.1f} times as many samples in the largest class as in the smallest"
-    for name in ("mean", "std"):
-        measured, used = (channels_text(report[which][name]) for which in ("statistics", "normalization"))
-        yield f"{name} of the channels: {measured}; in use {used}"
+    yield from channels_lines(Normalization(**report["statistics"]), Normalization(**report["normalization"]))
     if not report["normalization_suits"]:
         yield (
             "warning: the normalisation in use does not suit these latents: train with --normalization measured, or "
