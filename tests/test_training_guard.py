@@ -20,9 +20,8 @@ from training_runs import Finished, new_folder, start
 
 from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError
-from mpdit.data.loaders import Batch
+from mpdit.data.loaders import Batch, to_latents
 from mpdit.data.order import BatchPlan, GlobalOrder
-from mpdit.data.posterior import to_latents
 from mpdit.diffusion.flow import flow_loss
 from mpdit.model.mpdit import MPDiT
 from mpdit.training.config import TrainConfig

@@ -2,12 +2,11 @@
 
 from mpdit.data.convert import convert_latents
 from mpdit.data.latents import PackedLatents
-from mpdit.data.loaders import make_loader
+from mpdit.data.loaders import make_loader, to_latents
 from mpdit.data.manifest import LatentSpec
 from mpdit.data.normalization import Normalization
 from mpdit.data.open import open_latents
 from mpdit.data.order import BatchPlan, GlobalOrder
-from mpdit.data.posterior import to_latents
 from mpdit.data.verify import verify
 from mpdit.data.writer import PackedWriter, write_packed
 

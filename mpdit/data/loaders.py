@@ -1,7 +1,11 @@
-"""Yields batches of the global order, read and checked ahead of training: through DALI, or plainly through torch."""
+"""Yields batches of the global order, read and checked ahead of training, and draws the latents to train on from them.
+
+Batches come through DALI, or plainly through torch.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import threading
@@ -9,16 +13,18 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mpdit.core import rng
 from mpdit.core.errors import ConfigError
 from mpdit.core.read_ahead import read_ahead
 from mpdit.data.dataset import LatentDataset
+from mpdit.data.manifest import DatasetInfo
+from mpdit.data.normalization import Normalization
 from mpdit.data.order import BatchPlan, GlobalOrder
 
 LoaderKind = Literal["dali", "torch"]
@@ -39,6 +45,37 @@ class Batch(NamedTuple):
     """int64 [b], where in the data set."""
     positions: Tensor
     """int64 [b], where in the global order; all randomness of training is keyed by these."""
+
+
+def to_latents(batch: Batch, manifest: DatasetInfo, seed: int, device: torch.device | str) -> Tensor:
+    """Return latents fp32 [b, C, H, W], drawn and normalised on `device`.
+
+    Of two variants one is chosen by a fair coin; mean + std * noise is drawn from the posterior (the noise is left
+    out when the manifest says that every std is zero); (latent - mean) / std normalises per channel. Coin and noise
+    are keyed by (seed, position of the sample in the global order), so a sample meets the same ones whatever the
+    batch, rank, loader or device.
+    """
+    moments, positions = (tensor.to(device, non_blocking=True) for tensor in (batch.moments, batch.positions))
+    if moments.shape[1] == 1:
+        chosen = moments[:, 0]
+    else:
+        flipped = rng.uniform(seed, rng.Stream.FLIP, positions) < 0.5
+        chosen = torch.where(flipped[:, None, None, None], moments[:, 1], moments[:, 0])
+    latents, std = chosen.float().chunk(2, dim=1)
+    if manifest.posterior_noise:
+        latents = latents + std * rng.normal(seed, rng.Stream.POSTERIOR, positions, tuple(latents.shape[1:]))
+    offset, scale = _constants(manifest.normalization, latents.device)
+    return (latents - offset) / scale
+
+
+@functools.lru_cache(maxsize=8)
+def _constants(normalization: Normalization, device: torch.device) -> tuple[Tensor, Tensor]:
+    # Kept on the device: making them anew would wait for it in every step.
+    offset, scale = (
+        torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
+        for values in (normalization.mean, normalization.std)
+    )
+    return offset, scale
 
 
 class Loader(Iterator[Batch]):
@@ -102,7 +139,7 @@ class TorchLoader(Loader):
         self._may_read = threading.Semaphore(1)
         self._readers = 1
         self._adapting = threading.Lock()
-        tasks = (partial(self._read, step, micro) for step in steps for micro in range(plan.grad_accum_steps))
+        tasks = (functools.partial(self._read, step, micro) for step in steps for micro in range(plan.grad_accum_steps))
         self._batches = read_ahead(self._threads, tasks, _BATCHES_AHEAD)
 
     def __next__(self) -> Batch:

@@ -8,11 +8,10 @@ import torch
 
 from mpdit.core.errors import ConfigError
 from mpdit.core.table import aligned
-from mpdit.data.loaders import make_loader
+from mpdit.data.loaders import make_loader, to_latents
 from mpdit.data.manifest import Normalization
 from mpdit.data.normalization import suits
 from mpdit.data.order import GlobalOrder
-from mpdit.data.posterior import to_latents
 from mpdit.model.mpdit import MPDiT
 from mpdit.planning import account
 from mpdit.planning.plan import plan

@@ -14,9 +14,8 @@ from mpdit.core.dist_env import set_threads
 from mpdit.core.errors import ConfigError, UserError
 from mpdit.core.files import write_atomically
 from mpdit.core.locks import locked
-from mpdit.data.loaders import make_loader
+from mpdit.data.loaders import make_loader, to_latents
 from mpdit.data.order import GlobalOrder
-from mpdit.data.posterior import to_latents
 from mpdit.diffusion.flow import flow_loss
 from mpdit.training import export
 from mpdit.training.checkpoint import resume
