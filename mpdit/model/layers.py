@@ -7,7 +7,7 @@ tokens, T = m + n, D width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar, cast
 
 import torch
@@ -72,19 +72,6 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return gelu_linear(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-
-
-class Constants(nn.Module):
-    """A module whose buffers are exact tables: casting the model to a narrower type leaves them as they are."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Constants:
-        before = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
-        for name, value in before.items():
-            after = self._buffers[name]
-            if after is not None and torch.finfo(after.dtype).bits < torch.finfo(value.dtype).bits:
-                self._buffers[name] = value.to(after.device)
-        return self
 
 
 def grid_of(x: Tensor, patch: int) -> Grid:

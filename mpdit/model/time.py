@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
@@ -19,7 +20,7 @@ from torch.nn.functional import gelu, silu
 
 from mpdit.core.errors import ConfigError
 from mpdit.model.config import ModelConfig, entry_of
-from mpdit.model.layers import Constants, module_list
+from mpdit.model.layers import module_list
 
 FEATURES = 256
 """Sines and cosines of the sinusoidal embedding."""
@@ -138,7 +139,7 @@ class FNOTimeEmbedding(TimeEmbedding):
         return TimeCost(params, macs, kept, each, once, layers * MODES * channels**2)
 
 
-class SinusoidalTimeEmbedding(TimeEmbedding, Constants):
+class SinusoidalTimeEmbedding(TimeEmbedding):
     """256 cosines and sines of t itself (not of 1000 t, as in DiT), then `layers` Linears with SiLU between."""
 
     help = "DiT's sines and cosines, then time_layers Linears"
@@ -153,6 +154,14 @@ class SinusoidalTimeEmbedding(TimeEmbedding, Constants):
         for module in self.linears:
             nn.init.normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SinusoidalTimeEmbedding:
+        """Move and cast as any module, but for the table of frequencies, which no cast may narrow."""
+        exact = self.frequency
+        super()._apply(fn, recurse)
+        if torch.finfo(self.frequency.dtype).bits < torch.finfo(exact.dtype).bits:
+            self.frequency = exact.to(self.frequency.device)
+        return self
 
     def embed(self, t: Tensor) -> Tensor:
         angle = t[:, None] * self.frequency
