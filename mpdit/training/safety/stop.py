@@ -40,9 +40,9 @@ class StopRequests:
     Python runs handlers in the main thread only; elsewhere just the launcher is looked after.
     """
 
-    def __init__(self, launcher: Launcher | None = None, *, last: bool = False) -> None:
+    def __init__(self, *, last: bool = False) -> None:
         """`last`: the process ends after this context, and signals are ignored then: they must not change its code."""
-        self._launcher = Launcher.find() if launcher is None else launcher
+        self._launcher = Launcher.find()
         self._last = last
         self._asked: Counter[str] = Counter()
         self._any = threading.Event()
