@@ -19,17 +19,19 @@ from mpdit.core.errors import ConfigError, DataError
 from mpdit.jobs import workers
 from mpdit.jobs.workers import choose_devices, run_parts
 
+CPU = [torch.device("cpu")]
+
 
 def test_one_process_does_what_is_left(tmp_path: Path) -> None:
     (tmp_path / "part-2").write_text("kept")
-    assert run_parts(Files(out=tmp_path), device="cpu", label="test")
+    assert run_parts(Files(out=tmp_path), CPU, "test")
     assert not Files(out=tmp_path).todo()
     assert (tmp_path / "part-2").read_text() == "kept"
 
 
 def test_processes_share_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert run_parts(Files(out=tmp_path), processes=2, device="cpu", label="test")
+    assert run_parts(Files(out=tmp_path), 2 * CPU, "test")
     written = [(tmp_path / f"part-{part}").read_text().split() for part in range(6)]
     assert str(os.getpid()) not in {pid for pid, *_ in written}
     assert len({pid for pid, *_ in written}) <= 2
@@ -43,9 +45,9 @@ def test_a_mistake_ends_all_and_keeps_what_is_done(
 ) -> None:
     fork_workers(monkeypatch)
     with pytest.raises(DataError, match="part is wrong: mend it"):
-        run_parts(Files(out=tmp_path, bad=5), processes=processes, device="cpu", label="test")
+        run_parts(Files(out=tmp_path, bad=5), processes * CPU, "test")
     assert 5 in Files(out=tmp_path).todo()
-    assert run_parts(Files(out=tmp_path), processes=processes, device="cpu", label="test")
+    assert run_parts(Files(out=tmp_path), processes * CPU, "test")
     assert not Files(out=tmp_path).todo()
 
 
@@ -62,16 +64,16 @@ def test_how_a_process_can_fail(
 ) -> None:
     fork_workers(monkeypatch)
     with pytest.raises(error, match=message):
-        run_parts(Files(out=tmp_path, bad=3, how=how), processes=2, device="cpu", label="test")
+        run_parts(Files(out=tmp_path, bad=3, how=how), 2 * CPU, "test")
 
 
 def test_a_launchers_ranks_do_their_own_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("WORLD_SIZE", "3"), ("RANK", "1"), ("LOCAL_RANK", "1"), ("LOCAL_SIZE", "3")):
         monkeypatch.setenv(name, value)
-    assert not run_parts(Files(out=tmp_path), device="cpu", label="test")
+    assert not run_parts(Files(out=tmp_path), CPU, "test")
     assert Files(out=tmp_path).todo() == [0, 2, 3, 5]
     with pytest.raises(ConfigError, match="in each of a launcher's 3 ranks"):
-        run_parts(Files(out=tmp_path), processes=2, device="cpu", label="test")
+        choose_devices("cpu", 2)
 
 
 def test_rank_0_waits_for_the_others(
@@ -86,7 +88,7 @@ def test_rank_0_waits_for_the_others(
         (tmp_path / f"part-{Files(out=tmp_path).todo()[0]}").write_text("another rank's")
 
     monkeypatch.setattr(time, "sleep", sleep)
-    assert run_parts(Files(out=tmp_path), device="cpu", label="test")
+    assert run_parts(Files(out=tmp_path), CPU, "test")
     assert len(waits) == 3
     error = capsys.readouterr().err
     assert f"waiting for 3 parts of other ranks (1) in {tmp_path}: if what it waits for has ended" in error
@@ -112,7 +114,7 @@ def test_rank_0_reminds_that_it_waits(
     monkeypatch.setattr(
         time, "sleep", lambda _: (tmp_path / f"part-{Files(out=tmp_path).todo()[0]}").write_text("another rank's")
     )
-    assert run_parts(Files(out=tmp_path), device="cpu", label="test")
+    assert run_parts(Files(out=tmp_path), CPU, "test")
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(" of other")[0] for line in lines] == [
         "waiting for 3 parts",
@@ -142,7 +144,7 @@ def test_sruns_ranks_need_no_meeting_place(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     for rank, first in (("1", False), ("0", True)):
         monkeypatch.setenv("SLURM_PROCID", rank)
-        assert run_parts(Files(out=tmp_path), device="cpu", label="test") == first
+        assert run_parts(Files(out=tmp_path), CPU, "test") == first
     assert not Files(out=tmp_path).todo()
 
 
@@ -161,7 +163,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_no_process_outlives_the_command(tmp_path: Path, how: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     fork_workers(monkeypatch)
-    parent = in_a_child(lambda: run_parts(Slow(out=tmp_path), processes=2, device="cpu", label="test"))
+    parent = in_a_child(lambda: run_parts(Slow(out=tmp_path), 2 * CPU, "test"))
     try:
         _until(lambda: len(list(tmp_path.iterdir())) == 2)
     finally:

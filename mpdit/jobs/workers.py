@@ -150,25 +150,24 @@ def begin(job: Job, note: str, content: Mapping[str, Any], check: Callable[[], b
             raise
 
 
-def run_parts(job: Job, *, processes: int = 1, device: str = "auto", label: str) -> bool:
+def run_parts(job: Job, devices: Sequence[torch.device], label: str) -> bool:
     """Do what is left of a job; returns whether this process is the one to put the parts together.
 
-    With `processes` above 1 that many are started here, each on a GPU of its own where `device` is "cuda" or "auto"
-    finds any, and handed one part after another. Under a launcher (WORLD_SIZE above 1) rank r of w does parts r, r + w,
-    ... and rank 0, to which True is returned, shows its own progress and then waits for the others' parts, saying so.
+    For several devices as many processes are started here and handed one part after another. Under a launcher
+    (WORLD_SIZE above 1) rank r of w does parts r, r + w, ... and rank 0, to which True is returned, shows its own
+    progress and then waits for the others' parts, saying so.
 
-    Raises ConfigError for more processes than GPUs or both ways at once, and any UserError of a part, after the other
-    processes have been ended; finished parts stay. KeyboardInterrupt on SIGINT and SIGTERM.
+    Raises any UserError of a part, after the other processes have been ended; finished parts stay. KeyboardInterrupt
+    on SIGINT and SIGTERM.
     """
     env = DistEnv.from_environment()
-    devices = choose_devices(device, processes, env)
     todo = [part for part in job.todo() if part % env.size == env.rank]
     total = sum(job.size(part) for part in job.parts if part % env.size == env.rank)
     begun = total - sum(job.size(part) for part in todo)
     shown = None if env.rank else label if env.size == 1 else f"{label}, rank 0 of {env.size}"
     with _interruptible():
         with bar(shown, total, initial=begun, leave=True) as progress:
-            if processes > 1 and len(todo) > 1:
+            if len(devices) > 1 and len(todo) > 1:
                 _spawn(job, todo, devices[: len(todo)], progress.update)
                 return True
             set_threads(env)
@@ -187,12 +186,13 @@ def run_parts(job: Job, *, processes: int = 1, device: str = "auto", label: str)
     return env.rank == 0
 
 
-def choose_devices(device: str, processes: int, env: DistEnv | None = None) -> list[torch.device]:
-    """Choose a device for each process: its own GPU, or the CPU for all.
+def choose_devices(device: str, processes: int) -> list[torch.device]:
+    """Choose a device for each process: its own GPU where `device` is "cuda" or "auto" finds any, or the CPU for all.
 
     ConfigError when there are too few GPUs, or a launcher has started processes and more are asked for.
     """
-    if env and env.size > 1 and processes > 1:
+    env = DistEnv.from_environment()
+    if env.size > 1 and processes > 1:
         raise ConfigError(
             f"{processes} processes are asked for in each of a launcher's {env.size} ranks: ask for one, or start "
             "without the launcher"
@@ -206,8 +206,7 @@ def choose_devices(device: str, processes: int, env: DistEnv | None = None) -> l
         return [torch.device(device)]
     if processes > gpus:
         raise ConfigError(f"{processes} GPUs are asked for and this machine has {gpus}: ask for at most {gpus}")
-    first = env.local_rank if env and env.size > 1 else 0
-    return [torch.device("cuda", (first + index) % gpus) for index in range(processes)]
+    return [torch.device("cuda", (env.local_rank + index) % gpus) for index in range(processes)]
 
 
 def _spawn(job: Job, todo: Sequence[int], devices: Sequence[torch.device], advance: Report) -> None:

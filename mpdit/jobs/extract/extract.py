@@ -15,7 +15,6 @@ import PIL
 import torch
 
 from mpdit.core.differences import differences
-from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError, DataError
 from mpdit.core.files import check_room, counted, sync_to_disk, write_atomically
 from mpdit.core.version import __version__
@@ -81,7 +80,7 @@ def extract(
     """
     options = options or ExtractOptions()
     source, folder = Path(images), Path(out)
-    choose_devices(options.device, options.processes, DistEnv.from_environment())
+    devices = choose_devices(options.device, options.processes)
     if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"{folder} lies inside {source}, where it would be taken for images: give another folder")
     if folder.is_dir() and any(folder.iterdir()) and not holds_extraction(folder):
@@ -102,7 +101,7 @@ def extract(
         with begin(job, JOB_NAME, job.identity, check):
             # Rank 0 may have put all together meanwhile.
             if not (folder / MANIFEST_NAME).exists():
-                first = run_parts(job, processes=options.processes, device=options.device, label="encoding")
+                first = run_parts(job, devices, "encoding")
                 return _assemble(job, options.normalization) if first else None
     shutil.rmtree(job.parts_folder, ignore_errors=True)
     return _read_report(folder, None)

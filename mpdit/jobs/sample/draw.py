@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from mpdit.core.differences import differences
 from mpdit.core.dist_env import DistEnv
@@ -70,7 +71,8 @@ def draw(weights: str | Path, out: str | Path, options: DrawOptions | None = Non
     """
     options, out = options or DrawOptions(), Path(out)
     env = DistEnv.from_environment()
-    job, protocol, remarks = _plan(Path(weights), out, options, env)
+    devices = choose_devices(options.device, options.processes)
+    job, protocol, remarks = _plan(Path(weights), out, options, devices[0])
     if out.is_dir() and any(out.iterdir()) and not holds_samples(out):
         raise ConfigError(f"--out {out} is not empty: give a new folder, nothing is overwritten")
     before = FinishedSet.load(out)
@@ -103,7 +105,7 @@ def draw(weights: str | Path, out: str | Path, options: DrawOptions | None = Non
         left = sum(job.size(part) for part in job.todo())
         started = time.perf_counter()
         try:
-            last = run_parts(job, processes=options.processes, device=options.device, label="samples")
+            last = run_parts(job, devices, "samples")
         except KeyboardInterrupt:
             there = job.count - sum(job.size(part) for part in job.todo())
             print(f"{there} of {job.count} images are drawn: repeat the command to go on from there", file=sys.stderr)
@@ -118,13 +120,12 @@ def holds_samples(out: Path) -> bool:
 
 
 def _plan(
-    weights: Path, out: Path, options: DrawOptions, env: DistEnv
+    weights: Path, out: Path, options: DrawOptions, device: torch.device
 ) -> tuple[SampleJob, dict[str, Any], tuple[str, ...]]:
     """Return the job, what its set says of itself when it is finished, and remarks."""
     if options.images < 1 or options.decode_batch < 1:
         raise ConfigError(f"images is {options.images}, decode_batch {options.decode_batch}: give at least 1 of each")
     one_of("files", options.files, ("npz", "png", "both"))
-    device = choose_devices(options.device, options.processes, env)[0]
     if options.cuda_graph and device.type != "cuda":
         raise ConfigError(f"CUDA graphs need a GPU and the device is {device}: leave them off")
     sampler = options.sampler.replace(precision=choose_precision(options.sampler.precision, device))
