@@ -90,6 +90,10 @@ def _usage_or_error(recorded: Launch, target: str) -> Usage | str:
 _tasks: list[Callable[[], Any]] = []
 
 
+def _run_task(index: int) -> Any:
+    return _tasks[index]()
+
+
 def _in_processes(tasks: list[Callable[[], Any]]) -> list[Any]:
     """Run the tasks, which the processes inherit: kernels and tensors need no pickling."""
     global _tasks
@@ -107,10 +111,6 @@ def _in_processes(tasks: list[Callable[[], Any]]) -> list[Any]:
                 raise
     finally:
         _tasks = []
-
-
-def _run_task(index: int) -> Any:
-    return _tasks[index]()
 
 
 def usage(compiled: CompiledKernel) -> Usage:
@@ -159,29 +159,17 @@ def _specialization(recorded: Launch) -> tuple[dict[str, str], dict[Any, Any], d
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = values.get(parameter.name, parameter.default)
-        kind = "constexpr" if parameter.is_constexpr else _kind(value)
+        divisible = False
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            kind, constants[(index,)] = "constexpr", value
+        elif isinstance(value, Tensor):
+            kind, meta = _POINTERS[value.dtype], value.device.type == "meta"
+            divisible = (value.storage_offset() * value.element_size() if meta else value.data_ptr()) % 16 == 0
+        elif type(value) is int:
+            kind, divisible = "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
+        else:
+            kind = "u1" if isinstance(value, bool) else "fp32"
         signature[parameter.name] = kind
-        if kind == "constexpr":
-            constants[(index,)] = value
-        elif _divisible(value):
+        if divisible:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes, options
-
-
-def _kind(value: Any) -> str:
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value == 1):
-        return "constexpr"
-    if isinstance(value, Tensor):
-        return _POINTERS[value.dtype]
-    if isinstance(value, bool):
-        return "u1"
-    if isinstance(value, int):
-        return "i32" if -(2**31) <= value < 2**31 else "i64"
-    return "fp32"
-
-
-def _divisible(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        address = value.storage_offset() * value.element_size() if value.device.type == "meta" else value.data_ptr()
-        return address % 16 == 0
-    return isinstance(value, int) and not isinstance(value, bool) and value % 16 == 0

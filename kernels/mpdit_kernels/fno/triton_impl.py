@@ -41,24 +41,22 @@ def _candidates(channels: int) -> list[Config]:
     ]
 
 
-def _default_weights(channels: int) -> Config:
-    return {"BATCH": 256 // channels, "OUT": 16, "ROWS": 32, "STAGES": 3, "num_warps": 8, "num_stages": 1}
-
-
-def _candidates_weights(channels: int) -> list[Config]:
-    return [
+FORWARD = Tunable("fno.forward", _default, _candidates)
+BACKWARD_SAMPLES = Tunable("fno.backward_samples", _default, _candidates)
+BACKWARD_WEIGHTS = Tunable(
+    "fno.backward_weights",
+    lambda channels: {
+        "BATCH": 256 // channels, "OUT": 16, "ROWS": 32, "STAGES": 3, "num_warps": 8, "num_stages": 1,
+    },
+    lambda channels: [
         {"BATCH": batch, "OUT": out, "ROWS": 32, "STAGES": stages, "num_warps": warps, "num_stages": 1}
         for warps in (4, 8)
         for batch in (4, 8, 16)
         for out in (16, 32, 64)
         for stages in (2, 3)
         if out <= channels and 16 * warps <= batch * channels <= 64 * warps
-    ]
-
-
-FORWARD = Tunable("fno.forward", _default, _candidates)
-BACKWARD_SAMPLES = Tunable("fno.backward_samples", _default, _candidates)
-BACKWARD_WEIGHTS = Tunable("fno.backward_weights", _default_weights, _candidates_weights)
+    ],
+)  # fmt: skip
 
 
 @reference.per_device

@@ -16,37 +16,28 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
 
-from mpdit_kernels.launch import Config, Tunable, launch
+from mpdit_kernels.launch import Tunable, launch
 from mpdit_kernels.rows import gelu_gate, gelu_slope, rows_of
 
-
-def _pass(hidden: int) -> Config:
-    return {"BLOCK": 2048, "num_warps": 4, "num_stages": 1}
-
-
-def _passes(hidden: int) -> list[Config]:
-    return [
+PASS = Tunable(
+    "gelu_mlp.pass",
+    lambda hidden: {"BLOCK": 2048, "num_warps": 4, "num_stages": 1},
+    lambda hidden: [
         {"BLOCK": block, "num_warps": warps, "num_stages": 1}
         for warps in (4, 8)
         for block in (1024, 2048, 4096, 8192)
         if 8 <= block // (32 * warps) <= 32
-    ]
-
-
-def _pass_backward(hidden: int) -> Config:
-    return {"ROWS": 4, "COLUMNS": 256, "TOKENS": 64, "num_warps": 4, "num_stages": 1}
-
-
-def _passes_backward(hidden: int) -> list[Config]:
-    return [
+    ],
+)
+PASS_BACKWARD = Tunable(
+    "gelu_mlp.pass_backward",
+    lambda hidden: {"ROWS": 4, "COLUMNS": 256, "TOKENS": 64, "num_warps": 4, "num_stages": 1},
+    lambda hidden: [
         {"ROWS": rows, "COLUMNS": columns, "TOKENS": tokens, "num_warps": 4, "num_stages": 1}
         for rows, columns in ((4, 256), (8, 256), (4, 512), (2, 1024))
         for tokens in (32, 64)
-    ]
-
-
-PASS = Tunable("gelu_mlp.pass", _pass, _passes)
-PASS_BACKWARD = Tunable("gelu_mlp.pass_backward", _pass_backward, _passes_backward)
+    ],
+)
 
 
 @triton.jit

@@ -48,27 +48,17 @@ def _default(width: int) -> Config:
     return {"ROWS": rows, "TOKENS": 16, "CAP": 1024, "num_warps": warps, "num_stages": 1}
 
 
-def _default_backward(width: int) -> Config:
-    return {**_default(width), "TOKENS": 32}
-
-
 FORWARD = Tunable("upsample.forward", _default, _candidates)
-BACKWARD = Tunable("upsample.backward", _default_backward, _candidates)
-
-
-def _candidates_incoming() -> list[Config]:
-    return [
+BACKWARD = Tunable("upsample.backward", lambda width: {**_default(width), "TOKENS": 32}, _candidates)
+INCOMING = Tunable(
+    "upsample.incoming",
+    lambda: {"SAMPLES": 4, "BATCH": 32, "COLUMNS": 1024, "num_warps": 4, "num_stages": 1},
+    lambda: [
         {"SAMPLES": samples, "BATCH": batch, "COLUMNS": columns, "num_warps": 4, "num_stages": 1}
         for samples in (1, 2, 4)
         for batch in (16, 32, 128)
         for columns in (512, 1024)
-    ]
-
-
-INCOMING = Tunable(
-    "upsample.incoming",
-    lambda: {"SAMPLES": 4, "BATCH": 32, "COLUMNS": 1024, "num_warps": 4, "num_stages": 1},
-    _candidates_incoming,
+    ],
 )
 
 
