@@ -1,1 +1,1 @@
-"""Flow matching around the model: the loss that trains it, the samplers that draw from it, pictures of the result."""
+"""What is learned and drawn: flow.py is the loss, sampling.py the samplers, inference.py the model as they run it."""

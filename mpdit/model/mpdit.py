@@ -1,7 +1,7 @@
-"""The model: a list of stages, coarse to fine, and one loop over them.
+"""The model: a list of stages, coarse to fine, and one loop over them in `MPDiT.velocity`.
 
 Letters in shapes: B images, C channels, S side of the latents, D width, m class tokens, n image tokens of the stage,
-T = m + n, p its patch. The paths of images of one size are here; those of several sizes, packed.py.
+T = m + n, p its patch. The path of images of one size is here; that of several sizes in one batch is in packed.py.
 """
 
 from __future__ import annotations

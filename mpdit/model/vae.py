@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mpdit.core.errors import ConfigError, first_line
+from mpdit.model.config import one_of
 from mpdit.model.pretrained import is_hub_id
 
 VAEDtype = Literal["fp32", "bf16"]
@@ -44,8 +45,7 @@ class VAE:
     def __init__(
         self, module: nn.Module, name: str, dtype: VAEDtype = "fp32", pixel_range: PixelRange = SIGNED
     ) -> None:
-        if dtype not in get_args(VAEDtype):
-            raise ConfigError(f"the VAE's dtype is {dtype!r}: choose one of {', '.join(get_args(VAEDtype))}")
+        one_of("the VAE's dtype", dtype, get_args(VAEDtype))
         self.name = name
         self.dtype = dtype
         self.pixel_range = pixel_range
