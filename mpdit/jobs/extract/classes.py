@@ -29,8 +29,8 @@ Classes = tuple[tuple[str, ...], NDArray[np.int32]]
 """Names of the classes, and a label for each image, int32 [N]; below 0 for one that is no sample."""
 
 
-class Evidence:
-    """Collects what a source says of its images, in the order they were found."""
+class FoundImages:
+    """Collects images as they are found, with what their source says of their classes."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -63,7 +63,7 @@ def as_label(value: Any) -> int:
     return value
 
 
-def classify(path: Path, found: Evidence, mode: ClassMode) -> Classes:
+def classify(path: Path, found: FoundImages, mode: ClassMode) -> Classes:
     """Return the classes by `mode`; "auto" takes labels, else folders, else archives, whichever there are first.
 
     Raises DataError, naming image and remedy, when the source doesn't have what is needed.
@@ -94,7 +94,7 @@ def classify(path: Path, found: Evidence, mode: ClassMode) -> Classes:
     )
 
 
-def _by_labels(path: Path, found: Evidence) -> Classes:
+def _by_labels(path: Path, found: FoundImages) -> Classes:
     for name, label in zip(found.names, found.labels, strict=True):
         if label == UNLABELLED:
             raise DataError(f"{path}: image {name} has no label, and others have: add it, or choose other classes")
@@ -102,7 +102,7 @@ def _by_labels(path: Path, found: Evidence) -> Classes:
     return tuple(str(label) for label in range(int(labels.max()) + 1)), labels
 
 
-def _look_up(path: Path, found: Evidence, labels: Mapping[str, Any]) -> None:
+def _look_up(path: Path, found: FoundImages, labels: Mapping[str, Any]) -> None:
     """Give each image the label that dataset.json has for it. An entry without an image is an image that is missing."""
     missing = labels.keys() - set(found.names)
     if missing:
@@ -118,7 +118,7 @@ def _look_up(path: Path, found: Evidence, labels: Mapping[str, Any]) -> None:
                 raise DataError(f"{path}: the label of {name} in dataset.json can't be used: {error}") from error
 
 
-def _by_folder(path: Path, found: Evidence) -> Classes:
+def _by_folder(path: Path, found: FoundImages) -> Classes:
     if empty := found.class_folders - set(found.folders):
         raise DataError(
             f"{path} has {counted(len(empty), 'class folder')} without an image ({_some(empty)}): a class without "

@@ -118,6 +118,7 @@ class Receipt:
     skipped: list[list[str]]
     """Name and reason of each image left out."""
     effort: Timing
+    """Named as in the files of earlier versions."""
 
 
 @dataclass(kw_only=True)

@@ -28,7 +28,7 @@ from mpdit.jobs.extract.classes import (
     LABELS_NAME,
     UNLABELLED,
     ClassMode,
-    Evidence,
+    FoundImages,
     as_label,
     check_mode,
     classify,
@@ -166,8 +166,8 @@ def list_images(path: str | Path, classes: ClassMode = "auto") -> ImageIndex:
     numbered in sorted order. Labels are read for "auto" and "label" only; of several images of a labelled key KEY.jpg
     is taken, and KEY.seg.png ignored. Hidden files and __MACOSX are left out; files that are no images are named in the
     result. Raises ConfigError for an unknown mode, DataError when there are no images or no classes, only some images
-    have one, a label may be of several images, a class folder is empty, or an archive is damaged, or compressed as a
-    whole.
+    have one, a label may be of several images, a class folder of a tree is empty, or an archive is damaged, or
+    compressed as a whole.
     """
     check_mode(classes)
     path = Path(path)
@@ -184,7 +184,7 @@ def list_images(path: str | Path, classes: ClassMode = "auto") -> ImageIndex:
     return listing.index(path, classes)
 
 
-class _Listing(Evidence):
+class _Listing(FoundImages):
     """Collects images and what their classes may be."""
 
     def __init__(self, reads_labels: bool) -> None:
