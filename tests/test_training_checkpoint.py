@@ -157,9 +157,6 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "is no shard's name": lambda folder: _edit(
         folder / "manifest.json", lambda fields: fields["files"].update({"../../secret": {"bytes": 1}})
     ),
-    "does not hold the tensors": lambda folder: _edit(
-        folder / "manifest.json", lambda fields: fields["files"]["rank-00000.safetensors"]["keys"].append("ema/b/0")
-    ),
     'expected "format"': lambda folder: _edit(
         folder / "manifest.json", lambda fields: fields.update(format="mpdit-checkpoint-1")
     ),

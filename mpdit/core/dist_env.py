@@ -29,7 +29,9 @@ class DistEnv:
         plain command in a batch script or an interactive shell has only the job's, and is alone.
         """
         if not {"RANK", "WORLD_SIZE"} & os.environ.keys() and _number("SLURM_STEP_NUM_TASKS", 1) > 1:
-            return cls._from_srun()
+            size = _number("SLURM_STEP_NUM_TASKS", 1)
+            nodes = max(1, _number("SLURM_STEP_NUM_NODES", 1))
+            return cls(_number("SLURM_PROCID", 0), size, _number("SLURM_LOCALID", 0), -(-size // nodes))
         size = _number("WORLD_SIZE", 1)
         return cls(
             rank=_number("RANK", 0),
@@ -37,12 +39,6 @@ class DistEnv:
             local_rank=_number("LOCAL_RANK", 0),
             local_size=_number("LOCAL_SIZE", _number("LOCAL_WORLD_SIZE", size)),
         )
-
-    @classmethod
-    def _from_srun(cls) -> DistEnv:
-        size = _number("SLURM_STEP_NUM_TASKS", 1)
-        nodes = max(1, _number("SLURM_STEP_NUM_NODES", 1))
-        return cls(_number("SLURM_PROCID", 0), size, _number("SLURM_LOCALID", 0), -(-size // nodes))
 
 
 def set_threads(env: DistEnv) -> None:

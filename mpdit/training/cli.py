@@ -84,11 +84,11 @@ def _run(arguments: Sequence[str], stop: StopRequests) -> int:
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         begun = stop.held  # whether training had
         stop.hold()
-        if told := _what_to_mend(error, out):
+        if message := _what_to_mend(error, out):
             if env.rank and stop.wait(_GRACE_SECONDS):
                 return BAD_INPUT  # the launcher has noticed another rank's, most likely the same
             # Behind rank 0, whose progress bar may stand on the current line.
-            line = f"\nerror: rank {env.rank}: {told}" if env.rank else f"error: {told}"
+            line = f"\nerror: rank {env.rank}: {message}" if env.rank else f"error: {message}"
             print(line, file=sys.stderr, flush=True)
             return BAD_INPUT
         # Most likely another rank is gone and this is the broken connection: let the launcher see that one first.

@@ -65,16 +65,16 @@ def check_same(
     """
     # What was not written down was the only optimizer there was; a loader was once let pass.
     theirs = {"optimizer": "adamw_ema", "loader": ours.get("loader"), **theirs}
-    told = differences(theirs, ours)
-    if told and not force:
+    words = differences(theirs, ours)
+    if words and not force:
         raise error(
-            f"{holder} another run ({', '.join(told.values())}): give the same settings or another --out, or --force "
+            f"{holder} another run ({', '.join(words.values())}): give the same settings or another --out, or --force "
             "to go on with these"
         )
     for start, reason in _UNFORCED.items():
-        if fixed := [words for name, words in told.items() if name.startswith(start)]:
+        if fixed := [text for name, text in words.items() if name.startswith(start)]:
             raise error(
                 f"{holder} another run ({', '.join(fixed)}) and --force can't change that, as {reason}: give the same, "
                 "or another --out"
             )
-    return ", ".join(told.values())
+    return ", ".join(words.values())

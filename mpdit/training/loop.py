@@ -73,6 +73,7 @@ def train(run: Run, stop: StopRequests) -> str:
         if resumed is not None:
             restore(trainer.engine, trainer.optimizer, resumed)
             start = resumed.step
+            # The order goes on where the samples taken so far end, also after a change of batch size.
             plan = replace(plan, start_step=resumed.step, start_position=resumed.position)
         if env.rank == 0:
             _open_folder(run, resumed)
@@ -133,7 +134,7 @@ def train(run: Run, stop: StopRequests) -> str:
                         skip = guard.decide(step, micro_losses)
                         trainer.skip.copy_(skip)
                         loss_mean.add(micro_losses, skip)
-                    trainer.engine.step()
+                    trainer.engine.step()  # after the last micro step: clip, AdamW, and the average (EMA) with it
             guard.flush(unread=1)  # all but this step's decision, which is still on its way from the device
             images += config.global_batch
             log.advance()
@@ -142,7 +143,7 @@ def train(run: Run, stop: StopRequests) -> str:
             asked = torch.tensor([*stop.asked(), saver.failed, run.dataset.met], dtype=torch.int64)
             torch.distributed.all_reduce(asked, group=hosts)
             *signals, failed, unreadable = asked.tolist()
-            run.dataset.check(unreadable)
+            run.dataset.check(unreadable)  # damaged records that were replaced: raises after --bad-records of them
             if failed:
                 saver.wait()
             reason = reasons(signals)

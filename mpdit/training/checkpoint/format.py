@@ -160,13 +160,6 @@ def verify(path: Path, entry: Mapping[str, Any]) -> None:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != entry["sha256"]:
         raise CheckpointError(f"{path} does not match its SHA-256 in the manifest: it was altered; use an older one")
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            same = sorted(tensors.keys()) == sorted(entry["keys"])
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is no safetensors file ({error}); use an older checkpoint") from error
-    if not same:
-        raise CheckpointError(f"{path} does not hold the tensors that the manifest lists; use an older checkpoint")
 
 
 # Writing. The order of fsync and rename is the protocol: nothing gets its name before what it names is on the disk.

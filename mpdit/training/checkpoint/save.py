@@ -109,7 +109,7 @@ class AsyncCheckpointer:
                 partial.mkdir(parents=True, exist_ok=True)
                 files = format.write_shard(partial, run.env.rank, tensors)
             except Exception as error:  # whatever it is, all ranks are to know
-                problem = f"step {planned.step} could not be saved: {_told(error, partial)}"
+                problem = f"step {planned.step} could not be saved: {_reason(error, partial)}"
             everywhere = gather((files, problem), self._group)
             problem = next((found for _, found in everywhere if found), "")
             if not problem and run.env.rank == 0:
@@ -126,20 +126,20 @@ class AsyncCheckpointer:
 
 def finish(run: Run, whole: Checkpoint) -> str:
     """Commit, then remove old checkpoints and export the average. Return what went wrong, "" for nothing."""
-    said = f"step {whole.step} could not be saved"
+    problem = f"step {whole.step} could not be saved"
     try:
         if (run.out / "metrics.jsonl").exists():
             sync_to_disk(run.out / "metrics.jsonl")  # it must not lag behind a checkpoint
         format.commit(format.partial_folder(run.out, whole.step), whole)
-        said = f"step {whole.step} is saved, but what follows a save went wrong"
+        problem = f"step {whole.step} is saved, but what follows a save went wrong"
         format.rotate(run.out, run.config.keep)
         export.export(run, whole)
     except Exception as error:
-        return f"{said}: {_told(error, run.out)}"
+        return f"{problem}: {_reason(error, run.out)}"
     return ""
 
 
-def _told(error: Exception, place: Path) -> str:
+def _reason(error: Exception, place: Path) -> str:
     if isinstance(error, OSError):
         return explain_os_error(error, place)
     return str(error) if isinstance(error, UserError) else repr(error)

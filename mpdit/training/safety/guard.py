@@ -168,23 +168,23 @@ class Guard:
             for row in zip(positions.tolist(), indices.tolist(), losses.isfinite().tolist(), strict=True)
         ]
         samples = sorted(row for part in gather(ours) for row in part)
-        culprits = [index for _, index, finite in samples if not finite]
+        bad = [index for _, index, finite in samples if not finite]
         line = {
             "step": verdict.step,
             "reason": reason,
             "loss": loss if math.isfinite(loss) else None,
             "norm": self.norm if finite_norm else None,
             "positions": [samples[0][0], samples[-1][0]],
-            "indices": culprits or [index for _, index, _ in samples],
+            "indices": bad or [index for _, index, _ in samples],
         }
         if self._run.env.rank == 0:
-            self._list(line, f" ({len(culprits)} of {counted(len(samples), 'sample')})" if culprits else "")
+            self._list(line, f" ({len(bad)} of {counted(len(samples), 'sample')})" if bad else "")
         if self.in_a_row >= self._run.config.max_skips:
             raise self._too_many(verdict.step, reason)
 
     def _list(self, line: dict[str, Any], extent: str) -> None:
-        told = f"warning: step {line['step']} was skipped: {_REASONS[line['reason']]}{extent}; see {self._path}"
-        tqdm.write(told, file=sys.stderr)
+        message = f"warning: step {line['step']} was skipped: {_REASONS[line['reason']]}{extent}; see {self._path}"
+        tqdm.write(message, file=sys.stderr)
         try:
             with self._path.open("a") as file:
                 file.write(json.dumps(line) + "\n")

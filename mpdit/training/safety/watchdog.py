@@ -97,11 +97,11 @@ class Watchdog:
     def _report(self, state: tuple[str, float, float]) -> None:
         doing, limit, _ = state
         path = self._folder / f"rank-{self._rank}.txt"
-        told = f"rank {self._rank} hangs: nothing was finished in {limit:g} s, at {doing}{self._place()}"
+        message = f"rank {self._rank} hangs: nothing was finished in {limit:g} s, at {doing}{self._place()}"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with path.open("w") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S %z')} {told}\n\n")
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S %z')} {message}\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
             stacks = f"the stacks of all its threads are in {path}"
@@ -109,7 +109,7 @@ class Watchdog:
             faulthandler.dump_traceback(2, all_threads=True)
             stacks = f"the stacks of all its threads stand above, as {path} can't be written ({error})"
         if self._doing is state:
-            os.write(2, f"\nerror: {told}; {stacks}\n".encode())
+            os.write(2, f"\nerror: {message}; {stacks}\n".encode())
 
     def _place(self) -> str:
         """Say where our own code is in the main thread's stack, innermost first; "" when it isn't."""
