@@ -19,7 +19,7 @@ from mpdit_kernels import (
     gelu_linear,
     upsample_tokens,
 )
-from mpdit_kernels.adamw_ema import op as adamw_ema_op
+from mpdit_kernels.adamw_ema.optimizer import step_
 from mpdit_kernels.adamw_ema.reference import Batch, Settings
 from mpdit_kernels.adamw_ema.uploads import Uploads
 from mpdit_kernels.fno.reference import GRID, MODES, names
@@ -403,7 +403,7 @@ def _adamw_ema_batch(tensors: Sequence[Tensor]) -> tuple[Batch, Tensor | None]:
 def _adamw_ema_call(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Take one step in place; returns what it wrote."""
     batch, factor = _adamw_ema_batch(tensors)
-    adamw_ema_op.step_(batch, SETTINGS, factor, uploads=_UPLOADS)
+    step_(batch, SETTINGS, factor, None, _UPLOADS)
     return (tensors[0], *tensors[2:5], *tensors[6:7])
 
 
