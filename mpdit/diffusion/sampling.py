@@ -402,15 +402,14 @@ def check_finite(latents: Tensor, first: int, weights: str) -> None:
 @contextlib.contextmanager
 def _eval_mode(model: Any) -> Iterator[None]:
     """Put each module of the model in evaluation mode, and back in its own."""
-    modules = list(model.modules()) if hasattr(model, "modules") else []
-    modes = [module.training for module in modules]
+    training = [module for module in model.modules() if module.training] if hasattr(model, "modules") else []
     try:
-        for module in modules:
+        for module in training:
             module.training = False
         yield
     finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
+        for module in training:
+            module.training = True
 
 
 def _check_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
