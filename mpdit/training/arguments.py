@@ -197,20 +197,21 @@ def _read_config_file(parser: argparse.ArgumentParser, path: str) -> dict[str, A
 def _argument(name: str, value: Any, kind: Any) -> list[str]:
     """Return a key's value as words of a command line."""
     option = _dashed(f"--{name}")
-    if name == "override":
-        if isinstance(value, dict):
-            return [f"{option}={field}={json.dumps(_plain(item))}" for field, item in value.items()]
-        return [f"{option}={_scalar(name, text)}" for text in (value if isinstance(value, list) else [value])]
+    if name == "override" and isinstance(value, dict):
+        return [f"{option}={field}={json.dumps(_plain(item))}" for field, item in value.items()]
+    texts = value if isinstance(value, list) and name in ("override", "betas") else [value]
+    for text in texts:
+        if not isinstance(text, str):
+            raise ConfigError(f"{name} is {text!r}: give one value")
+        if text.lower() in ("", "~", "null"):
+            raise ConfigError(f"{name} has no value: give one, or remove the line")
     if name == "betas":
-        if not isinstance(value, list):
-            raise ConfigError(f"{name} is {value!r}: give a list, for example [0.9, 0.999]")
-        return [option, *(_scalar(name, item) for item in value)]
-    text = _scalar(name, value)
+        return [option, *texts]
     if kind is not bool:
-        return [f"{option}={text}"]
-    if text.lower() not in _SWITCH:
-        raise ConfigError(f"{name} is {text!r}: give true or false")
-    return [option if _SWITCH[text.lower()] else f"--no-{option.removeprefix('--')}"]
+        return [f"{option}={text}" for text in texts]
+    if value.lower() not in _SWITCH:
+        raise ConfigError(f"{name} is {value!r}: give true or false")
+    return [option if _SWITCH[value.lower()] else f"--no-{option.removeprefix('--')}"]
 
 
 def _plain(value: Any) -> Any:
@@ -220,11 +221,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     return parse_override(f"_={value}")[1]
-
-
-def _scalar(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise ConfigError(f"{name} is {value!r}: give one value")
-    if value.lower() in ("", "~", "null"):
-        raise ConfigError(f"{name} has no value: give one, or remove the line")
-    return value

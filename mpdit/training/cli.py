@@ -62,8 +62,14 @@ def _run(arguments: Sequence[str], stop: StopRequests) -> int:
     env, out = DistEnv(), None
     try:
         env = DistEnv.from_environment()
-        with _import_without_gc():
-            from mpdit.training.setup import prepare
+        # What torch's import makes stays: looking through it for garbage, then and again later, takes half a second.
+        if fresh := "torch" not in sys.modules:
+            gc.disable()
+        from mpdit.training.setup import prepare
+
+        if fresh:
+            gc.freeze()
+            gc.enable()
         # Only rank 0 answers --help.
         with contextlib.redirect_stdout(io.StringIO()) if env.rank else contextlib.nullcontext():
             run = prepare(arguments, env)
@@ -100,17 +106,6 @@ def _run(arguments: Sequence[str], stop: StopRequests) -> int:
             print(f"\n{_lost_rank(env, error)}", file=sys.stderr, flush=True)
             stop.wait(_GRACE_SECONDS)
         return FAILED
-
-
-@contextlib.contextmanager
-def _import_without_gc() -> Iterator[None]:
-    """Keep what torch's import makes out of the garbage collector: looking through it takes half a second."""
-    if fresh := "torch" not in sys.modules:
-        gc.disable()
-    yield
-    if fresh:
-        gc.freeze()
-        gc.enable()
 
 
 def _what_to_mend(error: Exception, out: Path | None) -> str:

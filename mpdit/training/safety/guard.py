@@ -63,13 +63,6 @@ class _Verdict:
 class Guard:
     """Decides of every step of a run whether it is taken, counts the skipped ones, lists them in OUT/skipped.jsonl.
 
-    Within a step, on every rank:
-
-        for each micro step:
-            guard.record(losses, batch)
-        skip = guard.decide(step, means)  # after the last backward pass, before the optimiser
-        guard.flush(unread=1)
-
     A line of skipped.jsonl has "step", "reason" ("loss" or "gradient": not finite; "spike"), "loss" and "norm" over all
     ranks, null where they are not finite, "positions", first and last in the global order, and "indices" of samples in
     the data set: of those whose loss is not finite, or where all are finite, of all of the step's. Lines past the step
