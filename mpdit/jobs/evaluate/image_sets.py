@@ -139,8 +139,13 @@ class _FolderImages(ImageSet):
                 progress.update()
         if broken:
             raise DataError(f"{self._list(broken)} can't be read as images: replace or delete them")
-        if crop is None:
-            self._check_sizes(sizes)
+        other = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
+        if crop is None and other is not None:
+            shown = [f"{self._files[i].relative_to(path)} {sizes[i][1]} x {sizes[i][0]}" for i in (0, other)]
+            raise DataError(
+                f"images in {path} differ in size (width x height): {' and '.join(shown)}: crop them to one size "
+                "(a reference's with --image-size)"
+            )
         self.size = sizes[0] if crop is None else (crop, crop)
         if alpha:
             self.notes = (f"{alpha} of {len(self._files)} images in {path} have an alpha channel, which is ignored",)
@@ -160,15 +165,6 @@ class _FolderImages(ImageSet):
                     yield np.stack([image for image in images if image is not None])
         if broken:
             raise DataError(f"{self._list(broken)} can't be decoded: replace or delete them")
-
-    def _check_sizes(self, sizes: Sequence[tuple[int, int]]) -> None:
-        other = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
-        if other is not None:
-            shown = [f"{self._files[i].relative_to(self.path)} {sizes[i][1]} x {sizes[i][0]}" for i in (0, other)]
-            raise DataError(
-                f"images in {self.path} differ in size (width x height): {' and '.join(shown)}: crop them to one size "
-                "(a reference's with --image-size)"
-            )
 
     def _list(self, files: Sequence[Path]) -> str:
         names = ", ".join(str(file.relative_to(self.path)) for file in files[:_NAMED])
@@ -217,16 +213,13 @@ def _workers() -> int:
 
 def _protocol_beside(folder: Path) -> dict[str, Any] | None:
     file = folder / "protocol.json"
-    try:
-        return _parse(file.read_text(encoding="utf-8"), file) if file.is_file() else None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is no text: delete it, or draw the samples again") from error
+    return _parse(file.read_bytes(), file) if file.is_file() else None
 
 
-def _parse(text: str, file: Path) -> dict[str, Any]:
+def _parse(text: str | bytes, file: Path) -> dict[str, Any]:
     try:
         protocol = json.loads(text)
-    except ValueError as error:
+    except ValueError as error:  # of bytes that are no text too
         raise DataError(f"the sampling protocol in {file} is no JSON ({error}): draw the samples again") from error
     if not isinstance(protocol, dict):
         raise DataError(f"the sampling protocol in {file} is {type(protocol).__name__}, not an object")
