@@ -191,7 +191,7 @@ FAULTS = tuple(Fault(*row) for row in (
      "np.cov(values, rowvar=False, bias=True)", "test_evaluation_frechet.py"),
     (M + "jobs/evaluate/adm.py", "sFID is of the pooled features", "sfid=_frechet(found.spatial, target.spatial)",
      "sfid=_frechet(found.pool, target.pool)", "test_evaluation_adm.py -k known_features"),
-    (M + "jobs/sample/worker.py", "every part is drawn from the first one's noise",
+    (M + "jobs/sample/drawing.py", "every part is drawn from the first one's noise",
      "job.sampler, first=first, progress", "job.sampler, first=0, progress", "test_sample_set.py -k one_call"),
     # planner, report
     (M + "planning/memory.py", "ZeRO-3 shards no weights", "(part if zero == 3 else whole) + WORD",

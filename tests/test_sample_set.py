@@ -26,7 +26,7 @@ from mpdit.core.locks import locked
 from mpdit.diffusion.images import denormalize
 from mpdit.diffusion.sampling import Sampler, generate
 from mpdit.jobs.evaluate.image_sets import open_images
-from mpdit.jobs.sample import Labels, worker
+from mpdit.jobs.sample import Labels, drawing
 from mpdit.model.mpdit import load_weights
 
 
@@ -124,7 +124,7 @@ def test_killed_and_repeated(made: Path, tmp_path: Path, monkeypatch: pytest.Mon
 @contextlib.contextmanager
 def interrupted_at(monkeypatch: pytest.MonkeyPatch, image: int, error: BaseException | int) -> Iterator[None]:
     """The part that begins at `image` fails, or is met by a signal."""
-    make = worker.generate
+    make = drawing.generate
 
     def fail(*args: Any, first: int, **rest: Any) -> Any:
         if first == image:
@@ -139,7 +139,7 @@ def interrupted_at(monkeypatch: pytest.MonkeyPatch, image: int, error: BaseExcep
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(worker, "generate", fail)
+            patch.setattr(drawing, "generate", fail)
             yield
     finally:
         signal.signal(signal.SIGINT, before)

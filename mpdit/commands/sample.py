@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Outcome:
     from mpdit.jobs.sample import DrawOptions, draw
-    from mpdit.jobs.sample.draw import holds_samples
+    from mpdit.jobs.sample.sample_set import holds_samples
 
     if not holds_samples(args.out):
         check_new_folder(args.out)

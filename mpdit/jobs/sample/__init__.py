@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mpdit.jobs.sample.draw import DrawReport, draw
-from mpdit.jobs.sample.worker import DrawOptions, Labels
+from mpdit.jobs.sample.drawing import DrawOptions, Labels
+from mpdit.jobs.sample.sample_set import DrawReport, draw
 
 __all__ = ["DrawOptions", "DrawReport", "Labels", "draw"]

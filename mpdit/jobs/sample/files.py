@@ -21,7 +21,7 @@ from mpdit.core.files import new_file, write_atomically
 from mpdit.core.progress import bar
 from mpdit.diffusion.images import grid
 from mpdit.jobs.npz import NpzReader, NpzWriter, disk, new_npz
-from mpdit.jobs.sample.worker import SampleJob
+from mpdit.jobs.sample.drawing import SampleJob
 
 NPZ, PNGS, PROTOCOL, LATENTS = "samples.npz", "images", "protocol.json", "latents.npy"
 FORMAT = "mpdit-samples-1"

@@ -20,8 +20,7 @@ from mpdit.core.errors import ConfigError, DataError
 from mpdit.core.files import check_room, counted
 from mpdit.data.manifest import PARTS_NAME
 from mpdit.diffusion.inference import choose_precision
-from mpdit.jobs.sample.files import FORMAT, LATENTS, NPZ, FinishedSet, assemble, identity_of
-from mpdit.jobs.sample.worker import (
+from mpdit.jobs.sample.drawing import (
     PREVIEW,
     DrawOptions,
     Labels,
@@ -32,6 +31,7 @@ from mpdit.jobs.sample.worker import (
     named_vae,
     sha256_of,
 )
+from mpdit.jobs.sample.files import FORMAT, LATENTS, NPZ, FinishedSet, assemble, identity_of
 from mpdit.jobs.workers import begin, choose_devices, run_parts
 from mpdit.model.config import one_of
 from mpdit.model.mpdit import load_weights

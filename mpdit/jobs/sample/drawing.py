@@ -31,14 +31,12 @@ from mpdit.model.mpdit import MPDiT, load_weights
 from mpdit.model.vae import DECODER_KIND, VAE, VAEDtype, pixel_range_of
 from mpdit.model.weights import weights_folder
 
-_ROWS = 64
-
+Files = Literal["npz", "png", "both"]
 Order = Literal["random", "balanced"]
+DIGITS, PREVIEW, WITH_VAE = "digits", "preview", "vae"
 
 _FEW_CLASSES = 16
-
-
-Files = Literal["npz", "png", "both"]
+_ROWS = 64  # of a part, as many are read at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +112,6 @@ class Labels:
     def protocol(self) -> dict[str, Any]:
         """Return plain JSON types."""
         return {"order": self.order, "classes": "all" if self.all else list(self.classes)}
-
-
-DIGITS, PREVIEW, WITH_VAE = "digits", "preview", "vae"
 
 
 class LatentDecoder:
