@@ -17,7 +17,7 @@ from mpdit.core.errors import ConfigError
 from mpdit.diffusion.flow import FlowConfig, flow_loss
 from mpdit.model.config import ModelConfig, StageSpec
 from mpdit.model.layers import Position, sincos_position
-from mpdit.model.packed import Images, PackedStream, Packing, pack
+from mpdit.model.packed import Images, PackedStream
 
 SIZES = ((2, 2), (4, 4), (1, 3), (2, 2), (3, 1))
 """In coarsest patches: small, large, twice the same, and two of equal area."""
@@ -189,16 +189,16 @@ def test_compiles_without_a_break_for_one_composition_after_another(backend, com
 
 
 def test_groups_are_views_of_the_packed_tokens():
-    packing = Packing([(2, 5), (3, 2)])
     tokens = torch.randn(16, 4)
-    groups = packing.unpack(tokens)
+    stream = PackedStream([(2, 5), (3, 2)], tokens, 1)
+    assert stream.cu_seqlens == (0, 5, 10, 12, 14, 16)
+    groups = stream.unpack(tokens)
     assert [group.shape for group in groups] == [(2, 5, 4), (3, 2, 4)]
     assert groups[1].data_ptr() == tokens[10:].data_ptr()
-    assert torch.equal(pack(groups), tokens)
-    stream = PackedStream.of(groups, 1)
-    assert stream.cu_seqlens == packing.cu_seqlens == (0, 5, 10, 12, 14, 16)
+    again = PackedStream.pack(groups, 1)
+    assert torch.equal(again.x, tokens) and (again.groups, again.cu_seqlens) == (stream.groups, stream.cu_seqlens)
     shorter = stream.replace(tokens, 2 * tokens).without_class_tokens()
-    assert (shorter.packing.groups, shorter.num_class_tokens) == ([(2, 4), (3, 1)], 0)
+    assert (shorter.groups, shorter.num_class_tokens) == ([(2, 4), (3, 1)], 0)
     assert shorter.cu_seqlens == (0, 4, 8, 9, 10, 11)
     kept = [row for row in range(16) if row not in (0, 5, 10, 12, 14)]
     assert torch.equal(shorter.x, tokens[kept]) and torch.equal(shorter.pending, 2 * tokens[kept])

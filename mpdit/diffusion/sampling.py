@@ -182,19 +182,14 @@ def uniform_times(start: float, end: float, steps: int) -> list[float]:
 
 
 class Solver(NamedTuple):
-    """An entry of SAMPLERS.
-
-    Attributes:
-        solve: (flow, x at t = 1, steps) -> x at t = 0.
-        help: one line.
-        least_steps: it needs.
-        reads: settings of Sampler that no other solver may read.
-    """
+    """An entry of SAMPLERS."""
 
     solve: Callable[[Flow, Tensor, int], Tensor]
+    """(flow, x at t = 1, steps) -> x at t = 0."""
     help: str
     least_steps: int = 1
     reads: tuple[str, ...] = ()
+    """Settings of Sampler that only solvers which name them read."""
 
 
 SAMPLERS = {
@@ -322,8 +317,7 @@ class Sampler:
 
     def protocol(self) -> dict[str, Any]:
         """Return, in plain JSON types, the settings that had an effect, to be kept beside the figures."""
-        unread = {name for method, solver in SAMPLERS.items() if method != self.method for name in solver.reads}
-        unread -= {*SAMPLERS[self.method].reads}
+        unread = {name for solver in SAMPLERS.values() for name in solver.reads} - {*SAMPLERS[self.method].reads}
         if self.guidance == 1:
             unread.add("interval")
         fields = dataclasses.asdict(self) | {"interval": list(self.interval)}

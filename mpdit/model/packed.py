@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 from operator import index
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,57 +61,54 @@ class Images:
         return [found[i] for i in range(len(found))]
 
 
-class Packing:
-    """Where the tokens of each image lie among all tokens.
+class PackedStream(ResidualStream):
+    """A residual stream of all groups' tokens: x and pending [N, D], gate [B, D].
 
     Attributes:
         groups: (images, tokens of each), for each group.
         cu_seqlens: cumulative lengths (0, ..., N) of all images' tokens.
     """
 
-    def __init__(self, groups: Sequence[tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        groups: Sequence[tuple[int, int]],
+        x: Tensor,
+        num_class_tokens: int,
+        pending: Tensor | None = None,
+        gate: Tensor | None = None,
+        cu_seqlens: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__(x, num_class_tokens, pending, gate)
         self.groups = groups
-        self.cu_seqlens = tuple(accumulate((n for images, n in groups for _ in range(images)), initial=0))
+        lengths = (n for images, n in groups for _ in range(images))
+        self.cu_seqlens = cu_seqlens or tuple(accumulate(lengths, initial=0))
+
+    @classmethod
+    def pack(cls, groups: Sequence[Tensor], num_class_tokens: int) -> PackedStream:
+        """Make the stream of dense groups of tokens [B_g, T_g, D]."""
+        return cls([(len(group), group.shape[1]) for group in groups], _join(groups), num_class_tokens)
 
     def unpack(self, tokens: Tensor) -> list[Tensor]:
         """Split all tokens [N, D] into dense groups [B_g, T_g, D]: views."""
         parts = tokens.split([images * n for images, n in self.groups])
         return [part.unflatten(0, group) for part, group in zip(parts, self.groups, strict=True)]
 
-
-def pack(groups: Sequence[Tensor]) -> Tensor:
-    """Join dense groups of tokens [B_g, T_g, D] as [N, D]."""
-    return torch.cat([group.flatten(0, 1) for group in groups])
-
-
-class PackedStream(ResidualStream):
-    """A residual stream of all groups' tokens, x and pending [N, D], gate [B, D]."""
-
-    def __init__(
-        self, packing: Packing, x: Tensor, num_class_tokens: int, pending: Tensor | None, gate: Tensor | None
-    ) -> None:
-        super().__init__(x, num_class_tokens, pending, gate)
-        self.packing, self.cu_seqlens = packing, packing.cu_seqlens
-
-    @classmethod
-    def of(cls, groups: Sequence[Tensor], num_class_tokens: int) -> PackedStream:
-        """Make the stream of dense groups of tokens [B_g, T_g, D]."""
-        packing = Packing([(len(group), group.shape[1]) for group in groups])
-        return cls(packing, pack(groups), num_class_tokens, None, None)
-
     def replace(self, x: Tensor, pending: Tensor | None = None, gate: Tensor | None = None) -> PackedStream:
-        return PackedStream(self.packing, x, self.num_class_tokens, pending, gate)
+        return PackedStream(self.groups, x, self.num_class_tokens, pending, gate, self.cu_seqlens)
 
     def without_class_tokens(self) -> PackedStream:
-        m = self.num_class_tokens
+        m, pending = self.num_class_tokens, self.pending
         if not m:
             return self
-        x, pending = (
-            None if tokens is None else pack([group[:, m:] for group in self.packing.unpack(tokens)])
-            for tokens in (self.x, self.pending)
-        )
-        shorter = Packing([(images, n - m) for images, n in self.packing.groups])
-        return PackedStream(shorter, cast(Tensor, x), 0, pending, self.gate)
+        x = _join([group[:, m:] for group in self.unpack(self.x)])
+        if pending is not None:
+            pending = _join([group[:, m:] for group in self.unpack(pending)])
+        return PackedStream([(images, n - m) for images, n in self.groups], x, 0, pending, self.gate)
+
+
+def _join(groups: Sequence[Tensor]) -> Tensor:
+    """Join dense groups of tokens [B_g, T_g, D] as [N, D]."""
+    return torch.cat([group.flatten(0, 1) for group in groups])
 
 
 def packed_velocity(model: Any, x: Sequence[Tensor], state: Tensor, y: Tensor) -> Tensor | list[Tensor]:
@@ -122,14 +119,14 @@ def packed_velocity(model: Any, x: Sequence[Tensor], state: Tensor, y: Tensor) -
     classes = model.classes(y)  # [B, m, D]
     condition = images.arrange(model.condition(state.expand(len(x), -1), classes))  # [B, 6D] or [B, D]
     latents = [group.to(model.final.weight.dtype) for group in images.groups]  # [B_g, C, H_g, W_g] each
-    stream = PackedStream.of(images.split(classes[:, :m]), m)
+    stream = PackedStream.pack(images.split(classes[:, :m]), m)
     for stage in model.stages:
-        tokens = stream.packing.unpack(stream.sum())
-        stream = PackedStream.of([stage.enter(*pair) for pair in zip(tokens, latents, strict=True)], m)
+        tokens = stream.unpack(stream.sum())
+        stream = PackedStream.pack([stage.enter(*pair) for pair in zip(tokens, latents, strict=True)], m)
         for block in stage.blocks:
             stream = model.run_block(block, stream, condition)
     stream = stream.without_class_tokens()
-    pixels = stream.packing.unpack(model.final(stream, condition))  # [B_g, n_g, p*p*C] each
+    pixels = stream.unpack(model.final(stream, condition))  # [B_g, n_g, p*p*C] each
     patch = model.final.patch
     found = [unpatchify(p, patch, grid_of(group, patch)) for p, group in zip(pixels, latents, strict=True)]
     return images.restore([model.as_configured(v.to(x[0].dtype)) for v in found])
