@@ -320,12 +320,11 @@ def test_nothing_is_written_when_asked_not_to(packed: PackedLatents) -> None:
 @pytest.mark.parametrize(
     "damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-3])], ids=["gone", "short"]
 )
-@pytest.mark.parametrize("folder", ["imagenet256_features", "imagenet256_labels"])
-def test_files_of_other_formats_give_way_too(tmp_path: Path, damage: Callable[[Path], None], folder: str) -> None:
+def test_files_of_other_formats_give_way_too(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     latents = latent_formats.draw(24)
     path = latent_formats.write_pairs(tmp_path / "pairs", latents, latent_formats.labels_of(24))
-    dataset = open_latents(path, num_classes=3)
-    damage(path / folder / "5.npy")
+    dataset = open_latents(path)
+    damage(path / "imagenet256_features" / "5.npy")
     with pytest.raises(RecordError, match=r"5.npy") as error:
         dataset.read(np.arange(24))
     assert error.value.sample == 5

@@ -32,8 +32,7 @@ def open_latents(
         format has, and measures where it is open (npy pairs).
     normalization: "auto" takes the constants that come with the data (packed, LightningDiT) or else
         `choose_normalization`'s choice, "paper" and "measured" replace them.
-    num_classes: of a foreign format, where it is more than the highest label says; npy pairs then open without
-        reading every label. Packed data know theirs.
+    num_classes: of a foreign format, where it is more than the highest label says. Packed data know theirs.
 
     Raises ConfigError for an argument that isn't understood or would have no effect, DataError when there is no data
     set or it is damaged.

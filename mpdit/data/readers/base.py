@@ -77,19 +77,16 @@ class ForeignLatents(LatentDataset):
         self.path = path
         self._options = options
         self._scale = 1.0  # what stored latents are divided by as they are read
-        self._known_labels: NDArray[np.int64] | None = None
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="mpdit-files")
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        if self._known_labels is None:
-            self._known_labels = self._read_labels(np.arange(len(self)))
-        return self._known_labels
+        return self._labels
 
     @property
     def digest(self) -> str:
         sample, contents = self._sampled
-        return hashlib.sha256(contents + self._labels_of(sample).tobytes()).hexdigest()
+        return hashlib.sha256(contents + self._labels[sample].tobytes()).hexdigest()
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
@@ -99,7 +96,7 @@ class ForeignLatents(LatentDataset):
     ) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
         moments = np.empty((len(indices), *self.manifest.record_shape), VALUE_DTYPE) if out is None else out
         self._read_moments(indices, moments)
-        return moments, self._labels_of(indices)
+        return moments, self._labels[indices]
 
     @classmethod
     @abstractmethod
@@ -114,10 +111,6 @@ class ForeignLatents(LatentDataset):
     def _where(self, index: int) -> str:
         """Return the file a sample lies in, and where in the file."""
 
-    def _read_labels(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Read labels int64 [B] of samples, in a format that doesn't know them all from the start."""
-        raise NotImplementedError
-
     def _scale_of(self, stored: Normalization) -> float:
         """Return the factor in latents whose statistics as they are stored these are, where none is given."""
         return 1.0
@@ -128,17 +121,22 @@ class ForeignLatents(LatentDataset):
 
     def _describe(
         self,
-        num_samples: int,
+        labels: NDArray[np.int64],
+        labels_file: Path,
         *,
-        num_classes: int,
         posterior_noise: bool = False,
         normalization: Normalization | None = None,
         source: Mapping[str, Any] | None = None,
     ) -> None:
-        """Set `manifest`, from the shape of the first sample and the statistics of a few.
+        """Set labels, int64 [N], and `manifest`, from the shape of the first sample and the statistics of a few.
 
-        `normalization` are constants that come with the data, for latents as they are stored; "auto" takes them.
+        `labels_file` is named where a label is outside the classes. `normalization` are constants that come with the
+        data, for latents as they are stored; "auto" takes them.
         """
+        self._labels, num_samples = labels, len(labels)
+        num_classes = self._options.num_classes or max(1, int(labels.max()) + 1)
+        if bad := find_bad_label(labels, num_classes):
+            raise DataError(f"{labels_file}: sample {bad[0]} {bad[1]}: mend the label or raise num_classes")
         first = self._stored(0)
         variants, planes, height, width = self._stored_shape = first.shape
         if 0 in first.shape or (posterior_noise and planes % 2):
@@ -200,9 +198,6 @@ class ForeignLatents(LatentDataset):
             )
         return constants
 
-    def _labels_of(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        return self._read_labels(indices) if self._known_labels is None else self._known_labels[indices]
-
     def _read_moments(self, indices: NDArray[np.int64], moments: NDArray[np.float16]) -> None:
         self._for_each(indices, lambda row, index: self._fill(moments[row], index))
         if defect := find_defect(moments):
@@ -258,11 +253,3 @@ class ForeignLatents(LatentDataset):
     def _error(self, index: int, what: str) -> RecordError:
         message = f"{self._where(index)} (sample {index}) {what}: mend or remove it"
         return RecordError(message, sample=index, file=self._where(index), offset=None, reason=what)
-
-
-def count_classes(path: Path, labels: NDArray[np.int64], given: int | None) -> int:
-    """Return one more than the highest label, or what is given. Raises DataError for a label outside."""
-    num_classes = max(1, int(labels.max()) + 1) if given is None else given
-    if bad := find_bad_label(labels, num_classes):
-        raise DataError(f"{path}: sample {bad[0]} {bad[1]}: mend the label or raise num_classes")
-    return num_classes

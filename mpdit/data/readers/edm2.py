@@ -17,7 +17,7 @@ from mpdit.core.errors import DataError
 from mpdit.core.files import OpenFile
 from mpdit.core.zips import ZIP_DAMAGE, crc32, open_zip, read_local_header
 from mpdit.data.normalization import Normalization
-from mpdit.data.readers.base import ForeignLatents, Options, count_classes
+from mpdit.data.readers.base import ForeignLatents, Options
 from mpdit.data.readers.npy import parse_npy, read_file
 from mpdit.model.vae import SIGNED, UNIT, PixelRange
 
@@ -58,9 +58,8 @@ class EDM2Latents(ForeignLatents):
         present = self._zip.names() if self._zip else _files_below(path)
         _check_names(path, [name for name, _ in listed], {name for name in present if _is_npy(name)})
         self._names = np.array([os.fsencode(name) for name, _ in listed])  # of fixed width: far smaller than str
-        self._known_labels = np.array([label for _, label in listed], np.int64)
-        num_classes = count_classes(path / LABELS_NAME, self._known_labels, options.num_classes)
-        self._describe(len(listed), num_classes=num_classes, posterior_noise=True)
+        labels = np.array([label for _, label in listed], np.int64)
+        self._describe(labels, path / LABELS_NAME, posterior_noise=True)
 
     def close(self) -> None:
         super().close()

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from mpdit.core.errors import CheckpointError, DataError
 from mpdit.core.files import OpenFile
 from mpdit.data.normalization import Normalization
-from mpdit.data.readers.base import ForeignLatents, Options, count_classes
+from mpdit.data.readers.base import ForeignLatents, Options
 from mpdit.model.weights import load_tensors
 
 STATISTICS_NAME = "latents_stats.pt"
@@ -62,15 +62,10 @@ class LightningDiTLatents(ForeignLatents):
         self._starts = np.cumsum([0, *(shard[_LABELS].shape[0] for shard in self._shards)])
         if not self._starts[-1]:
             raise DataError(f"{path} holds no samples: its files are empty; extract them again")
-        self._known_labels = np.concatenate([self._shard_labels(shard) for shard in range(len(self._shards))])
-        num_classes = count_classes(path, self._known_labels, options.num_classes)
+        labels = np.concatenate([self._shard_labels(shard) for shard in range(len(self._shards))])
         own = _read_statistics(path / STATISTICS_NAME)
-        self._describe(
-            int(self._starts[-1]),
-            num_classes=num_classes,
-            normalization=own,
-            source={} if own is None else {"normalization": STATISTICS_NAME},
-        )
+        source = {} if own is None else {"normalization": STATISTICS_NAME}
+        self._describe(labels, path, normalization=own, source=source)
 
     def close(self) -> None:
         super().close()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mpdit.core.errors import DataError
 from mpdit.data.normalization import Normalization
-from mpdit.data.readers.base import ForeignLatents, Options, count_classes
+from mpdit.data.readers.base import ForeignLatents, Options
 
 SD_SCALE = 0.18215
 """The factor of Stable Diffusion's VAE, by which fast-DiT multiplies and MPDiT does not."""
@@ -31,8 +31,7 @@ class NpyPairs(ForeignLatents):
     """Latents [1, C, H, W] or [C, H, W] and labels [1] or [] in pairs of .npy files of the same name.
 
     Samples are in the order of the numbers that are the files' names. Both folders are listed when it is opened, about
-    10 s for 1.28 million images on a local disk. The label files are read then as well, about a minute more, unless
-    the number of classes is given: then each is read, and its range checked, together with its latent.
+    10 s for 1.28 million images on a local disk, and the label files are read, about a minute more.
 
     The official MPDiT stores latents as its VAE draws them, fast-DiT multiplies them by 0.18215, in the same files.
     When the factor isn't given it is known by the std of the latents, or else opening is refused.
@@ -59,13 +58,15 @@ class NpyPairs(ForeignLatents):
 
     def __init__(self, path: Path, options: Options) -> None:
         super().__init__(path, options)
-        self._label_folder = labels = _labels_of(path) or path
-        self._names = _paired_names(path, labels)
-        self._num_classes = num_classes = options.num_classes
-        if num_classes is None:
-            self._known_labels = self._read_labels(np.arange(len(self._names)))
-            num_classes = count_classes(labels, self._known_labels, None)
-        self._describe(len(self._names), num_classes=num_classes)
+        label_folder = _labels_of(path) or path
+        self._names = _paired_names(path, label_folder)
+        labels = np.empty(len(self._names), np.int64)
+
+        def read_label(row: int, index: int) -> None:
+            labels[row] = _read_label(self._path(index, label_folder))
+
+        self._for_each(np.arange(len(labels)), read_label)
+        self._describe(labels, label_folder)
 
     def _stored(self, index: int) -> NDArray[Any]:
         values = parse_npy(read_file(self._path(index)), self._where(index))
@@ -80,20 +81,6 @@ class NpyPairs(ForeignLatents):
 
     def _path(self, index: int, folder: Path | None = None) -> str:
         return os.path.join(folder or self.path, os.fsdecode(self._names[index]))
-
-    def _read_labels(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        labels = np.empty(len(indices), np.int64)
-
-        def read(row: int, index: int) -> None:
-            path = self._path(index, self._label_folder)
-            labels[row] = label = _read_label(path)
-            if self._num_classes is not None and not 0 <= label < self._num_classes:
-                raise DataError(
-                    f"{path} has label {label}, outside 0 .. {self._num_classes - 1}: mend it or raise num_classes"
-                )
-
-        self._for_each(indices, read)
-        return labels
 
     def _scale_of(self, stored: Normalization) -> float:
         std = math.sqrt(statistics.fmean(std**2 for std in stored.std))
