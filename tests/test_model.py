@@ -10,6 +10,7 @@ import mpdit
 from mpdit.core.errors import ConfigError
 from mpdit.model.layers import Modulation
 from mpdit.model.time import FNOTimeEmbedding
+from mpdit.model.transition import TRANSITIONS
 
 # model.md, the sizes the paper and the official codes print
 PARAMETERS = {
@@ -61,7 +62,7 @@ ABLATIONS = {
     **{f"fno, {n} layers": {"time_layers": n} for n in (2, 3, 4)},
     **{f"fno, width {w}": {"time_width": w} for w in (16, 32, 64, 128)},
     **{f"k = {k}": {"stages": ((4, 2), (2, k))} for k in (1, 4, 6, 8)},
-    **{t: {"transition": t} for t in ("linear", "conv_transpose", "linear_linear", "linear_mlp", "linear_conv")},
+    **{t: {"transition": t} for t in TRANSITIONS},
     "no skip": {"skip": False},
     "one stage": {"stages": ((2, 2),)},
     "two stages, factor 4": {"stages": ((8, 1), (2, 1))},

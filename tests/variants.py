@@ -1,6 +1,7 @@
 """Models that between them reach every branch of the configuration."""
 
 from mpdit.model.config import ModelConfig
+from mpdit.model.transition import TRANSITIONS
 
 _SMALL = ModelConfig(((4, 3), (2, 2)), 64, 2, input_size=8, class_tokens=4, num_classes=3)
 
@@ -19,10 +20,7 @@ VARIANTS = {
     ),
     "learn_sigma": _SMALL.replace(learn_sigma=True),
     "no skip": _SMALL.replace(skip=False),
-    "linear": _SMALL.replace(transition="linear"),
-    "linear_mlp": _SMALL.replace(transition="linear_mlp"),
-    "linear_conv": _SMALL.replace(transition="linear_conv"),
-    "conv_transpose": _SMALL.replace(transition="conv_transpose"),
+    **{kind: _SMALL.replace(transition=kind) for kind in TRANSITIONS if kind != _SMALL.transition},
     "own modulations": _SMALL.replace(modulation="per_block"),
     "added class": _SMALL.replace(class_conditioning="added"),
     "one Linear of time": _SMALL.replace(time_embedding="sinusoidal", time_layers=1),

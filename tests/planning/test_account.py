@@ -13,6 +13,7 @@ import mpdit
 from mpdit.cli import main
 from mpdit.core.errors import ConfigError
 from mpdit.model.config import ModelConfig
+from mpdit.model.transition import TRANSITIONS
 from mpdit.planning import account
 from mpdit.planning.account import RECOMPUTED
 
@@ -154,11 +155,10 @@ def kept(config, batch, kernels, dtype, checkpointing):
 
 CLOSE = {
     "four layers of time": "its kernels are for three layers, and references keep more",
-    "linear": "what joins class tokens and image tokens",
-    "linear_conv": "layouts of a convolution",
-    "conv_transpose": "layouts of a convolution",
     "no block at the end": "the last stage's own stream",
-    "linear_mlp": "the padded patches",
+    **{
+        kind: "what joins the tokens, layouts, padded patches" for kind, entry in TRANSITIONS.items() if not entry.fused
+    },
 }
 """Variants whose bytes are counted to 5 %, and what is left out."""
 
