@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mpdit.core.errors import DataError
 from mpdit.jobs.evaluate.statistics import frechet_distance, gaussian_statistics
 
 
@@ -69,24 +68,3 @@ def test_statistics_are_float64_and_unbiased() -> None:
     np.testing.assert_allclose(mu, [2, 2], rtol=1e-15)
     np.testing.assert_allclose(sigma, [[4, 3], [3, 3]], rtol=1e-15)
     assert gaussian_statistics(np.ones((5, 1)))[1].shape == (1, 1)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (([0, 0], np.eye(2), [0], np.eye(1)), r"mu2 has shape \(1,\)"),
-        (([0, 0], np.eye(3), [0, 0], np.eye(2)), r"sigma1 \(3, 3\)"),
-        (([0, 0], np.eye(2), [0, np.nan], np.eye(2)), "mu2 or sigma2 holds NaN"),
-    ],
-)
-def test_bad_statistics(arguments: tuple, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        frechet_distance(*arguments)
-
-
-@pytest.mark.parametrize(
-    ("features", "message"), [(np.ones((1, 4)), "at least 2 rows"), (np.full((3, 2), np.inf), "NaN or")]
-)
-def test_bad_features(features: np.ndarray, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        gaussian_statistics(features)

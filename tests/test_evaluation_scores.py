@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from mpdit.core import progress
-from mpdit.core.errors import DataError
 from mpdit.jobs.evaluate import statistics
 from mpdit.jobs.evaluate.adm import evenly
 from mpdit.jobs.evaluate.statistics import (
@@ -87,12 +86,6 @@ def test_repeated_images_have_no_manifold_but_themselves() -> None:
     assert precision_recall(one.repeat(5, 1), nearly.repeat(6, 1)) == (1.0, 1.0)
 
 
-@pytest.mark.parametrize(("reference", "samples", "name"), [(3, 9, "3 reference"), (9, 3, "3 sample"), (0, 9, "0 ref")])
-def test_too_few_for_neighbours(reference: int, samples: int, name: str) -> None:
-    with pytest.raises(DataError, match=rf"{name}.* need at least 4"):
-        precision_recall(torch.randn(reference, 2), torch.randn(samples, 2))
-
-
 def test_inception_score_of_known_distributions() -> None:
     assert inception_score(torch.zeros(7, 10)) == pytest.approx(1.0)  # nothing is told apart
     assert inception_score(torch.eye(10) * 200) == pytest.approx(10.0)  # certain, and all classes alike
@@ -110,12 +103,6 @@ def test_inception_score_is_the_mean_over_parts() -> None:
     parts = [inception_score(part) for part in (logits[:10], logits[10:20], logits[20:])]
     assert inception_score(logits, split=10) == pytest.approx(sum(parts) / 3)  # the rest counts as much
     assert inception_score(logits) != pytest.approx(sum(parts) / 3, abs=1e-3)
-
-
-@pytest.mark.parametrize("logits", [torch.empty(0, 10), torch.zeros(10)])
-def test_no_inception_score_of_nothing(logits: Tensor) -> None:
-    with pytest.raises(DataError, match="at least 1 row"):
-        inception_score(logits)
 
 
 @pytest.mark.parametrize("batches", [[200], [1, 50, 149], [7] * 28 + [4]])
@@ -142,14 +129,6 @@ def test_streamed_statistics_do_not_depend_on_the_batches() -> None:
         results.append(sums.result())
     for mean, covariance in results[1:]:
         assert (mean == results[0][0]).all() and (covariance == results[0][1]).all()
-
-
-@pytest.mark.parametrize("count", [0, 1])
-def test_too_few_rows_for_a_covariance(count: int) -> None:
-    sums = StreamingGaussian(3)
-    sums.add(torch.randn(count, 3))
-    with pytest.raises(DataError, match="no covariance"):
-        sums.result()
 
 
 def test_distance_of_gaussians_drawn() -> None:

@@ -21,7 +21,7 @@ from forks import exit_code, fork_workers, in_a_child
 from PIL import Image
 
 from mpdit import cli
-from mpdit.core.errors import ConfigError, DataError
+from mpdit.core.errors import DataError
 from mpdit.data import PackedLatents, verify
 from mpdit.data.normalization import PAPER
 from mpdit.data.writer import PartialFile
@@ -475,9 +475,6 @@ def test_mistakes(images: Path, vae: str, tmp_path: Path, capsys: pytest.Capture
         assert captured.out == "" and captured.err.count("\n") == 1, captured.err
         assert captured.err.startswith("error: ") and message in captured.err, captured.err
     assert _bytes(tmp_path) == before and not Path(new).exists()
-    for name in ("part_images", "batch", "workers", "processes"):
-        with pytest.raises(ConfigError, match=f"{name} is 0: give a whole number of at least 1"):
-            ExtractOptions(**{name: 0})
 
 
 def test_a_list_is_small_and_quick_for_many_images(tmp_path: Path) -> None:

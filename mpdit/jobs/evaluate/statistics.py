@@ -10,7 +10,6 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from mpdit.core.errors import DataError
 from mpdit.core.progress import bar
 
 Gaussian = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -55,9 +54,7 @@ class StreamingGaussian:
                 self._flush()
 
     def result(self) -> Gaussian:
-        """Return mean and unbiased covariance; DataError for fewer than 2 rows."""
-        if self.count < 2:
-            raise DataError(f"{self.count} image(s) have no covariance: give more")
+        """Return mean and unbiased covariance of at least 2 rows."""
         self._flush()
         assert self._shift is not None
         mean = self._sum / self.count
@@ -76,12 +73,8 @@ class StreamingGaussian:
 
 
 def gaussian_statistics(features: ArrayLike) -> Gaussian:
-    """Return mean and covariance of features [N, D] with N >= 2; DataError for other shapes, NaN or infinity."""
+    """Return mean and covariance of features [N, D] with N >= 2."""
     values = np.asarray(features, dtype=np.float64)
-    if values.ndim != 2 or len(values) < 2:
-        raise DataError(f"features have shape {values.shape}: give [N, D] with at least 2 rows")
-    if not np.isfinite(values).all():
-        raise DataError("features hold NaN or infinity: check the images or the model they come from")
     return values.mean(axis=0), np.cov(values, rowvar=False).reshape(values.shape[1], values.shape[1])
 
 
@@ -90,17 +83,10 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
 
     In float64, of means [D] and symmetric covariances [D, D], singular ones included. With sigma = L L^T for each, the
     last trace is the nuclear norm of L1^T L2: no root of a non-symmetric product, so nothing complex and no epsilon on
-    the diagonal. DataError for shapes that don't fit or values that aren't finite.
+    the diagonal.
     """
     means = [np.asarray(mu, dtype=np.float64) for mu in (mu1, mu2)]
     sigmas = [np.asarray(sigma, dtype=np.float64) for sigma in (sigma1, sigma2)]
-    for index, (mu, sigma) in enumerate(zip(means, sigmas, strict=True), start=1):
-        if mu.ndim != 1 or mu.shape != means[0].shape or sigma.shape != means[0].shape * 2:
-            raise DataError(
-                f"mu{index} has shape {mu.shape} and sigma{index} {sigma.shape}: give [D] and [D, D] of one D for both"
-            )
-        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-            raise DataError(f"mu{index} or sigma{index} holds NaN or infinity: check where the statistics come from")
     difference = means[0] - means[1]
     cross = np.linalg.svd(_root(sigmas[0]).T @ _root(sigmas[1]), compute_uv=False).sum()
     distance = difference @ difference + np.trace(sigmas[0]) + np.trace(sigmas[1]) - 2 * cross
@@ -130,8 +116,6 @@ def inception_score(logits: Tensor, split: int = SPLIT) -> float:
 
     As ADM computes it: the mean over parts of `split` rows, in order, the last one of what is left.
     """
-    if logits.ndim != 2 or not len(logits):
-        raise DataError(f"logits have shape {tuple(logits.shape)}: give [N, classes] with at least 1 row")
     scores = []
     for part in logits.double().split(split):
         log_p = part.log_softmax(dim=1)
@@ -148,12 +132,9 @@ def precision_recall(
     A set's manifold is the union of balls about its rows, each as large as the distance to its k-th nearest other row.
     Precision is the fraction of samples in the reference's manifold, recall that of reference rows in the samples'.
     Distances are taken in float64 on the features' device, block by block. ADM's evaluator takes them in float16
-    where none overflows, so its figures may differ in the third decimal. DataError for k rows or fewer. With a `label`
+    where none overflows, so its figures may differ in the third decimal. Both need more than k rows. With a `label`
     progress is shown: 50 000 against 10 000 images take minutes on a CPU.
     """
-    for name, features in (("reference", reference), ("sample", samples)):
-        if len(features) <= k:
-            raise DataError(f"{len(features)} {name} images: precision and recall with k = {k} need at least {k + 1}")
     sample_inside = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
     reference_inside = torch.zeros(len(reference), dtype=torch.bool, device=samples.device)
     pairs = len(reference) ** 2 + len(samples) ** 2 + len(samples) * len(reference)

@@ -6,12 +6,12 @@ import re
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdit.core.errors import ConfigError, DataError
+from mpdit.core.errors import DataError
 from mpdit.core.files import counted
 
 ClassMode = Literal["auto", "label", "folder", "archive", "one"]
@@ -48,12 +48,6 @@ class FoundImages:
         """The top folders of a tree."""
         self.ignored: list[tuple[str, str]] = []
         """Files that are not among the images, and why."""
-
-
-def check_mode(mode: str) -> None:
-    """Raise ConfigError for an unknown mode."""
-    if mode not in get_args(ClassMode):
-        raise ConfigError(f"classes is {mode!r}: choose one of {', '.join(get_args(ClassMode))}")
 
 
 def as_label(value: Any) -> int:

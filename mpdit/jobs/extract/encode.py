@@ -72,12 +72,6 @@ class ExtractOptions:
     workers: int | None = None
     """Decoding threads of each process; None: this machine's cores shared out over the processes."""
 
-    def __post_init__(self) -> None:
-        for name, least in (("max_skipped", 0), ("part_images", 1), ("processes", 1), ("batch", 1), ("workers", 1)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise ConfigError(f"{name} is {value!r}: give a whole number of at least {least}")
-
     @property
     def batch_images(self) -> int:
         """Return `batch`, chosen where it is None."""

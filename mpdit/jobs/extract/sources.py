@@ -30,7 +30,6 @@ from mpdit.jobs.extract.classes import (
     ClassMode,
     FoundImages,
     as_label,
-    check_mode,
     classify,
 )
 
@@ -165,11 +164,9 @@ def list_images(path: str | Path, classes: ClassMode = "auto") -> ImageIndex:
     `classes` insists on "label", "folder" or "archive"; "one" puts all images into one class. Classes by name are
     numbered in sorted order. Labels are read for "auto" and "label" only; of several images of a labelled key KEY.jpg
     is taken, and KEY.seg.png ignored. Hidden files and __MACOSX are left out; files that are no images are named in the
-    result. Raises ConfigError for an unknown mode, DataError when there are no images or no classes, only some images
-    have one, a label may be of several images, a class folder of a tree is empty, or an archive is damaged, or
-    compressed as a whole.
+    result. Raises DataError when there are no images or no classes, only some images have one, a label may be of
+    several images, a class folder of a tree is empty, or an archive is damaged, or compressed as a whole.
     """
-    check_mode(classes)
     path = Path(path)
     listing = _Listing(reads_labels=classes in ("auto", "label"))
     with tqdm(desc="listing images", unit="img", disable=None, file=sys.stderr, leave=False) as listing.progress:

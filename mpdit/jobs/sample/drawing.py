@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from mpdit.diffusion.inference import SamplingModel, computing, for_sampling
 from mpdit.diffusion.sampling import Sampler, check_finite, generate
 from mpdit.jobs.npz import NpzReader, disk, new_npz
 from mpdit.jobs.workers import DoPart, Job, Report
-from mpdit.model.config import ModelConfig, one_of
+from mpdit.model.config import ModelConfig
 from mpdit.model.mpdit import MPDiT, load_weights
 from mpdit.model.vae import DECODER_KIND, VAE, VAEDtype, pixel_range_of
 from mpdit.model.weights import weights_folder
@@ -87,9 +87,8 @@ class Labels:
         """Choose of a model's `num_classes`, or of those `asked` for, of which one may be named several times.
 
         "auto" is balanced for classes asked for and for up to 16, random for all of more. ConfigError for a class that
-        the model doesn't know, another order, or a seed out of range.
+        the model doesn't know, or a seed out of range.
         """
-        one_of("labels", order, ("auto", *get_args(Order)))
         check_seed(seed)
         for label in asked or ():
             if not 0 <= label < num_classes:

@@ -33,7 +33,6 @@ from mpdit.jobs.sample.drawing import (
 )
 from mpdit.jobs.sample.files import FORMAT, LATENTS, NPZ, FinishedSet, assemble, identity_of
 from mpdit.jobs.workers import begin, choose_devices, run_parts
-from mpdit.model.config import one_of
 from mpdit.model.mpdit import load_weights
 from mpdit.model.weights import check_flow
 
@@ -123,9 +122,6 @@ def _plan(
     weights: Path, out: Path, options: DrawOptions, device: torch.device
 ) -> tuple[SampleJob, dict[str, Any], tuple[str, ...]]:
     """Return the job, what its set says of itself when it is finished, and remarks."""
-    if options.images < 1 or options.decode_batch < 1:
-        raise ConfigError(f"images is {options.images}, decode_batch {options.decode_batch}: give at least 1 of each")
-    one_of("files", options.files, ("npz", "png", "both"))
     if options.cuda_graph and device.type != "cuda":
         raise ConfigError(f"CUDA graphs need a GPU and the device is {device}: leave them off")
     sampler = options.sampler.replace(precision=choose_precision(options.sampler.precision, device))
