@@ -171,6 +171,12 @@ def test_an_attention_that_cannot_serve_is_one_clear_error():
                 call()
 
 
+def test_the_old_names_of_switches_work_for_one_release():
+    model = tiny().use_shortcuts(False)
+    model.checkpointing = True
+    assert model.activation_checkpointing and model.checkpointing and not model.exact_fusions
+
+
 def test_checkpointing_keeps_less_and_changes_no_gradient():
     model = tiny()
     x, t, y = inputs(model)

@@ -293,6 +293,12 @@ class MPDiT(Pretrained):
                 module.exact_fusions = enabled  # type: ignore[assignment]
         return self
 
+    # Old names, kept for one release: an attribute that is set and read by nobody would go unnoticed.
+    use_shortcuts = use_exact_fusions
+    checkpointing = property(
+        lambda self: self.activation_checkpointing, lambda self, on: setattr(self, "activation_checkpointing", on)
+    )
+
     def _check_inputs(self, x: Latents, t: Tensor, y: Tensor) -> None:
         config = self.config
         channels, size, coarsest = config.channels, config.input_size, config.stages[0].patch
