@@ -16,19 +16,13 @@ class LatentDataset(ABC):
 
     path: Path
     manifest: DatasetInfo
+    labels: NDArray[np.int64]
+    """int64 [N], of every sample."""
+    digest: str = ""
+    """SHA-256, in hex, of some of the samples and their labels; empty where the manifest has the files' own."""
 
     def __len__(self) -> int:
         return self.manifest.num_samples
-
-    @property
-    @abstractmethod
-    def labels(self) -> NDArray[np.int64]:
-        """Labels int64 [N] of every sample."""
-
-    @property
-    def digest(self) -> str:
-        """SHA-256, in hex, of some of the samples and their labels; empty where the manifest has the files' own."""
-        return ""
 
     @abstractmethod
     def read(

@@ -38,7 +38,7 @@ class PackedLatents(LatentDataset):
         self.path = Path(path)
         self.manifest = Manifest.load(self.path)
         index = _read_index(self.path, self.manifest)
-        self._labels: NDArray[np.int64] = index["label"].astype(np.int64)
+        self.labels = index["label"].astype(np.int64)
         self._checksums: NDArray[np.uint32] = index["crc32"].copy()
         self._sound = np.zeros(len(index), np.bool_)  # found free of defects: the checksum tells that no byte changed
         self._starts = np.cumsum([0, *(shard.records for shard in self.manifest.shards)])
@@ -48,10 +48,6 @@ class PackedLatents(LatentDataset):
     def open(cls, path: str | Path) -> PackedLatents:
         """Open the data set in the folder `path`."""
         return cls(path)
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        return self._labels
 
     def close(self) -> None:
         for file in self._files:
@@ -85,7 +81,7 @@ class PackedLatents(LatentDataset):
             if defect := find_defect(moments[rows]):
                 raise self._error(indices[start + defect[0]], defect[1])
             self._sound[indices[rows]] = True
-        return moments, self._labels[indices]
+        return moments, self.labels[indices]
 
     def _error(self, index: int, what: str) -> RecordError:
         index = int(index)

@@ -49,7 +49,7 @@ class Quarantine(LatentDataset):
 
     def __init__(self, dataset: LatentDataset, limit: int, journal: Path, data: str, *, write: bool = True) -> None:
         self._dataset, self._limit = dataset, limit
-        self.path, self.manifest = dataset.path, dataset.manifest
+        self.path, self.manifest, self.labels = dataset.path, dataset.manifest, dataset.labels
         self._journal, self._data, self._write = journal, data, write
         self._bad = frozenset(self._replaced())
         self._before = len(self._bad)
@@ -62,10 +62,6 @@ class Quarantine(LatentDataset):
                 f"bad_records allows {limit}: give --bad-records {self._before} or more, or mend the data and remove "
                 f"{QUARANTINE_NAME}"
             )
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        return self._dataset.labels
 
     def check(self, total: int) -> None:
         """Raise DataError, the same on every rank, when `total`, the sum of `met` over ranks, is beyond the limit.

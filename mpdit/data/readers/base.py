@@ -79,15 +79,6 @@ class ForeignLatents(LatentDataset):
         self._scale = 1.0  # what stored latents are divided by as they are read
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="mpdit-files")
 
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        return self._labels
-
-    @property
-    def digest(self) -> str:
-        sample, contents = self._sampled
-        return hashlib.sha256(contents + self._labels[sample].tobytes()).hexdigest()
-
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
 
@@ -96,7 +87,7 @@ class ForeignLatents(LatentDataset):
     ) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
         moments = np.empty((len(indices), *self.manifest.record_shape), VALUE_DTYPE) if out is None else out
         self._read_moments(indices, moments)
-        return moments, self._labels[indices]
+        return moments, self.labels[indices]
 
     @classmethod
     @abstractmethod
@@ -133,7 +124,7 @@ class ForeignLatents(LatentDataset):
         `labels_file` is named where a label is outside the classes. `normalization` are constants that come with the
         data, for latents as they are stored; "auto" takes them.
         """
-        self._labels, num_samples = labels, len(labels)
+        self.labels, num_samples = labels, len(labels)
         num_classes = self._options.num_classes or max(1, int(labels.max()) + 1)
         if bad := find_bad_label(labels, num_classes):
             raise DataError(f"{labels_file}: sample {bad[0]} {bad[1]}: mend the label or raise num_classes")
@@ -173,7 +164,7 @@ class ForeignLatents(LatentDataset):
         )
 
     def _measure(self, sample: NDArray[np.int64], record_shape: tuple[int, ...]) -> Normalization:
-        """Return the statistics of these samples, whose contents are kept in mind for `digest`."""
+        """Return the statistics of these samples, and set `digest` by their contents and labels."""
         statistics, digest = ChannelStatistics(record_shape[1] // 2), hashlib.sha256()
         for start in range(0, len(sample), _STATISTICS_BATCH):
             indices = sample[start : start + _STATISTICS_BATCH]
@@ -181,7 +172,7 @@ class ForeignLatents(LatentDataset):
             self._read_moments(indices, moments)
             statistics.add(moments)
             digest.update(moments.data)
-        self._sampled = sample, digest.digest()
+        self.digest = hashlib.sha256(digest.digest() + self.labels[sample].tobytes()).hexdigest()
         return Normalization(*statistics.result())
 
     def _choose(self, measured: Normalization, own: Normalization | None) -> Normalization:
