@@ -108,7 +108,7 @@ def our_groups(
     state: type[State] = State,
     training: bool = False,
 ) -> Iterator[Group]:
-    """Yield the model in our code, and its DiT, whose variants bear its name: "ours" is the name alone."""
+    """Yield the model in our code, and its DiT, whose variants bear its name."""
 
     def group(model: str, variants: Mapping[str, Build]) -> Group:
         def make() -> State:
@@ -127,8 +127,8 @@ def our_groups(
 
     yield group(preset, variants)
     if other := COUNTERPARTS.get(preset):
-        names = {name: f", {name}".replace(", ours", "") for name in variants}
-        yield group(other, {f"{other}{names[name]}": build for name, build in variants.items()})
+        # Its "ours" is called "DiT-XL/2", its "ours, compiled" "DiT-XL/2, compiled", its "eager" "DiT-XL/2, eager".
+        yield group(other, {f"{other}, {name}".replace(", ours", ""): build for name, build in variants.items()})
 
 
 def peer_group(
