@@ -14,12 +14,13 @@ from torch import Tensor
 _waiting: list[tuple[Any, Callable[..., int]]] = []
 
 
-def kernel_op(folder: str, launcher: str, schema: str, products: bool = False) -> Any:
+def kernel_op(folder: str, launcher: str, schema: str, products: bool = False) -> Callable[[Callable[..., Any]], Any]:
     """Define the operator torch.ops.mpdit_kernels.NAME of a schema "NAME(Tensor x) -> Tensor".
 
-    It calls the launcher in the folder's triton_impl.py, which is imported then. An operator returns tensors alone:
-    what the launcher returns as None comes out as `absent`. With `products` the launcher calls cuBLAS, whose products
-    take the dtypes that they are given, whatever autocast says.
+    It decorates a function that says what comes out: it returns empty tensors of the results' shapes and dtypes. The
+    operator calls the launcher in the folder's triton_impl.py, which is imported then. An operator returns tensors
+    alone: what the launcher returns as None comes out as `absent`. With `products` the launcher calls cuBLAS, whose
+    products take the dtypes that they are given, whatever autocast says.
     """
 
     def run(*args: Any) -> Any:
@@ -31,8 +32,13 @@ def kernel_op(folder: str, launcher: str, schema: str, products: bool = False) -
             return found
         return type(found)(absent(tensor) if x is None else x for x in found)
 
-    name, arguments = schema.split("(", 1)
-    return torch.library.custom_op(f"mpdit_kernels::{name}", run, mutates_args=(), schema=f"({arguments}")
+    def define(fake: Callable[..., Any]) -> Any:
+        name, arguments = schema.split("(", 1)
+        operator = torch.library.custom_op(f"mpdit_kernels::{name}", run, mutates_args=(), schema=f"({arguments}")
+        operator.register_fake(fake)
+        return operator
+
+    return define
 
 
 def absent(x: Tensor) -> Tensor:

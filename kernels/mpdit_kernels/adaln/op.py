@@ -148,25 +148,14 @@ def _result(x: Tensor, eps: float, dtype: torch.dtype | None) -> torch.dtype:
     return dtype
 
 
-# Returns (residual, modulated, statistics fp32 [2, B, T]), empty where the arguments ask for none.
-_adaln = kernel_op(
+@kernel_op(
     "adaln",
     "forward",
     "adaln(Tensor x, Tensor? branch, Tensor? gate, Tensor? shift, Tensor? scale, float eps, ScalarType dtype, "
     "SymInt[]? offsets=None) -> (Tensor, Tensor, Tensor)",
 )
-# Returns (dx, dbranch, fp32 [1 to 3, B, D]): dx is empty without d_y, dbranch without branch. The third is of the gate
-# where there is a branch, then of shift and scale where there is d_y.
-_adaln_backward = kernel_op(
-    "adaln",
-    "backward",
-    "adaln_backward(Tensor? d_residual, Tensor? d_y, Tensor x, Tensor? branch, Tensor? gate, Tensor? scale, "
-    "Tensor? statistics, SymInt[]? offsets=None) -> (Tensor, Tensor, Tensor)",
-)
-
-
-@_adaln.register_fake
-def _(x, branch, gate, shift, scale, eps, dtype, offsets=None):  # type: ignore[no-untyped-def]
+def _adaln(x, branch, gate, shift, scale, eps, dtype, offsets=None):  # type: ignore[no-untyped-def]
+    """Return (residual, modulated, statistics fp32 [2, B, T]), empty where the arguments ask for none."""
     return (
         absent(x) if branch is None else x.new_empty(x.shape),
         absent(x) if shift is None else x.new_empty(x.shape, dtype=dtype),
@@ -174,8 +163,17 @@ def _(x, branch, gate, shift, scale, eps, dtype, offsets=None):  # type: ignore[
     )
 
 
-@_adaln_backward.register_fake
-def _(d_residual, d_y, x, branch, gate, scale, statistics, offsets=None):  # type: ignore[no-untyped-def]
+@kernel_op(
+    "adaln",
+    "backward",
+    "adaln_backward(Tensor? d_residual, Tensor? d_y, Tensor x, Tensor? branch, Tensor? gate, Tensor? scale, "
+    "Tensor? statistics, SymInt[]? offsets=None) -> (Tensor, Tensor, Tensor)",
+)
+def _adaln_backward(d_residual, d_y, x, branch, gate, scale, statistics, offsets=None):  # type: ignore[no-untyped-def]
+    """Return (dx, dbranch, fp32 [1 to 3, B, D]): dx is empty without d_y, dbranch without branch.
+
+    The third is of the gate where there is a branch, then of shift and scale where there is d_y.
+    """
     rows = x.shape[0] if offsets is None else len(offsets) - 1
     return (
         absent(x) if d_y is None else x.new_empty(x.shape),

@@ -88,29 +88,23 @@ def _refusal(layers: int, width: int) -> str | None:
     return None
 
 
-# Returns (out [B, D], and what the backward needs: see triton_impl.forward); all fp32.
-_fno = kernel_op(
-    "fno", "forward", "fno(Tensor t, Tensor[] weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-# Returns the gradients of t and, in order, of the weights; empty where not asked for.
-_fno_backward = kernel_op(
-    "fno",
-    "backward",
-    "fno_backward(Tensor d_out, Tensor t, Tensor[] weights, Tensor spectrum, Tensor derivative, Tensor means, "
-    "Tensor start, Tensor slope, bool of_t, bool of_weights) -> Tensor[]",
-)
-
-
-@_fno.register_fake
-def _(t, weights):  # type: ignore[no-untyped-def]
+@kernel_op("fno", "forward", "fno(Tensor t, Tensor[] weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+def _fno(t, weights):  # type: ignore[no-untyped-def]
+    """Return (out [B, D], and what the backward needs: see triton_impl.forward); all fp32."""
     batch, channels, width = t.shape[0], weights[0].shape[0], weights[-1].shape[0]
     per_sample = (batch, channels, reference.GRID)
     shapes = ((batch, width), per_sample, per_sample, (2, batch, channels), (channels, reference.GRID), (channels,))
     return tuple(t.new_empty(shape) for shape in shapes)
 
 
-@_fno_backward.register_fake
-def _(d_out, t, weights, spectrum, derivative, means, start, slope, of_t, of_weights):  # type: ignore[no-untyped-def]
+@kernel_op(
+    "fno",
+    "backward",
+    "fno_backward(Tensor d_out, Tensor t, Tensor[] weights, Tensor spectrum, Tensor derivative, Tensor means, "
+    "Tensor start, Tensor slope, bool of_t, bool of_weights) -> Tensor[]",
+)
+def _fno_backward(d_out, t, weights, spectrum, derivative, means, start, slope, of_t, of_weights):  # type: ignore[no-untyped-def]
+    """Return the gradients of t and, in order, of the weights; empty where not asked for."""
     wanted = [(t, of_t), *((value, of_weights) for value in weights)]
     return [value.new_empty(value.shape) if asked else absent(t) for value, asked in wanted]
 

@@ -66,33 +66,29 @@ def _check(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor | None, bi
                 check(tensor.dtype == x.dtype, name, f"of dtype {tensor.dtype}", f"{x.dtype}, as x")
 
 
-# Returns (result, pre-activation [..., H]); the second is empty unless kept.
-_gelu_linear = kernel_op(
+@kernel_op(
     "gelu_mlp",
     "forward",
     "gelu_linear(Tensor x, Tensor weight1, Tensor bias1, Tensor? weight2, Tensor? bias2, bool keep) "
     "-> (Tensor, Tensor)",
     products=True,
 )
-# Returns the gradients of x, weight1, bias1, weight2 and bias2; empty where not needed.
-_gelu_linear_backward = kernel_op(
+def _gelu_linear(x, weight1, bias1, weight2, bias2, keep):  # type: ignore[no-untyped-def]
+    """Return (result, pre-activation [..., H]); the second is empty unless kept."""
+    hidden = (*x.shape[:-1], weight1.shape[0])
+    result = hidden if weight2 is None else (*x.shape[:-1], weight2.shape[0])
+    return x.new_empty(result), x.new_empty(hidden) if keep else absent(x)
+
+
+@kernel_op(
     "gelu_mlp",
     "backward",
     "gelu_linear_backward(Tensor dy, Tensor x, Tensor weight1, Tensor? weight2, Tensor hidden, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     products=True,
 )
-
-
-@_gelu_linear.register_fake
-def _(x, weight1, bias1, weight2, bias2, keep):  # type: ignore[no-untyped-def]
-    hidden = (*x.shape[:-1], weight1.shape[0])
-    result = hidden if weight2 is None else (*x.shape[:-1], weight2.shape[0])
-    return x.new_empty(result), x.new_empty(hidden) if keep else absent(x)
-
-
-@_gelu_linear_backward.register_fake
-def _(dy, x, weight1, weight2, hidden, needs):  # type: ignore[no-untyped-def]
+def _gelu_linear_backward(dy, x, weight1, weight2, hidden, needs):  # type: ignore[no-untyped-def]
+    """Return the gradients of x, weight1, bias1, weight2 and bias2; empty where not needed."""
     second = (0, 0) if weight2 is None else (weight2.shape, weight2.shape[:1])
     shapes = (x.shape, weight1.shape, weight1.shape[:1], *second)
     return tuple(x.new_empty(shape) if need else absent(x) for shape, need in zip(shapes, needs, strict=True))

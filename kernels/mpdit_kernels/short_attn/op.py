@@ -131,25 +131,17 @@ def _starts(offsets: tuple[int, ...], query_start: int, device: torch.device) ->
         return torch.tensor([rows, out_rows], dtype=torch.int64, device=device)
 
 
-# Returns (result, lse fp32 [H, N']: base-2 logarithm of the sum that each query's weights are divided by). `lengths`
-# are (length, count, ...) in the order of `starts`.
-_short_attention = kernel_op(
+@kernel_op(
     "short_attn",
     "forward",
     "short_attention(Tensor qkv, Tensor? starts, SymInt[] lengths, float scale, SymInt query_start) "
     "-> (Tensor, Tensor)",
 )
-# Returns the gradient of qkv, contiguous.
-_short_attention_backward = kernel_op(
-    "short_attn",
-    "backward",
-    "short_attention_backward(Tensor d_out, Tensor qkv, Tensor out, Tensor lse, Tensor? starts, SymInt[] lengths, "
-    "float scale, SymInt query_start) -> Tensor",
-)
+def _short_attention(qkv, starts, lengths, scale, query_start):  # type: ignore[no-untyped-def]
+    """Return (result, lse fp32 [H, N']: base-2 logarithm of the sum that each query's weights are divided by).
 
-
-@_short_attention.register_fake
-def _(qkv, starts, lengths, scale, query_start):  # type: ignore[no-untyped-def]
+    `lengths` are (length, count, ...) in the order of `starts`.
+    """
     *_, heads, width = qkv.shape
     if starts is None:
         outer = [qkv.shape[0], qkv.shape[1] - query_start]
@@ -158,8 +150,14 @@ def _(qkv, starts, lengths, scale, query_start):  # type: ignore[no-untyped-def]
     return qkv.new_empty((*outer, heads, width)), qkv.new_empty((heads, math.prod(outer)), dtype=torch.float32)
 
 
-@_short_attention_backward.register_fake
-def _(d_out, qkv, out, lse, starts, lengths, scale, query_start):  # type: ignore[no-untyped-def]
+@kernel_op(
+    "short_attn",
+    "backward",
+    "short_attention_backward(Tensor d_out, Tensor qkv, Tensor out, Tensor lse, Tensor? starts, SymInt[] lengths, "
+    "float scale, SymInt query_start) -> Tensor",
+)
+def _short_attention_backward(d_out, qkv, out, lse, starts, lengths, scale, query_start):  # type: ignore[no-untyped-def]
+    """Return the gradient of qkv, contiguous."""
     return qkv.new_empty(qkv.shape)
 
 

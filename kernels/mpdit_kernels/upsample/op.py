@@ -154,27 +154,18 @@ def _offset_major(x: Tensor, r: int, dtype: torch.dtype) -> Tensor:
     return rows.to(dtype, memory_format=torch.contiguous_format).flatten(0, 2)
 
 
-# Returns (result, and for backward: rows [B*(m+n1), D] before GELU, class tokens' first, and image tokens [B*n0, D]).
-_upsample = kernel_op(
+@kernel_op(
     "upsample",
     "forward",
     "upsample(Tensor x, Tensor expand, Tensor expand_bias, Tensor refine, Tensor refine_bias, Tensor? patches, "
     "Tensor? skip_bias, Tensor? position, SymInt[] sizes, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     products=True,
 )
-# Returns gradients of the first eight arguments of the forward, those not wanted being empty. x's comes as `dtype`,
-# those of matrices and patches in the products' dtype, the others in fp32.
-_upsample_backward = kernel_op(
-    "upsample",
-    "backward",
-    "upsample_backward(Tensor d_out, Tensor rows, Tensor image, Tensor expand, Tensor refine, Tensor? patches, "
-    "SymInt[] sizes, float eps, ScalarType dtype, bool[] wanted) -> Tensor[]",
-    products=True,
-)
+def _upsample(x, expand, expand_bias, refine, refine_bias, patches, skip_bias, position, sizes, eps, dtype):  # type: ignore[no-untyped-def]
+    """Return (result, and for backward: rows [B*(m+n1), D] before GELU, and image tokens [B*n0, D]).
 
-
-@_upsample.register_fake
-def _(x, expand, expand_bias, refine, refine_bias, patches, skip_bias, position, sizes, eps, dtype):  # type: ignore[no-untyped-def]
+    Class tokens' rows come first.
+    """
     (batch, _, width), (m, r, h, w) = x.shape, sizes
     return (
         x.new_empty((batch, m + h * w * r * r, width), dtype=dtype),
@@ -183,8 +174,18 @@ def _(x, expand, expand_bias, refine, refine_bias, patches, skip_bias, position,
     )
 
 
-@_upsample_backward.register_fake
-def _(d_out, rows, image, expand, refine, patches, sizes, eps, dtype, wanted):  # type: ignore[no-untyped-def]
+@kernel_op(
+    "upsample",
+    "backward",
+    "upsample_backward(Tensor d_out, Tensor rows, Tensor image, Tensor expand, Tensor refine, Tensor? patches, "
+    "SymInt[] sizes, float eps, ScalarType dtype, bool[] wanted) -> Tensor[]",
+    products=True,
+)
+def _upsample_backward(d_out, rows, image, expand, refine, patches, sizes, eps, dtype, wanted):  # type: ignore[no-untyped-def]
+    """Return gradients of the first eight arguments of the forward, those not wanted being empty.
+
+    x's comes as `dtype`, those of matrices and patches in the products' dtype, the others in fp32.
+    """
     (batch, _, width), (m, r, h, w) = d_out.shape, sizes
     shapes = [
         ((batch, m + h * w, width), dtype),
