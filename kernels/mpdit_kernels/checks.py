@@ -63,4 +63,6 @@ def check_eps(eps: float) -> None:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return what autocast would have matrix products on x's device take, or None when it is off."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)

@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from mpdit_kernels import operators
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 MODES = ("auto", "triton", "reference")
@@ -127,6 +129,8 @@ def no_kernels(mode: str, device: torch.device, dtypes: tuple[torch.dtype, ...])
     """Return why no kernel runs on tensors like these in this mode, "auto" or "triton"; None if kernels do."""
     if not TRITON_INSTALLED:
         return "triton is not installed"
+    if device.type == "meta" and operators.recording:
+        return None
     if device.type == "cpu" and mode == "auto":
         return "the tensors are on the CPU"
     if device.type == "cpu" and not interpreting():

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import triton
 
+from mpdit_kernels import operators
 from mpdit_kernels.dispatch import tuned_table
-from mpdit_kernels.operators import register_flops
 
-register_flops()  # no operator runs uncounted
+operators.register_flops()  # no operator runs uncounted
 
 INTERPRETING: bool = triton.knobs.runtime.interpret
 """Read once: Triton decides when a kernel is decorated."""
@@ -101,11 +101,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
 def record(target: str | None = None) -> Iterator[list[Launch]]:
     """Note launches instead of running them, with the configurations of `target` ("sm_90"): tensors may be meta."""
     global _records, _target
-    _records, _target = [], target
+    _records, _target, operators.recording = [], target, True
     try:
         yield _records
     finally:
-        _records = _target = None
+        _records, _target, operators.recording = None, None, False
 
 
 @contextmanager

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+recording = False
+"""Whether launches are noted and not run, by launch.record: operators then call their launchers on meta tensors too."""
+
 _waiting: list[tuple[Any, Callable[..., int]]] = []
 
 
@@ -26,7 +29,8 @@ def kernel_op(folder: str, launcher: str, schema: str, products: bool = False) -
     def run(*args: Any) -> Any:
         implementation = importlib.import_module(f"mpdit_kernels.{folder}.triton_impl")
         tensor = next(x for x in args if isinstance(x, Tensor))
-        with torch.autocast(tensor.device.type, enabled=False) if products else contextlib.nullcontext():
+        plain = products and not tensor.is_meta
+        with torch.autocast(tensor.device.type, enabled=False) if plain else contextlib.nullcontext():
             found = getattr(implementation, launcher)(*args)
         if isinstance(found, Tensor):
             return found
@@ -35,7 +39,7 @@ def kernel_op(folder: str, launcher: str, schema: str, products: bool = False) -
     def define(fake: Callable[..., Any]) -> Any:
         name, arguments = schema.split("(", 1)
         operator = torch.library.custom_op(f"mpdit_kernels::{name}", run, mutates_args=(), schema=f"({arguments}")
-        operator.register_fake(fake)
+        operator.register_fake(lambda *args: run(*args) if recording else fake(*args))
         return operator
 
     return define

@@ -65,17 +65,14 @@ class Row:
 
 def measure(cases: Sequence[Case], archs: Sequence[str]) -> list[Row]:
     """Record and compile every launch of the cases; equal launches within a case are one row."""
-    from mpdit_kernels import launch
-
     from tools import ahead
+    from tools.measure import launches
 
     rows, jobs = [], []
     for case in cases:
         for arch in archs:
-            with launch.record(arch) as launches:
-                case.launch(*case.inputs("meta", torch.bfloat16))
             seen: dict[str, list[str]] = {}
-            for recorded in launches:
+            for recorded in launches(case, arch, torch.bfloat16):
                 # "adaln.forward" for the kernel _forward of mpdit_kernels.adaln.triton_impl
                 function = recorded.kernel.fn
                 name = ".".join([*function.__module__.split(".")[-2:-1], function.__name__.lstrip("_")])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from mpdit_kernels import (
     gated_residual,
     gated_residual_adaln,
     gelu_linear,
+    short_attention,
     upsample_tokens,
 )
 from mpdit_kernels.adamw_ema.optimizer import step_
@@ -90,17 +90,17 @@ class Case:
         inputs: (device, dtype) -> arguments of `call`, fresh random tensors (floats that get a gradient have
             requires_grad set; modulation, times and optimiser states stay fp32). The device may be "meta".
         call: the public function of these arguments; `use` chooses the implementation.
-        launch: the Triton launchers, forward and backward, of these arguments; works on meta tensors while recording.
         forward, backward: costs; backward is None where there is none.
+        kernels: what runs our kernels in place of `call`, where that chooses among libraries.
     """
 
     operation: str
     label: str
     inputs: Callable[[str | torch.device, torch.dtype], Sequence[Any]]
     call: Callable[..., Tensor | tuple[Tensor, ...]]
-    launch: Callable[..., None]
     forward: Cost
     backward: Cost | None = None
+    kernels: Callable[..., Tensor] | None = None
 
     @property
     def name(self) -> str:
@@ -111,11 +111,6 @@ class Case:
 def _random(*shape: int, device: str | torch.device, dtype: torch.dtype = torch.float32, grad: bool = True) -> Tensor:
     """Return standard normal values with requires_grad."""
     return torch.randn(*shape, device=device, dtype=dtype).requires_grad_(grad)
-
-
-def _impl(folder: str) -> Any:
-    """Return an operation's launchers, which need triton."""
-    return importlib.import_module(f"mpdit_kernels.{folder}.triton_impl")
 
 
 # The modulated norms and gated residuals of one block, at each stage's number of tokens.
@@ -133,9 +128,8 @@ def _adaln(shape: Shape) -> list[Case]:
             (gated_residual_adaln, True, True, 4 * x + 3 * vector, 6 * x + 5 * vector),
         ):
             inputs = partial(_adaln_inputs, size, gated, norm)
-            launch = partial(_adaln_launch, gated, norm)
             name: str = function.__name__
-            found.append(Case(name, label, inputs, function, launch, Cost(forward), Cost(backward)))
+            found.append(Case(name, label, inputs, function, Cost(forward), Cost(backward)))
     return found
 
 
@@ -147,14 +141,6 @@ def _adaln_inputs(
     tokens = [_random(*size, device=device, dtype=dtype) for _ in range(1 + gated)]
     modulation = _random(batch, 6 * width, device=device, grad=False).chunk(6, dim=-1)
     return [*tokens, *(vector.requires_grad_() for vector in modulation[: gated + 2 * norm])]
-
-
-def _adaln_launch(gated: bool, norm: bool, x: Tensor, *others: Tensor) -> None:
-    adaln = _impl("adaln")
-    branch, gate = others[:2] if gated else (None, None)
-    shift, scale = others[-2:] if norm else (None, None)
-    residual, y, statistics = adaln.forward(x, branch, gate, shift, scale, 1e-6, x.dtype)
-    adaln.backward(residual, y, residual if gated and norm else x, branch, gate, scale, statistics)
 
 
 # The MLP of one block at each stage's number of tokens.
@@ -177,7 +163,7 @@ def _gelu_mlp(shape: Shape) -> list[Case]:
         backward = Cost(3 * outer + 2 * weights + 5 * inner, 4 * product)
         inputs = partial(_gelu_mlp_inputs, shape.batch, tokens, width)
         label = f"{shape.name}, {tokens} tokens"
-        found.append(Case("gelu_linear", label, inputs, gelu_linear, _gelu_mlp_launch, forward, backward))
+        found.append(Case("gelu_linear", label, inputs, gelu_linear, forward, backward))
     return found
 
 
@@ -190,13 +176,6 @@ def _gelu_mlp_inputs(
     shapes = ((hidden, width), (hidden,), (width, hidden), (width,))
     weights = [_random(*shape, device=device, dtype=dtype, grad=False) * shape[-1] ** -0.5 for shape in shapes]
     return [x, *(weight.requires_grad_() for weight in weights)]
-
-
-@torch.no_grad()
-def _gelu_mlp_launch(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> None:
-    gelu_mlp = _impl("gelu_mlp")
-    y, hidden = gelu_mlp.forward(x, weight1, bias1, weight2, bias2, True)
-    gelu_mlp.backward(y, x, weight1, weight2, hidden, [True] * 5)
 
 
 # Attention of one block at each stage's number of tokens, and of the last block, whose class tokens ask nothing.
@@ -216,20 +195,13 @@ def _short_attn(shape: Shape) -> list[Case]:
         backward = Cost(row * (2 * tokens + 2 * queries + 3 * tokens), 5 * product)
         label = f"{shape.name}, {tokens} tokens" + (f", queries from {first_query}" if first_query else "")
         inputs = partial(_short_attn_inputs, size)
-        call, launch = partial(attention, first_query=first_query), partial(_short_attn_launch, first_query)
-        found.append(Case("short_attention", label, inputs, call, launch, forward, backward))
+        call, kernels = (partial(function, first_query=first_query) for function in (attention, short_attention))
+        found.append(Case("short_attention", label, inputs, call, forward, backward, kernels))
     return found
 
 
 def _short_attn_inputs(size: tuple[int, ...], device: str | torch.device, dtype: torch.dtype) -> list[Tensor]:
     return [_random(*size, device=device, dtype=dtype)]
-
-
-@torch.no_grad()
-def _short_attn_launch(first_query: int, qkv: Tensor) -> None:
-    short_attn, scale = _impl("short_attn"), qkv.shape[-1] ** -0.5
-    out, lse = short_attn.forward(qkv, None, [], scale, first_query)
-    short_attn.backward(out, qkv, out, lse, None, [], scale, first_query)
 
 
 # The Upsample block between the two stages, with the skip and the positions as in the model.
@@ -266,7 +238,6 @@ def _upsample(shape: Shape) -> list[Case]:
             f"{shape.name}, {shape.tokens[0]} to {shape.tokens[1]} tokens",
             partial(_upsample_inputs, shape, factor, values),
             partial(_upsample_call, shape.prefix, factor),
-            partial(_upsample_launch, shape.prefix, factor),
             Cost(forward, product + skip),
             Cost(backward, 2 * product + skip),
         )
@@ -302,18 +273,6 @@ def _upsample_call(prefix: int, factor: int, *inputs: Any) -> Tensor:
     return upsample_tokens(x, *weights, prefix, factor, tuple(skip), position)
 
 
-def _upsample_launch(prefix: int, factor: int, *inputs: Any) -> None:
-    upsample = _impl("upsample")
-    x, expand_weight, expand_bias, refine_weight, refine_bias, patches, skip_weight, skip_bias, position = inputs
-    sizes = [prefix, factor, *[int((x.shape[1] - prefix) ** 0.5)] * 2]
-    refine = torch.cat([refine_weight, skip_weight], dim=1).detach()  # of a multiple of 8 columns
-    expand = expand_weight.detach()  # its rows' order makes no difference to a launch
-    arguments = (x.detach(), expand, expand_bias.detach(), refine, refine_bias, patches, skip_bias, position)
-    out, before, image = upsample.forward(*arguments, sizes, 1e-6, torch.float32)
-    wanted = [True] * 5 + [False, True, False]
-    upsample.backward(out, before, image, expand, refine, patches, sizes, 1e-6, x.dtype, wanted)
-
-
 # The time embedding of one batch.
 
 
@@ -347,7 +306,7 @@ def _fno(shape: Shape) -> list[Case]:
     bytes = ends + acting - biases + kept + 2 * passed + every
     backward = Cost(bytes, flops32=batch * (once + 2 * twice) + 2 * table)
     label, inputs = f"{shape.name}, {batch} samples", partial(_fno_inputs, batch, sizes)
-    return [Case("fno_time_embedding", label, inputs, _fno_call, _fno_launch, forward, backward)]
+    return [Case("fno_time_embedding", label, inputs, _fno_call, forward, backward)]
 
 
 def _fno_inputs(
@@ -360,11 +319,6 @@ def _fno_inputs(
 
 def _fno_call(t: Tensor, *weights: Tensor) -> Tensor:
     return fno_time_embedding(t, dict(zip(names((len(weights) - 4) // 4), weights, strict=True)))
-
-
-def _fno_launch(t: Tensor, *weights: Tensor) -> None:
-    out, *kept = _impl("fno").forward(t, weights)
-    _impl("fno").backward(out, t, weights, *kept, of_t=False)
 
 
 # A step of all of a preset's parameters as one flat partition, as ZeRO has it: bare, and with clipping and a copy.
@@ -380,7 +334,7 @@ def _adamw_ema(shape: Shape) -> list[Case]:
     found = []
     for label, full in (("flat partition", False), ("clipped, with copy", True)):
         inputs = partial(_adamw_ema_inputs, shape.parameters, full)
-        found.append(Case("adamw_ema", f"{shape.name}, {label}", inputs, _adamw_ema_call, _adamw_ema_launch, cost))
+        found.append(Case("adamw_ema", f"{shape.name}, {label}", inputs, _adamw_ema_call, cost))
     return found
 
 
@@ -394,22 +348,13 @@ def _adamw_ema_inputs(count: int, full: bool, device: str | torch.device, dtype:
     return [state[0], grad, *state[1:], step, *(extra if full else [])]
 
 
-def _adamw_ema_batch(tensors: Sequence[Tensor]) -> tuple[Batch, Tensor | None]:
-    *states, step = tensors[:6]
-    copy, factor = tensors[6:] or (None, None)
-    return Batch(*([x] for x in states), [step.float()], None if copy is None else [copy]), factor  # type: ignore[call-arg]
-
-
 def _adamw_ema_call(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Take one step in place; returns what it wrote."""
-    batch, factor = _adamw_ema_batch(tensors)
+    *states, step = tensors[:6]
+    copy, factor = tensors[6:] or (None, None)
+    batch = Batch(*([x] for x in states), [step.float()], None if copy is None else [copy])  # type: ignore[call-arg]
     step_(batch, SETTINGS, factor, None, _UPLOADS)
     return (tensors[0], *tensors[2:5], *tensors[6:7])
-
-
-def _adamw_ema_launch(*tensors: Tensor) -> None:
-    batch, factor = _adamw_ema_batch(tensors)
-    _impl("adamw_ema").step_(batch, SETTINGS, factor, None, _UPLOADS)
 
 
 _CASES: dict[str, Callable[[Shape], list[Case]]] = {

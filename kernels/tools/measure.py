@@ -51,7 +51,7 @@ def gate(case: Case, bench: Bench) -> str | None:
     usual, _ = results(case, bench, "reference", seed, gradients)
     with launch.picks() as picked:
         ours, _ = results(case, bench, "triton", seed, gradients)
-    if not picked and picks_of(case, bench.dtype):
+    if not picked:
         return "the call took its reference, not its kernels"
     for index, (mine, theirs, truth) in enumerate(zip(ours, usual, exact, strict=True)):
         if mine is None or theirs is None or truth is None:
@@ -88,16 +88,31 @@ def results(
 
 
 def picks_of(case: Case, dtype: torch.dtype) -> list[tuple[Tunable, dict[str, Any]]]:
-    """Return each (tunable, key) that the case's launchers ask for, once."""
-    with launch.picks() as picked, launch.record():
-        case.launch(*case.inputs("meta", dtype))
+    """Return each (tunable, key) that the case's kernels ask for, once."""
+    with launch.picks() as picked:
+        launches(case, None, dtype)
     return list({(tunable.name, launch.key_text(key)): (tunable, key) for tunable, key in picked}.values())
+
+
+def launches(case: Case, target: str | None, dtype: torch.dtype) -> list[launch.Launch]:
+    """Return what a forward and a backward would launch on an architecture such as "sm_90"."""
+    with launch.record(target) as recorded:
+        run_kernels(case, case.inputs("meta", dtype))
+    return recorded
+
+
+def run_kernels(case: Case, inputs: Sequence[Any]) -> None:
+    """Run forward and backward by our kernels."""
+    with use("triton"):
+        outputs = _tensors((case.kernels or case.call)(*inputs))
+        if wanted := _differentiable(inputs):
+            _backward(outputs, wanted, [out.detach() for out in outputs])()
 
 
 def fastest(tunable: Tunable, key: dict[str, Any], sharing: Sequence[Case], bench: Bench) -> Config:
     """Return the configuration that takes the least time over all cases that pick this key, both passes together.
 
-    Whole launchers are timed, as a configuration can move work between kernels. Candidates that don't compile, spill
+    Both are timed as a whole, as a configuration can move work between kernels. Candidates that don't compile, spill
     or take more shared memory than there is are left out.
     """
     default = tunable.default(**key)
@@ -123,10 +138,10 @@ def _runnable(tunable: Tunable, candidates: list[Config], sharing: Sequence[Case
     target, jobs, owners = launch.architecture(), [], []
     for index, candidate in enumerate(candidates):
         for case in sharing:
-            with tunable.override(candidate), launch.record(target) as launches:
-                case.launch(*case.inputs("meta", bench.dtype))
-            jobs += [(recorded, target) for recorded in launches]
-            owners += [index] * len(launches)
+            with tunable.override(candidate):
+                recorded = launches(case, target, bench.dtype)
+            jobs += [(one, target) for one in recorded]
+            owners += [index] * len(recorded)
     most = shared_limit(target)
     bad = {
         owner
@@ -143,7 +158,7 @@ def _scores(
 
     def run(candidate: Config, case: Case, inputs: Sequence[Any]) -> None:
         with tunable.override(candidate):
-            case.launch(*inputs)
+            run_kernels(case, inputs)
 
     def prepare(candidate: Config, case: Case, inputs: list[Sequence[Any]]) -> list[Callable[[], None]]:
         return [partial(run, candidate, case, values) for values in inputs]

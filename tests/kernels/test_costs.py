@@ -10,7 +10,7 @@ import pytest
 from tools import costs
 from tools.cases import Case, Cost, all_cases
 
-CASE = Case("call", "XL, 80 tokens", lambda *_: [], lambda: (), lambda: None, Cost(4_800_000, 0), Cost(0, 989_000_000))
+CASE = Case("call", "XL, 80 tokens", lambda *_: [], lambda: (), Cost(4_800_000, 0), Cost(0, 989_000_000))
 TIMES: dict[str, Any] = {"seconds": {"triton": [2e-6, 1e-6, 3e-6], "eager": [4e-6] * 3}, "share": 0.5, "ratio": 2.0}
 TABLE: dict[str, Any] = {
     "machine": {"gpu": "NVIDIA H200", "triton": "3.6.0"},

@@ -9,8 +9,8 @@ import pytest
 import torch
 from mpdit_kernels import use
 from mpdit_kernels.fno import fno_time_embedding, op, reference, triton_impl
-from mpdit_kernels.launch import record
 from proof import DEVICE, NIGHT, _poisoned_memory, prove
+from tools import measure
 from tools.cases import CHANNELS, SHAPES, Shape, all_cases, fno_shapes
 from torch import Tensor
 
@@ -206,8 +206,7 @@ def test_the_kernels_gradients_are_taken_once() -> None:
 def test_costs_count_what_the_launches_are_given(shape: Shape) -> None:
     """Each pass's distinct tensors, and twice what one backward launch hands the other, but not the table."""
     (case,) = all_cases([shape], ["fno"])
-    with record("sm_90") as launches:
-        case.launch(*case.inputs("meta", torch.bfloat16))
+    launches = measure.launches(case, "sm_90", torch.bfloat16)
     passes = [
         {id(x): x for launch in some for x in launch.args if isinstance(x, Tensor)}
         for some in (launches[:1], launches[1:])

@@ -43,10 +43,10 @@ def fno_time_embedding(t: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
     dtype = torch.float64 if double else torch.float32
     width = ordered[0].shape[0]
     takes = takes_triton("fno_time_embedding", t, *ordered, refusal=_refusal(layers, width))
+    t, ordered = t.to(dtype), [value.to(dtype) for value in ordered]
+    if takes:
+        return _fno(t, ordered)[0]
     with torch.autocast(t.device.type, enabled=False):
-        t, ordered = t.to(dtype), [value.to(dtype) for value in ordered]
-        if takes:
-            return _fno(t, ordered)[0]
         return reference.fno_time_embedding(t, dict(zip(reference.names(layers), ordered, strict=True)))
 
 
