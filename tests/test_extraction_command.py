@@ -453,7 +453,7 @@ def test_mistakes(images: Path, vae: str, tmp_path: Path, capsys: pytest.Capture
     new = str(tmp_path / "new")
     cases = [
         ([str(images), str(tmp_path / "full"), "--vae", vae], "full is not empty"),
-        ([str(images), str(tmp_path / "data"), "--vae", vae], "data is not empty"),
+        ([str(images), str(tmp_path / "data"), "--vae", vae], "data already holds a data set"),
         ([str(images), str(tmp_path / "file"), "--vae", vae], "file is a file"),
         ([str(images), str(tmp_path / "file" / "a"), "--vae", vae], "file is a file"),
         ([str(images), str(images / "out"), "--vae", vae], "lies inside"),

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpdit.commands.common import Outcome, add_device, adder, check_new_folder, given_fields, pick_device, whole
+from mpdit.commands.common import Outcome, add_device, adder, check_writable, given_fields, pick_device, whole
 from mpdit.core.files import counted
 
 if TYPE_CHECKING:
@@ -70,12 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    from mpdit.jobs.extract.extract import ExtractOptions, extract, holds_extraction
+    from mpdit.jobs.extract.extract import ExtractOptions, extract
     from mpdit.model.vae import SIGNED, UNIT
 
     pick_device(args.device)
-    if not holds_extraction(args.out):
-        check_new_folder(args.out, "OUT")
+    check_writable(args.out, "OUT")
     pixel_range = {"signed": SIGNED, "unit": UNIT}[args.pixel_range]
     options = given_fields(args, ExtractOptions) | {"pixel_range": pixel_range, "processes": args.gpus}
     report = extract(args.images, args.out, args.vae, ExtractOptions(**options))

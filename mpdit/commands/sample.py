@@ -11,7 +11,7 @@ from mpdit.commands.common import (
     add_device,
     add_sampler,
     adder,
-    check_new_folder,
+    check_writable,
     given_fields,
     pick_device,
     refuse,
@@ -73,10 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Outcome:
     from mpdit.jobs.sample import DrawOptions, draw
-    from mpdit.jobs.sample.sample_set import holds_samples
 
-    if not holds_samples(args.out):
-        check_new_folder(args.out)
+    check_writable(args.out)
     if args.vae is None:
         refuse(args, ("vae_dtype", "decode_batch"), "is of the VAE, and there is none: give --vae too")
     if args.gpus == 1:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -61,25 +60,6 @@ class PartialFile:
         self._partial.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a folder, made if need be, to write a data set into. DataError when it holds one or is being written."""
-    with contextlib.ExitStack() as held:
-        problem = None
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked(folder, wait=False))
-        except BlockingIOError:
-            problem = "is being written by another process"
-        except OSError as error:
-            raise DataError(f"can't write a data set to {folder} ({error.strerror}): give another folder") from error
-        if (folder / MANIFEST_NAME).exists():
-            problem = "already holds a data set"
-        if problem:
-            raise DataError(f"{folder} {problem}: give another folder, or delete this one first")
-        yield
-
-
 class PackedWriter:
     """Writes a packed data set into a folder, in one pass and in little memory.
 
@@ -108,10 +88,25 @@ class PackedWriter:
         if self._shard_records < 1:
             raise DataError(f"shard_records is {shard_records}: give a whole number of at least 1")
         self._statistics = ChannelStatistics(spec.channels)
-        self._lock = contextlib.ExitStack()
-        self._lock.enter_context(lock_folder(self.path))
+        self._lock = self._lock_folder()
         self._shards: list[PartialFile] = []
         self._index = PartialFile(self.path / INDEX_NAME)
+
+    def _lock_folder(self) -> contextlib.ExitStack:
+        """Hold the folder until the stack is closed. Raises DataError if it has a data set or is being written."""
+        with contextlib.ExitStack() as stack:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(self.path, wait=False))
+            except BlockingIOError:
+                raise DataError(f"{self.path} is being written by another process: give another folder") from None
+            except OSError as error:
+                raise DataError(
+                    f"can't write a data set to {self.path} ({error.strerror}): give another folder"
+                ) from error
+            if (self.path / MANIFEST_NAME).exists():
+                raise DataError(f"{self.path} already holds a data set: give another folder, or delete this one first")
+            return stack.pop_all()
 
     def add(self, moments: ArrayLike, labels: ArrayLike) -> None:
         """Append records: moments [B, V, 2C, H, W], stored as fp16, posterior means before stds; labels int [B].
