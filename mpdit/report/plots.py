@@ -6,7 +6,6 @@ Colours are Okabe and Ito's, which colour-blind people tell apart. Drawn without
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator
 
-from mpdit.report.markdown import number, rate, seconds, variant_name
+from mpdit.report.markdown import TITLES, number, rate, seconds, variant_name
 from mpdit.report.results import OURS, Results, Row, Spread, best_opponent, kind, ours
 
 BLUE, SKY, GREY, DARK = "#0072B2", "#56B4E9", "#8c8c8c", "#555555"
@@ -30,10 +29,10 @@ _MARKERS = "os^DvPX*<>h"  # 11 against 8 colours: a pair comes again after 88
 def draw_all(results: Results, folder: Path) -> list[tuple[str, Path]]:
     """Write a PNG of all that was measured into `folder`; return each one's title and path."""
     figures = {
-        "throughput": ("Training step: images a second", _bars(results, "step", _THROUGHPUT)),
-        "memory": ("Training step: peak memory", _bars(results, "step", _MEMORY)),
-        "mfu": ("Training step: model FLOPs utilisation", _bars(results, "step", _MFU)),
-        "sampling": ("Sampling: images a second", _bars(results, "sampling", _THROUGHPUT)),
+        "throughput": ("Training step: images a second", _draw_rates(results, "step")),
+        "memory": ("Training step: peak memory", _draw_memory(results)),
+        "mfu": ("Training step: model FLOPs utilisation", _draw_mfu(results)),
+        "sampling": ("Sampling: images a second", _draw_rates(results, "sampling")),
         "roofline": ("Roofline of the kernels", draw_roofline(results)),
         "kernels": ("Time of each kernel", _draw_kernels(results)),
     }
@@ -46,70 +45,67 @@ def draw_all(results: Results, folder: Path) -> list[tuple[str, Path]]:
     return drawn
 
 
-@dataclass(frozen=True)
-class _Quantity:
-    """What bars show.
-
-    Attributes:
-        value: the filled bar, in the axis' unit; outline: the end of an outlined bar around it.
-        mark: a line across the bars of a case, by its name.
-    """
-
-    title: str
-    axis: str
-    value: Callable[[Row], Spread | None]
-    outline: Callable[[Row], float | None] = lambda row: None
-    mark: Callable[[Results, Row], tuple[str, float | None]] = lambda results, row: ("", None)
+Bars = Callable[[Row], tuple[Spread | None, float | None]]
+"""Of a row, its filled bar in the axis' unit, and the end of an outlined one around it."""
 
 
-def _scaled(values: Spread | None, factor: float) -> Spread | None:
-    return values and Spread(factor * values.median, factor * values.q20, factor * values.q80)
+def _draw_rates(results: Results, part: str) -> Figure | None:
+    title = f"{TITLES[part]}: images a second"
+    return _draw_bars(results, part, title, "images / s", lambda row: (row.images_per_second, None))
 
 
-_THROUGHPUT = _Quantity("images a second", "images / s", lambda row: row.images_per_second)
-_MEMORY = _Quantity(
-    "peak memory",
-    "GB (1e9 bytes): filled allocated, outlined reserved",
-    lambda row: None if row.allocated is None else Spread(*[row.allocated / 1e9] * 3),
-    lambda row: None if row.reserved is None else row.reserved / 1e9,
-    lambda results, row: ("limit", results.memory_limit),
-)
-_MFU = _Quantity(
-    "model FLOPs utilisation",
-    "% of the datasheet's dense peak, in exact FLOPs of the reference graph",
-    lambda row: _scaled(row.mfu, 100),
-    mark=lambda results, row: (
-        "matmul measured in the same run",
-        100 * row.ceiling / row.peak if row.peak and row.ceiling else None,
-    ),
-)
+def _draw_memory(results: Results) -> Figure | None:
+    def bars(row: Row) -> tuple[Spread | None, float | None]:
+        filled = None if row.allocated is None else Spread(*[row.allocated / 1e9] * 3)
+        return filled, None if row.reserved is None else row.reserved / 1e9
+
+    axis = "GB (1e9 bytes): filled allocated, outlined reserved"
+    return _draw_bars(results, "step", "Training step: peak memory", axis, bars, "limit", results.memory_limit)
 
 
-def _bars(results: Results, part: str, quantity: _Quantity) -> Figure | None:
-    """Draw a panel a case, a bar a variant; None where no variant has the quantity."""
+def _draw_mfu(results: Results) -> Figure | None:
+    def bars(row: Row) -> tuple[Spread | None, float | None]:
+        return row.mfu and Spread(100 * row.mfu.median, 100 * row.mfu.q20, 100 * row.mfu.q80), None
+
+    axis = "% of the datasheet's dense peak, in exact FLOPs of the reference graph"
+    share = 100 * results.ceilings["matmul"] / results.peaks["bf16"] if results.ceilings and results.peaks else None
+    title, mark = "Training step: model FLOPs utilisation", "matmul measured in the same run"
+    return _draw_bars(results, "step", title, axis, bars, mark, share)
+
+
+def _draw_bars(
+    results: Results, part: str, title: str, axis: str, bars: Bars, mark: str = "", at: float | None = None
+) -> Figure | None:
+    """Draw a panel a case, a bar a variant, and a line across them; None where no variant has the quantity."""
     cases = results.largest(part) if part == "step" else results.cases(part)
-    panels = {case: [row for row in rows if quantity.value(row)] for case, rows in cases.items()}
+    panels = {case: [row for row in rows if bars(row)[0]] for case, rows in cases.items()}
     panels = {case: rows for case, rows in panels.items() if rows}
     if not panels:
         return None
     heights = [0.9 + _BAR * len(rows) for rows in panels.values()]
-    note = "" if quantity is _MEMORY else "Bars are medians, whiskers 20 % and 80 % quantiles."
-    name = {"step": "Training step", "sampling": "Sampling"}[part]
-    figure = _figure(results, 0.6 + sum(heights), f"{name}: {quantity.title}", note)
+    spreads = any(bars(row)[1] is None for rows in panels.values() for row in rows)  # a peak of memory has none
+    note = "Bars are medians, whiskers 20 % and 80 % quantiles." if spreads else ""
+    figure = _figure(results, 0.6 + sum(heights), title, note)
     grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (case, rows) in zip(grid, panels.items(), strict=True):
-        _draw_panel(axes, rows, results, quantity)
+        most = _draw_panel(axes, rows, bars)
+        if at is not None:
+            axes.axvline(at, color="black", linewidth=1, linestyle="--")
+            _label(axes, f"{mark} {number(at)} ", (at, 1), (0, 2), axes.get_xaxis_transform(), ha="right", va="bottom")
+        axes.set_xlim(0, 1.16 * max(most, at or 0))
         axes.set_title(case, loc="left", fontsize=10)
-    grid[-1].set_xlabel(quantity.axis)
+        _style(axes, "x")
+    grid[-1].set_xlabel(axis)
     return figure
 
 
-def _draw_panel(axes: Axes, rows: Sequence[Row], results: Results, quantity: _Quantity) -> None:
+def _draw_panel(axes: Axes, rows: Sequence[Row], bars: Bars) -> float:
+    """Draw a case's bars and return where the longest one ends."""
     # Ours blue, our code in plain PyTorch grey, each other model and project its own.
     colours = {"ours": BLUE, "ours, compiled": SKY, "plain": GREY}
-    most, others = 0.0, cycle(OTHERS)
+    ends, others = [], cycle(OTHERS)
     for place, row in enumerate(rows):
-        value, outline, name = quantity.value(row), quantity.outline(row), kind(row.variant)
+        (value, outline), name = bars(row), kind(row.variant)
         project = name if name in colours else name.partition(",")[0]
         colour = colours.get(project) or colours.setdefault(project, next(others))
         assert value is not None
@@ -118,18 +114,12 @@ def _draw_panel(axes: Axes, rows: Sequence[Row], results: Results, quantity: _Qu
         axes.barh(place, value.median, height=0.7, color=colour)
         if value.q80 > value.q20:
             axes.errorbar(value.median, place, xerr=_whiskers([value]), color="black", capsize=2.5, linewidth=0.9)
-        end = max(value.q80, outline or 0)
+        ends.append(max(value.q80, outline or 0))
         text = number(value.median) + ("" if outline is None else f" ({number(outline)})")
-        _label(axes, text, (end, place), (5, 0), va="center", bbox={"facecolor": "white", "lw": 0, "pad": 1})
-        most = max(most, end)
-    name, at = quantity.mark(results, rows[0])
-    if at is not None:
-        axes.axvline(at, color="black", linewidth=1, linestyle="--")
-        _label(axes, f"{name} {number(at)} ", (at, 1), (0, 2), axes.get_xaxis_transform(), ha="right", va="bottom")
-    axes.set_xlim(0, 1.16 * max(most, at or 0))
+        _label(axes, text, (ends[-1], place), (5, 0), va="center", bbox={"facecolor": "white", "lw": 0, "pad": 1})
     axes.set_yticks(range(len(rows)), [variant_name(row, rows) for row in rows], fontsize=9)
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    _style(axes, "x")
+    return max(ends)
 
 
 def _draw_kernels(results: Results) -> Figure | None:
