@@ -209,7 +209,7 @@ class Comparison:
         found |= {name: Outcome() for name in names}
         for step, chosen in ((build, names), (measure, built)):
             for name in list(chosen):
-                if failed := _attempt(lambda step=step, name=name: step(name), alone=first):  # type: ignore[misc]
+                if failed := _attempt(step, name, alone=first):
                     built.pop(name, None)
                     found[name] = failed
             judge.forget()  # float64 copies are not the variants' memory
@@ -225,10 +225,10 @@ class Comparison:
                 found[name].ratios = [x / ours for x, ours in zip(taken, samples[OURS], strict=True)]
 
 
-def _attempt(action: Callable[[], None], alone: bool = False) -> Outcome | None:
+def _attempt(action: Callable[..., None], *arguments: Any, alone: bool = False) -> Outcome | None:
     """Return what came of it if it did not succeed. Raises _MemoryShort unless alone, with nobody else to blame."""
     try:
-        action()
+        action(*arguments)
     except Unavailable as reason:
         return Outcome(skipped=str(reason))
     except Exception as error:  # an opponent that breaks does not stop the rest
