@@ -72,17 +72,17 @@ def row_moments(tiles, eps, D: tl.constexpr):
 
 
 @triton.jit
-def zero_vector(CHUNKS: tl.constexpr):
-    """A tuple of fp32 zeros [1, C], to sum rows into."""
+def zeros(ROWS: tl.constexpr, CHUNKS: tl.constexpr):
+    """A tuple of fp32 zeros [ROWS, C], to add up in."""
     tiles = ()
     for i in tl.static_range(len(CHUNKS)):
-        tiles = tiles + (_zeros(CHUNKS[i][1]),)
+        tiles = tiles + (_zeros(ROWS, CHUNKS[i][1]),)
     return tiles
 
 
 @triton.jit
-def _zeros(C: tl.constexpr):
-    return tl.zeros([1, C], tl.float32)
+def _zeros(ROWS: tl.constexpr, C: tl.constexpr):
+    return tl.zeros([ROWS, C], tl.float32)
 
 
 @triton.jit

@@ -27,7 +27,7 @@ from mpdit_kernels.rows import (
     row_moments,
     rows_of,
     store_vector,
-    zero_vector,
+    zeros,
 )
 from mpdit_kernels.varlen import Sequences
 
@@ -168,9 +168,9 @@ def _backward(
     tl.static_assert(TOKENS % ROWS == 0)
     b, sample, start, end = _span(cu_seqlens, T, PACKED)
     part = tl.program_id(1)
-    sum_gate = zero_vector(CHUNKS)
-    sum_shift = zero_vector(CHUNKS)
-    sum_scale = zero_vector(CHUNKS)
+    sum_gate = zeros(1, CHUNKS)
+    sum_shift = zeros(1, CHUNKS)
+    sum_scale = zeros(1, CHUNKS)
     if GATED:
         g = load_vector(gate + b * gate_batch, CHUNKS)
     if NORM:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from mpdit_kernels.dispatch import shared_limit
 from mpdit_kernels.launch import Config, Tunable, launch, target
+from mpdit_kernels.rows import zeros
 
 MAX_COLUMNS = 128
 LOG2E = math.log2(math.e)
@@ -178,20 +179,6 @@ def outer(left, right, acc):
         else:
             found = found + (tl.dot(left, right[j], acc[j], input_precision="ieee"),)
     return found
-
-
-@triton.jit
-def zeros(R: tl.constexpr, COLUMNS: tl.constexpr):
-    """fp32 rows to add up in."""
-    tiles = ()
-    for j in tl.static_range(len(COLUMNS)):
-        tiles = tiles + (_zeros(R, COLUMNS[j][1]),)
-    return tiles
-
-
-@triton.jit
-def _zeros(R: tl.constexpr, C: tl.constexpr):
-    return tl.zeros([R, C], tl.float32)
 
 
 @triton.jit

@@ -29,6 +29,7 @@ from mpdit_kernels.rows import (
     row_mean,
     row_moments,
     rows_of,
+    zeros,
 )
 
 
@@ -198,9 +199,7 @@ def _backward(
 ):
     tl.static_assert(TOKENS % ROWS == 0)
     image, part, offset = program(PROGRAMS, R * R)
-    sums = ()
-    for i in tl.static_range(len(CHUNKS)):
-        sums = sums + (_zeros(ROWS, CHUNKS[i][1]),)
+    sums = zeros(ROWS, CHUNKS)
     for step in range(0, TOKENS, ROWS):
         index = part * TOKENS + step + tl.arange(0, ROWS)
         mask, sample, token, row = places(index, image, offset, B, M, H, W, R)
@@ -233,11 +232,6 @@ def _backward(
         place = partials + (part.to(tl.int64) * (R * R) + offset) * D
         for i in tl.static_range(len(CHUNKS)):
             tl.store(place + columns(CHUNKS, i), tl.sum(sums[i], 0, keep_dims=True), mask=image)
-
-
-@triton.jit
-def _zeros(ROWS: tl.constexpr, C: tl.constexpr):
-    return tl.zeros([ROWS, C], tl.float32)
 
 
 @triton.jit
