@@ -1,4 +1,8 @@
-"""Data: latents on disk, one global order over them, batches ahead of training, and the embedded digits."""
+"""Stores, reads and orders latents, and makes batches of them.
+
+To read in this order: manifest (the format), latents (its reader), writer, order, loaders, quarantine. open and readers/
+are for the formats of other projects.
+"""
 
 from mpdit.data.convert import convert_latents
 from mpdit.data.latents import PackedLatents
