@@ -1,7 +1,7 @@
 """Stores, reads and orders latents, and makes batches of them.
 
-To read in this order: manifest (the format), latents (its reader), writer, order, loaders, quarantine. open and readers/
-are for the formats of other projects.
+In reading order: manifest (the format), latents (its reader), writer, order, loaders, quarantine; then open and readers
+for the formats of other projects.
 """
 
 from mpdit.data.convert import convert_latents
