@@ -38,13 +38,13 @@ class Part:
         file: bench file.
         seconds: time for the turns of a case.
         options: further ones on a GPU, the sizes of this part.
-        needs: name of the option without which the part has nothing to time.
+        needs_checkout: has nothing to time without another project's code.
     """
 
     file: str
     seconds: float
     options: tuple[str, ...] = ()
-    needs: str | None = None
+    needs_checkout: bool = False
 
 
 _XL = ("--models", "MPDiT-XL/4-2", "--largest")
@@ -55,14 +55,14 @@ PARTS: dict[str, Part] = {
     "forward": Part("bench_forward.py", 15),
     "step-b": Part("bench_step.py", 20, ("--models", "MPDiT-B/4-2", "--largest", *_OUR_CODE)),
     "step-xl": Part("bench_step.py", 40, (*_XL, *_OUR_CODE)),
-    "step-peers": Part("bench_step.py", 60, (*_XL, *_PEERS), "a checkout"),
+    "step-peers": Part("bench_step.py", 60, (*_XL, *_PEERS), needs_checkout=True),
     "sampling-1": Part("bench_sampling.py", 40, ("--batches", "1")),
     "sampling-32": Part("bench_sampling.py", 40, ("--batches", "32")),
     "optimizer": Part("bench_optimizer.py", 10),
     "loader": Part("bench_loader.py", 15),
 }
-GROUPS = {group: [name for name in PARTS if name.startswith(f"{group}-")] for group in ("step", "sampling")}
-"""What the parts of one bench file are called together; a CPU's sizes are small enough for one part."""
+GROUPS = ("step", "sampling")
+"""What the parts of one bench file are called together."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -92,28 +92,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"--{option.replace('_', '-')} {path} is no folder: give the checkout's")
     if not options.cpu and not torch.cuda.is_available():
         parser.error("no CUDA GPU here: run this on one, or give --cpu for small sizes on the CPU")
-    red = [name for name in parts if not run(name, options)]
+    red = [name for name, part in parts.items() if not run(name, part, options)]
     if red:
         print(f"error: {', '.join(red)}: a test failed, or time was up", file=sys.stderr)
     return 1 if red else 0
 
 
-def chosen(parser: argparse.ArgumentParser, names: Sequence[str], cpu: bool) -> list[str]:
-    """Return the parts to run; on a CPU a group is one of them."""
-    for name in names:
-        if name not in (*PARTS, *GROUPS):
+def chosen(parser: argparse.ArgumentParser, names: Sequence[str], cpu: bool) -> dict[str, Part]:
+    """Return the parts to run by what they are called; on a CPU, whose sizes are small, one a bench file."""
+    wanted: dict[str, Part] = {}
+    for name in names or PARTS:
+        found = [part for part in PARTS if part == name or part.startswith(f"{name}-")]
+        if not found:
             parser.error(f"PART {name} is unknown: choose from {', '.join((*PARTS, *GROUPS))}")
-    wanted: list[str] = []
-    for name in names or list(PARTS):
-        group = next((group for group, members in GROUPS.items() if name == group or name in members), None)
-        wanted += [group] if cpu and group else GROUPS.get(name, [name])
-    return list(dict.fromkeys(wanted))
+        for part in found:
+            wanted.setdefault(part.partition("-")[0] if cpu else part, PARTS[part])
+    return wanted
 
 
-def run(name: str, options: argparse.Namespace) -> bool:
+def run(name: str, part: Part, options: argparse.Namespace) -> bool:
     """Run one part, which merges its figures into the file as it goes; return whether all of it went well."""
-    part = Part(f"bench_{name}.py", 0) if name in GROUPS else PARTS[name]
-    if part.needs and not (options.official or options.dit or options.fast_dit):
+    if part.needs_checkout and not (options.official or options.dit or options.fast_dit):
         print(f"{name}: left out, as no checkout was given (--official, --dit or --fast-dit PATH)", flush=True)
         return True
     command = [sys.executable, "-m", "pytest", str(HERE / part.file), "--benchmark-only", "-q", "--benchmark-quiet",

@@ -70,7 +70,7 @@ def test_parts(helpers: Any, capsys: pytest.CaptureFixture[str], monkeypatch: py
     for part in gpu.PARTS.values():
         assert (gpu.HERE / part.file).exists()
     run: list[str] = []
-    monkeypatch.setattr(gpu, "run", lambda name, options: run.append(name) or True)
+    monkeypatch.setattr(gpu, "run", lambda name, part, options: run.append(name) or True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert gpu.main([]) == 0 and run == list(gpu.PARTS)
     run.clear()
