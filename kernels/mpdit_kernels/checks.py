@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""What operations take; the kernels all but the first."""
+"""Dtypes that operations take; the kernels take all but the first."""
 
 
 def check(condition: bool, name: str, got: object, expected: str) -> None:

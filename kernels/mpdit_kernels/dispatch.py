@@ -30,7 +30,7 @@ MAX_WIDTH = 4096
 SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 """Bytes of shared memory that one program can have."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-"""What every kernel takes."""
+"""Dtypes that every kernel takes."""
 
 TUNED = Path(__file__).parent / "tuned"
 """Measured tables, as `python -m tools.tune` writes them: "sm_90" of kernels, "attention_sm_90" of attention."""

@@ -58,7 +58,7 @@ _NAMES = {
     "b200": r"b200",
     "rtx4090": r"(geforce )?(rtx ?)?4090",
 }
-"""As people and the driver write them, after "nvidia", in lower case and with spaces for hyphens."""
+"""Patterns of names as people and the driver write them, after "nvidia", in lower case, spaces for hyphens."""
 
 
 def find_gpu(name: str) -> Gpu | None:

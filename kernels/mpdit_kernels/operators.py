@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 recording = False
-"""Whether launches are noted and not run, by launch.record: operators then call their launchers on meta tensors too."""
+"""True while launch.record notes launches and runs none: operators then call their launchers on meta tensors too."""
 
 _waiting: list[tuple[Any, Callable[..., int]]] = []
 

@@ -37,7 +37,7 @@ _ASYNC_LOADS = re.compile(r"\bcp\.async\.c[ag]\.shared\S*\.global\S*\s*\[[^]]*\]
 
 @dataclass(frozen=True)
 class Usage:
-    """What one compiled kernel takes of a multiprocessor, and how it moves and multiplies.
+    """The resources of one compiled kernel, and how it moves and multiplies.
 
     Attributes:
         registers: of a thread.

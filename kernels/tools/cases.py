@@ -28,7 +28,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shape:
-    """What a preset gives the kernels: names of dimensions as in mpdit_kernels' docstrings.
+    """A preset's dimensions, named as in mpdit_kernels' docstrings.
 
     Attributes:
         name: "B" or "XL".
@@ -104,7 +104,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What tables and budgets call it."""
+        """Its name in tables and budgets."""
         return f"{self.operation}, {self.label}"
 
 

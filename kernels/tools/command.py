@@ -1,4 +1,4 @@
-"""What the tools share: their way of taking options, and of writing files and tables."""
+"""Options, files and tables, as all tools take and write them."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from tools.command import write_atomically
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- costs: written by python -m tools.tune --update -->", "<!-- end of costs -->"
 GPUS = (hardware.GPUS["a100-40gb"], hardware.GPUS["h200"])
-"""What the table's floors are for."""
+"""GPUs that the table has floors for."""
 
 
 def floor(cost: Cost, gpu: hardware.Gpu) -> float:

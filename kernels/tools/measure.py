@@ -28,7 +28,7 @@ BRACKET = 1.2e9
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and how calls are timed; `compiler` makes the second opponent."""
+    """The place and manner of timing; `compiler` makes the second opponent, after eager PyTorch."""
 
     clock: Clock
     device: str

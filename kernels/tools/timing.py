@@ -38,7 +38,7 @@ class Times:
 
 
 class WallClock:
-    """What the caller waits for: from an idle device with cold caches until the calls have ended."""
+    """Time that the caller waits: from an idle device with cold caches until the calls have ended."""
 
     def __init__(self, device: str = "cpu") -> None:
         self._flush = _flush if device == "cuda" else lambda: None

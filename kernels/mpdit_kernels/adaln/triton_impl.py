@@ -62,7 +62,7 @@ BACKWARD = Tunable("adaln.backward", _default_backward, _candidates)
 
 @triton.jit
 def _span(cu_seqlens, T, PACKED: tl.constexpr):
-    """Of the tokens of a program: whose vectors they meet, the sample they lie in, the first of them, and the end."""
+    """Locate a program's tokens: whose vectors they meet, the sample they lie in, the first of them, and the end."""
     b = tl.program_id(0).to(tl.int64)
     if PACKED:
         sample, start, end = tl.cast(0, tl.int64), tl.load(cu_seqlens + b), tl.load(cu_seqlens + b + 1)

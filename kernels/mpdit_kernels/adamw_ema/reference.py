@@ -11,7 +11,7 @@ from torch.optim.adamw import adamw
 
 @dataclass(frozen=True)
 class Settings:
-    """What a step is told; `lr` may be a 0-dim tensor on the parameters' device."""
+    """Settings of a step; `lr` may be a 0-dim tensor on the parameters' device."""
 
     lr: float | Tensor
     betas: tuple[float, float]

@@ -34,7 +34,7 @@ _log = logging.getLogger("mpdit_kernels")
 _told: set[str] = set()
 _environment = os.environ.get(VARIABLE) or "auto"
 _within: str | None = None
-"""What `use_attention` asks for, within its block."""
+"""The backend that `use_attention` asks for, within its block."""
 
 
 class BackendError(ValueError):

@@ -15,7 +15,7 @@ from mpdit_kernels.short_attn import reference
 from mpdit_kernels.varlen import Sequences
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-2, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Of the worst token's error, relative to the size of a token. In fp32 there is room for TF32 products."""
+"""Allowed error of the worst token, relative to the size of a token. In fp32 there is room for TF32 products."""
 
 SHIFTS = (0.0, -110.0, 110.0)
 """Added to all scores of one head each, which changes no weight. Kernels have given NaN gradients where the sum of the

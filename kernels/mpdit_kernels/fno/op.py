@@ -14,7 +14,7 @@ from mpdit_kernels.fno import reference
 from mpdit_kernels.operators import absent, count_flops, kernel_op
 
 LAYERS = 3
-"""What the kernels are written for."""
+"""Layers that the kernels are written for."""
 WIDTHS = (16, 32, 64)
 """Channels that the kernels take."""
 

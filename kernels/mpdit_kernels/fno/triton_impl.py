@@ -95,7 +95,7 @@ def on_grid(real, imag, tables):
 
 @triton.jit
 def fold(slot):
-    """What an inverse DFT weighs each of a spectrum's numbers with."""
+    """The weight of each of a spectrum's numbers in the inverse DFT."""
     return tl.where(slot % 16 == 0, 0.03125, 0.0625)
 
 

@@ -65,7 +65,7 @@ INCOMING = Tunable(
 
 @triton.jit
 def program(PROGRAMS, OFFSETS: tl.constexpr):
-    """Whether this program's tokens are image tokens, which part of them it takes, and at which offset."""
+    """Locate a program's tokens: whether they are image tokens, which part of them, and at which offset."""
     pid = tl.program_id(0)
     image = pid < PROGRAMS
     return image, tl.where(image, pid // OFFSETS, pid - PROGRAMS), tl.where(image, pid % OFFSETS, 0)
