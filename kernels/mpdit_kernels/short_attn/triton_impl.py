@@ -253,7 +253,7 @@ def _attend(
     queries, keys, values, limit, scale, KEYS: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr,
     QUERIES: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Attend to a group of keys: highest score m_i, sum l_i of weights 2^(score - m_i) [QUERIES], weighted values acc."""
+    """Attend to a group of keys: top score m_i, sum l_i of weights 2^(score - m_i) [QUERIES], weighted values acc."""
     m_i = tl.full([QUERIES], float("-inf"), tl.float32)
     scores = ()
     for i in tl.static_range(END - BEGIN):
