@@ -119,7 +119,7 @@ FAULTS = tuple(Fault(*row) for row in (
     (M + "planning/plan.py", "A100s are wired as H100s", "capability == (8, 0) else", "capability == (9, 0) else",
      "planning/test_plan.py -k wired"),
     # flow, sampling, random numbers
-    (M + "diffusion/flow.py", "the target's sign", "target.append(noise - x)", "target.append(x - noise)",
+    (M + "diffusion/flow.py", "the target's sign", "t_b111 * noise, noise - x", "t_b111 * noise, x - noise",
      "test_flow.py"),
     (M + "diffusion/flow.py", "min-SNR is capped at 5", ".clamp(max=3.0)", ".clamp(max=5.0)", "test_flow.py"),
     (M + "diffusion/sampling.py", "Heun's second velocity is of the first time", "velocity(x + dt * v, i + 1))",

@@ -22,8 +22,8 @@ import mpdit.core.tensor_file
 import mpdit.model.weights
 import mpdit.training.plots
 from mpdit.core.dist_env import DistEnv
-from mpdit.training import export, loop, metrics
-from mpdit.training.checkpoint import format, resume, save
+from mpdit.training import loop, metrics
+from mpdit.training.checkpoint import export, format, resume, save
 from mpdit.training.checkpoint.deepspeed_state import fragments, optimizer_steps
 from mpdit.training.checkpoint.format import KINDS
 from mpdit.training.safety.guard import Guard

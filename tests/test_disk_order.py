@@ -22,8 +22,7 @@ from mpdit.data import LatentSpec, PackedLatents, PackedWriter, quarantine, writ
 from mpdit.data.quarantine import QUARANTINE_NAME, Quarantine
 from mpdit.jobs.extract.extract import ExtractOptions, extract
 from mpdit.model.weights import save_weights
-from mpdit.training import export
-from mpdit.training.checkpoint import format, save
+from mpdit.training.checkpoint import export, format, save
 from mpdit.training.checkpoint.format import Checkpoint
 from mpdit.training.config import TrainConfig
 from mpdit.training.safety.guard import Guard

@@ -25,8 +25,8 @@ from mpdit.data.order import BatchPlan, GlobalOrder
 from mpdit.diffusion.flow import flow_loss
 from mpdit.model.mpdit import MPDiT
 from mpdit.training.config import TrainConfig
+from mpdit.training.engine import EPS
 from mpdit.training.metrics import LossMean
-from mpdit.training.optimizers import EPS
 from mpdit.training.safety.guard import SPIKE_HORIZON, SPIKE_LEAST, Guard
 from mpdit.training.setup import prepare
 

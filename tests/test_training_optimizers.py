@@ -17,9 +17,10 @@ from training_runs import ds_config
 
 from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError
-from mpdit.training import optimizers
+from mpdit.training import fused_adam
 from mpdit.training.config import TrainConfig
-from mpdit.training.optimizers import build_optimizer, check, probed, with_ema
+from mpdit.training.engine import build_optimizer
+from mpdit.training.fused_adam import check, probed, with_ema
 from mpdit.training.setup import check_folder, prepare
 
 CPU = torch.device("cpu")
@@ -226,7 +227,7 @@ def test_pypis_apex_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_missing_apex_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "apex", None)  # as if it were not installed
-    monkeypatch.setattr(optimizers.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(fused_adam.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"can't be imported \(ModuleNotFoundError: .*\): build NVIDIA's"):
         probed("apex", torch.device("cuda"))
 
@@ -235,9 +236,9 @@ def test_the_chosen_class_is_probed_and_built(monkeypatch: pytest.MonkeyPatch) -
     module = ModuleType("apex.optimizers")
     module.FusedAdam = ApexLike  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "apex.optimizers", module)
-    monkeypatch.setattr(optimizers.importlib, "import_module", sys.modules.__getitem__)
+    monkeypatch.setattr(fused_adam.importlib, "import_module", sys.modules.__getitem__)
     tried: list[torch.device] = []
-    monkeypatch.setattr(optimizers, "check", lambda kind, name, device: tried.append(device))
+    monkeypatch.setattr(fused_adam, "check", lambda kind, name, device: tried.append(device))
     config = TrainConfig(optimizer="apex", lr=0.5, betas=(0.1, 0.2), weight_decay=0.3, ema_decay=0.4)
     optimizer = build_optimizer(config, _parameters(), torch.device("cuda"), {"zero_optimization": {"stage": 2}})
     group = optimizer.param_groups[0]

@@ -95,21 +95,39 @@ def flow_loss(
     for name, tensor in (("labels", labels), ("positions", positions)):
         if tensor.shape != (len(latents),):
             raise ConfigError(f"{name} is {list(tensor.shape)} for latents {_shapes(latents)}: give one per sample")
-    images = Images(latents)
-    positions = positions.to(images.groups[0].device)
-    t = draw_times(config, seed, positions)
-    path, target = [], []
-    for group, times, keys in zip(images.groups, images.split(t), images.split(positions), strict=True):
-        x, t_b111 = group.float(), times.view(-1, *[1] * (group.ndim - 1))
-        noise = rng.normal(seed, Stream.NOISE, keys, tuple(x.shape[1:]))
-        path.append((1 - t_b111) * x + t_b111 * noise)
-        target.append(noise - x)
-    velocity = model(images.restore(path), t, drop_classes(config, labels, null_class, seed, positions))
+    positions = positions.to(latents[0].device)
+    t = draw_times(config, seed, positions)  # [B]
+    labels = drop_classes(config, labels, null_class, seed, positions)
+    if isinstance(latents, Tensor):
+        x_t, target = _path(latents, t, seed, positions)  # [B, C, H, W]
+        losses = _squared_error(_like(latents, model(x_t, t, labels)), target)
+    else:  # each group of one size by itself, all in one call of the model
+        images = Images(latents)
+        groups = zip(images.groups, images.split(t), images.split(positions), strict=True)
+        paths, targets = zip(*(_path(x, times, seed, keys) for x, times, keys in groups), strict=True)
+        velocity = Images(_like(latents, model(images.restore(paths), t, labels)))
+        errors = [_squared_error(v, target) for v, target in zip(velocity.groups, targets, strict=True)]
+        losses = torch.stack([*images.restore(errors)])
+    return loss_weights(config, t) * losses
+
+
+def _path(x: Tensor, t: Tensor, seed: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw noise n and return x_t = (1 - t) x + t n and its velocity n - x, fp32 [B, C, H, W]; t is [B]."""
+    x, t_b111 = x.float(), t.view(-1, 1, 1, 1)
+    noise = rng.normal(seed, Stream.NOISE, positions, tuple(x.shape[1:]))
+    return (1 - t_b111) * x + t_b111 * noise, noise - x
+
+
+def _squared_error(velocity: Tensor, target: Tensor) -> Tensor:
+    """Return the mean over each sample's values, fp32 [B]."""
+    return (velocity.float() - target).square().flatten(1).mean(1)
+
+
+def _like(latents: Latents, velocity: Any) -> Any:
+    """Return the velocity. Raises ConfigError unless it is of the latents' shapes."""
     if _shapes(velocity) != _shapes(latents):
         raise ConfigError(f"the model returned {_shapes(velocity)} for latents {_shapes(latents)}: shapes must agree")
-    errors = [v.float() - wanted for v, wanted in zip(Images(velocity).groups, target, strict=True)]
-    losses = images.restore([error.square().flatten(1).mean(1) for error in errors])
-    return loss_weights(config, t) * (losses if isinstance(losses, Tensor) else torch.stack(losses))
+    return velocity
 
 
 def _shapes(batch: Latents) -> str:

@@ -10,19 +10,24 @@ import copy
 import importlib
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from mpdit_kernels import AdamWEMA
 from torch import Tensor
 
 from mpdit.core.errors import ConfigError
 from mpdit.model.mpdit import MPDiT
 from mpdit.training.checkpoint.deepspeed_state import check_supported
-from mpdit.training.optimizers import build_optimizer
+from mpdit.training.config import TrainConfig
+from mpdit.training.fused_adam import build_fused_adam
 from mpdit.training.setup import Run
+
+EPS = 1e-8
+"""Added to the root of the second moment."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,25 @@ def build_trainer(run: Run, device: torch.device) -> Trainer:
     return Trainer(engine, optimizer, device, skip)
 
 
+def build_optimizer(
+    config: TrainConfig, params: Iterable[Tensor], device: torch.device, ds: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """Build the optimiser that is configured, which steps the average of the weights (EMA) too.
+
+    Raises ConfigError when it is another package's and can't be had here: see `build_fused_adam`.
+    """
+    settings: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": config.betas,
+        "eps": EPS,
+        "weight_decay": config.weight_decay,
+        "ema_decay": config.ema_decay,
+    }
+    if config.optimizer == "adamw_ema":
+        return AdamWEMA(params, **settings)
+    return build_fused_adam(config.optimizer, params, settings, device, ds)
+
+
 def check_deepspeed(run: Run, connected: bool = True) -> None:
     """Let DeepSpeed judge the values it alone knows, before anything is written. Raises ConfigError.
 
@@ -76,6 +100,22 @@ def check_deepspeed(run: Run, connected: bool = True) -> None:
         ds["train_batch_size"] = run.plan.micro_batch * run.plan.grad_accum_steps
     with _deepspeed_errors(run.config.ds_config):
         DeepSpeedConfig(ds)
+
+
+def gradient_sum_of_squares(engine: Any) -> Tensor:
+    """Return the sum of squares, fp64, of this rank's share of the reduced gradients: no value is on two ranks."""
+    zero, norms = engine.optimizer, [torch.zeros((), device=engine.device)]
+    if getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False):
+        # The gradients are on their way to the CPU; DeepSpeed has taken their norms before.
+        norms += zero.norm_for_param_grads.values()
+    else:
+        if engine.zero_optimization():
+            grads = [grad for group in zero.averaged_gradients.values() for grad in group]
+        else:  # every rank has all of them
+            rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+            grads = [param.grad for param in engine.module.parameters() if param.grad is not None][rank::size]
+        norms += torch._foreach_norm(grads, 2.0, dtype=torch.float32) if grads else ()
+    return torch.stack(norms).double().square().sum()
 
 
 @contextmanager

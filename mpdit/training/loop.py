@@ -17,8 +17,7 @@ from mpdit.core.locks import locked
 from mpdit.data.loaders import make_loader, to_latents
 from mpdit.data.order import GlobalOrder
 from mpdit.diffusion.flow import flow_loss
-from mpdit.training import export
-from mpdit.training.checkpoint import resume
+from mpdit.training.checkpoint import export, resume
 from mpdit.training.checkpoint.deepspeed_state import gather_average, restore
 from mpdit.training.checkpoint.format import Checkpoint
 from mpdit.training.checkpoint.save import AsyncCheckpointer
@@ -29,6 +28,7 @@ from mpdit.training.profiling import Profiler
 from mpdit.training.safety.guard import Guard
 from mpdit.training.safety.stop import StopRequests, reasons
 from mpdit.training.safety.watchdog import PATIENCE, Watchdog
+from mpdit.training.sample_grid import draw_grid
 from mpdit.training.setup import Run
 
 
@@ -171,7 +171,7 @@ def train(run: Run, stop: StopRequests) -> str:
                         average = gather_average(trainer.engine, trainer.optimizer, keep=env.rank == 0)
                     if env.rank == 0:
                         with profile.range("sample"):
-                            export.draw_grid(run, average, step, device)
+                            draw_grid(run, average, step, device)
             # Last, so that what a step leaves is there once its checkpoint is.
             if saving:
                 watchdog.alive("saving", PATIENCE)

@@ -96,22 +96,6 @@ def gather_average(engine: Any, optimizer: Optimizer, keep: bool) -> dict[str, T
     return average
 
 
-def gradient_sum_of_squares(engine: Any) -> Tensor:
-    """Return the sum of squares, fp64, of this rank's share of the reduced gradients: no value is on two ranks."""
-    zero, norms = engine.optimizer, [torch.zeros((), device=engine.device)]
-    if getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False):
-        # The gradients are on their way to the CPU; DeepSpeed has taken their norms before.
-        norms += zero.norm_for_param_grads.values()
-    else:
-        if engine.zero_optimization():
-            grads = [grad for group in zero.averaged_gradients.values() for grad in group]
-        else:  # every rank has all of them
-            rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-            grads = [param.grad for param in engine.module.parameters() if param.grad is not None][rank::size]
-        norms += torch._foreach_norm(grads, 2.0, dtype=torch.float32) if grads else ()
-    return torch.stack(norms).double().square().sum()
-
-
 def _places(engine: Any, share: bool) -> Iterator[tuple[str, int, Tensor, int, int]]:
     """Yield (parameter, start in it, the optimiser's flat tensor, offset there, length) of what this rank keeps.
 

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mpdit.core.dist_env import DistEnv, gather
 from mpdit.core.errors import CheckpointError, one_line
@@ -19,7 +20,9 @@ from mpdit.training.checkpoint.format import (
     verify,
 )
 from mpdit.training.fingerprint import check_same
-from mpdit.training.setup import Run
+
+if TYPE_CHECKING:
+    from mpdit.training.setup import Run
 
 _LEFTOVER = re.compile(r"\.step-\d{8,}\.(partial|removed)")
 

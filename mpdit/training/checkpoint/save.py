@@ -7,7 +7,7 @@ import threading
 import traceback
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -15,12 +15,13 @@ from torch import Tensor
 from mpdit.core.dist_env import gather
 from mpdit.core.errors import CheckpointError, UserError, explain_os_error
 from mpdit.core.files import sync_to_disk
-from mpdit.training import export
-from mpdit.training.checkpoint import format
+from mpdit.training.checkpoint import export, format
 from mpdit.training.checkpoint.deepspeed_state import fragments, optimizer_steps, parameter_shapes
 from mpdit.training.checkpoint.format import Checkpoint
-from mpdit.training.engine import Trainer
-from mpdit.training.setup import Run
+
+if TYPE_CHECKING:
+    from mpdit.training.engine import Trainer
+    from mpdit.training.setup import Run
 
 
 class AsyncCheckpointer:

@@ -25,8 +25,8 @@ from mpdit.core.dist_env import gather
 from mpdit.core.errors import ConfigError
 from mpdit.core.files import counted, sync_to_disk
 from mpdit.data.loaders import Batch
-from mpdit.training.checkpoint.deepspeed_state import gradient_sum_of_squares
 from mpdit.training.checkpoint.format import committed_folders
+from mpdit.training.engine import gradient_sum_of_squares
 from mpdit.training.metrics import keep_lines_until
 from mpdit.training.setup import Run
 

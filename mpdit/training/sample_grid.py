@@ -1,48 +1,17 @@
-"""Exports a run's averaged weights, and draws grids of samples with them."""
+"""Draws grids of samples with a run's averaged weights."""
 
 from __future__ import annotations
-
-import json
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpdit.core import rng
-from mpdit.core.errors import UserError
 from mpdit.diffusion.images import save_sample_grid
 from mpdit.diffusion.sampling import sample
 from mpdit.model.mpdit import MPDiT
-from mpdit.model.weights import read_weights, save_weights
-from mpdit.training.checkpoint.format import Checkpoint, read_average
 from mpdit.training.setup import Run
 
 _COLUMNS, _ROWS = 10, 8
-
-
-def export(run: Run, saved: Checkpoint) -> None:
-    """Write OUT/ema, the weights that `mpdit sample` and `mpdit evaluate` read, from a committed checkpoint."""
-    save_weights(run.out / "ema", read_average(saved), run.model, _metadata(run, saved))
-
-
-def is_exported(run: Run, saved: Checkpoint) -> bool:
-    """Return whether OUT/ema is this checkpoint's, and whole: a run may be killed between the two."""
-    try:
-        model, _, metadata = read_weights(run.out / "ema")
-    except UserError:
-        return False
-    return model == run.model and metadata == json.loads(json.dumps(_metadata(run, saved)))
-
-
-def _metadata(run: Run, saved: Checkpoint) -> dict[str, Any]:
-    training = {
-        "step": saved.step,
-        "samples": saved.position,
-        "seed": run.config.seed,
-        "ema_decay": run.config.ema_decay,
-        "weights": "ema",
-    }
-    return {"data": run.manifest.metadata(), "training": training}
 
 
 def draw_grid(run: Run, average: dict[str, Tensor], step: int, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Builds the optimiser of a run: AdamWEMA, or a FusedAdam of apex or DeepSpeed that keeps the same average."""
+"""Builds the FusedAdam of apex or DeepSpeed, once it has stepped right here, with the average that AdamWEMA keeps."""
 
 from __future__ import annotations
 
@@ -10,15 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mpdit_kernels import AdamWEMA
 from torch import Tensor
 from torch.optim import Optimizer
 
 from mpdit.core.errors import ConfigError
-from mpdit.training.config import TrainConfig
-
-EPS = 1e-8
-"""Added to the root of the second moment, by all of them."""
 
 _FUSED_ADAM = {
     "apex": ("apex.optimizers", "build NVIDIA's, with its CUDA extensions, from https://github.com/NVIDIA/apex"),
@@ -30,23 +25,19 @@ _FUSED_ADAM = {
 """The module of each choice's FusedAdam, and what it takes to have it."""
 
 
-def build_optimizer(
-    config: TrainConfig, params: Iterable[Tensor], device: torch.device, ds: Mapping[str, Any]
+def build_fused_adam(
+    name: str, params: Iterable[Tensor], settings: Mapping[str, Any], device: torch.device, ds: Mapping[str, Any]
 ) -> Optimizer:
-    """Build the optimiser that the configuration names, with weight decay and average, for a run on `device`.
+    """Build the FusedAdam of "apex" or "deepspeed" with the average of the weights, for a run on `device`.
 
-    `ds` is the run's DeepSpeed configuration. Raises ConfigError when the optimiser is another package's and fails
+    `settings` are AdamWEMA's, `ds` is the run's DeepSpeed configuration. Raises ConfigError when the optimiser fails
     its probe, or would have to step weights that are offloaded to the CPU.
     """
-    settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": EPS, "weight_decay": config.weight_decay}
-    if config.optimizer == "adamw_ema":
-        return AdamWEMA(params, **settings, ema_decay=config.ema_decay)
     offload = ds.get("zero_optimization", {}).get("offload_optimizer") or {}
     if offload.get("device", "none") != "none":
         problem = f"can't step what offload_optimizer puts on {offload['device']}"
-        raise _refusal(config.optimizer, problem, "leave --optimizer out, or remove offload_optimizer")
-    kind = with_ema(probed(config.optimizer, device))
-    return kind(params, **settings, adam_w_mode=True, ema_decay=config.ema_decay)
+        raise _refusal(name, problem, "leave --optimizer out, or remove offload_optimizer")
+    return with_ema(probed(name, device))(params, **settings, adam_w_mode=True)
 
 
 def with_ema(base: type[Optimizer]) -> Callable[..., Optimizer]:
@@ -120,7 +111,7 @@ def probed(name: str, device: torch.device) -> type[Optimizer]:
 
 def check(kind: type[Optimizer], name: str, device: torch.device) -> None:
     """Compare two steps on a small tensor with torch's AdamW in fp64. Raises ConfigError unless they agree."""
-    settings: dict[str, Any] = {"lr": 0.1, "betas": (0.8, 0.9), "eps": EPS, "weight_decay": 0.5}
+    settings: dict[str, Any] = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-8, "weight_decay": 0.5}
     start, grad = torch.linspace(-2, 2, 37), torch.linspace(3, -1, 37)
     exact = torch.nn.Parameter(start.double())
     ours = torch.nn.Parameter(start.to(device))
