@@ -21,12 +21,11 @@ def cases(setting: Setting) -> Iterator[Case]:
     presets = setting.models_of(("MPDiT-B/4-2", "MPDiT-XL/4-2"), ("MPDiT-Digits/4-2", "MPDiT-B/4-2"))
     for preset, images in product(presets, setting.batches_of((128,), (2,))):
         ours = {variant: partial(build, setting, variant) for variant in models.variants_of(setting)}
-        judged, flops = models.only_velocity, partial(models.flops, images=images)
-        groups = [*models.our_groups(preset, images, setting, ours, judged, flops)]
+        problem = models.Problem(setting, images, models.only_velocity, partial(models.flops, images=images))
+        groups = [*problem.ours(preset, ours)]
         if models.has_official(preset, setting):
             theirs = models.official_variants(setting, partial(build_official, setting))
-            shape = preset, images, setting, setting.dtype
-            groups.append(models.peer_group("official", *shape, theirs, judged, flops(preset)))
+            groups.append(problem.peer("official", preset, setting.dtype, theirs))
         yield Case("forward", f"forward, {models.title(preset, images, setting.dtype)}", groups, images)
 
 

@@ -105,7 +105,7 @@ def packed(kind: str, images: int, setting: Setting, data: Data) -> Built:
 
 
 def drawn(images: int, data: Data) -> Built:
-    """Go all the way on the CPU: noise of the posterior drawn and latents normalised, which a GPU does otherwise."""
+    """Read them, and draw the posterior's noise and normalise the latents on the CPU, which a GPU does otherwise."""
     order, plan, manifest = GlobalOrder(len(data.means), seed=0), BatchPlan(images), data.dataset.manifest
     make = partial(make_loader, data.dataset, order, plan, kind="torch", stop_step=1 << 30)
 

@@ -34,11 +34,11 @@ def cases(setting: Setting) -> Iterator[Case]:
         ours = {"ours": partial(build, setting)}
         if setting.on_gpu:
             ours["ours, CUDA graph"] = partial(build_graphed, setting)
-        groups = [*models.our_groups(preset, images, setting, ours, judged, partial(flops, setting, images))]
+        problem = models.Problem(setting, images, judged, partial(flops, setting, images))
+        groups = [*problem.ours(preset, ours)]
         if models.has_official(preset, setting):
-            shape = preset, images, setting, "tf32" if setting.on_gpu else "fp32"
             theirs = {"official MPDiT": partial(build_official, setting)}
-            groups.append(models.peer_group("official", *shape, theirs, judged, flops(setting, images, preset)))
+            groups.append(problem.peer("official", preset, "tf32" if setting.on_gpu else "fp32", theirs))
         steps = f"{STEPS[setting.device]} steps, guidance {GUIDANCE}"
         name = f"sampling, {models.title(preset, images, setting.dtype)}, {steps}"
         yield Case("sampling", name, groups, images)

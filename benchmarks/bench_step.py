@@ -7,7 +7,7 @@ in our code too, in the same variants, and the best of them is what MPDiT is to 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,9 +31,9 @@ def cases(setting: Setting) -> Iterator[Case]:
         larger = None
         for images in setting.batches_of((128, 64, 32), (2,)):
             ours = {variant: partial(build, setting, variant) for variant in models.variants_of(setting)}
-            flops, judged = partial(models.flops, images=images, training=True), models.velocity_and_gradients
-            groups = [*models.our_groups(preset, images, setting, ours, judged, flops, Trainer, training=True)]
-            groups += peer_groups(preset, images, setting, flops)
+            flops = partial(models.flops, images=images, training=True)
+            problem = models.Problem(setting, images, models.velocity_and_gradients, flops, training=True)
+            groups = [*problem.ours(preset, ours, Trainer), *peer_groups(problem, preset)]
             name = f"training step, {models.title(preset, images, setting.dtype)}"
             yield Case("step", name, groups, images, smaller_than=larger)
             larger = name
@@ -74,22 +74,20 @@ def build(setting: Setting, variant: str, state: Trainer) -> Built:
     return Built(lambda: [step] * STEPS[setting.device], outputs)
 
 
-def peer_groups(preset: str, images: int, setting: Setting, flops: Callable[[str], int]) -> Iterator[Group]:
-    """Yield the projects whose checkouts were given, on this model or on its DiT."""
-
-    def group(peer: str, model: str, dtype: str, variants: dict[str, Any]) -> Group:
-        shape, state = (model, images, setting, dtype), partial(PeerTrainer, peer=peer)
-        return models.peer_group(peer, *shape, variants, models.only_velocity, flops(model), state, training=True)
-
+def peer_groups(problem: models.Problem, preset: str) -> Iterator[Group]:
+    """Yield the projects whose checkouts were given, on this model or on its DiT; judged by their velocities alone."""
+    problem, setting = replace(problem, judged=models.only_velocity), problem.setting
     if models.has_official(preset, setting):
         official = partial(build_peer, setting, "official", setting.dtype)
-        yield group("official", preset, setting.dtype, models.official_variants(setting, official))
+        variants = models.official_variants(setting, official)
+        yield problem.peer("official", preset, setting.dtype, variants, partial(PeerTrainer, peer="official"))
     dit = models.COUNTERPARTS.get(preset)
     # On a GPU DiT trains in fp32 with TF32 and fast-DiT, by its README, in fp16; on a CPU both in fp32.
-    for peer, name, dtype in (("dit", "official DiT", "tf32"), ("fast-dit", "fast-DiT", "fp16")):
+    for peer, name, on_gpu in (("dit", "official DiT", "tf32"), ("fast-dit", "fast-DiT", "fp16")):
         if peer in setting.checkouts and dit:
-            dtype = dtype if setting.on_gpu else "fp32"
-            yield group(peer, dit, dtype, {f"{name}, {dit}": partial(build_peer, setting, peer, dtype, False)})
+            dtype = on_gpu if setting.on_gpu else "fp32"
+            build = partial(build_peer, setting, peer, dtype, False)
+            yield problem.peer(peer, dit, dtype, {f"{name}, {dit}": build}, partial(PeerTrainer, peer=peer))
 
 
 @dataclass

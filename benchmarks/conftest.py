@@ -35,7 +35,7 @@ _samples: Iterator[float] = iter(())
 
 
 def replayed() -> float:
-    """The timer of every test: 0 at the start of a round, and at its end the sample it replays."""
+    """Return the time of every test's timer: 0 at the start of a round, and at its end the sample it replays."""
     return next(_samples)
 
 

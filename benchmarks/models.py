@@ -98,65 +98,69 @@ def enliven(model: nn.Module) -> None:
                 parameter.normal_(std=0.02)
 
 
-def our_groups(
-    preset: str,
-    images: int,
-    setting: Setting,
-    variants: Mapping[str, Build],
-    judged: Judged,
-    flops: Callable[[str], int],
-    state: type[State] = State,
-    training: bool = False,
-) -> Iterator[Group]:
-    """Yield the model in our code, and its DiT, whose variants bear its name."""
+@dataclass(frozen=True)
+class Problem:
+    """What models are timed at, by whichever code.
 
-    def group(model: str, variants: Mapping[str, Build]) -> Group:
+    Attributes:
+        judged: what they are judged by.
+        flops: exact FLOP of a call, by the preset.
+        training: whether they are in training mode.
+    """
+
+    setting: Setting
+    images: int
+    judged: Judged
+    flops: Callable[[str], int]
+    training: bool = False
+
+    def ours(self, preset: str, variants: Mapping[str, Build], state: type[State] = State) -> Iterator[Group]:
+        """Yield the model in our code, and its DiT, whose variants bear its name."""
+        yield self._our_group(preset, variants, state)
+        if other := COUNTERPARTS.get(preset):
+            # Its "ours" is called "DiT-XL/2", its "ours, compiled" "DiT-XL/2, compiled", its "eager" "DiT-XL/2, eager".
+            named = {f"{other}, {name}".replace(", ours", ""): build for name, build in variants.items()}
+            yield self._our_group(other, named, state)
+
+    def _our_group(self, preset: str, variants: Mapping[str, Build], state: type[State]) -> Group:
         def make() -> State:
-            made = new_model(model, setting).train(training)
-            return state(made, Batch.draw(made.config, images, setting.device))
+            model = new_model(preset, self.setting).train(self.training)
+            return state(model, Batch.draw(model.config, self.images, self.setting.device))
 
         return Group(
             variants,
             make,
-            exact=lambda state: exact(state.model, state.batch, judged),
-            reference=lambda state: reference(state.model, state.batch, setting, judged),
-            model=model,
-            flops=flops(model),
-            dtype=setting.dtype,
+            exact=lambda state: exact(state.model, state.batch, self.judged),
+            reference=lambda state: reference(state.model, state.batch, self.setting, self.judged),
+            model=preset,
+            flops=self.flops(preset),
+            dtype=self.setting.dtype,
         )
 
-    yield group(preset, variants)
-    if other := COUNTERPARTS.get(preset):
-        # Its "ours" is called "DiT-XL/2", its "ours, compiled" "DiT-XL/2, compiled", its "eager" "DiT-XL/2, eager".
-        yield group(other, {f"{other}, {name}".replace(", ours", ""): build for name, build in variants.items()})
+    def peer(
+        self,
+        peer: str,
+        preset: str,
+        dtype: str,
+        variants: Mapping[str, Build],
+        state: Callable[..., PeerState] = PeerState,
+    ) -> Group:
+        """Return another project's model, judged by ours with its weights."""
+        setting = self.setting
 
+        def make() -> PeerState:
+            torch.manual_seed(0)
+            theirs = peers.new_model(peer, setting.checkouts[peer], preset)
+            enliven(theirs)
+            ours = mpdit.from_official(theirs.state_dict(), PRESETS[preset].heads)
+            ours = ours.to(setting.device).train(self.training)
+            batch = Batch.draw(ours.config, self.images, setting.device)
+            known = exact(ours, batch, self.judged), reference(ours, batch, setting, self.judged, dtype)
+            del ours  # its memory is not the peer's
+            return state(theirs.to(setting.device).train(self.training), batch, *known)
 
-def peer_group(
-    peer: str,
-    preset: str,
-    images: int,
-    setting: Setting,
-    dtype: str,
-    variants: Mapping[str, Build],
-    judged: Judged,
-    flops: int,
-    state: Callable[..., PeerState] = PeerState,
-    training: bool = False,
-) -> Group:
-    """Return another project's model, judged by ours with its weights."""
-
-    def make() -> PeerState:
-        torch.manual_seed(0)
-        theirs = peers.new_model(peer, setting.checkouts[peer], preset)
-        enliven(theirs)
-        ours = mpdit.from_official(theirs.state_dict(), PRESETS[preset].heads).to(setting.device).train(training)
-        batch = Batch.draw(ours.config, images, setting.device)
-        known = exact(ours, batch, judged), reference(ours, batch, setting, judged, dtype)
-        del ours  # its memory is not the peer's
-        return state(theirs.to(setting.device).train(training), batch, *known)
-
-    pair = attrgetter("exact"), attrgetter("reference")
-    return Group(variants, make, *pair, model=preset, flops=flops, dtype=dtype)
+        pair = attrgetter("exact"), attrgetter("reference")
+        return Group(variants, make, *pair, model=preset, flops=self.flops(preset), dtype=dtype)
 
 
 def official_variants(setting: Setting, build: Callable[..., Built]) -> dict[str, Build]:

@@ -27,7 +27,7 @@ class Setting:
         checkouts: folders of other projects' code by their option's name ("official", "dit", "fast-dit").
         models: presets to time, None for each part's own choice.
         batches: images of a call, largest first, None for each part's own choice.
-        largest: of several batches only the largest that fits, for each contender.
+        largest: of several batches only the largest that fits, for each variant.
         memory_limit: GB that the process may allocate on the GPU.
     """
 
@@ -48,7 +48,7 @@ class Setting:
         return "bf16" if self.on_gpu else "fp32"
 
     def describe(self) -> str:
-        """A line for the head of the session."""
+        """Return a line for the head of the session."""
         if not self.on_gpu:
             return (
                 'no CUDA GPU here, so small sizes on the CPU in fp32; the kernels are for GPUs, and "ours" runs their '
@@ -65,7 +65,7 @@ class Setting:
 
     @contextmanager
     def autocast(self, dtype: str | None = None) -> Iterator[None]:
-        """Products in this dtype, by default the run's."""
+        """Run products in this dtype, by default the run's."""
         kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype or self.dtype)
         with torch.autocast(self.device, kind or torch.bfloat16, enabled=kind is not None):
             yield
@@ -85,7 +85,7 @@ def add_options(group: Any) -> None:
 
 
 def from_options(option: Any) -> Setting:
-    """Raises pytest.UsageError for what can't be."""
+    """Read the options; raises pytest.UsageError for what can't be."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     limit = option("--memory-limit")
     if limit is not None and device == "cpu":
@@ -121,7 +121,7 @@ def limit_memory(gb: float) -> None:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Hardware, versions, clocks and power."""
+    """Return hardware, versions, clocks and power."""
     found = timing.machine(device) | {"cpu": _cpu(), "threads": torch.get_num_threads()}
     return found | {"python": platform.python_version()}
 
