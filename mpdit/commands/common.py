@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import math
 import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ from mpdit.diffusion.sampling import DIFFUSION_FORMS, SAMPLERS, Sampler
 if TYPE_CHECKING:
     import torch
 
+    from mpdit.data.dataset import LatentDataset
     from mpdit.data.normalization import Normalization
     from mpdit.model.config import ModelConfig
 
@@ -142,6 +141,22 @@ def add_data(parser: argparse._ActionsContainer) -> None:
     add("--num-classes", type=whole(1), metavar="N")
 
 
+def open_data(args: argparse.Namespace, path: Path) -> LatentDataset:
+    """Open the latents at `path` as `add_data`'s arguments describe them."""
+    from mpdit.data.open import open_latents
+
+    dataset = open_latents(
+        path,
+        scale=args.data_scale or "auto",
+        normalization=args.normalization or "auto",
+        num_classes=args.num_classes,
+    )
+    classes = dataset.manifest.num_classes
+    if args.num_classes not in (None, classes):
+        raise ConfigError(f"--num-classes is {args.num_classes}, but {path} is packed with {classes}: leave it out")
+    return dataset
+
+
 def add_device(parser: argparse.ArgumentParser, *, gpus: bool = False) -> None:
     """Add where to compute, for `pick_device`, and how many processes share a job."""
     add = adder(parser, _HELP)
@@ -189,15 +204,6 @@ def given_fields(args: argparse.Namespace, options: type) -> dict[str, Any]:
     """Return the arguments that are called as fields of a dataclass and have a value, by name."""
     values = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(options)}
     return {name: value for name, value in values.items() if value is not None}
-
-
-@contextlib.contextmanager
-def records_bar(label: str, total: int | None = None) -> Iterator[Callable[[int], object]]:
-    """Show progress on a terminal, by calls with the number of records done so far."""
-    from tqdm import tqdm
-
-    with tqdm(desc=label, total=total, unit="rec", disable=None, file=sys.stderr, leave=False) as bar:
-        yield lambda done: bar.update(done - bar.n)
 
 
 def channels_lines(measured: Normalization, used: Normalization) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from mpdit.commands.common import (
     channels_lines,
     check_file,
     check_new_folder,
-    records_bar,
+    open_data,
     refuse,
     whole,
 )
@@ -153,20 +154,14 @@ def _lines(model: MPDiT, figures: dict[str, Any]) -> Iterator[str]:
 
 
 def _pack(args: argparse.Namespace) -> Outcome:
+    from mpdit.core.progress import bar
     from mpdit.data.convert import convert_latents
 
     if args.out.resolve().is_relative_to(args.source.resolve()):
         raise ConfigError(f"OUT {args.out} is inside {args.source}, which is being read: give a folder elsewhere")
-    with records_bar("packing") as progress:
-        packed = convert_latents(
-            args.source,
-            args.out,
-            scale=args.data_scale or "auto",
-            normalization=args.normalization or "auto",
-            shard_records=args.shard_records,
-            num_classes=args.num_classes,
-            progress=progress,
-        )
+    dataset = open_data(args, args.source)
+    with contextlib.closing(dataset), bar("packing", len(dataset), "rec") as shown:
+        packed = convert_latents(dataset, args.out, shard_records=args.shard_records, progress=shown.update)
     manifest = packed.manifest
     packed.close()
     figures = {

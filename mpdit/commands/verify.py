@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mpdit.commands.common import Outcome, add_data, channels_lines, records_bar
-from mpdit.core.errors import ConfigError
+from mpdit.commands.common import Outcome, add_data, channels_lines, open_data
 
 SUMMARY = "check a data set from the first byte to the last"
 DESCRIPTION = (
@@ -33,19 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    from mpdit.data.open import open_latents
+    from mpdit.core.progress import bar
     from mpdit.data.verify import verify
 
-    dataset = open_latents(
-        args.data,
-        scale=args.data_scale or "auto",
-        normalization=args.normalization or "auto",
-        num_classes=args.num_classes,
-    )
-    if args.num_classes not in (None, dataset.manifest.num_classes):
-        raise ConfigError(f"--num-classes is {args.num_classes}, but {args.data} is packed: leave it out")
-    with records_bar("verifying", len(dataset)) as progress:
-        report = verify(dataset, progress)
+    dataset = open_data(args, args.data)
+    with bar("verifying", len(dataset), "rec") as shown:
+        report = verify(dataset, shown.update)
     return Outcome("\n".join(_lines(args.data, report)), {"path": str(args.data), **report})
 
 

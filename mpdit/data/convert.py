@@ -8,62 +8,50 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from mpdit.core.errors import ConfigError
 from mpdit.core.files import check_room, counted
+from mpdit.data.dataset import LatentDataset
 from mpdit.data.latents import PackedLatents
 from mpdit.data.manifest import INDEX_NAME, LatentSpec
-from mpdit.data.normalization import NormalizationMode
 from mpdit.data.open import open_latents
 from mpdit.data.records import INDEX_DTYPE
 from mpdit.data.writer import PackedWriter
 
-_CHUNK_BYTES = 1 << 24
 _LEFT_BY_A_WRITER = re.compile(rf"({re.escape(INDEX_NAME)}|shard-\d+\.bin|.+\.partial)")
 
 
 def convert_latents(
-    source: str | Path,
+    data: str | Path | LatentDataset,
     out: str | Path,
     *,
-    scale: str | float = "auto",
-    normalization: NormalizationMode = "auto",
     shard_records: int | None = None,
-    num_classes: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> PackedLatents:
-    """Pack the data set at `source`, in any format that `open_latents` knows, into the folder `out`.
+    """Pack a data set, given by its path or as `open_latents` opened it, into the folder `out`.
 
     Records are the same bit for bit as those read from the source, in the same order; the statistics are measured on
     all of them. Where the constants in use are the measured ones, they become those of the whole. The manifest's
     `source` tells format, factor and path. A conversion that was killed starts over. `progress` is called with
-    the number of samples done, now and then.
+    the number of records packed since its last call.
 
-    Raises ConfigError or DataError as `open_latents` does, for an `out` that holds other files, and for a disk with
-    too little room, before anything is written.
+    Raises:
+        ConfigError, DataError: as `open_latents` does, for an `out` that holds other files, and for a disk with too
+            little room, before anything is written.
     """
-    out = Path(out)
-    dataset = open_latents(source, scale=scale, normalization=normalization, num_classes=num_classes)
+    out, dataset = Path(out), data if isinstance(data, LatentDataset) else open_latents(data)
     info = dataset.manifest
-    try:
-        if num_classes not in (None, info.num_classes):
-            raise ConfigError(f"num_classes is {num_classes}, but {source} is packed with {info.num_classes} classes")
-        _check_out(out)
-        check_room(out, len(dataset) * (info.record_bytes + INDEX_DTYPE.itemsize), counted(len(dataset), "record"))
-        fields = {field.name: getattr(info, field.name) for field in dataclasses.fields(LatentSpec)}
-        if not isinstance(dataset, PackedLatents):  # which says nothing of statistics: they are of every record now
-            stated = {name: value for name, value in info.source.items() if name != "statistics"}
-            fields["source"] = {**stated, "path": str(dataset.path)}
-        constants = None if info.normalization == info.statistics else info.normalization
-        with PackedWriter(out, LatentSpec(**fields), normalization=constants, shard_records=shard_records) as writer:
-            chunk = max(1, _CHUNK_BYTES // info.record_bytes)
-            for start in range(0, len(dataset), chunk):
-                writer.add(*dataset.read(np.arange(start, min(start + chunk, len(dataset)))))
-                if progress:
-                    progress(writer.num_samples)
-    finally:
-        dataset.close()
+    _check_out(out)
+    check_room(out, len(dataset) * (info.record_bytes + INDEX_DTYPE.itemsize), counted(len(dataset), "record"))
+    fields = {field.name: getattr(info, field.name) for field in dataclasses.fields(LatentSpec)}
+    if not isinstance(dataset, PackedLatents):  # which says nothing of statistics: they are of every record now
+        stated = {name: value for name, value in info.source.items() if name != "statistics"}
+        fields["source"] = {**stated, "path": str(dataset.path)}
+    constants = None if info.normalization == info.statistics else info.normalization
+    with PackedWriter(out, LatentSpec(**fields), normalization=constants, shard_records=shard_records) as writer:
+        for moments, labels in dataset.in_order():
+            writer.add(moments, labels)
+            if progress:
+                progress(len(labels))
     return PackedLatents(out)
 
 

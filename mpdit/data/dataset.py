@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpdit.data.manifest import DatasetInfo
+
+_CHUNK_BYTES = 1 << 24
 
 
 class LatentDataset(ABC):
@@ -37,6 +40,15 @@ class LatentDataset(ABC):
             RecordError: naming file and sample, for a record that can't be read, is damaged, or holds NaN, infinity
                 or a negative std; `out` is unspecified then.
         """
+
+    def in_order(
+        self, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[NDArray[np.float16], NDArray[np.int64]]]:
+        """Yield what `read` returns of samples start .. stop - 1 (all by default), about 16 MiB at a time."""
+        stop = len(self) if stop is None else stop
+        chunk = max(1, _CHUNK_BYTES // self.manifest.record_bytes)
+        for first in range(start, stop, chunk):
+            yield self.read(np.arange(first, min(first + chunk, stop)))
 
     @abstractmethod
     def close(self) -> None:

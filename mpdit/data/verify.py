@@ -18,15 +18,13 @@ from mpdit.data.normalization import Normalization, suits
 from mpdit.data.open import open_latents
 from mpdit.data.records import ChannelStatistics
 
-_CHUNK_BYTES = 1 << 24
-
 
 def verify(data: str | Path | LatentDataset, progress: Callable[[int], object] | None = None) -> dict[str, Any]:
     """Read everything and check all that can be checked: sizes, hashes, checksums, labels, values, statistics.
 
     `data` is a path in any format that `open_latents` knows, or what it returned. Formats without checksums can be
     checked for what they hold only: whole files, shapes, labels, values. `progress` is called with the number of
-    records done, now and then.
+    records read since its last call.
 
     Returns, in JSON types:
         format, num_samples, bytes (of all records as they are read); checksums, whether there are any; shards, 0 for
@@ -41,19 +39,17 @@ def verify(data: str | Path | LatentDataset, progress: Callable[[int], object] |
     dataset = data if isinstance(data, LatentDataset) else open_latents(data)
     info = dataset.manifest
     measured, counts = ChannelStatistics(info.channels), np.zeros(info.num_classes, np.int64)
-    chunk = max(1, _CHUNK_BYTES // info.record_bytes)
     shards = dataset.manifest.shards if isinstance(dataset, PackedLatents) else ()
     start = 0
     for shard in shards or (None,):
         digest, end = hashlib.sha256(), start + shard.records if shard else len(dataset)
-        for first in range(start, end, chunk):
-            moments, labels = dataset.read(np.arange(first, min(first + chunk, end)))
+        for moments, labels in dataset.in_order(start, end):
             measured.add(moments)
             counts += np.bincount(labels, minlength=info.num_classes)
             if shard:
                 digest.update(moments.data)
             if progress:
-                progress(first + len(moments))
+                progress(len(labels))
         if shard and digest.hexdigest() != shard.sha256:
             raise DataError(
                 f"{dataset.path / shard.file} does not match its hash in the manifest, though each record matches the "
