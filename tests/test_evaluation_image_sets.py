@@ -273,14 +273,3 @@ def test_npz_written_in_parts_is_numpys(tmp_path: Path) -> None:
         assert file["mu"].tolist() == [0, 1, 2] and str(file["text"]) == "{}"
     assert NpzReader(tmp_path / "x.npz").keys == ("arr_0", "mu", "text")
     assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
-
-
-@pytest.mark.parametrize("rows", [3, 5])
-def test_npz_of_too_few_or_many_rows_is_not_written(tmp_path: Path, rows: int) -> None:
-    with (
-        pytest.raises(ValueError, match="rows came"),
-        new_npz(tmp_path / "x.npz") as npz,
-        npz.rows("arr_0", (4, 6, 6, 3), np.uint8) as write,
-    ):
-        write(pictures(rows))
-    assert list(tmp_path.iterdir()) == []

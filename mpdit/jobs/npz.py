@@ -98,6 +98,13 @@ def _read(stream: IO[bytes], size: int, *, last: bool) -> bytearray:
     return bytearray(data)
 
 
+def npy_rows(stream: IO[bytes], shape: tuple[int, ...], dtype: Any) -> Callable[[NDArray[Any]], object]:
+    """Begin an .npy file of this shape and dtype; returns a function that appends rows [n, ...] of the array to it."""
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, header)
+    return lambda rows: stream.write(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
+
+
 class NpzWriter:
     """Adds arrays to an npz; `new_npz` makes it."""
 
@@ -105,24 +112,10 @@ class NpzWriter:
         self._archive = archive
 
     @contextlib.contextmanager
-    def rows(self, key: str, shape: tuple[int, ...], dtype: Any) -> Iterator[Callable[[NDArray[Any]], None]]:
-        """Yield a function that appends rows [n, ...] to an array of this shape; ValueError unless all rows came."""
-        wanted = np.dtype(dtype)
-        left = shape[0]
+    def rows(self, key: str, shape: tuple[int, ...], dtype: Any) -> Iterator[Callable[[NDArray[Any]], object]]:
+        """Yield a function that appends rows [n, ...] to an array of this shape, until all have come."""
         with self._archive.open(f"{key}.npy", "w", force_zip64=True) as stream:
-            header = {"descr": np.lib.format.dtype_to_descr(wanted), "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(stream, header)
-
-            def write(values: NDArray[Any]) -> None:
-                nonlocal left
-                if values.dtype != wanted or values.shape[1:] != shape[1:]:
-                    raise ValueError(f"rows of {values.dtype} {values.shape[1:]} for an array of {wanted} {shape[1:]}")
-                left -= len(values)
-                stream.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
-
-            yield write
-        if left:
-            raise ValueError(f"{shape[0] - left} rows came for an array of {shape[0]}")
+            yield npy_rows(stream, shape, dtype)
 
     def array(self, key: str, values: ArrayLike) -> None:
         """Add a whole array."""

@@ -104,7 +104,7 @@ class Job(ABC):
 
     @abstractmethod
     def is_done(self, part: int, whole: bool) -> bool:
-        """Whether a part is there and of this job; with `whole` every byte of it is checked."""
+        """Return whether a part is there and of this job; with `whole` every byte of it is checked."""
 
     @abstractmethod
     def open(self, device: torch.device) -> DoPart:
@@ -227,7 +227,11 @@ def _spawn(job: Job, todo: Sequence[int], devices: Sequence[torch.device], advan
             try:
                 report = reports.get(timeout=_POLL_SECONDS)
             except queue.Empty:
-                _check_alive(workers)
+                if codes := [worker.exitcode for worker in workers if worker.exitcode]:
+                    raise ConfigError(
+                        f"a process ended with code {codes[0]} and no message (killed, or out of memory?): the "
+                        "finished parts stay; give a smaller batch or fewer processes, and repeat the command"
+                    ) from None
                 continue
             if isinstance(report, Exception):
                 raise report
@@ -242,15 +246,6 @@ def _spawn(job: Job, todo: Sequence[int], devices: Sequence[torch.device], advan
             if worker.pid is not None:
                 worker.terminate()
                 worker.join(_LEAVE_SECONDS)
-
-
-def _check_alive(workers: Sequence[Any]) -> None:
-    for worker in workers:
-        if worker.exitcode not in (None, 0):
-            raise ConfigError(
-                f"a process ended with code {worker.exitcode} and no message (killed, or out of memory?): the finished "
-                "parts stay; give a smaller batch or fewer processes, and repeat the command"
-            )
 
 
 def _work(job: Job, device: str, processes: int, tasks: Any, reports: Any, parent: int) -> None:
@@ -305,11 +300,7 @@ def _interruptible() -> Iterator[None]:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not the main thread, which has no say in signals
-        yield
-        return
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:

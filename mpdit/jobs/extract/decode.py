@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import itertools
 import re
 import time
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +20,6 @@ from mpdit.jobs.extract.sources import BrokenImage, ImageIndex
 CROP = "adm_center"
 """Name of the crop, as a data set's manifest records it."""
 
-_BATCHES_AHEAD = 2
 _MOST_PIXELS = 1 << 27  # of an image enlarged for its crop: one of a pixel's width would otherwise fill the memory
 _SIXTEEN_BITS = 0xFFFF
 _ADDRESS = re.compile(r"<_io\.\w+ object at 0x[0-9a-f]+>")  # in messages that are to be the same each time
@@ -78,55 +75,25 @@ def center_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
     return pixels[top : top + size, left : left + size]
 
 
-@dataclass(frozen=True)
-class DecodedBatch:
-    """Holds images side by side in the index, less the broken ones."""
-
-    images: NDArray[np.uint8]
-    """[B, H, W, 3]."""
-    indices: NDArray[np.int64]
-    """Of each in the index, [B]."""
-    broken: list[tuple[int, str]]
-    """Index and reason of those left out."""
-    decode_seconds: float
-    """That threads spent on this batch, all together."""
-    waited_seconds: float
-    """That the reader of the batches waited for it."""
-
-
 def decode_ahead(
-    images: ImageIndex, start: int, stop: int, *, size: int, batch: int, workers: int
-) -> Generator[DecodedBatch]:
-    """Decode and crop the images start .. stop - 1, `batch` at a time, in threads ahead and in bounded memory.
+    images: ImageIndex, numbers: range, *, size: int, workers: int, ahead: int
+) -> Generator[tuple[NDArray[np.uint8] | str, float]]:
+    """Decode and crop images in threads, at least `ahead` of them before they are asked for.
 
-    Batches are cut at the same places whatever is broken. DataError when the source can't be read.
+    Yields of each, in order, its pixels [size, size, 3], or why there are none, and the seconds that a thread spent on
+    it. DataError when the source can't be read.
     """
 
-    def decode(index: int) -> tuple[NDArray[np.uint8] | str, float]:
-        """Return an image's pixels, or why there are none, and the seconds that took."""
+    def decode(number: int) -> tuple[NDArray[np.uint8] | str, float]:
         started = time.perf_counter()
         try:
-            result: NDArray[np.uint8] | str = decode_image(images.read(index), size)
+            result: NDArray[np.uint8] | str = decode_image(images.read(number), size)
         except BrokenImage as error:
             result = str(error)
         return result, time.perf_counter() - started
 
-    tasks = (functools.partial(decode, index) for index in range(start, stop))
-    depth = _BATCHES_AHEAD * batch + 2 * workers
     # PIL lets go of the interpreter's lock while it decodes and resizes.
-    with (
-        ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool,
-        contextlib.closing(read_ahead(pool, tasks, depth)) as results,
-    ):
-        for first in range(start, stop, batch):
-            asked = time.perf_counter()
-            decoded = [(index, *result) for index, result in enumerate(itertools.islice(results, batch), first)]
-            waited = time.perf_counter() - asked
-            sound = [(index, pixels) for index, pixels, _ in decoded if not isinstance(pixels, str)]
-            yield DecodedBatch(
-                images=np.stack([pixels for _, pixels in sound]) if sound else np.empty((0, size, size, 3), np.uint8),
-                indices=np.array([index for index, _ in sound], np.int64),
-                broken=[(index, reason) for index, reason, _ in decoded if isinstance(reason, str)],
-                decode_seconds=sum(seconds for _, _, seconds in decoded),
-                waited_seconds=waited,
-            )
+    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+        tasks = (functools.partial(decode, number) for number in numbers)
+        with contextlib.closing(read_ahead(pool, tasks, ahead + 2 * workers)) as results:
+            yield from results

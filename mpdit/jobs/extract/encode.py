@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -44,6 +45,7 @@ from mpdit.jobs.workers import DoPart, Job, Report
 from mpdit.model.vae import SIGNED, VAE, PixelRange, VAEDtype
 
 _BATCH_PIXELS = 64 * 256 * 256
+_BATCHES_AHEAD = 2
 _NAMED = 3  # of the broken images, as many are named in a message
 
 
@@ -71,17 +73,6 @@ class ExtractOptions:
     """Images the VAE encodes at a time; None: 64 at 256 pixels, fewer of larger ones."""
     workers: int | None = None
     """Decoding threads of each process; None: this machine's cores shared out over the processes."""
-
-    @property
-    def batch_images(self) -> int:
-        """Return `batch`, chosen where it is None."""
-        return self.batch or max(1, _BATCH_PIXELS // self.image_size**2)
-
-    @property
-    def decode_threads(self) -> int:
-        """Return `workers`, chosen where it is None."""
-        sharing = max(self.processes, DistEnv.from_environment().local_size)
-        return self.workers or max(1, len(os.sched_getaffinity(0)) // sharing)
 
 
 @dataclass
@@ -180,6 +171,9 @@ class EncodeWorker:
         self._vae = VAE.load(job.vae, device=device, dtype=options.dtype, pixel_range=options.pixel_range)
         if self._vae.sha256 != job.vae_sha256:
             raise DataError(f"vae {job.vae!r} has changed since the job began: repeat the command")
+        self._batch = options.batch or max(1, _BATCH_PIXELS // options.image_size**2)
+        sharing = max(options.processes, DistEnv.from_environment().local_size)
+        self._threads = options.workers or max(1, len(os.sched_getaffinity(0)) // sharing)
         self._skipped: list[list[str]] = []
 
     def __call__(self, part: int, report: Report) -> None:
@@ -196,49 +190,55 @@ class EncodeWorker:
     def _encode_part(self, part: int, report: Report) -> None:
         """Write a part; the receipt comes last, so that it is there whole or not at all."""
         job, started = self._job, time.perf_counter()
-        timing = Timing(job.size(part), job.options.decode_threads)
+        first, last = job.span(part)
+        timing = Timing(last - first, self._threads)
         statistics = ChannelStatistics(job.spec.channels)
         skipped: list[list[str]] = []
         shard_path = job.out / f"shard-{part:05d}.bin"
-        decoded = decode_ahead(
-            job.images,
-            *job.span(part),
-            size=job.options.image_size,
-            batch=job.options.batch_images,
-            workers=job.options.decode_threads,
-        )
         with contextlib.ExitStack() as stack:
-            stack.enter_context(contextlib.closing(decoded))
             with disk(shard_path):
                 shard, index = PartialFile(shard_path), PartialFile(job.parts_folder / f"{part:05d}.index")
             stack.callback(shard.discard)
             stack.callback(index.discard)
 
-            def write(moments: NDArray[np.float16], numbers: NDArray[np.int64]) -> None:
+            def write(moments: NDArray[np.float16], numbers: list[int]) -> None:
                 self._check_values(moments, numbers)
                 statistics.add(moments)
                 with disk(shard_path):
                     shard.write(moments)
                     index.write(index_entries(moments, job.images.labels[numbers]))
 
+            side, ahead = job.options.image_size, _BATCHES_AHEAD * self._batch
+            images = decode_ahead(job.images, range(first, last), size=side, workers=self._threads, ahead=ahead)
+            decoded = stack.enter_context(contextlib.closing(images))
             # A batch is checked, hashed and written while the next one is encoded.
             writer = stack.enter_context(ThreadPoolExecutor(1))
             written: Future[None] | None = None
-            for batch in decoded:
-                broken = [[printable(job.images.names[number]), reason] for number, reason in batch.broken]
+            # Batches are cut at the same places whatever is broken.
+            for begin in range(first, last, self._batch):
+                numbers = range(begin, min(begin + self._batch, last))
+                asked = time.perf_counter()
+                results = list(itertools.islice(decoded, len(numbers)))
+                timing.waited += time.perf_counter() - asked
+                timing.decode += sum(seconds for _, seconds in results)
+                sound: dict[int, NDArray[np.uint8]] = {}
+                broken: list[list[str]] = []
+                for number, (result, _) in zip(numbers, results, strict=True):
+                    if isinstance(result, str):
+                        broken.append([printable(job.images.names[number]), result])
+                    else:
+                        sound[number] = result
                 skipped += broken
                 self._skipped += broken
                 job.check_skipped(self._skipped)
-                if len(batch.images):
+                if sound:
                     began = time.perf_counter()
-                    moments = self._encode(torch.from_numpy(batch.images).permute(0, 3, 1, 2))
+                    moments = self._encode(torch.from_numpy(np.stack(list(sound.values()))).permute(0, 3, 1, 2))
                     timing.encode += time.perf_counter() - began
                     if written:
                         written.result()
-                    written = writer.submit(write, moments, batch.indices)
-                timing.decode += batch.decode_seconds
-                timing.waited += batch.waited_seconds
-                report(len(batch.indices) + len(broken))
+                    written = writer.submit(write, moments, list(sound))
+                report(len(results))
             if written:
                 written.result()
             timing.total = time.perf_counter() - started
@@ -264,7 +264,7 @@ class EncodeWorker:
                 "pixels at a time: give a smaller --batch and repeat the command; what is finished stays"
             ) from error
 
-    def _check_values(self, moments: NDArray[np.float16], numbers: NDArray[np.int64]) -> None:
+    def _check_values(self, moments: NDArray[np.float16], numbers: list[int]) -> None:
         if defect := find_defect(moments):
             name = self._job.images.names[numbers[defect[0]]]
             remedy = "check the VAE" if self._job.options.dtype == "fp32" else "check the VAE, or encode in fp32"

@@ -74,18 +74,16 @@ def extract(
     checksums), not by other contents of the same size. Under a launcher rank 0 puts the parts together; the others
     get None.
 
-    Raises ConfigError or DataError before anything is written for options that don't fit the VAE, images without
-    classes, a folder that holds something else, or too little room; and later, finished parts staying, for a full
-    disk, too many broken images, values beyond fp16, or a channel without spread.
+    The folder must be new, empty or an extraction's (`holds_extraction`). Raises ConfigError or DataError before
+    anything is written for options that don't fit the VAE, images without classes, a folder of another extraction, or
+    too little room; and later, finished parts staying, for a full disk, too many broken images, values beyond fp16, or
+    a channel without spread.
     """
     options = options or ExtractOptions()
     source, folder = Path(images), Path(out)
     devices = choose_devices(options.device, options.processes)
     if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"{folder} lies inside {source}, where it would be taken for images: give another folder")
-    if folder.is_dir() and any(folder.iterdir()) and not holds_extraction(folder):
-        what = "already holds a data set" if (folder / MANIFEST_NAME).exists() else "is not empty"
-        raise DataError(f"{folder} {what}: give a new folder, nothing is overwritten")
     job = _plan(source, folder, vae, options)
 
     def check() -> bool:
@@ -108,7 +106,7 @@ def extract(
 
 
 def holds_extraction(out: Path) -> bool:
-    """Whether the folder is an extraction's, finished or not."""
+    """Return whether the folder is an extraction's, finished or not."""
     if (out / MANIFEST_NAME).exists():
         return (out / _REPORT_NAME).exists()
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
@@ -232,15 +230,8 @@ def _assemble(job: ExtractionJob, mode: NormalizationMode) -> ExtractReport:
 
 def _read_report(out: Path, timing: Timing | None) -> ExtractReport:
     report = _load_json(out / _REPORT_NAME)
-    return ExtractReport(
-        path=out,
-        manifest=PackedLatents.open(out).manifest,
-        images=report["images"],
-        skipped=report["skipped"],
-        ignored=report["ignored"],
-        empty_classes=report["empty_classes"],
-        timing=timing,
-    )
+    told = {name: report[name] for name in ("images", "skipped", "ignored", "empty_classes")}
+    return ExtractReport(path=out, manifest=PackedLatents.open(out).manifest, timing=timing, **told)
 
 
 def _load_json(path: Path) -> Mapping[str, Any]:

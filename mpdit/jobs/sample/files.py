@@ -20,7 +20,7 @@ from mpdit.core.errors import DataError
 from mpdit.core.files import new_file, write_atomically
 from mpdit.core.progress import bar
 from mpdit.diffusion.images import grid
-from mpdit.jobs.npz import NpzReader, NpzWriter, disk, new_npz
+from mpdit.jobs.npz import NpzReader, NpzWriter, disk, new_npz, npy_rows
 from mpdit.jobs.sample.drawing import SampleJob
 
 NPZ, PNGS, PROTOCOL, LATENTS = "samples.npz", "images", "protocol.json", "latents.npy"
@@ -142,15 +142,14 @@ def _copy_images(job: SampleJob, as_png: bool, npz: NpzWriter | None, before: Fi
 
 def _copy_latents(job: SampleJob) -> None:
     shape, dtype = job.arrays["latents"]
-    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False}
     with new_file(job.out / LATENTS) as partial, partial.open("wb") as stream:
-        np.lib.format.write_array_header_1_0(stream, header | {"shape": (job.count, *shape)})
+        write = npy_rows(stream, (job.count, *shape), dtype)
         if job.kept:
             kept = np.load(job.out / LATENTS, mmap_mode="r", allow_pickle=False)
             for first in range(0, job.kept, job.part_images):
-                stream.write(np.ascontiguousarray(kept[first : first + job.part_images]).data)
+                write(kept[first : first + job.part_images])
         for values in _in_order(job, "latents", None):
-            stream.write(np.ascontiguousarray(values).data)
+            write(values)
 
 
 def _in_order(job: SampleJob, name: str, before: FinishedSet | None) -> Iterator[Any]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,19 +63,17 @@ def draw(weights: str | Path, out: str | Path, options: DrawOptions | None = Non
     move last bits, and a set may be continued with others. More images than are there continue the set, and its whole
     parts stay. Under a launcher rank 0 puts the parts together, and the others return None.
 
-    Raises ConfigError, DataError or CheckpointError before anything is written for weights, a VAE or options that
-    don't fit, for a folder that holds something else or samples of another protocol, naming the difference, and for
-    too little room; and later, finished parts staying, for a full disk or too little memory. KeyboardInterrupt on
-    SIGINT and SIGTERM, after a line on stderr that says how much is there.
+    The folder must be new, empty or a sample set's (`holds_samples`). Raises ConfigError, DataError or CheckpointError
+    before anything is written for weights, a VAE or options that don't fit, for a folder that holds samples of another
+    protocol, naming the difference, and for too little room; and later, finished parts staying, for a full disk or too
+    little memory. KeyboardInterrupt on SIGINT and SIGTERM, after a line on stderr that says how much is there.
     """
     options, out = options or DrawOptions(), Path(out)
     env = DistEnv.from_environment()
     devices = choose_devices(options.device, options.processes)
     job, protocol, remarks = _plan(Path(weights), out, options, devices[0])
-    if out.is_dir() and any(out.iterdir()) and not holds_samples(out):
-        raise ConfigError(f"--out {out} is not empty: give a new folder, nothing is overwritten")
+    _check_same(job)
     before = FinishedSet.load(out)
-    _check_same(job, before)
     if before:
         before.check(job.image_shape)
         if before.images == job.count:
@@ -94,8 +92,8 @@ def draw(weights: str | Path, out: str | Path, options: DrawOptions | None = Non
 
     def check() -> bool:
         """Raise ConfigError for a folder of other samples; return whether rank 0 has begun."""
+        _check_same(job)
         finished = FinishedSet.load(out)
-        _check_same(job, finished)
         return (job.parts_folder / _NOTE_NAME).is_file() or (finished is not None and finished.images == job.count)
 
     with begin(job, _NOTE_NAME, {"identity": job.identity, "images": job.count}, check):
@@ -114,7 +112,7 @@ def draw(weights: str | Path, out: str | Path, options: DrawOptions | None = Non
 
 
 def holds_samples(out: Path) -> bool:
-    """Whether the folder is a sample set's, finished or not."""
+    """Return whether the folder is a sample set's, finished or not."""
     return (out / PARTS_NAME / _NOTE_NAME).is_file() or FinishedSet.load(out) is not None
 
 
@@ -140,18 +138,19 @@ def _plan(
             f"these are linear previews at latent resolution ({shape[0]} x {shape[1]}), not the model's images: give "
             f"--vae PATH_OR_HUB_ID{f' (the weights name {named})' if named else ''} to decode them"
         )
+    settings = sampler.protocol()
+    del settings["batch"]  # each environment names its own
     protocol = {
         "format": FORMAT,
         "weights": str(weights),
         "weights_sha256": sha256_of(weights),
         "training": metadata.get("training"),
-        **sampler.protocol(),
+        **settings,
         "labels": labels.protocol(),
         "decoder": decoder.protocol(),
         "files": {"format": options.files, "latents": options.latents},
+        "part_images": next((identity.get("part_images") for identity, _ in _held(out)), None) or sampler.batch,
     }
-    del protocol["batch"]  # each environment names its own
-    protocol["part_images"] = _part_images(out, protocol) or sampler.batch
     job = SampleJob(
         out=out,
         identity=identity_of(protocol),
@@ -170,20 +169,9 @@ def _plan(
     return job, protocol, tuple(remarks)
 
 
-def _part_images(out: Path, protocol: Mapping[str, Any]) -> int | None:
-    """Return how many images a part has in the folder, where it holds samples of this protocol."""
-    before = FinishedSet.load(out)
-    found = identity_of(before.protocol) if before else (_read_note(out) or ({}, 0))[0]
-    images = found.get("part_images")
-    return None if differences(found, identity_of(protocol) | {"part_images": images}) else images
-
-
-def _check_same(job: SampleJob, before: FinishedSet | None) -> None:
+def _check_same(job: SampleJob) -> None:
     """Raise ConfigError when the folder holds parts, or a finished set, of another protocol or of more images."""
-    note = _read_note(job.out)
-    held = [note] if note and any(job.parts_folder.glob("*.npz")) else []
-    held += [(identity_of(before.protocol), before.images)] if before else []
-    for identity, images in held:
+    for identity, images in _held(job.out):
         if differing := ", ".join(differences(identity, job.identity).values()):
             raise ConfigError(f"--out {job.out} holds samples of another protocol ({differing}): give a new folder")
         if job.count < images:
@@ -193,10 +181,16 @@ def _check_same(job: SampleJob, before: FinishedSet | None) -> None:
             )
 
 
-def _read_note(out: Path) -> tuple[dict[str, Any], int] | None:
-    """Return identity and number of images of the set that the folder's parts are of."""
-    try:
-        note = json.loads((out / PARTS_NAME / _NOTE_NAME).read_text(encoding="utf-8"))
-        return dict(note["identity"]), int(note["images"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def _held(out: Path) -> list[tuple[dict[str, Any], int]]:
+    """Return identity and number of images of the sets in the folder: that which its parts are of, and a finished one.
+
+    Both may be there, when a set is being continued.
+    """
+    before = FinishedSet.load(out)
+    held = [(identity_of(before.protocol), before.images)] if before else []
+    parts = out / PARTS_NAME
+    if any(parts.glob("*.npz")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            note = json.loads((parts / _NOTE_NAME).read_text(encoding="utf-8"))
+            held.append((dict(note["identity"]), int(note["images"])))
+    return held
