@@ -218,7 +218,7 @@ def test_sets_that_can_not_be_compared(
     else:
         np.savez(tmp_path / "ref.npz", mu_s=np.zeros(2023), sigma_s=np.eye(2023))
     with pytest.raises(DataError, match=message):
-        evaluate_images(open_images(tmp_path / "samples.npz"), Reference(tmp_path / "ref.npz"), KnownFeatures())
+        adm.check_comparable(open_images(tmp_path / "samples.npz"), Reference(tmp_path / "ref.npz"))
 
 
 def test_features_that_are_not_finite(tmp_path: Path) -> None:

@@ -86,9 +86,10 @@ def _measure_model(args: argparse.Namespace) -> Outcome:
     check_digits(metadata)
     out = _out(args)
     result = evaluate_digits(model.to(device), metadata, settings, progress=True)
-    _save(out, result.to_dict())
+    figures = dataclasses.asdict(result)
+    _save(out, figures)
     text = f"{result}\nclassifier on held-out real digits: {result.classifier_accuracy:.3f}\nwritten to {out}"
-    return Outcome(text, result.to_dict())
+    return Outcome(text, figures)
 
 
 def _measure_images(args: argparse.Namespace) -> Outcome:
@@ -109,8 +110,9 @@ def _measure_images(args: argparse.Namespace) -> Outcome:
     check_comparable(samples, reference)
     inception = Inception(args.inception, device)
     result = evaluate_images(samples, reference, inception, batch=args.batch, progress=True)
-    _save(out, result.to_dict())
-    return Outcome(f"{result}\n{len(samples)} samples against {args.reference}; written to {out}", result.to_dict())
+    figures = dataclasses.asdict(result)
+    _save(out, figures)
+    return Outcome(f"{result}\n{len(samples)} samples against {args.reference}; written to {out}", figures)
 
 
 def _write_reference(args: argparse.Namespace) -> Outcome:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from mpdit.core.files import counted
 from mpdit.core.progress import bar
 from mpdit.core.version import __version__
 from mpdit.jobs.evaluate.image_sets import NPZ_KEYS, ImageSet, open_images
-from mpdit.jobs.evaluate.inception import POOL_FEATURES, SPATIAL_FEATURES, Inception, torch_fidelity_version
+from mpdit.jobs.evaluate.inception import POOL_FEATURES, SPATIAL_FEATURES, Inception
 from mpdit.jobs.evaluate.statistics import (
     NEIGHBOURS,
     SPLIT,
@@ -74,8 +75,8 @@ def extract_features(
 
     `on_kept` is handed the pixels [n, H, W, 3] of the images kept, in order. DataError for features that aren't finite.
     """
-    device = _float64_device(inception)
-    pool_sums, spatial_sums = (StreamingGaussian(size, device) for size in (POOL_FEATURES, SPATIAL_FEATURES))
+    pool_sums = StreamingGaussian(POOL_FEATURES, inception.device)
+    spatial_sums = StreamingGaussian(SPATIAL_FEATURES, inception.device)
     kept = []
     digest = hashlib.sha256()
     start = 0
@@ -91,7 +92,7 @@ def extract_features(
             pool_sums.add(pool)
             spatial_sums.add(spatial)
             chosen = keep[(keep >= start) & (keep < start + len(pixels))] - start
-            kept.append(pool[torch.from_numpy(chosen).to(pool.device)].cpu())
+            kept.append(pool.cpu()[chosen])
             if on_kept is not None and len(chosen):
                 on_kept(pixels[chosen])
             start += len(pixels)
@@ -233,10 +234,6 @@ class ImagesEvaluation:
         table = [f"{name:<16}{'-' if value is None else format(value, style):>10}" for name, value, style in rows]
         return "\n".join([*table, *(f"warning: {warning}" for warning in self.warnings)])
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types."""
-        return dataclasses.asdict(self) | {"warnings": list(self.warnings)}
-
 
 def check_comparable(samples: ImageSet, reference: Reference) -> None:
     """Raise DataError when the figures can't be measured: too few images, or of two sizes."""
@@ -256,18 +253,17 @@ def check_comparable(samples: ImageSet, reference: Reference) -> None:
 def evaluate_images(
     samples: ImageSet, reference: Reference, inception: Inception, *, batch: int = 64, progress: bool = False
 ) -> ImagesEvaluation:
-    """Measure samples against a reference, `batch` images at a time.
+    """Measure samples, comparable with the reference (`check_comparable`), `batch` images at a time.
 
-    Raises DataError as `check_comparable` and `extract_features`.
+    DataError as `extract_features`.
     """
-    check_comparable(samples, reference)
     target = reference.measure(inception, batch=batch, label="reference" if progress else None)
     keep = np.arange(len(samples))
     found = extract_features(samples, inception, batch=batch, keep=keep, label="samples" if progress else None)
     precision = recall = None
     if len(target.kept):
-        exact, label = _float64_device(inception), "precision and recall" if progress else None
-        precision, recall = precision_recall(target.kept.to(exact), found.kept.to(exact), label=label)
+        kept = (target.kept.to(inception.device), found.kept.to(inception.device))
+        precision, recall = precision_recall(*kept, label="precision and recall" if progress else None)
     device = inception.device
     return ImagesEvaluation(
         fid=_frechet(found.pool, target.pool),
@@ -289,7 +285,7 @@ def evaluate_images(
             "versions": {
                 "mpdit": __version__,
                 "torch": torch.__version__,
-                "torch-fidelity": torch_fidelity_version(),
+                "torch-fidelity": importlib.metadata.version("torch-fidelity"),
                 "numpy": np.__version__,
                 "pillow": PIL.__version__,
             },
@@ -299,11 +295,6 @@ def evaluate_images(
 
 def _frechet(samples: Gaussian | None, reference: Gaussian | None) -> float | None:
     return None if samples is None or reference is None else frechet_distance(*samples, *reference)
-
-
-def _float64_device(inception: Inception) -> torch.device:
-    """Return where float64 is computed: on Inception's device, but for mps, which has none."""
-    return torch.device("cpu") if inception.device.type == "mps" else inception.device
 
 
 def _warnings(samples: ImageSet, reference: Reference, inception: Inception) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ about 0.04 apart, one repeated digit per class is many times as far.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,10 +45,6 @@ class DigitsEvaluation:
 
     def __str__(self) -> str:
         return f"class agreement: {self.class_agreement:.3f}\nfrechet distance: {self.frechet_distance:.3f}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types."""
-        return dataclasses.asdict(self)
 
 
 class DigitsJudge:

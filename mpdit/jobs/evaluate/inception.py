@@ -7,10 +7,8 @@ are Mixed_6b .. Mixed_6e, and mixed_6/conv, which sFID reads, is Mixed_6d.branch
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib
-import importlib.metadata
 import importlib.util
 import sys
 import types
@@ -57,7 +55,7 @@ class Inception:
 
     @property
     def is_standard(self) -> bool:
-        """Whether these are the weights that papers use."""
+        """Return whether these are the weights that papers use."""
         return self.sha256.startswith(HASH_PREFIX)
 
     @property
@@ -93,13 +91,6 @@ class Inception:
 
     def _keep_spatial(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         self._spatial = output
-
-
-def torch_fidelity_version() -> str:
-    """Return the version of the package installed; "unknown" where it has no metadata."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version("torch-fidelity")
-    return "unknown"
 
 
 def _import_module() -> Any:
