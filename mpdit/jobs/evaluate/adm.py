@@ -69,7 +69,7 @@ def extract_features(
     batch: int,
     keep: NDArray[np.int64],
     label: str | None = None,
-    on_kept: Callable[[NDArray[np.uint8]], None] | None = None,
+    on_kept: Callable[[NDArray[np.uint8]], object] | None = None,
 ) -> Features:
     """Run all images through Inception, `batch` at a time, and keep the pool features of those numbered in `keep`.
 
