@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,11 +121,4 @@ def limit_memory(gb: float) -> None:
 
 def machine(device: str) -> dict[str, Any]:
     """Return hardware, versions, clocks and power."""
-    found = timing.machine(device) | {"cpu": _cpu(), "threads": torch.get_num_threads()}
-    return found | {"python": platform.python_version()}
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
+    return timing.machine(device) | {"python": platform.python_version()}

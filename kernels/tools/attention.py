@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import platform
 import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor
 from tools import timing
 from tools.command import aligned, write_atomically
 
-LIBRARIES = ("torch", "triton", "flash-attn", "flash-attn-4", "xformers")
+LIBRARIES = ("flash-attn", "flash-attn-4", "xformers")
 KINDS = ("forward", "training")
 BRACKET = 5e-3
 """Seconds that a timed bracket lasts on a CPU, at least."""
@@ -76,7 +75,8 @@ def measure(device: torch.device, minutes: float, out: Path | None) -> int:
 def _earlier(file: Path, now: dict[str, Any]) -> dict[Shape, dict[str, Any]]:
     """Return rows of a table that was measured on such a machine with these libraries, whatever the day."""
     old = json.loads(file.read_text()) if file.exists() else {}
-    if any(old.get("machine", {}).get(name) != now.get(name) for name in ("gpu", "cpu", "threads", *LIBRARIES)):
+    same = ("gpu", "cpu", "threads", "torch", "triton", *LIBRARIES)
+    if any(({"gpu": "none"} | old.get("machine", {})).get(name) != now.get(name) for name in same):
         return {}
     return {Shape(*(found[name] for name in Shape.__dataclass_fields__)): found for found in old["rows"]}
 
@@ -123,21 +123,11 @@ def _call(shape: Shape, device: torch.device) -> Call:
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
-    """Return what is measured on: hardware, versions and the day."""
-    if device.type == "cuda":
-        found = timing.machine("cuda")
-    else:
-        info = Path("/proc/cpuinfo")
-        lines = info.read_text().splitlines() if info.exists() else []
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        cpu = names[0] if names else platform.processor() or platform.machine()
-        found = {"cpu": cpu, "threads": torch.get_num_threads(), "date": datetime.now(UTC).date().isoformat()}
-    found["torch"] = torch.__version__  # with the build, which metadata leaves out
-    for name in LIBRARIES[1:]:
-        try:
+    """Return what is measured on, with the libraries' versions."""
+    found = timing.machine(device.type)
+    for name in LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 

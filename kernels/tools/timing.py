@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import platform
+import re
 import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from mpdit_kernels.dispatch import TRITON_INSTALLED
 from torch import Tensor
 
 Prepare = Callable[[], Sequence[Callable[[], Any]]]
@@ -158,12 +163,14 @@ def out_of_memory(error: Exception) -> bool:
 
 def machine(device: str) -> dict[str, Any]:
     """Return what is measured on: hardware, driver, clocks and power where they can be read, versions and the day."""
-    import triton
-
+    info = Path("/proc/cpuinfo")
+    cpus = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
     found = {
         "gpu": torch.cuda.get_device_name() if device == "cuda" else "none",
+        "cpu": cpus[0] if cpus else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": importlib.import_module("triton").__version__ if TRITON_INSTALLED else "none",
         "date": datetime.now(UTC).date().isoformat(),
     }
     return found | (_from_nvidia_smi() if device == "cuda" else {})
