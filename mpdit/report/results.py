@@ -240,6 +240,8 @@ def parse_results(path: Path, content: Any) -> Results:
     rates = {**(info["peaks"] or {}), **(info["ceilings"] or {})}
     rows = tuple(_row(entry["extra_info"], entry["stats"]["data"], rates) for entry in content["benchmarks"])
     for index, row in enumerate(rows):
+        if not row.samples:
+            raise _wrong(path, f"benchmarks[{index}].stats.data", [], "a list of times")
         for name, values in (("seconds", row.seconds), ("ratio", row.ratio)):
             if values and not values.q20 <= values.median <= values.q80:
                 place = f"benchmarks[{index}].extra_info.{name}"
@@ -347,7 +349,7 @@ def _check(path: Path, place: str, value: Any, wanted: Any) -> None:
             if value[name] is not None or name == field:
                 _check(path, where, value[name], inner)
     elif isinstance(wanted, list):
-        if not isinstance(value, list) or not (value or wanted != [_SECONDS]):
+        if not isinstance(value, list):
             raise _wrong(path, place, value, "a list")
         for index, item in enumerate(value):
             _check(path, f"{place}[{index}]", item, wanted[0])
