@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from mpdit.data.manifest import DatasetInfo
 
 _CHUNK_BYTES = 1 << 24
+Samples = tuple[NDArray[np.float16], NDArray[np.int64]]
+"""Moments fp16 [B, V, 2C, H, W], posterior means before stds, and labels int64 [B]."""
 
 
 class LatentDataset(ABC):
@@ -28,22 +30,17 @@ class LatentDataset(ABC):
         return self.manifest.num_samples
 
     @abstractmethod
-    def read(
-        self, indices: NDArray[np.int64], out: NDArray[np.float16] | None = None
-    ) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
-        """Return moments fp16 [B, V, 2C, H, W] and labels int64 [B] of the samples with these indices, int64 [B].
+    def read(self, indices: NDArray[np.int64], out: NDArray[np.float16] | None = None) -> Samples:
+        """Return the samples with these indices, int64 [B], of latents that are not multiplied by any factor.
 
-        Moments are posterior means before stds, of latents that are not multiplied by any factor. Fills `out`,
-        C-contiguous and of that shape, when given. Safe to call from several threads.
+        Fills `out`, C-contiguous and of the moments' shape, when given. Safe to call from several threads.
 
         Raises:
             RecordError: naming file and sample, for a record that can't be read, is damaged, or holds NaN, infinity
                 or a negative std; `out` is unspecified then.
         """
 
-    def in_order(
-        self, start: int = 0, stop: int | None = None
-    ) -> Iterator[tuple[NDArray[np.float16], NDArray[np.int64]]]:
+    def in_order(self, start: int = 0, stop: int | None = None) -> Iterator[Samples]:
         """Yield what `read` returns of samples start .. stop - 1 (all by default), about 16 MiB at a time."""
         stop = len(self) if stop is None else stop
         chunk = max(1, _CHUNK_BYTES // self.manifest.record_bytes)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mpdit.core.errors import DataError, RecordError
 from mpdit.core.files import OpenFile
 from mpdit.core.zips import crc32
-from mpdit.data.dataset import LatentDataset
+from mpdit.data.dataset import LatentDataset, Samples
 from mpdit.data.manifest import Manifest, StoredFile
 from mpdit.data.records import INDEX_DTYPE, VALUE_DTYPE, find_bad_label, find_defect
 
@@ -53,9 +53,7 @@ class PackedLatents(LatentDataset):
         for file in self._files:
             file.close()
 
-    def read(
-        self, indices: NDArray[np.int64], out: NDArray[np.float16] | None = None
-    ) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
+    def read(self, indices: NDArray[np.int64], out: NDArray[np.float16] | None = None) -> Samples:
         shape = (len(indices), *self.manifest.record_shape)
         moments = np.empty(shape, VALUE_DTYPE) if out is None else out
         nbytes = self.manifest.record_bytes

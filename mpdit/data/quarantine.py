@@ -19,7 +19,7 @@ from tqdm import tqdm
 from mpdit.core.errors import DataError, RecordError
 from mpdit.core.files import counted
 from mpdit.core.locks import locked
-from mpdit.data.dataset import LatentDataset
+from mpdit.data.dataset import LatentDataset, Samples
 
 QUARANTINE_NAME = "quarantine.jsonl"
 """In a run's folder: a line for each record that could not be read."""
@@ -73,9 +73,7 @@ class Quarantine(LatentDataset):
             last = "{file}: sample {sample} {reason}".format_map(refused[-1]) if refused else ""
             raise self._too_many(last or f"records of {self.path} can't be read")
 
-    def read(
-        self, indices: NDArray[np.int64], out: NDArray[np.float16] | None = None
-    ) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
+    def read(self, indices: NDArray[np.int64], out: NDArray[np.float16] | None = None) -> Samples:
         """Read as `LatentDataset.read`, with unreadable records replaced; DataError for the first beyond the limit."""
         while True:
             bad = self._bad
@@ -91,9 +89,7 @@ class Quarantine(LatentDataset):
     def close(self) -> None:
         self._dataset.close()
 
-    def _read_patiently(
-        self, indices: NDArray[np.int64], out: NDArray[np.float16] | None = None
-    ) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
+    def _read_patiently(self, indices: NDArray[np.int64], out: NDArray[np.float16] | None = None) -> Samples:
         failure = None
         for left in reversed(range(_TRIES)):
             try:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from mpdit.core.errors import ConfigError, DataError, RecordError
-from mpdit.data.dataset import LatentDataset
+from mpdit.data.dataset import LatentDataset, Samples
 from mpdit.data.manifest import ORIGINAL, ORIGINAL_AND_FLIPPED, DatasetInfo
 from mpdit.data.normalization import Normalization, NormalizationMode, choose_normalization, suits
 from mpdit.data.records import VALUE_DTYPE, ChannelStatistics, find_bad_label, find_defect
@@ -82,9 +82,7 @@ class ForeignLatents(LatentDataset):
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
 
-    def read(
-        self, indices: NDArray[np.int64], out: NDArray[np.float16] | None = None
-    ) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
+    def read(self, indices: NDArray[np.int64], out: NDArray[np.float16] | None = None) -> Samples:
         moments = np.empty((len(indices), *self.manifest.record_shape), VALUE_DTYPE) if out is None else out
         self._read_moments(indices, moments)
         return moments, self.labels[indices]
