@@ -100,4 +100,4 @@ format: $(INSTALLED)  ## mend style
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv, caches and build leftovers; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache benchmarks/.cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .cache benchmarks/.cache
