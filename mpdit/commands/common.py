@@ -153,7 +153,8 @@ def open_data(args: argparse.Namespace, path: Path) -> LatentDataset:
     )
     classes = dataset.manifest.num_classes
     if args.num_classes not in (None, classes):
-        raise ConfigError(f"--num-classes is {args.num_classes}, but {path} is packed with {classes}: leave it out")
+        packed = f"{path} is packed with {classes} classes"
+        raise ConfigError(f"--num-classes is {args.num_classes}, but {packed}: leave it out")
     return dataset
 
 

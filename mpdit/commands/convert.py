@@ -41,7 +41,6 @@ _OPTIONS = {
 }
 """The options by the one kind of conversion that reads them."""
 
-
 _HELP = {
     "source": "an official checkpoint (.pt, .pth, .ckpt, .bin), a training run's or weights folder, or latents",
     "out": "folder to write, new or empty; with --to official also a new file that ends in .pt or .pth",

@@ -33,7 +33,6 @@ DESCRIPTION = (
     "evaluation.json too, of X.npz to X.evaluation.json beside it."
 )
 
-
 _HELP = {
     "weights": "images: a folder that `mpdit sample` wrote, a folder of images (any depth), or an npz with arr_0. Or a "
     "model of the digits: a training run's folder (its EMA weights), a folder with model.safetensors and config.json, "

@@ -28,7 +28,6 @@ DESCRIPTION = (
 )
 _SHOWN = 10
 
-
 _HELP = {
     "images": "a folder of images, a .tar, a .zip",
     "out": "folder to write; new, empty, or of the same job",

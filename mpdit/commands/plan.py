@@ -27,7 +27,6 @@ _FIGURES = {
 }
 """The figures of a GPU by their options: the field of Gpu, unit, meaning, and how many of the field's units it is."""
 
-
 _HELP = {
     "gpu": "a100-40gb, a100-80gb, h100, h200, b200, rtx4090, or any other with its figures (required)",
     "gpus": "in all",

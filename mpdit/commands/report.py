@@ -20,7 +20,6 @@ DESCRIPTION = (
 _RESULTS = Path("benchmarks", "results")
 _THRESHOLD = 2.0
 
-
 _HELP = {
     "results": f"results files of the benchmarks (default: all in {_RESULTS}, when run in a checkout)",
     "out": "write report.md and plots there, new or empty (default: print only)",

@@ -34,7 +34,6 @@ DESCRIPTION = (
     "under a launcher too (srun, or RANK and WORLD_SIZE), on nodes that share DIR."
 )
 
-
 _HELP = {
     "weights": "a training run's folder (its EMA weights), a folder with model.safetensors and config.json, or the "
     "model.safetensors itself",
