@@ -182,7 +182,7 @@ FAULTS = tuple(Fault(*row) for row in (
     (M + "jobs/extract/classes.py",
      "classes are numbered as they are found", 'classes = tuple(sorted(names))',
      'classes = tuple(sorted(names, reverse=True))', "test_extraction_sources.py"),
-    (M + "jobs/extract/encode.py", "a damaged part is kept when it is repeated",
+    (M + "jobs/extract/extract.py", "a damaged part is kept when it is repeated",
      'hashlib.file_digest(file, "sha256").hexdigest() == stored.sha256', "len(stored.sha256) == 64",
      "test_extraction_command.py -k finished_parts"),
     (M + "model/vae.py", "decoded pixels are rounded otherwise than in the papers", "(127.5 * signed + 128).nan",

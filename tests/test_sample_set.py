@@ -26,7 +26,8 @@ from mpdit.core.locks import locked
 from mpdit.diffusion.images import denormalize
 from mpdit.diffusion.sampling import Sampler, generate
 from mpdit.jobs.evaluate.image_sets import open_images
-from mpdit.jobs.sample import Labels, drawing
+from mpdit.jobs.sample import drawing
+from mpdit.jobs.sample.drawing import Labels
 from mpdit.model.mpdit import load_weights
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from sample_sets import draw, save_model, save_vae
 
-from mpdit.jobs.sample import Labels
+from mpdit.jobs.sample.drawing import Labels
 
 
 def test_a_preview_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,7 @@ from mpdit.commands.common import Outcome, add_device, adder, check_writable, gi
 from mpdit.core.files import counted
 
 if TYPE_CHECKING:
-    from mpdit.jobs.extract.encode import Timing
-    from mpdit.jobs.extract.extract import ExtractReport
+    from mpdit.jobs.extract.extract import ExtractReport, Timing
 
 SUMMARY = "encode a folder or archive of images into a packed data set"
 DESCRIPTION = (

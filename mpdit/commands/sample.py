@@ -22,7 +22,7 @@ from mpdit.core.files import counted
 from mpdit.diffusion.sampling import Sampler
 
 if TYPE_CHECKING:
-    from mpdit.jobs.sample import DrawReport
+    from mpdit.jobs.sample.sample_set import DrawReport
 
 SUMMARY = "draw samples from a trained model"
 DESCRIPTION = (
@@ -71,7 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    from mpdit.jobs.sample import DrawOptions, draw
+    from mpdit.jobs.sample.drawing import DrawOptions
+    from mpdit.jobs.sample.sample_set import draw
 
     check_writable(args.out)
     if args.vae is None:
