@@ -84,7 +84,7 @@ def _measure_model(args: argparse.Namespace) -> Outcome:
     model, metadata = load_weights(args.weights)
     check_digits(metadata)
     out = _out(args)
-    result = evaluate_digits(model.to(device), metadata, settings, progress=True)
+    result = evaluate_digits(model.to(device), metadata, settings)
     figures = dataclasses.asdict(result)
     _save(out, figures)
     text = f"{result}\nclassifier on held-out real digits: {result.classifier_accuracy:.3f}\nwritten to {out}"
@@ -108,7 +108,7 @@ def _measure_images(args: argparse.Namespace) -> Outcome:
     samples, reference = open_images(args.weights), Reference(args.reference, args.image_size)
     check_comparable(samples, reference)
     inception = Inception(args.inception, device)
-    result = evaluate_images(samples, reference, inception, batch=args.batch, progress=True)
+    result = evaluate_images(samples, reference, inception, batch=args.batch)
     figures = dataclasses.asdict(result)
     _save(out, figures)
     return Outcome(f"{result}\n{len(samples)} samples against {args.reference}; written to {out}", figures)
@@ -130,7 +130,7 @@ def _write_reference(args: argparse.Namespace) -> Outcome:
     images = open_images(args.weights, args.image_size)
     inception = Inception(args.inception, device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figures = write_reference(images, path, inception, batch=args.batch, label="reference")
+    figures = write_reference(images, path, inception, batch=args.batch)
     text = f"statistics of {figures['images']} images and {figures['kept_images']} of them: {path}"
     return Outcome("\n".join([text, *(f"warning: {warning}" for warning in figures["warnings"])]), figures)
 

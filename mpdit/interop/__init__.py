@@ -1,1 +1,1 @@
-"""Models in other projects' forms: official checkpoints, diffusers pipelines, the hub."""
+"""Reads and writes models in other projects' forms: official checkpoints, diffusers pipelines, the hub."""

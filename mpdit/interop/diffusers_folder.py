@@ -1,4 +1,4 @@
-"""A model as a diffusers pipeline folder, code included.
+"""Writes a model as a diffusers pipeline folder, code included.
 
     model_index.json                                 the components and where their code is
     pipeline.py                                      MPDiTPipeline

@@ -1,4 +1,4 @@
-"""Models of the official codes to ours and back: MPDiT, facebookresearch/DiT, fast-DiT, SiT, REPA.
+"""Turns models of the official codes into ours and back: MPDiT, facebookresearch/DiT, fast-DiT, SiT, REPA.
 
 `from_official` and `to_official` take state dicts. Only the head count is not in them; every tensor keeps its shape and
 layout, and `official_names` is the whole map of names. `read_official` and `save_official` take checkpoint files:

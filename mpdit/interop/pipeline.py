@@ -1,4 +1,7 @@
-"""A diffusers pipeline of a class-conditional MPDiT; `mpdit convert --to diffusers` puts a copy beside the weights."""
+"""Samples a class-conditional MPDiT as a diffusers pipeline.
+
+`mpdit convert --to diffusers` puts a copy of this file beside the weights.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ _Base: Any = DiffusionPipeline  # as what diffusers says of its types are its st
 
 
 class MPDiTPipeline(_Base):
-    """Images of classes, by Euler steps from noise (t = 1) to data (t = 0) with classifier-free guidance."""
+    """Draws images of classes by Euler steps from noise (t = 1) to data (t = 0) with classifier-free guidance."""
 
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]  # noqa: RUF012 (read by diffusers)

@@ -1,4 +1,4 @@
-"""mpdit's model as a component of a diffusers pipeline. Needs mpdit and diffusers: pip install 'mpdit[vae]'.
+"""Makes mpdit's model a component of a diffusers pipeline. Needs mpdit and diffusers: pip install 'mpdit[vae]'.
 
 `mpdit convert --to diffusers` puts a copy of this file beside the weights, as diffusers imports a component of another
 library only from the component's own folder.
@@ -18,7 +18,7 @@ from mpdit import ModelConfig, MPDiT
 
 
 class MPDiTTransformer2DModel(ModelMixin, ConfigMixin):
-    """An mpdit.MPDiT with what a pipeline must know of its latents.
+    """Holds an mpdit.MPDiT with what a pipeline must know of its latents.
 
     Args:
         model: mpdit.ModelConfig as a dict.

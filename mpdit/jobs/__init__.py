@@ -1,1 +1,1 @@
-"""Long work on many GPUs beside training, each restartable: extracting latents, drawing samples, evaluating."""
+"""Does long work on many GPUs beside training, each restartable: extracting latents, drawing samples, evaluating."""

@@ -68,7 +68,7 @@ def extract_features(
     *,
     batch: int,
     keep: NDArray[np.int64],
-    label: str | None = None,
+    label: str,
     on_kept: Callable[[NDArray[np.uint8]], object] | None = None,
 ) -> Features:
     """Run all images through Inception, `batch` at a time, and keep the pool features of those numbered in `keep`.
@@ -144,12 +144,12 @@ class Reference:
             )
         return notes
 
-    def measure(self, inception: Inception, *, batch: int, label: str | None = None) -> Features:
+    def measure(self, inception: Inception, batch: int) -> Features:
         """Return statistics and features, as far as they are stored or follow from images."""
         if self.images is None:
             features = Features(None, None, torch.empty(0, POOL_FEATURES), "")
         else:
-            features = extract_features(self.images, inception, batch=batch, keep=self._kept(), label=label)
+            features = extract_features(self.images, inception, batch=batch, keep=self._kept(), label="reference")
         if self._stored:
             pool, spatial = (self._stored.get(name) for name in _STORED)
             features = dataclasses.replace(features, pool=pool, spatial=spatial)
@@ -176,9 +176,7 @@ def evenly(total: int, count: int) -> NDArray[np.int64]:
     return np.arange(count, dtype=np.int64) * total // max(count, 1)
 
 
-def write_reference(
-    images: ImageSet, path: str | Path, inception: Inception, *, batch: int, label: str | None = None
-) -> dict[str, Any]:
+def write_reference(images: ImageSet, path: str | Path, inception: Inception, *, batch: int) -> dict[str, Any]:
     """Write ADM's reference npz of the images: mu, sigma, mu_s, sigma_s float64 and arr_0, at most 10 000 of them.
 
     arr_0, uint8 [M, H, W, 3], are taken evenly in order. The file is there whole or not at all. Returns plain JSON
@@ -189,7 +187,7 @@ def write_reference(
     keep = evenly(len(images), REFERENCE_IMAGES)
     with disk(Path(path)), new_npz(path) as npz:
         with npz.rows("arr_0", (len(keep), *images.size, 3), np.uint8) as write:
-            features = extract_features(images, inception, batch=batch, keep=keep, label=label, on_kept=write)
+            features = extract_features(images, inception, batch=batch, keep=keep, label="reference", on_kept=write)
         for name, (mu_key, sigma_key, _) in _STORED.items():
             mu, sigma = getattr(features, name)
             npz.array(mu_key, mu)
@@ -251,19 +249,17 @@ def check_comparable(samples: ImageSet, reference: Reference) -> None:
 
 
 def evaluate_images(
-    samples: ImageSet, reference: Reference, inception: Inception, *, batch: int = 64, progress: bool = False
+    samples: ImageSet, reference: Reference, inception: Inception, *, batch: int = 64
 ) -> ImagesEvaluation:
     """Measure samples, comparable with the reference (`check_comparable`), `batch` images at a time.
 
     DataError as `extract_features`.
     """
-    target = reference.measure(inception, batch=batch, label="reference" if progress else None)
-    keep = np.arange(len(samples))
-    found = extract_features(samples, inception, batch=batch, keep=keep, label="samples" if progress else None)
+    target = reference.measure(inception, batch)
+    found = extract_features(samples, inception, batch=batch, keep=np.arange(len(samples)), label="samples")
     precision = recall = None
     if len(target.kept):
-        kept = (target.kept.to(inception.device), found.kept.to(inception.device))
-        precision, recall = precision_recall(*kept, label="precision and recall" if progress else None)
+        precision, recall = precision_recall(target.kept.to(inception.device), found.kept.to(inception.device))
     device = inception.device
     return ImagesEvaluation(
         fid=_frechet(found.pool, target.pool),

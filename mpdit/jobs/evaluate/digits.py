@@ -87,7 +87,6 @@ def evaluate_digits(
     *,
     guided: int = 1000,
     unguided: int | None = None,
-    progress: bool = False,
 ) -> DigitsEvaluation:
     """Measure a model of the embedded digits; model and metadata as `load_weights` returns them.
 
@@ -101,8 +100,8 @@ def evaluate_digits(
     plain = sampler.replace(guidance=1.0)
     asked = torch.arange(guided) % model.config.num_classes
     real = judge.labels[:unguided]
-    with_guidance = generate(model, asked, sampler, label="guided samples" if progress else None)
-    without = generate(model, real, plain, first=guided, label="unguided samples" if progress else None)
+    with_guidance = generate(model, asked, sampler, label="guided samples")
+    without = generate(model, real, plain, first=guided, label="unguided samples")
     for latents, first in ((with_guidance, 0), (without, guided)):
         check_finite(latents, first, "the model's weights")
     return DigitsEvaluation(

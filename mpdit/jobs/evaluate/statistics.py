@@ -124,21 +124,19 @@ def inception_score(logits: Tensor, split: int = SPLIT) -> float:
     return float(torch.stack(scores).mean())
 
 
-def precision_recall(
-    reference: Tensor, samples: Tensor, k: int = NEIGHBOURS, *, label: str | None = None
-) -> tuple[float, float]:
+def precision_recall(reference: Tensor, samples: Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
     """Return improved precision and recall (Kynkäänniemi et al., 2019) of features [M, D] and [N, D].
 
     A set's manifold is the union of balls about its rows, each as large as the distance to its k-th nearest other row.
     Precision is the fraction of samples in the reference's manifold, recall that of reference rows in the samples'.
     Distances are taken in float64 on the features' device, block by block. ADM's evaluator takes them in float16
-    where none overflows, so its figures may differ in the third decimal. Both need more than k rows. With a `label`
-    progress is shown: 50 000 against 10 000 images take minutes on a CPU.
+    where none overflows, so its figures may differ in the third decimal. Both need more than k rows. 50 000 against
+    10 000 images take minutes on a CPU.
     """
     sample_inside = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
     reference_inside = torch.zeros(len(reference), dtype=torch.bool, device=samples.device)
     pairs = len(reference) ** 2 + len(samples) ** 2 + len(samples) * len(reference)
-    with bar(label, pairs, "pairs", scale=True) as progress:
+    with bar("precision and recall", pairs, "pairs", scale=True) as progress:
         reference_radii = _radii(reference, k, progress.update)
         sample_radii = _radii(samples, k, progress.update)
         for start, distances in _distances(samples, reference):

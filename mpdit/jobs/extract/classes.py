@@ -131,7 +131,7 @@ def _by_name(names: Iterable[str], values: Sequence[str]) -> Classes:
 
 
 def _one_class_each(archives: set[str]) -> bool:
-    """Whether each archive seems to be a class: there are several, not numbered through as shards are."""
+    """Return whether each archive seems to be a class: there are several, not numbered through as shards are."""
     parts = [re.fullmatch(r"(.*?)(\d+)", name) for name in archives]
     numbers = sorted(int(part[2]) for part in parts if part)
     numbered = len(numbers) == len(archives) and len({part[1] for part in parts if part}) == 1

@@ -435,7 +435,7 @@ def _is_image(name: str) -> bool:
 
 
 def _is_hidden(name: str) -> bool:
-    """Whether any part of the path is hidden, or made by macOS beside the real ones."""
+    """Return whether any part of the path is hidden, or made by macOS beside the real ones."""
     parts = name.split("/")
     return "__MACOSX" in parts or any(part.startswith(".") and part not in (".", "..") for part in parts)
 

@@ -32,7 +32,6 @@ from mpdit.model.vae import DECODER_KIND, VAE, VAEDtype, pixel_range_of
 from mpdit.model.weights import weights_folder
 
 Files = Literal["npz", "png", "both"]
-Order = Literal["random", "balanced"]
 DIGITS, PREVIEW, WITH_VAE = "digits", "preview", "vae"
 
 _FEW_CLASSES = 16
@@ -77,7 +76,7 @@ class Labels:
     """
 
     classes: tuple[int, ...]
-    order: Order
+    order: str
     seed: int
     all: bool
     """Whether `classes` are all of the model's."""
@@ -96,7 +95,7 @@ class Labels:
         if order == "auto":
             order = "balanced" if asked or num_classes <= _FEW_CLASSES else "random"
         classes = tuple(asked) if asked else tuple(range(num_classes))
-        return cls(classes, "random" if order == "random" else "balanced", seed, not asked)
+        return cls(classes, order, seed, not asked)
 
     def of(self, first: int, last: int) -> Tensor:
         """Return the classes int64 [last - first] of images first .. last - 1."""
