@@ -17,6 +17,7 @@ from mpdit import cli
 from mpdit.commands import COMMANDS, Outcome
 from mpdit.data.digits import build_digits
 from mpdit.diffusion.images import decode
+from mpdit.diffusion.sampling import SAMPLERS
 from mpdit.model.weights import save_weights
 from mpdit.training import arguments
 
@@ -93,7 +94,7 @@ def test_many_classes_are_drawn_at_random_by_key(tmp_path: Path) -> None:
     assert many["arr_0"].shape == (60, 16, 16, 3)  # the preview
 
 
-@pytest.mark.parametrize("method", ["euler", "heun", "dopri5", "sde"])
+@pytest.mark.parametrize("method", SAMPLERS)
 def test_methods(run: Path, tmp_path: Path, method: str) -> None:
     out = tmp_path / "out"
     arguments = ["sample", str(run), "--out", str(out), "--num", "2", "--steps", "40", "--tolerance", "1e-2"]

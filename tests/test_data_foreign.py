@@ -49,6 +49,8 @@ class Case:
     moments: np.ndarray
     format: str
     posterior_noise: bool = False
+    labels: np.ndarray = dataclasses.field(default_factory=lambda: LABELS)
+    """[N], in the format's own order of samples."""
 
 
 def _drawn(latents: np.ndarray) -> np.ndarray:
@@ -120,14 +122,14 @@ def test_every_format_is_read_exactly_by_both_loaders(case: Case, tmp_path: Path
         moments, labels = dataset.read(np.array(indices, np.int64))
         assert (moments.dtype, labels.dtype) == (np.float16, np.int64)
         assert np.array_equal(_bits(moments), _bits(case.moments)[indices])
-        assert np.array_equal(labels, LABELS[indices])
-    assert np.array_equal(dataset.labels, LABELS)
+        assert np.array_equal(labels, case.labels[indices])
+    assert np.array_equal(dataset.labels, case.labels)
     order, plan = GlobalOrder(COUNT, 3), BatchPlan(16)
     for kind in ("torch", "dali"):
         with make_loader(dataset, order, plan, kind=kind, stop_step=3) as loader:
             for batch in loader:
                 assert np.array_equal(_bits(batch.moments.numpy()), _bits(case.moments)[batch.indices])
-                assert np.array_equal(batch.labels, LABELS[batch.indices])
+                assert np.array_equal(batch.labels, case.labels[batch.indices])
     assert sorted(tmp_path.rglob("*")) == before, "nothing is written beside another project's files"
     dataset.close()
 
@@ -153,7 +155,7 @@ def test_latents_are_normalised_and_drawn_as_packed_ones_are(case: Case, tmp_pat
     dataset = open_latents(case.write(tmp_path / "data"))
     means, stds = np.split(case.moments, 2, axis=2)
     means, stds = (x if x.shape[1] == 2 else x[:, 0] for x in (means, stds))
-    packed = write_packed(tmp_path / "packed", means, LABELS, stds, normalization=dataset.manifest.normalization)
+    packed = write_packed(tmp_path / "packed", means, case.labels, stds, normalization=dataset.manifest.normalization)
     got, wanted = (
         to_latents(
             next(make_loader(data, GlobalOrder(COUNT, 0), BatchPlan(8), kind="torch", stop_step=1)),

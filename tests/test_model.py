@@ -171,6 +171,20 @@ def test_an_attention_that_cannot_serve_is_one_clear_error():
                 call()
 
 
+@pytest.mark.parametrize("kind", TRANSITIONS)
+def test_a_coarse_token_becomes_the_fine_tokens_of_its_own_place(kind):
+    """What changes with one coarse token is mostly in its own square of fine ones, not in another's."""
+    upsample = tiny(transition=kind).use_exact_fusions(False).stages[1].enter
+    m, side, factor = upsample.num_class_tokens, 2, 2  # latents of 8 x 8 are 2 x 2 coarse tokens and 4 x 4 fine ones
+    tokens, x = torch.randn(1, m + side**2, 32), torch.zeros(1, 4, 8, 8)
+    for place in range(side**2):
+        other = tokens.clone()
+        other[:, m + place] += torch.randn(32)
+        change = (upsample(other, x) - upsample(tokens, x))[0, m:].square().sum(-1)  # [16]
+        squares = change.view(side, factor, side, factor).sum((1, 3)).flatten()  # [4], by coarse token
+        assert squares.argmax() == place
+
+
 def test_the_old_names_of_switches_work_for_one_release():
     model = tiny().use_shortcuts(False)
     model.checkpointing = True

@@ -71,6 +71,10 @@ EXPECTED_TIMES = {
 }
 
 
+def test_times_are_expected_of_every_method_of_fixed_steps():
+    assert EXPECTED_TIMES.keys() == SAMPLERS.keys() - {"dopri5"}
+
+
 @pytest.mark.parametrize("method", EXPECTED_TIMES)
 def test_each_method_evaluates_at_its_times(method):
     model = Recorder()

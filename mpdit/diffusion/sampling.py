@@ -65,7 +65,10 @@ class Flow:
     positions: Tensor
 
     def at(self, times: Sequence[float], x: Tensor) -> Callable[[Tensor, int], Tensor]:
-        """Return v(x, i), the velocity at times[i]; what depends on the times alone is computed here, at once."""
+        """Return v(x, i), the velocity at times[i]; what depends on the times alone is computed here, at once.
+
+        A solver of fixed steps calls this once, before its loop, with every time it evaluates at, each once.
+        """
         import torch
 
         t = torch.tensor(times, dtype=x.dtype, device=x.device)
@@ -224,9 +227,8 @@ def sample(
     the mode it was in. For fixed steps an MPDiT computes the modulations of all times in one call before the loop.
     mpdit.diffusion.inference.SamplingModel around it chooses the precision and, on a GPU, replays CUDA graphs.
 
-    method names one of SAMPLERS; what `steps` counts is said there: evaluations of "euler" and "sde", intervals of two
-    evaluations of "heun", the most that "dopri5" attempts. "dopri5" reads atol and rtol; "sde" diffusion_form, one of
-    DIFFUSION_FORMS, diffusion_norm, seed and positions int64 [B], 0 .. B - 1 unless given.
+    method names one of SAMPLERS; what `steps` counts is said by its function. "dopri5" reads atol and rtol; "sde"
+    diffusion_form, one of DIFFUSION_FORMS, diffusion_norm, seed and positions int64 [B], 0 .. B - 1 unless given.
 
     guidance w evaluates u + w (c - u), with c the velocity given the class and u given null_class (the model's own
     unless given), in one forward of 2B (Ho and Salimans, 2022). It acts at times inside `interval`, ends included

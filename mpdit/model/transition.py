@@ -24,8 +24,9 @@ class Cost(NamedTuple):
         params: trainable parameters.
         macs: multiply-accumulates of each image token that comes in.
         class_macs: of each class token; none comes into an expanding layer.
-        kept: numbers that backward keeps for each token that comes in: by an expanding layer in all, by a refining one
-            beside its input, and twice as many without the Triton kernels.
+        kept: numbers that backward keeps for each token that comes in. Of an expanding layer all it saves, so `width`
+            if that is its input alone; GELU's input is counted by the model. Of a refining layer what it saves beside
+            its input, with the Triton kernels; the model doubles it where there are none.
     """
 
     params: int
