@@ -15,8 +15,7 @@ import mpdit
 from mpdit.core.errors import ConfigError, DataError
 from mpdit.data.digits import build_digits, decode_digits, real_digits, reduce_digits
 from mpdit.diffusion.images import denormalize
-from mpdit.diffusion.sampling import SAMPLERS
-from mpdit.diffusion.sampling import Sampler, generate
+from mpdit.diffusion.sampling import SAMPLERS, Sampler, generate
 from mpdit.jobs.evaluate import digits
 from mpdit.jobs.evaluate.digits import DigitsEvaluation, DigitsJudge, evaluate_digits
 from mpdit.jobs.evaluate.statistics import frechet_distance, gaussian_statistics
