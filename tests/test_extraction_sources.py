@@ -100,7 +100,7 @@ def test_zip_written_as_a_stream(tmp_path: Path, method: int) -> None:
     images = list_images(tmp_path / "s.zip")
     _check(images)
     raw = bytearray((tmp_path / "s.zip").read_bytes())
-    raw[int(images.places[1, 1]) + 80] ^= 0xFF
+    raw[int(images.places["offset"][1]) + 80] ^= 0xFF
     (tmp_path / "s.zip").write_bytes(raw)
     with pytest.raises(BrokenImage, match=r"checksum|decompressed"):
         images.read(1)
@@ -315,7 +315,7 @@ def test_what_is_broken_in_a_zip_is_one_broken_image(tmp_path: Path) -> None:
     bad = write_zip(tmp_path / "lzma.zip", {"a/0.png": IMAGE}, zipfile.ZIP_LZMA)
     images = list_images(path)
     raw = bytearray(path.read_bytes())
-    second = int(images.places[1, 1])
+    second = int(images.places["offset"][1])
     raw[second + 60] ^= 0xFF
     path.write_bytes(raw)
     assert images.read(0) == IMAGE

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,30 +33,29 @@ _AHEAD = 3  # batches decoded before they are asked for
 _NAMED = 5  # of many files, as many are named in a message
 
 
-class ImageSet(ABC):
-    """Reads images of one size; open_images() makes it."""
+@dataclass(frozen=True)
+class ImageSet:
+    """Holds what is known of images of one size, and how to read them; open_images() makes it."""
 
     path: Path
     """As given by the user."""
+    count: int
     size: tuple[int, int]
     """Height and width, in pixels."""
     protocol: dict[str, Any] | None
     """How they were sampled, where that is recorded beside them."""
+    batches: Callable[[int], Iterator[NDArray[np.uint8]]]
+    """Yields uint8 RGB [n, H, W, 3] in order, so many images at a time, read ahead in threads.
+
+    DataError for images that can't be decoded: all are tried, counted, and the first ones named.
+    """
     cropped: bool = False
-    """Whether they were cropped to that size on reading."""
+    """Whether they are cropped to that size on reading."""
     notes: tuple[str, ...] = ()
     """What is odd about them without being wrong."""
 
-    @abstractmethod
     def __len__(self) -> int:
-        """Return how many there are."""
-
-    @abstractmethod
-    def batches(self, count: int) -> Iterator[NDArray[np.uint8]]:
-        """Yield uint8 RGB [n, H, W, 3] in order, `count` images at a time, read ahead in threads.
-
-        DataError for images that can't be decoded: all are tried, counted, and the first ones named.
-        """
+        return self.count
 
 
 def open_images(path: str | Path, crop: int | None = None) -> ImageSet:
@@ -71,7 +70,7 @@ def open_images(path: str | Path, crop: int | None = None) -> ImageSet:
     if not path.exists():
         raise DataError(f"{path} does not exist: give a folder of images or an npz")
     file = path if path.is_file() else path / "samples.npz"
-    images: ImageSet = _NpzImages(path, file, crop) if file.is_file() else _FolderImages(path, crop)
+    images = _open_npz(path, file, crop) if file.is_file() else _open_folder(path, crop)
     wanted = (images.protocol or {}).get("images")
     if isinstance(wanted, int) and wanted != len(images):
         raise DataError(
@@ -81,95 +80,82 @@ def open_images(path: str | Path, crop: int | None = None) -> ImageSet:
     return images
 
 
-class _NpzImages(ImageSet):
-    def __init__(self, path: Path, file: Path, crop: int | None) -> None:
-        self.path, self._reader = path, NpzReader(file)
-        if "protocol" in self._reader.keys:
-            self.protocol = _parse(str(self._reader.array("protocol")), file)
-        else:
-            self.protocol = _protocol_beside(path)
-        key = next((key for key in NPZ_KEYS if key in self._reader.keys), None)
-        if key is None:
-            raise DataError(f"{file} holds no images: expected arr_0, uint8 [N, H, W, 3], as ADM names it")
-        self._key = key
-        shape, dtype = self._reader.header(key)
-        grey = len(shape) == 3 or (len(shape) == 4 and shape[3] == 1)
-        if dtype != np.uint8 or not (grey or (len(shape) == 4 and shape[3] == 3)) or 0 in shape:
-            raise DataError(
-                f"{key} in {file} is {dtype} of shape {shape}: give at least one image, uint8 [N, H, W, 3] or grey "
-                "[N, H, W], 0 .. 255"
-            )
-        self._count, self.size = shape[0], (shape[1], shape[2])
-        if crop is not None and self.size != (crop, crop):
-            raise DataError(
-                f"images in {path} are {shape[2]} x {shape[1]} pixels and an npz isn't cropped: leave the size of "
-                f"{crop} out"
-            )
+def _open_npz(path: Path, file: Path, crop: int | None) -> ImageSet:
+    reader = NpzReader(file)
+    beside = "protocol" not in reader.keys
+    protocol = _protocol_beside(path) if beside else _parse(str(reader.array("protocol")), file)
+    key = next((key for key in NPZ_KEYS if key in reader.keys), None)
+    if key is None:
+        raise DataError(f"{file} holds no images: expected arr_0, uint8 [N, H, W, 3], as ADM names it")
+    shape, dtype = reader.header(key)
+    grey = len(shape) == 3 or (len(shape) == 4 and shape[3] == 1)
+    if dtype != np.uint8 or not (grey or (len(shape) == 4 and shape[3] == 3)) or 0 in shape:
+        raise DataError(
+            f"{key} in {file} is {dtype} of shape {shape}: give at least one image, uint8 [N, H, W, 3] or grey "
+            "[N, H, W], 0 .. 255"
+        )
+    if crop is not None and shape[1:3] != (crop, crop):
+        raise DataError(
+            f"images in {path} are {shape[2]} x {shape[1]} pixels and an npz isn't cropped: leave the size of "
+            f"{crop} out"
+        )
 
-    def __len__(self) -> int:
-        return self._count
-
-    def batches(self, count: int) -> Iterator[NDArray[np.uint8]]:
-        rows = self._reader.rows(self._key, count)
+    def batches(count: int) -> Iterator[NDArray[np.uint8]]:
+        rows = reader.rows(key, count)
         with ThreadPoolExecutor(1) as pool:
-            for images in read_ahead(pool, (lambda: next(rows) for _ in range(0, self._count, count)), _AHEAD):
+            for images in read_ahead(pool, (lambda: next(rows) for _ in range(0, shape[0], count)), _AHEAD):
                 images = images.reshape(*images.shape[:3], -1)
                 yield images if images.shape[3] == 3 else images.repeat(3, axis=3)
 
+    return ImageSet(path, shape[0], (shape[1], shape[2]), protocol, batches)
 
-class _FolderImages(ImageSet):
-    def __init__(self, path: Path, crop: int | None) -> None:
-        self.path, self.cropped, self._crop = path, crop is not None, crop
-        self.protocol = _protocol_beside(path)
-        if self.protocol is None and (path / _UNFINISHED).is_dir():
-            raise DataError(f"{path} holds unfinished samples: repeat the `mpdit sample` command that draws them")
-        folder = path / "images" if self.protocol is not None and (path / "images").is_dir() else path
-        self._files = list_images(folder)
-        if not self._files:
-            raise DataError(f"{folder} holds no images ({', '.join(SUFFIXES)}): give another folder")
-        sizes, alpha, broken = [], 0, []
-        with bar("checking images", len(self._files)) as progress, ThreadPoolExecutor(_workers()) as pool:
-            headers = read_ahead(pool, (functools.partial(_read_header, file) for file in self._files), 1000)
-            for file, header in zip(self._files, headers, strict=True):
-                if header is None:
-                    broken.append(file)
-                else:
-                    sizes.append(header[0])
-                    alpha += header[1]
-                progress.update()
-        if broken:
-            raise DataError(f"{self._list(broken)} can't be read as images: replace or delete them")
-        other = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
-        if crop is None and other is not None:
-            shown = [f"{self._files[i].relative_to(path)} {sizes[i][1]} x {sizes[i][0]}" for i in (0, other)]
-            raise DataError(
-                f"images in {path} differ in size (width x height): {' and '.join(shown)}: crop them to one size "
-                "(a reference's with --image-size)"
-            )
-        self.size = sizes[0] if crop is None else (crop, crop)
-        if alpha:
-            self.notes = (f"{alpha} of {len(self._files)} images in {path} have an alpha channel, which is ignored",)
 
-    def __len__(self) -> int:
-        return len(self._files)
+def _open_folder(path: Path, crop: int | None) -> ImageSet:
+    protocol = _protocol_beside(path)
+    if protocol is None and (path / _UNFINISHED).is_dir():
+        raise DataError(f"{path} holds unfinished samples: repeat the `mpdit sample` command that draws them")
+    folder = path / "images" if protocol is not None and (path / "images").is_dir() else path
+    files = list_images(folder)
+    if not files:
+        raise DataError(f"{folder} holds no images ({', '.join(SUFFIXES)}): give another folder")
 
-    def batches(self, count: int) -> Iterator[NDArray[np.uint8]]:
+    def refuse(broken: Sequence[Path], why: str) -> NoReturn:
+        names = ", ".join(str(file.relative_to(path)) for file in broken[:_NAMED])
+        more = ", ..." if len(broken) > _NAMED else ""
+        raise DataError(f"{counted(len(broken), 'image')} in {path} ({names}{more}) {why}: replace or delete them")
+
+    with bar("checking images", len(files)) as progress, ThreadPoolExecutor(_workers()) as pool:
+        headers = []
+        for header in read_ahead(pool, (functools.partial(_read_header, file) for file in files), 1000):
+            headers.append(header)
+            progress.update()
+    if broken := [file for file, header in zip(files, headers, strict=True) if header is None]:
+        refuse(broken, "can't be read as images")
+    sizes = [header[0] for header in headers if header]
+    other = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
+    if crop is None and other is not None:
+        shown = [f"{files[i].relative_to(path)} {sizes[i][1]} x {sizes[i][0]}" for i in (0, other)]
+        raise DataError(
+            f"images in {path} differ in size (width x height): {' and '.join(shown)}: crop them to one size "
+            "(a reference's with --image-size)"
+        )
+    alpha = sum(header[1] for header in headers if header)
+    notes = (f"{alpha} of {len(files)} images in {path} have an alpha channel, which is ignored",) if alpha else ()
+
+    def batches(count: int) -> Iterator[NDArray[np.uint8]]:
         broken: list[Path] = []
         with ThreadPoolExecutor(_workers()) as pool:
-            decoded = read_ahead(pool, (functools.partial(_decode, f, self._crop) for f in self._files), _AHEAD * count)
-            for start in range(0, len(self._files), count):
-                files = self._files[start : start + count]
-                images = [next(decoded) for _ in files]
-                broken += [file for file, image in zip(files, images, strict=True) if image is None]
+            decoded = read_ahead(pool, (functools.partial(_decode, file, crop) for file in files), _AHEAD * count)
+            for start in range(0, len(files), count):
+                found = [(file, next(decoded)) for file in files[start : start + count]]
+                broken += [file for file, image in found if image is None]
                 if not broken:
-                    yield np.stack([image for image in images if image is not None])
+                    yield np.stack([image for _, image in found if image is not None])
         if broken:
-            raise DataError(f"{self._list(broken)} can't be decoded: replace or delete them")
+            refuse(broken, "can't be decoded")
 
-    def _list(self, files: Sequence[Path]) -> str:
-        names = ", ".join(str(file.relative_to(self.path)) for file in files[:_NAMED])
-        names += ", ..." if len(files) > _NAMED else ""
-        return f"{counted(len(files), 'image')} in {self.path} ({names})"
+    size = sizes[0] if crop is None else (crop, crop)
+    return ImageSet(path, len(files), size, protocol, batches, cropped=crop is not None, notes=notes)
 
 
 def list_images(folder: Path) -> list[Path]:

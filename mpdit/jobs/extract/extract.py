@@ -147,36 +147,19 @@ def extract(
     devices = choose_devices(options.device, options.processes)
     if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"{folder} lies inside {source}, where it would be taken for images: give another folder")
-    if folder.is_dir() and any(folder.iterdir()) and not _holds_extraction(folder):
-        what = "already holds a data set" if (folder / MANIFEST_NAME).exists() else "is not empty"
-        raise DataError(f"{folder} {what}: give a new folder, nothing is overwritten")
     job = _plan(source, folder, vae, options)
-
-    def check() -> bool:
-        """Raise DataError for another job's folder; return whether rank 0 has begun."""
-        _check_job(job)
-        return (job.parts_folder / JOB_NAME).exists() or (folder / MANIFEST_NAME).exists()
-
-    check()
+    _begun(job)
     if not (folder / MANIFEST_NAME).exists():
         held = sum(path.stat().st_size for path in folder.glob("shard-*.bin"))
         needed = len(job.images) * (job.spec.record_bytes + 2 * INDEX_DTYPE.itemsize) + _SLACK_BYTES - held
         check_room(folder, needed, counted(len(job.images), "image"))
-        with begin(job, JOB_NAME, job.identity, check):
+        with begin(job, JOB_NAME, job.identity, lambda: _begun(job)):
             # Rank 0 may have put all together meanwhile.
             if not (folder / MANIFEST_NAME).exists():
                 first = run_parts(job, devices, "encoding")
                 return _assemble(job, options.normalization) if first else None
     shutil.rmtree(job.parts_folder, ignore_errors=True)
     return _read_report(folder, None)
-
-
-def _holds_extraction(out: Path) -> bool:
-    """Return whether the folder is an extraction's, finished or not."""
-    if (out / MANIFEST_NAME).exists():
-        return (out / _REPORT_NAME).exists()
-    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    return names == {PARTS_NAME} or (out / PARTS_NAME / JOB_NAME).exists()
 
 
 def _plan(source: Path, out: Path, name: str, options: ExtractOptions) -> ExtractionJob:
@@ -227,19 +210,25 @@ def _plan(source: Path, out: Path, name: str, options: ExtractOptions) -> Extrac
     )
 
 
-def _check_job(job: ExtractionJob) -> None:
-    """Raise DataError, naming a difference, when the folder holds another job's data set or parts."""
+def _begun(job: ExtractionJob) -> bool:
+    """Return whether the folder holds the job's parts or its data set; DataError when it holds anything else."""
+    nothing_lost = "give a new folder, nothing is overwritten"
     if (job.out / MANIFEST_NAME).exists():
+        if not (job.out / _REPORT_NAME).exists():
+            raise DataError(f"{job.out} already holds a data set: {nothing_lost}")
         what, found = "the data set", _load_json(job.out / _REPORT_NAME).get("job")
     elif (job.parts_folder / JOB_NAME).exists():
         what, found = "the parts", _load_json(job.parts_folder / JOB_NAME)
+    elif job.out.is_dir() and {path.name for path in job.out.iterdir()} - {PARTS_NAME}:
+        raise DataError(f"{job.out} is not empty: {nothing_lost}")
     else:
-        return
+        return False
     if differing := ", ".join(differences(found or {}, job.identity).values()):
         raise DataError(
             f"{job.out} holds {what} of another extraction ({differing}): give another folder, delete this one, or "
             "repeat the command as it was"
         )
+    return True
 
 
 @dataclass(frozen=True)

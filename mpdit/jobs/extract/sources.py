@@ -45,6 +45,10 @@ _MOST_LABEL_BYTES = 1 << 20
 # What is wrong with one file alone; any other error of the system would strike the next ones too.
 _OF_ONE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
+_PLACE = np.dtype([("container", np.int64), ("offset", np.int64), ("size", np.int64), ("crc", np.int64)])
+"""Of an image: number of its container; offset in it (of a zip, of the member's header); bytes as stored, which of a
+link to nowhere are -1; CRC-32 of the file by a zip's table of contents, 0 elsewhere."""
+
 
 class BrokenImage(Exception):
     """Says why one image can't be used. It is listed and left out."""
@@ -67,9 +71,8 @@ class ImageIndex:
     names: list[str]
     """Paths below the folder or in the archive, whose name comes first where there are several."""
     containers: tuple[Container, ...]
-    places: NDArray[np.int64]
-    """[N, 4]: number of the container; offset in it (of a zip, of the member's header); bytes as stored, which of a
-    link to nowhere are -1; CRC-32 of the file by a zip's table of contents, 0 elsewhere."""
+    places: NDArray[np.void]
+    """[N] of _PLACE."""
     ignored: list[tuple[str, str]]
     """Files that are not among the images, and why."""
 
@@ -82,7 +85,7 @@ class ImageIndex:
         Other contents of the same size are noticed in a zip only.
         """
         digest = hashlib.sha256("\0".join(self.class_names).encode(errors="surrogatepass"))
-        columns = (self.names, self.labels.tolist(), self.places[:, 2].tolist(), self.places[:, 3].tolist())
+        columns = (self.names, self.labels.tolist(), self.places["size"].tolist(), self.places["crc"].tolist())
         for name, label, size, crc in zip(*columns, strict=True):
             digest.update(f"\n{label}\0{name}\0{size}\0{crc}".encode(errors="surrogatepass"))
         return digest.hexdigest()
@@ -195,8 +198,8 @@ class _Listing(FoundImages):
     def index(self, path: Path, classes: ClassMode) -> ImageIndex:
         """Return the images that have a class, in order."""
         class_names, labels = classify(path, self, classes)
-        places, numbers = np.array(self._places).reshape(-1, 4), labels.tolist()
-        offsets = places[:, 1].tolist()
+        places, numbers = np.array(self._places).view(_PLACE), labels.tolist()
+        offsets = places["offset"].tolist()
         order = sorted(np.flatnonzero(labels >= 0).tolist(), key=lambda i: (numbers[i], self.names[i], offsets[i]))
         names = [self.names[i] for i in order]
         return ImageIndex(class_names, labels[order], names, tuple(self._containers), places[order], self.ignored)
