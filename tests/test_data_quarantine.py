@@ -215,11 +215,9 @@ def test_a_shard_of_bad_records_is_not_searched_beyond_the_limit(packed: PackedL
 def test_without_a_limit_the_first_stops_and_says_all_that_is_known(packed: PackedLatents) -> None:
     flip(packed, 7)
     sound = opened(packed, 0)
-    with pytest.raises(RecordError, match=r"shard-00001.bin: record 2 \(sample 7") as error:
+    place = rf"shard-00001.bin: record 2 \(sample 7, byte {2 * packed.manifest.record_bytes}\) .*CRC-32"
+    with pytest.raises(DataError, match=rf"{place}.*--bad-records N, and repeat the command.*newest checkpoint"):
         sound.read(EVERY)
-    found = error.value
-    assert (found.sample, found.file, found.offset) == (7, "shard-00001.bin", 2 * packed.manifest.record_bytes)
-    assert "CRC-32" in found.reason
     assert lines(packed) == []
     sound.check(sound.met)
 

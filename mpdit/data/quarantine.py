@@ -83,7 +83,7 @@ class Quarantine(LatentDataset):
                 return self._read_patiently(indices, out)
             except RecordError as error:
                 if not self._limit:
-                    raise
+                    raise self._too_many(str(error)) from error
                 self._quarantine(error)
 
     def close(self) -> None:
@@ -137,7 +137,7 @@ class Quarantine(LatentDataset):
     def _too_many(self, what: str) -> DataError:
         return DataError(
             f"{what}; bad_records allows {counted(self._limit, 'record')} that can't be read, and this is one more: "
-            "mend the data, or give a larger --bad-records"
+            "mend the data, or give a larger --bad-records N, and repeat the command to go on from the newest checkpoint"
         )
 
     @contextlib.contextmanager
