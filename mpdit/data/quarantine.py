@@ -137,7 +137,7 @@ class Quarantine(LatentDataset):
     def _too_many(self, what: str) -> DataError:
         return DataError(
             f"{what}; bad_records allows {counted(self._limit, 'record')} that can't be read, and this is one more: "
-            "mend the data, or give a larger --bad-records N, and repeat the command to go on from the newest checkpoint"
+            "mend the data or give a larger --bad-records N, and repeat the command to go on from the newest checkpoint"
         )
 
     @contextlib.contextmanager
