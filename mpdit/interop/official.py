@@ -177,12 +177,14 @@ def _infer_config(tensors: Mapping[str, Tensor], num_heads: int, convention: Con
     table_rows, table_width = _shape(tensors, "y_embedder.embedding_table.weight", 2)
     shared = "time_modulation.1.weight" in tensors
     fno = "t_embedder.fc0.weight" in tensors
+    time_width = _shape(tensors, "t_embedder.fc0.weight", 2)[0] if fno else 32
     final_rows, _ = _shape(tensors, "final_layer.linear.weight", 2)
-    hidden = next((f"{name['blocks']}.0.mlp.fc1.weight" for name, s in zip(names, stages, strict=True) if s.blocks), "")
-    if not hidden:
+    blocks = next((name["blocks"] for name, stage in zip(names, stages, strict=True) if stage.blocks), None)
+    if blocks is None:
         raise CheckpointError(
             "state dict has no transformer blocks: is this the 'model' or 'ema' entry of a checkpoint?"
         )
+    hidden, _ = _shape(tensors, f"{blocks}.0.mlp.fc1.weight", 2)
     try:
         return ModelConfig(
             stages=stages,
@@ -196,14 +198,12 @@ def _infer_config(tensors: Mapping[str, Tensor], num_heads: int, convention: Con
             modulation="shared" if shared else "per_block",
             time_embedding="fno" if fno else "sinusoidal",
             time_layers=_count(tensors, "t_embedder.conv" if fno else "t_embedder.mlp."),
-            time_width=_shape(tensors, "t_embedder.fc0.weight", 2)[0] if fno else 32,
+            time_width=time_width,
             skip=levels == 1 or any(name.startswith("linear_skip") for name in tensors),
-            mlp_ratio=_shape(tensors, hidden, 2)[0] / width,
+            mlp_ratio=hidden / width,
             learn_sigma=final_rows == 2 * patches[-1] ** 2 * channels,
             convention=convention,
         )
-    except CheckpointError:
-        raise
     except ValueError as error:
         raise CheckpointError(f"state dict describes no valid model: {error}") from error
 

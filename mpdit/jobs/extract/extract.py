@@ -205,7 +205,6 @@ def _plan(source: Path, out: Path, name: str, options: ExtractOptions) -> Extrac
         images=images,
         spec=spec,
         vae=name,
-        vae_sha256=vae.sha256,
         options=options,
     )
 
@@ -255,7 +254,6 @@ class ExtractionJob(Job):
     images: ImageIndex
     spec: LatentSpec
     vae: str
-    vae_sha256: str
     options: ExtractOptions
 
     def is_done(self, part: int, whole: bool) -> bool:
@@ -311,7 +309,7 @@ class EncodeWorker:
         self._job, self._device = job, device
         options = job.options
         self._vae = VAE.load(job.vae, device=device, dtype=options.dtype, pixel_range=options.pixel_range)
-        if self._vae.sha256 != job.vae_sha256:
+        if self._vae.sha256 != job.identity["vae_sha256"]:
             raise DataError(f"vae {job.vae!r} has changed since the job began: repeat the command")
         self._batch = options.batch or max(1, _BATCH_PIXELS // options.image_size**2)
         sharing = max(options.processes, DistEnv.from_environment().local_size)

@@ -194,7 +194,6 @@ class SampleJob(Job):
     """
 
     weights: Path
-    weights_sha256: str
     sampler: Sampler
     labels: Labels
     options: DrawOptions
@@ -261,7 +260,7 @@ class SampleWorker:
         model, vae = job.loaded or (None, None)
         if model is None:
             model, _ = load_weights(job.weights)
-            if sha256_of(job.weights) != job.weights_sha256:
+            if sha256_of(job.weights) != job.identity["weights_sha256"]:
                 raise CheckpointError(f"{job.weights} has changed since the job began: repeat the command")
         if vae is None or vae.device != device:
             vae = load_vae(job.options, job.data, device)

@@ -168,7 +168,6 @@ def _plan(
         count=options.images,
         part_images=protocol["part_images"],
         weights=weights,
-        weights_sha256=protocol["weights_sha256"],
         sampler=sampler,
         labels=labels,
         options=options,
