@@ -117,6 +117,12 @@ def load_tensors(path: str | Path) -> Any:
         raise CheckpointError(f"{path} is no checkpoint of tensors, or is truncated or damaged") from error
 
 
+def read_description(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """Read the configuration and metadata of weights, as `read_weights`, without the tensors."""
+    file = weights_folder(Path(path)) / "config.json"
+    return parse_description(_read_json(file), file)
+
+
 def read_weights(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any]]:
     """Read a weights folder, a run's folder (its EMA) or a .safetensors file with its config.json beside.
 
@@ -127,9 +133,8 @@ def read_weights(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor], dict
     Raises:
         CheckpointError: nothing there, or a file that is damaged, not finite or of another format.
     """
-    folder = weights_folder(Path(path))
-    config, metadata = parse_description(_read_json(folder / "config.json"), folder / "config.json")
-    weights = folder / "model.safetensors"
+    config, metadata = read_description(path)
+    weights = weights_folder(Path(path)) / "model.safetensors"
     try:
         with safe_open(weights, "pt") as file:
             stated = (file.metadata() or {}).get("sha256")

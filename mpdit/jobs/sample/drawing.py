@@ -27,7 +27,7 @@ from mpdit.diffusion.sampling import Sampler, check_finite, generate
 from mpdit.jobs.npz import NpzReader, disk, new_npz
 from mpdit.jobs.workers import DoPart, Job, Report
 from mpdit.model.config import ModelConfig
-from mpdit.model.mpdit import MPDiT, load_weights
+from mpdit.model.mpdit import load_weights
 from mpdit.model.vae import DECODER_KIND, VAE, VAEDtype, pixel_range_of
 from mpdit.model.weights import weights_folder
 
@@ -200,11 +200,6 @@ class SampleJob(Job):
     data: Mapping[str, Any]
     config: ModelConfig
     image_shape: tuple[int, ...]
-    loaded: tuple[MPDiT, VAE | None] | None = None
-    """What this process has loaded already; other processes load their own."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"loaded": None}
 
     def path(self, part: int) -> Path:
         """Return the file of a part."""
@@ -257,15 +252,11 @@ class SampleWorker:
             torch.set_num_threads(len(os.sched_getaffinity(0)))
         if device.index is not None:
             torch.cuda.set_device(device)
-        model, vae = job.loaded or (None, None)
-        if model is None:
-            model, _ = load_weights(job.weights)
-            if sha256_of(job.weights) != job.identity["weights_sha256"]:
-                raise CheckpointError(f"{job.weights} has changed since the job began: repeat the command")
-        if vae is None or vae.device != device:
-            vae = load_vae(job.options, job.data, device)
+        model, _ = load_weights(job.weights)
+        if sha256_of(job.weights) != job.identity["weights_sha256"]:
+            raise CheckpointError(f"{job.weights} has changed since the job began: repeat the command")
         self._model = for_sampling(model.to(device), job.sampler.precision, job.options.cuda_graph)
-        self._decoder = LatentDecoder(job.data, vae, job.options.decode_batch)
+        self._decoder = LatentDecoder(job.data, load_vae(job.options, job.data, device), job.options.decode_batch)
 
     def __call__(self, part: int, report: Report) -> None:
         job = self._job

@@ -40,8 +40,7 @@ from mpdit.jobs.sample.drawing import (
     sha256_of,
 )
 from mpdit.jobs.workers import begin, choose_devices, run_parts
-from mpdit.model.mpdit import load_weights
-from mpdit.model.weights import check_flow
+from mpdit.model.weights import check_flow, read_description
 
 _NPZ, _PNGS, _PROTOCOL, _LATENTS = "samples.npz", "images", "protocol.json", "latents.npy"
 _FORMAT = "mpdit-samples-1"
@@ -134,15 +133,15 @@ def _plan(
     if options.cuda_graph and device.type != "cuda":
         raise ConfigError(f"CUDA graphs need a GPU and the device is {device}: leave them off")
     sampler = options.sampler.replace(precision=choose_precision(options.sampler.precision, device))
-    model, metadata = load_weights(weights)
+    config, metadata = read_description(weights)
     check_flow(metadata)
     data = metadata.get("data", {})
-    labels = Labels.choose(model.config.num_classes, options.classes, options.labels, sampler.seed)
+    labels = Labels.choose(config.num_classes, options.classes, options.labels, sampler.seed)
     vae, remarks = load_vae(options, data), []
-    if vae is not None and (remark := check_vae(vae, model.config, data)):
+    if vae is not None and (remark := check_vae(vae, config, data)):
         remarks.append(remark)
     decoder = LatentDecoder(data, vae, options.decode_batch)
-    shape = decoder.image_shape(model.config)
+    shape = decoder.image_shape(config)
     if decoder.kind == PREVIEW:
         named = named_vae(data).get("vae")
         remarks.append(
@@ -172,9 +171,8 @@ def _plan(
         labels=labels,
         options=options,
         data=data,
-        config=model.config,
+        config=config,
         image_shape=shape,
-        loaded=(model, vae),
     )
     return job, protocol, tuple(remarks)
 
