@@ -90,7 +90,7 @@ def _refusal(layers: int, width: int) -> str | None:
 
 @kernel_op("fno", "forward", "fno(Tensor t, Tensor[] weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
 def _fno(t, weights):  # type: ignore[no-untyped-def]
-    """Return (out [B, D], and what the backward needs: see triton_impl.forward); all fp32."""
+    """Return (out [B, D], spectrum, derivative, means, start, slope), all fp32, by triton_impl.forward."""
     batch, channels, width = t.shape[0], weights[0].shape[0], weights[-1].shape[0]
     per_sample = (batch, channels, reference.GRID)
     shapes = ((batch, width), per_sample, per_sample, (2, batch, channels), (channels, reference.GRID), (channels,))
@@ -104,7 +104,7 @@ def _fno(t, weights):  # type: ignore[no-untyped-def]
     "Tensor start, Tensor slope, bool of_t, bool of_weights) -> Tensor[]",
 )
 def _fno_backward(d_out, t, weights, spectrum, derivative, means, start, slope, of_t, of_weights):  # type: ignore[no-untyped-def]
-    """Return the gradients of t and, in order, of the weights; empty where not asked for."""
+    """Return the gradients of t and, in order, of the weights, by triton_impl.backward; empty where not asked for."""
     wanted = [(t, of_t), *((value, of_weights) for value in weights)]
     return [value.new_empty(value.shape) if asked else absent(t) for value, asked in wanted]
 

@@ -61,9 +61,9 @@ def fourier_matrices() -> tuple[Tensor, Tensor]:
     points, modes = torch.arange(GRID, device="cpu"), torch.arange(MODES, device="cpu")
     angle = torch.outer(points, modes).double() * (2 * math.pi / GRID)
     analysis = torch.stack([angle.cos(), -angle.sin()], dim=1)
-    fold = torch.full((MODES,), 2.0 / GRID, dtype=torch.float64, device="cpu")
-    fold[0] = 1.0 / GRID
-    synthesis = torch.stack([angle.cos() * fold, -angle.sin() * fold]).transpose(1, 2)
+    irfft_weight = torch.full((MODES,), 2.0 / GRID, dtype=torch.float64, device="cpu")
+    irfft_weight[0] = 1.0 / GRID
+    synthesis = torch.stack([angle.cos() * irfft_weight, -angle.sin() * irfft_weight]).transpose(1, 2)
     return analysis, synthesis
 
 
