@@ -20,7 +20,7 @@ import torch
 from descriptors import open_below
 from safetensors.torch import load_file, save_file
 
-from mpdit.core.errors import ConfigError, DataError
+from mpdit.core.errors import ConfigError, DataError, RecordError
 from mpdit.data import (
     BatchPlan,
     GlobalOrder,
@@ -31,7 +31,7 @@ from mpdit.data import (
     write_packed,
 )
 from mpdit.data.normalization import PAPER, choose_normalization
-from mpdit.data.readers import base
+from mpdit.data.readers import base, npy
 from mpdit.data.records import ChannelStatistics
 
 COUNT = 23  # past 10.npy, whose name sorts before 2.npy's
@@ -123,7 +123,6 @@ def test_every_format_is_read_exactly_by_both_loaders(case: Case, tmp_path: Path
         assert (moments.dtype, labels.dtype) == (np.float16, np.int64)
         assert np.array_equal(_bits(moments), _bits(case.moments)[indices])
         assert np.array_equal(labels, case.labels[indices])
-    assert np.array_equal(dataset.labels, case.labels)
     order, plan = GlobalOrder(COUNT, 3), BatchPlan(16)
     for kind in ("torch", "dali"):
         with make_loader(dataset, order, plan, kind=kind, stop_step=3) as loader:
@@ -222,11 +221,27 @@ def test_the_scale_is_measured_or_given_or_refused(tmp_path: Path) -> None:
 
 def test_labels_are_below_the_number_of_classes_given(tmp_path: Path) -> None:
     path = formats.write_pairs(tmp_path / "data", LATENTS, LABELS)
-    assert open_latents(path, num_classes=1000).manifest.num_classes == 1000
+    dataset = open_latents(path, num_classes=1000)
+    assert dataset.manifest.num_classes == 1000
+    assert np.array_equal(dataset.read(np.arange(COUNT))[1], LABELS)
     np.save(path / "imagenet256_labels" / "7.npy", np.array([1000]))
-    with pytest.raises(DataError, match=r"imagenet256_labels: sample 7 has label 1000, outside 0 \.\. 999"):
-        open_latents(path, num_classes=1000)
+    with pytest.raises(RecordError, match=r"labels/7\.npy has label 1000, outside 0 \.\. 999.*\(sample 7\)") as error:
+        dataset.read(np.arange(COUNT))
+    assert error.value.sample == 7
     assert open_latents(path).manifest.num_classes == 1001
+
+
+def test_labels_of_pairs_are_left_unread_where_the_number_of_classes_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = formats.write_pairs(tmp_path / "data", LATENTS, LABELS)
+    monkeypatch.setattr(base, "STATISTICS_SAMPLES", 3)
+    read: list[str] = []
+    monkeypatch.setattr(npy, "_read_label", lambda path, *_: read.append(path) or 0)
+    open_latents(path, num_classes=1000)
+    assert len(read) == 3
+    open_latents(path)
+    assert len(read) == 3 + COUNT
 
 
 @pytest.mark.parametrize("write", [formats.write_edm2, formats.write_edm2_zip])

@@ -21,8 +21,6 @@ class LatentDataset(ABC):
 
     path: Path
     manifest: DatasetInfo
-    labels: NDArray[np.int64]
-    """int64 [N], of every sample."""
     digest: str = ""
     """SHA-256, in hex, of some of the samples and their labels; empty where the manifest has the files' own."""
 

@@ -40,7 +40,6 @@ def _read(path: Path) -> Read:
     try:
         order = np.arange(len(dataset))[::-1]
         moments, labels = dataset.read(order)
-        assert (dataset.labels[order] == labels).all()
         info = dataset.manifest
         decisive = [info.record_shape, info.num_classes, info.posterior_noise, str(info.normalization)]
         return moments[::-1], labels[::-1], json.dumps(decisive)

@@ -85,7 +85,7 @@ class ForeignLatents(LatentDataset):
     def read(self, indices: NDArray[np.int64], out: NDArray[np.float16] | None = None) -> Samples:
         moments = np.empty((len(indices), *self.manifest.record_shape), VALUE_DTYPE) if out is None else out
         self._read_moments(indices, moments)
-        return moments, self.labels[indices]
+        return moments, self._read_labels(indices)
 
     @classmethod
     @abstractmethod
@@ -95,6 +95,10 @@ class ForeignLatents(LatentDataset):
     @abstractmethod
     def _stored(self, index: int) -> NDArray[Any]:
         """Read what is stored of a sample: [V, C, H, W], or [V, 2C, H, W] where stds follow the means."""
+
+    def _read_labels(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the labels of these samples, int64 [B], in 0 .. num_classes - 1."""
+        return self._labels[indices]
 
     @abstractmethod
     def _where(self, index: int) -> str:
@@ -108,24 +112,27 @@ class ForeignLatents(LatentDataset):
         """Return the range of pixels that the encoder took black and white as."""
         return SIGNED
 
+    def _keep_labels(self, labels: NDArray[np.int64], file: Path) -> int:
+        """Set the labels of all samples, int64 [N], and return the number of classes; `file` is named in errors."""
+        self._labels = labels
+        num_classes = self._options.num_classes or max(1, int(labels.max()) + 1)
+        if bad := find_bad_label(labels, num_classes):
+            raise DataError(f"{file}: sample {bad[0]} {bad[1]}: mend the label or raise num_classes")
+        return num_classes
+
     def _describe(
         self,
-        labels: NDArray[np.int64],
-        labels_file: Path,
+        num_samples: int,
+        num_classes: int,
         *,
         posterior_noise: bool = False,
         normalization: Normalization | None = None,
         source: Mapping[str, Any] | None = None,
     ) -> None:
-        """Set labels, int64 [N], and `manifest`, from the shape of the first sample and the statistics of a few.
+        """Set `manifest`, from the shape of the first sample and the statistics of a few.
 
-        `labels_file` is named where a label is outside the classes. `normalization` are constants that come with the
-        data, for latents as they are stored; "auto" takes them.
+        `normalization` are constants that come with the data, for latents as they are stored; "auto" takes them.
         """
-        self.labels, num_samples = labels, len(labels)
-        num_classes = self._options.num_classes or max(1, int(labels.max()) + 1)
-        if bad := find_bad_label(labels, num_classes):
-            raise DataError(f"{labels_file}: sample {bad[0]} {bad[1]}: mend the label or raise num_classes")
         first = self._stored(0)
         variants, planes, height, width = self._stored_shape = first.shape
         if 0 in first.shape or (posterior_noise and planes % 2):
@@ -170,7 +177,7 @@ class ForeignLatents(LatentDataset):
             self._read_moments(indices, moments)
             statistics.add(moments)
             digest.update(moments.data)
-        self.digest = hashlib.sha256(digest.digest() + self.labels[sample].tobytes()).hexdigest()
+        self.digest = hashlib.sha256(digest.digest() + self._read_labels(sample).tobytes()).hexdigest()
         return Normalization(*statistics.result())
 
     def _choose(self, measured: Normalization, own: Normalization | None) -> Normalization:

@@ -59,7 +59,7 @@ class EDM2Latents(ForeignLatents):
         _check_names(path, [name for name, _ in listed], {name for name in present if _is_npy(name)})
         self._names = np.array([os.fsencode(name) for name, _ in listed])  # of fixed width: far smaller than str
         labels = np.array([label for _, label in listed], np.int64)
-        self._describe(labels, path / LABELS_NAME, posterior_noise=True)
+        self._describe(len(labels), self._keep_labels(labels, path / LABELS_NAME), posterior_noise=True)
 
     def close(self) -> None:
         super().close()

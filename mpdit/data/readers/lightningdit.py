@@ -65,7 +65,7 @@ class LightningDiTLatents(ForeignLatents):
         labels = np.concatenate([self._shard_labels(shard) for shard in range(len(self._shards))])
         own = _read_statistics(path / STATISTICS_NAME)
         source = {} if own is None else {"normalization": STATISTICS_NAME}
-        self._describe(labels, path, normalization=own, source=source)
+        self._describe(len(labels), self._keep_labels(labels, path), normalization=own, source=source)
 
     def close(self) -> None:
         super().close()

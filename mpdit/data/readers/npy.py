@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from mpdit.core.errors import DataError
 from mpdit.data.normalization import Normalization
 from mpdit.data.readers.base import ForeignLatents, Options
+from mpdit.data.records import find_bad_label
 
 SD_SCALE = 0.18215
 """The factor of Stable Diffusion's VAE, by which fast-DiT multiplies and MPDiT does not."""
@@ -31,7 +32,8 @@ class NpyPairs(ForeignLatents):
     """Latents [1, C, H, W] or [C, H, W] and labels [1] or [] in pairs of .npy files of the same name.
 
     Samples are in the order of the numbers that are the files' names. Both folders are listed when it is opened, about
-    10 s for 1.28 million images on a local disk, and the label files are read, about a minute more.
+    10 s for 1.28 million images on a local disk. The label files are read then too, about a minute more, unless the
+    number of classes is given: then each is read, and its range checked, together with its latent.
 
     The official MPDiT stores latents as its VAE draws them, fast-DiT multiplies them by 0.18215, in the same files.
     When the factor isn't given it is known by the std of the latents, or else opening is refused.
@@ -58,15 +60,24 @@ class NpyPairs(ForeignLatents):
 
     def __init__(self, path: Path, options: Options) -> None:
         super().__init__(path, options)
-        label_folder = _labels_of(path) or path
-        self._names = _paired_names(path, label_folder)
-        labels = np.empty(len(self._names), np.int64)
+        self._label_folder = _labels_of(path) or path
+        self._names = _paired_names(path, self._label_folder)
+        num_samples, num_classes = len(self._names), options.num_classes
+        if num_classes is None:
+            num_classes = self._keep_labels(self._read_label_files(np.arange(num_samples)), self._label_folder)
+        self._describe(num_samples, num_classes)
+
+    def _read_labels(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        return super()._read_labels(indices) if self._options.num_classes is None else self._read_label_files(indices)
+
+    def _read_label_files(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        labels = np.empty(len(indices), np.int64)
 
         def read_label(row: int, index: int) -> None:
-            labels[row] = _read_label(self._path(index, label_folder))
+            labels[row] = _read_label(self._path(index, self._label_folder), self._options.num_classes)
 
-        self._for_each(np.arange(len(labels)), read_label)
-        self._describe(labels, label_folder)
+        self._for_each(indices, read_label)
+        return labels
 
     def _stored(self, index: int) -> NDArray[Any]:
         values = parse_npy(read_file(self._path(index)), self._where(index))
@@ -138,10 +149,12 @@ def _header(content: bytes) -> tuple[np.dtype[Any], tuple[int, ...], Any, int]:
     return dtype, shape, "F" if fortran_order else "C", stream.tell()
 
 
-def _read_label(path: str) -> int:
+def _read_label(path: str, num_classes: int | None) -> int:
     value = parse_npy(read_file(path), path)
     if value.size != 1 or value.dtype.kind not in "iu":
         raise DataError(f"{path} holds {value.dtype} {list(value.shape)}, not one whole number: mend it")
+    if num_classes is not None and (bad := find_bad_label(value.reshape(1), num_classes)):
+        raise DataError(f"{path} {bad[1]}: mend the label or raise num_classes")
     return int(value.item())
 
 
