@@ -70,7 +70,7 @@ def write_sparse(folder: Path, samples: int) -> None:
 
 def measure(folder: Path, kind: str) -> None:
     began = time.perf_counter()
-    dataset = PackedLatents.open(folder)
+    dataset = PackedLatents(folder)
     order, plan = GlobalOrder(len(dataset), seed=0), BatchPlan(BATCH)
     steps = len(dataset) // BATCH
     with make_loader(dataset, order, plan, kind=kind, stop_step=steps) as loader:

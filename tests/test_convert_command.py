@@ -127,7 +127,7 @@ def test_latents_are_packed(pairs, tmp_path, capsys):
     figures = convert(capsys, pairs, tmp_path / "out", "--shard-records", 5, "--num-classes", 7)
     with_all = {"samples": 12, "shards": 3, "num_classes": 7, "posterior_noise": False, "shape": [1, 8, 4, 4]}
     assert {name: figures[name] for name in with_all} == with_all
-    packed = PackedLatents.open(tmp_path / "out")
+    packed = PackedLatents(tmp_path / "out")
     moments, labels = packed.read(np.arange(12))
     packed.close()
     assert labels.tolist() == [index % 3 for index in range(12)]

@@ -142,7 +142,7 @@ def _reading_threads() -> list[str]:
 def test_loaders_left_open_do_not_hold_up_the_interpreter(dataset):
     script = f"""
 from mpdit.data import *
-data = PackedLatents.open({str(dataset.path)!r})
+data = PackedLatents({str(dataset.path)!r})
 order = GlobalOrder(len(data), 0)
 loaders = [make_loader(data, order, BatchPlan(4), kind=kind, stop_step=10**9) for kind in {KINDS!r}]
 print([next(loader).positions.tolist() for loader in loaders], flush=True)

@@ -52,10 +52,10 @@ def test_manifest_fields_are_all_needed_and_typed(packed, name):
             continue
         edit_manifest(packed, lambda d, value=value: d | {name: value})
         with pytest.raises(DataError, match=r"manifest.json: "):
-            PackedLatents.open(packed)
+            PackedLatents(packed)
     edit_manifest(packed, lambda d: {key: value for key, value in d.items() if key != name})
     with pytest.raises(DataError, match=f"manifest.json: .*'{name}'"):
-        PackedLatents.open(packed)
+        PackedLatents(packed)
 
 
 @pytest.mark.parametrize(
@@ -72,13 +72,13 @@ def test_manifest_fields_are_all_needed_and_typed(packed, name):
 def test_altered_fields_that_fit_are_refused(packed, change):
     edit_manifest(packed, change)
     with pytest.raises(DataError, match=r"manifest.json: its fields don't match its sha256"):
-        PackedLatents.open(packed)
+        PackedLatents(packed)
 
 
 def test_a_manifest_of_version_1_needs_no_checksum(packed):
-    before = PackedLatents.open(packed).manifest
+    before = PackedLatents(packed).manifest
     edit_manifest(packed, lambda d: {key: value for key, value in d.items() if key != "sha256"} | {"version": 1})
-    assert PackedLatents.open(packed).manifest == before
+    assert PackedLatents(packed).manifest == before
 
 
 def _set(*path):
@@ -125,7 +125,7 @@ def _set(*path):
 def test_implausible_manifests_are_refused(packed, change, message):
     edit_manifest(packed, change)
     with pytest.raises(DataError, match=message) as caught:
-        PackedLatents.open(packed)
+        PackedLatents(packed)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
 
@@ -134,4 +134,4 @@ def test_implausible_manifests_are_refused(packed, change, message):
 def test_what_is_no_manifest_is_refused(packed, text):
     (packed / "manifest.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(DataError, match=r"manifest.json"):
-        PackedLatents.open(packed)
+        PackedLatents(packed)

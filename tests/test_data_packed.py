@@ -67,7 +67,7 @@ def rewrite(folder: Path, record: int, values=None, label=None) -> None:
 
 
 def test_records_come_back_bitwise_in_any_order(packed):
-    dataset = PackedLatents.open(packed)
+    dataset = PackedLatents(packed)
     assert len(dataset) == RECORDS
     for indices in ([], [9], [3, 4, 0, 9, 3], list(range(RECORDS))):
         moments, labels = dataset.read(np.array(indices, dtype=np.int64))
@@ -79,7 +79,7 @@ def test_records_come_back_bitwise_in_any_order(packed):
 
 def test_reads_into_memory_of_the_caller(packed):
     out = np.empty((2, *SPEC.record_shape), np.float16)
-    moments, _ = PackedLatents.open(packed).read(np.array([8, 1]), out=out)
+    moments, _ = PackedLatents(packed).read(np.array([8, 1]), out=out)
     assert moments is out
     assert np.array_equal(out, make_moments()[[8, 1]])
 
@@ -101,7 +101,7 @@ def test_shards_are_raw_and_can_be_memory_mapped(packed):
 
 
 def test_statistics_are_those_of_latents_drawn_from_the_posterior(packed):
-    manifest = PackedLatents.open(packed).manifest
+    manifest = PackedLatents(packed).manifest
     mean, std = np.split(make_moments().astype(np.float64), 2, axis=2)
     axes = (0, 1, 3, 4)
     assert np.allclose(manifest.statistics.mean, mean.mean(axes), atol=1e-6)
@@ -149,7 +149,7 @@ def test_one_flipped_bit_is_found_and_named(packed, record, byte):
         value = shard.read(1)[0]
         shard.seek(offset + byte)
         shard.write(bytes([value ^ 1]))
-    dataset = PackedLatents.open(packed)
+    dataset = PackedLatents(packed)
     others = np.array([i for i in range(RECORDS) if i != record])
     dataset.read(others)
     message = rf"{name}: record {record % SHARD_RECORDS} \(sample {record}, byte {offset}\) has CRC-32"
@@ -168,11 +168,11 @@ def test_files_of_the_wrong_size_are_refused_when_opened(packed, name, damage):
         size = (packed / name).stat().st_size
         os.truncate(packed / name, size - 1 if damage == "truncated" else size + 1)
     with pytest.raises(DataError, match=f"{name}.*copy or write the data set again"):
-        PackedLatents.open(packed)
+        PackedLatents(packed)
 
 
 def test_shard_truncated_under_a_reader_is_an_error_not_a_crash(packed):
-    dataset = PackedLatents.open(packed)
+    dataset = PackedLatents(packed)
     os.truncate(packed / "shard-00001.bin", SPEC.record_bytes + 3)
     dataset.read(np.array([4]))
     with pytest.raises(DataError, match=r"shard-00001.bin: record 1 \(sample 5, .*truncated"):
@@ -183,14 +183,14 @@ def test_altered_index_is_refused(packed):
     with open(packed / "index.bin", "r+b") as index:
         index.write(b"\x01")
     with pytest.raises(DataError, match=r"index.bin does not match its hash"):
-        PackedLatents.open(packed)
+        PackedLatents(packed)
 
 
 @pytest.mark.parametrize("label", [-1, 4])
 def test_labels_out_of_range_are_refused(packed, label):
     rewrite(packed, 6, label=label)
     with pytest.raises(DataError, match=rf"record 6 has label {label}, outside 0 .. 3"):
-        PackedLatents.open(packed)
+        PackedLatents(packed)
 
 
 @pytest.mark.parametrize(("value", "what"), [(np.nan, "NaN"), (np.inf, "NaN"), (-np.inf, "NaN"), (-1.0, "negative")])
@@ -199,7 +199,7 @@ def test_foreign_records_that_are_no_moments_are_refused(packed, value, what):
     moments[1, 3, 2, 4] = value
     rewrite(packed, 5, values=moments)
     with pytest.raises(DataError, match=rf"shard-00001.bin: record 1 \(sample 5, .*{what}"):
-        PackedLatents.open(packed).read(np.arange(RECORDS))
+        PackedLatents(packed).read(np.arange(RECORDS))
 
 
 def test_verify_sees_shard_and_index_altered_together(packed):
@@ -208,7 +208,7 @@ def test_verify_sees_shard_and_index_altered_together(packed):
     document = json.loads(before) | {"version": 1}
     document["index"]["sha256"] = hashlib.sha256((packed / "index.bin").read_bytes()).hexdigest()
     (packed / "manifest.json").write_text(json.dumps(document))
-    PackedLatents.open(packed).read(np.arange(RECORDS))
+    PackedLatents(packed).read(np.arange(RECORDS))
     with pytest.raises(DataError, match=r"shard-00001.bin does not match its hash"):
         verify(packed)
 
@@ -223,7 +223,7 @@ def test_verify_sees_shard_and_index_altered_together(packed):
 )
 def test_verify_sees_wrong_statistics(packed, change):
     edit_manifest(packed, change)
-    PackedLatents.open(packed)
+    PackedLatents(packed)
     with pytest.raises(DataError, match="are not those of the records"):
         verify(packed)
 
@@ -231,7 +231,7 @@ def test_verify_sees_wrong_statistics(packed, change):
 def test_a_folder_without_a_data_set_is_named(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(DataError, match=f"{path} holds no data set"):
-            PackedLatents.open(path)
+            PackedLatents(path)
         with pytest.raises(DataError, match="holds no data set"):
             verify(path)
 
@@ -264,11 +264,11 @@ def test_checksum_is_zlibs_with_and_without_isal(monkeypatch):
 
 def test_closing_lets_go_of_the_files(packed):
     assert open_below(packed) == 0
-    dataset = PackedLatents.open(packed)
+    dataset = PackedLatents(packed)
     assert open_below(packed) == 3
     dataset.close()
     dataset.close()
     assert open_below(packed) == 0
-    abandoned = PackedLatents.open(packed)
+    abandoned = PackedLatents(packed)
     del abandoned
     assert open_below(packed) == 0

@@ -51,7 +51,7 @@ def opened(dataset: PackedLatents, limit: int, journal: str = "run", data: str =
     """As a rank opens it."""
     folder = dataset.path.parent / journal
     folder.mkdir(exist_ok=True)
-    return Quarantine(PackedLatents.open(dataset.path), limit, folder / QUARANTINE_NAME, data, **options)
+    return Quarantine(PackedLatents(dataset.path), limit, folder / QUARANTINE_NAME, data, **options)
 
 
 def lines(dataset: PackedLatents, journal: str = "run") -> list[dict[str, Any]]:

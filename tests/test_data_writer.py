@@ -50,7 +50,7 @@ def test_a_std_of_minus_zero_is_zero(tmp_path):
     moments[2, 0, 1] = -0.0
     with PackedWriter(tmp_path, SPEC) as writer:
         writer.add(moments, LABELS)
-    assert PackedLatents.open(tmp_path).read(np.arange(5))[0].shape == moments.shape
+    assert PackedLatents(tmp_path).read(np.arange(5))[0].shape == moments.shape
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_constant_channels_need_a_normalization(tmp_path):
         writer.add(np.zeros((1, 1, 2, 2, 2)), [0])
     with PackedWriter(tmp_path, SPEC, normalization=Normalization((0,), (1,))) as writer:
         writer.add(np.zeros((1, 1, 2, 2, 2)), [0])
-    assert len(PackedLatents.open(tmp_path)) == 1
+    assert len(PackedLatents(tmp_path)) == 1
 
 
 def test_nothing_written_is_no_data_set(tmp_path):
@@ -145,7 +145,7 @@ def test_a_writer_killed_anywhere_leaves_no_data_set_and_can_start_again(tmp_pat
             break
         if not (folder / "manifest.json").exists():
             with pytest.raises(DataError, match="holds no data set"):
-                PackedLatents.open(folder)
+                PackedLatents(folder)
             write(folder)
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
     assert steps > 10  # a kill before each fsync and rename

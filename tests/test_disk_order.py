@@ -77,7 +77,7 @@ def test_a_record_is_written_down_before_training_goes_on_without_it(
     (shard,) = packed.path.glob("shard-*.bin")
     shard.write_bytes(b"\1" + shard.read_bytes()[1:])
     seen.clear()
-    Quarantine(PackedLatents.open(packed.path), 1, tmp_path / QUARANTINE_NAME, "data").read(np.arange(4))
+    Quarantine(PackedLatents(packed.path), 1, tmp_path / QUARANTINE_NAME, "data").read(np.arange(4))
     assert seen == [f"sync {QUARANTINE_NAME}"]
 
 

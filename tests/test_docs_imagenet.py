@@ -98,7 +98,7 @@ def test_every_command_runs(launched: bool, place: Path, capsys: pytest.CaptureF
             # The page's fine-tuning has other classes than the data trained on.
             _mine(place)
 
-    dataset = PackedLatents.open(place / "latents" / "imagenet256")
+    dataset = PackedLatents(place / "latents" / "imagenet256")
     assert dataset.manifest.record_shape == (1, 8, 32, 32) and len(dataset) == 6
     with np.load(place / "samples" / "samples.npz") as samples:
         assert samples["arr_0"].shape == (4, 256, 256, 3)

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mpdit.core.files import counted, readable_bytes
-from mpdit.core.locks import locked
+from mpdit.core.files import counted, locked, readable_bytes
 
 
 def test_sizes_are_in_the_unit_that_suits() -> None:

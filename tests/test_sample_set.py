@@ -22,7 +22,7 @@ from PIL import Image
 from sample_sets import COMMON, contents, draw, parts, save_model, save_vae
 
 from mpdit import cli
-from mpdit.core.locks import locked
+from mpdit.core.files import locked
 from mpdit.diffusion.images import denormalize
 from mpdit.diffusion.sampling import Sampler, generate
 from mpdit.jobs.evaluate.image_sets import open_images

@@ -221,4 +221,4 @@ def test_numbers_of_the_batch_are_those_of_normalised_latents(here: Path, capsys
     mean, deviation = (list(map(float, part.split())) for part in line.split("mean ")[1].split(", std "))
     assert mean == pytest.approx([0, 0], abs=0.01)
     assert deviation == pytest.approx([1, 1], abs=0.01)
-    assert dataclasses.asdict(PackedLatents.open("data").manifest.statistics)["mean"] == pytest.approx([3, -2], abs=0.2)
+    assert dataclasses.asdict(PackedLatents("data").manifest.statistics)["mean"] == pytest.approx([3, -2], abs=0.2)

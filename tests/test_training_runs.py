@@ -145,7 +145,7 @@ def test_what_was_lost_beside_the_checkpoints_is_mended_or_let_be(tmp_path: Path
 def test_a_record_damaged_for_one_rank_alone_stops_the_run_by_name(tmp_path: Path) -> None:
     digits = prepare(["--ds_config", "launch/zero2.json", "--out", str(tmp_path / "none")], DistEnv()).dataset
     shutil.copytree(digits.path, tmp_path / "digits")
-    dataset = PackedLatents.open(tmp_path / "digits")
+    dataset = PackedLatents(tmp_path / "digits")
     index = int(GlobalOrder(len(dataset), 0).indices(BatchPlan(32, 2, rank=1).positions(3))[5])
     shard = tmp_path / "digits" / dataset.manifest.shards[0].file
     content = bytearray(shard.read_bytes())

@@ -44,11 +44,6 @@ class PackedLatents(LatentDataset):
         self._starts = np.cumsum([0, *(shard.records for shard in self.manifest.shards)])
         self._files = [_open(self.path, shard) for shard in self.manifest.shards]
 
-    @classmethod
-    def open(cls, path: str | Path) -> PackedLatents:
-        """Open the data set in the folder `path`."""
-        return cls(path)
-
     def close(self) -> None:
         for file in self._files:
             file.close()

@@ -25,7 +25,7 @@ from mpdit.core.errors import DataError
 from mpdit.data.normalization import Normalization
 from mpdit.data.records import INDEX_DTYPE, VALUE_DTYPE
 from mpdit.model.config import MOST_CLASSES, ModelConfig
-from mpdit.model.vae import LARGEST_PIXEL
+from mpdit.model.vae import stated_pixel_range
 
 FORMAT = "mpdit-latents"
 VERSION = 2
@@ -126,11 +126,7 @@ class DatasetInfo(LatentSpec):
     @property
     def pixel_range(self) -> tuple[float, float] | None:
         """Range of pixels that the encoder took black and white as; None where it isn't stated."""
-        stated = self.decoder.get("range")
-        if not isinstance(stated, list | tuple) or [type(value) in (int, float) for value in stated] != [True, True]:
-            return None
-        low, high = stated
-        return (float(low), float(high)) if all(abs(value) < LARGEST_PIXEL for value in stated) else None
+        return stated_pixel_range(self.decoder)
 
     def describe_source(self) -> str:
         """Return, in one line, where the latents come from, their factor, and the encoder's range of pixels."""

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mpdit.core.errors import DataError, RecordError
-from mpdit.core.files import counted
-from mpdit.core.locks import locked
+from mpdit.core.files import counted, locked
 from mpdit.data.dataset import LatentDataset, Samples
 
 QUARANTINE_NAME = "quarantine.jsonl"
@@ -112,44 +111,45 @@ class Quarantine(LatentDataset):
         raise DataError(f"no record of {self.path} can be read: copy or write the data set again")
 
     def _quarantine(self, error: RecordError) -> None:
+        """Replace a record, unless another rank has done so meanwhile."""
+        try:
+            # The journal is locked so that no rank reports what another is about to.
+            with self._lock, locked(self._journal) if self._write else contextlib.nullcontext():
+                self._bad |= self._replaced()  # by other ranks
+                if error.sample not in self._bad:
+                    self._replace(error)
+        except OSError as refused:
+            raise DataError(
+                f"{self._journal} can't be written ({refused}): a record that can't be read must be noted there"
+            ) from refused
+
+    def _replace(self, error: RecordError) -> None:
         """Replace a record, and those that are found bad on the way to one that is not."""
-        with self._lock, self._locked_journal():
-            bad = self._bad | self._replaced()  # by other ranks
-            found = {} if error.sample in bad else {error.sample: error}
-            while found:
-                if len(bad | found.keys()) > self._limit:
-                    self.met += len(found)  # those before this one were met too, though nothing replaces them
-                    self._append([error], None)
-                    raise self._too_many(str(error)) from error
-                replacement = self._next(error.sample, bad | found.keys())
-                try:
-                    self._read_patiently(np.array([replacement]))
-                except RecordError as another:
-                    error = found[another.sample] = another
-                    continue
-                self.met += len(found)
-                self._append(found.values(), replacement)
-                for each in found.values():
-                    _warn(f"{each}; replaced by sample {replacement}")
+        found: dict[int, RecordError] = {}
+        while True:
+            found[error.sample] = error
+            bad = self._bad | found.keys()
+            if len(bad) > self._limit:
+                self.met += len(found)  # those before this one were met too, though nothing replaces them
+                self._append([error], None)
+                raise self._too_many(str(error)) from error
+            replacement = self._next(error.sample, bad)
+            try:
+                self._read_patiently(np.array([replacement]))
                 break
-            self._bad = bad | found.keys()
+            except RecordError as another:
+                error = another
+        self.met += len(found)
+        self._append(found.values(), replacement)
+        for each in found.values():
+            _warn(f"{each}; replaced by sample {replacement}")
+        self._bad = bad
 
     def _too_many(self, what: str) -> DataError:
         return DataError(
             f"{what}; bad_records allows {counted(self._limit, 'record')} that can't be read, and this is one more: "
             "mend the data or give a larger --bad-records N, and repeat the command to go on from the newest checkpoint"
         )
-
-    @contextlib.contextmanager
-    def _locked_journal(self) -> Iterator[None]:
-        """Keep other ranks from appending meanwhile, so that none reports what we are about to."""
-        with contextlib.ExitStack() as held:
-            try:
-                if self._write:
-                    held.enter_context(locked(self._journal))
-            except OSError as error:
-                raise self._unwritable(error) from error
-            yield
 
     def _replaced(self) -> set[int]:
         return {entry["sample"] for entry in self._entries() if entry["replacement"] is not None}
@@ -166,7 +166,7 @@ class Quarantine(LatentDataset):
         return entries
 
     def _append(self, errors: Iterable[RecordError], replacement: int | None) -> None:
-        """Append a line for each record, unless the journal has the same already. Hold its lock."""
+        """Append a line for each record, unless the journal, which must be locked, has the same already."""
         if not self._write:
             return
         known = {(entry["sample"], entry["replacement"]) for entry in self._entries()}
@@ -181,13 +181,10 @@ class Quarantine(LatentDataset):
         )
         if self._journal_text()[-1:] not in ("", "\n"):  # a line that was cut short must not swallow the next
             content = "\n" + content
-        try:
-            with open(self._journal, "a", encoding="utf-8") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise self._unwritable(error) from error
+        with open(self._journal, "a", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
 
     def _journal_text(self) -> str:
         try:
@@ -196,9 +193,6 @@ class Quarantine(LatentDataset):
             return ""
         except OSError as error:
             raise DataError(f"{self._journal} can't be read ({error.strerror}): mend or remove it") from error
-
-    def _unwritable(self, error: OSError) -> DataError:
-        return DataError(f"{self._journal} can't be written ({error}): a record that can't be read must be noted there")
 
 
 def _warn(message: str) -> None:

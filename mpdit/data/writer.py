@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mpdit.core.errors import DataError
-from mpdit.core.files import sync_to_disk
-from mpdit.core.locks import locked
+from mpdit.core.files import locked, sync_to_disk
 from mpdit.data.latents import PackedLatents
 from mpdit.data.manifest import INDEX_NAME, MANIFEST_NAME, LatentSpec, Manifest, StoredFile
 from mpdit.data.normalization import Normalization

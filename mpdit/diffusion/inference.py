@@ -72,10 +72,19 @@ def computing(precision: Precision, device: torch.device) -> Iterator[None]:
 class SamplingModel(nn.Module):
     """A model that `sample` can be given in place of the MPDiT it holds; results are those of the MPDiT to rounding.
 
-    precision: what products are computed in, whatever autocast is on outside. For bf16 it holds a copy whose blocks'
-    weights are in bf16, so that they aren't cast in every call.
-    graphed: replay CUDA graphs, one for each shape: so one for guided steps and one for those outside the interval.
-    strict, capture: as in Graphed.
+    For bf16 it holds a copy whose blocks' weights are in bf16, so that they aren't cast in every call.
+
+    A graph is captured at the first call with its shapes and dtypes, so there is one for guided steps and one for those
+    outside the interval. Arguments are copied into the graph's own tensors and the result out of it, so that neither is
+    shared with the caller. Parameters may change in place, but must stay where they are. Eight shapes are kept; any
+    others, and empty batches, run as they are.
+
+    Args:
+        model: an MPDiT, or a module with its config, prepare_time and velocity.
+        precision: what products are computed in, whatever autocast is on outside.
+        graphed: replay CUDA graphs. As an attribute: False too once a capture has failed.
+        strict: raise ConfigError when a capture fails, instead of logging it and running as it is from then on.
+        capture: what makes graphs; CudaCapture unless given.
     """
 
     def __init__(
@@ -88,7 +97,7 @@ class SamplingModel(nn.Module):
         capture: Capture | None = None,
     ) -> None:
         super().__init__()
-        self.precision = precision
+        self.precision, self.graphed, self._strict = precision, graphed, strict
         self.config: Any = model.config
         self.inner: Any = model
         if precision == "bf16" and isinstance(model, MPDiT):
@@ -96,12 +105,12 @@ class SamplingModel(nn.Module):
             for block in (block for stage in model.stages for block in stage.blocks):
                 block.attention.to(torch.bfloat16)  # autocast would cast them in every call
                 block.mlp.to(torch.bfloat16)
-        self._graphs = Graphed(self._compute, capture, strict=strict) if graphed else None
+        self._capture = (capture or CudaCapture()) if graphed else None
+        self._graphs: dict[Any, tuple[tuple[Tensor, ...], Replay]] = {}
 
-    @property
-    def graphed(self) -> bool:
-        """Whether graphs are replayed: False too once a capture has failed."""
-        return self._graphs is not None and not self._graphs.broken
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Compute MPDiT.forward of latents of one size."""
+        return self.velocity(x, self.prepare_time(t), y)
 
     def prepare_time(self, t: Tensor) -> Tensor:
         """Compute MPDiT.prepare_time."""
@@ -110,82 +119,36 @@ class SamplingModel(nn.Module):
 
     def velocity(self, x: Tensor, state: Tensor, y: Tensor) -> Tensor:
         """Compute MPDiT.velocity of latents of one size."""
-        return self._compute(x, state, y) if self._graphs is None else self._graphs(x, state, y)
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Compute MPDiT.forward of latents of one size."""
-        return self.velocity(x, self.prepare_time(t), y)
-
-    def _compute(self, x: Tensor, state: Tensor, y: Tensor) -> Tensor:
-        with computing(self.precision, x.device):
-            return self.inner.velocity(x, state, y)
-
-
-def for_sampling(model: Any, precision: str = "fp32", graphed: bool | None = None) -> Any:
-    """Return the model as it is sampled from on its device: itself where that changes nothing, else a SamplingModel.
-
-    precision as in choose_precision. graphed: None is yes on a GPU, where graphs can be captured. Callables that
-    prepare no times as an MPDiT does stay as they are, in fp32. ConfigError for a precision or graphs that the device
-    can't have.
-    """
-    if isinstance(model, SamplingModel):
-        return model
-    device = next(model.parameters()).device
-    chosen = choose_precision(precision, device)
-    gpu = device.type == "cuda"
-    if graphed and not gpu:
-        raise ConfigError(f"CUDA graphs need a GPU and the device is {device}: leave them off")
-    if not hasattr(model, "prepare_time"):
-        if chosen != "fp32":
-            raise ConfigError(f"precision {chosen} needs an MPDiT, and this is a {type(model).__name__}: choose fp32")
-        return model
-    if not gpu and chosen == "fp32":
-        return model
-    return SamplingModel(model, chosen, graphed=gpu and graphed is not False, strict=graphed is True)
-
-
-class Graphed:
-    """`function` of tensors, replayed from a graph that is captured at the first call with these shapes and dtypes.
-
-    Arguments are copied into the graph's own tensors and the result out of it, so that neither is shared with the
-    caller. The function must do the same work whatever the values, wait for nothing and hold no state; parameters may
-    change in place, but must stay where they are. Eight shapes are kept; any others, and calls on empty tensors, run
-    as they are. A capture that fails is logged, and the function runs as it is from then on; with `strict` it is a
-    ConfigError.
-    """
-
-    def __init__(
-        self, function: Callable[..., Tensor], capture: Capture | None = None, *, strict: bool = False
-    ) -> None:
-        self._function = function
-        self._capture = capture or CudaCapture()
-        self._strict = strict
-        self.broken = False
-        self._graphs: dict[Any, tuple[tuple[Tensor, ...], Replay]] = {}
-
-    def __call__(self, *arguments: Tensor) -> Tensor:
-        if self.broken or any(not value.numel() for value in arguments):
-            return self._function(*arguments)
+        arguments = (x, state, y)
+        if not self.graphed or not len(x):
+            return self._compute(*arguments)
         key = (*((value.shape, value.dtype, value.device) for value in arguments), dispatch.mode(), attention_mode())
+        if key not in self._graphs and len(self._graphs) < _SHAPES:
+            self._record(key, arguments)
         if key not in self._graphs:
-            if len(self._graphs) == _SHAPES:
-                return self._function(*arguments)
-            places = tuple(value.clone() for value in arguments)
-            try:
-                self._graphs[key] = places, self._capture(lambda: self._function(*places))
-            except RuntimeError as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                message = f"no CUDA graph of the model can be captured ({first_line(error)}): "
-                if self._strict:
-                    raise ConfigError(f"{message}leave it off") from error
-                self.broken = True
-                _log.warning("%sit runs without", message)
-                return self._function(*arguments)
+            return self._compute(*arguments)
         places, replay = self._graphs[key]
         for place, value in zip(places, arguments, strict=True):
             place.copy_(value)
         return replay().clone()
+
+    def _record(self, key: Any, arguments: tuple[Tensor, ...]) -> None:
+        """Capture a graph of the velocity of such arguments."""
+        places = tuple(value.clone() for value in arguments)
+        try:
+            self._graphs[key] = places, self._capture(lambda: self._compute(*places))  # type: ignore[misc]
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            message = f"no CUDA graph of the model can be captured ({first_line(error)}): "
+            if self._strict:
+                raise ConfigError(f"{message}leave it off") from error
+            self.graphed = False
+            _log.warning("%sit runs without", message)
+
+    def _compute(self, x: Tensor, state: Tensor, y: Tensor) -> Tensor:
+        with computing(self.precision, x.device):
+            return self.inner.velocity(x, state, y)
 
 
 class CudaCapture:
@@ -210,3 +173,26 @@ class CudaCapture:
             return result
 
         return replay
+
+
+def for_sampling(model: Any, precision: str = "fp32", graphed: bool | None = None) -> Any:
+    """Return the model as it is sampled from on its device: itself where that changes nothing, else a SamplingModel.
+
+    precision as in choose_precision. graphed: None is yes on a GPU, where graphs can be captured. Callables that
+    prepare no times as an MPDiT does stay as they are, in fp32. ConfigError for a precision or graphs that the device
+    can't have.
+    """
+    if isinstance(model, SamplingModel):
+        return model
+    device = next(model.parameters()).device
+    chosen = choose_precision(precision, device)
+    gpu = device.type == "cuda"
+    if graphed and not gpu:
+        raise ConfigError(f"CUDA graphs need a GPU and the device is {device}: leave them off")
+    if not hasattr(model, "prepare_time"):
+        if chosen != "fp32":
+            raise ConfigError(f"precision {chosen} needs an MPDiT, and this is a {type(model).__name__}: choose fp32")
+        return model
+    if not gpu and chosen == "fp32":
+        return model
+    return SamplingModel(model, chosen, graphed=gpu and graphed is not False, strict=graphed is True)

@@ -30,8 +30,7 @@ import torch
 from mpdit.core.cpu import settle_cpu
 from mpdit.core.dist_env import DistEnv, set_threads
 from mpdit.core.errors import ConfigError, DataError, UserError
-from mpdit.core.files import counted, write_atomically
-from mpdit.core.locks import locked
+from mpdit.core.files import counted, locked, write_atomically
 from mpdit.core.progress import bar
 from mpdit.data.manifest import PARTS_NAME
 from mpdit.jobs.npz import disk

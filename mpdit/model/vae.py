@@ -23,7 +23,7 @@ SIGNED: PixelRange = (-1.0, 1.0)
 UNIT: PixelRange = (0.0, 1.0)
 """Pixels as EDM2 encodes them; REPA, whose files are the same, encodes them as SIGNED."""
 
-LARGEST_PIXEL = 1e6
+_LARGEST_PIXEL = 1e6
 """What black and white stay below; a larger one is damage."""
 DECODER_KIND = "diffusers_vae"
 _RGB = 3
@@ -148,14 +148,18 @@ class VAE:
         }
 
 
-def pixel_range_of(data: Mapping[str, Any]) -> PixelRange:
-    """Return the pixel range that latents were encoded with, from the "data" of weights; -1..1 where none is named."""
-    decoder = data.get("decoder")
+def stated_pixel_range(decoder: Any) -> PixelRange | None:
+    """Return the pixel range that a "decoder" entry states; None where it states none, or a damaged one."""
     given = decoder.get("range") if isinstance(decoder, Mapping) else None
     if not isinstance(given, list | tuple) or [type(value) in (int, float) for value in given] != [True, True]:
-        return SIGNED
+        return None
     low, high = given
-    return (float(low), float(high)) if -LARGEST_PIXEL < low < high < LARGEST_PIXEL else SIGNED
+    return (float(low), float(high)) if -_LARGEST_PIXEL < low < high < _LARGEST_PIXEL else None
+
+
+def pixel_range_of(data: Mapping[str, Any]) -> PixelRange:
+    """Return the pixel range that latents were encoded with, from the "data" of weights; -1..1 where none is stated."""
+    return stated_pixel_range(data.get("decoder")) or SIGNED
 
 
 def _check_folder(path: Path, name: str) -> None:

@@ -12,8 +12,7 @@ import torch
 
 from mpdit.core.dist_env import set_threads
 from mpdit.core.errors import ConfigError, UserError
-from mpdit.core.files import write_atomically
-from mpdit.core.locks import locked
+from mpdit.core.files import locked, write_atomically
 from mpdit.data.loaders import make_loader, to_latents
 from mpdit.data.order import GlobalOrder
 from mpdit.diffusion.flow import flow_loss

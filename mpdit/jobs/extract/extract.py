@@ -33,8 +33,7 @@ from torch import Tensor
 from mpdit.core.differences import differences
 from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError, DataError
-from mpdit.core.files import check_room, counted, sync_to_disk, write_atomically
-from mpdit.core.locks import locked
+from mpdit.core.files import check_room, counted, locked, sync_to_disk, write_atomically
 from mpdit.core.version import __version__
 from mpdit.data.latents import PackedLatents
 from mpdit.data.manifest import (
@@ -468,7 +467,7 @@ def _assemble(job: ExtractionJob, mode: NormalizationMode) -> ExtractReport:
 def _read_report(out: Path, timing: Timing | None) -> ExtractReport:
     report = _load_json(out / _REPORT_NAME)
     told = {name: report[name] for name in ("images", "skipped", "ignored", "empty_classes")}
-    return ExtractReport(path=out, manifest=PackedLatents.open(out).manifest, timing=timing, **told)
+    return ExtractReport(path=out, manifest=PackedLatents(out).manifest, timing=timing, **told)
 
 
 def _load_json(path: Path) -> Mapping[str, Any]:
