@@ -31,7 +31,8 @@ def dataset(tmp_path_factory):
 
 def batches(dataset, kind="torch", plan=None, start=0, stop=6, seed=0):
     order = GlobalOrder(len(dataset), seed)
-    with make_loader(dataset, order, plan or BatchPlan(12), kind=kind, start_step=start, stop_step=stop) as loader:
+    plan = plan or BatchPlan(12, start_step=start, start_position=12 * start)
+    with make_loader(dataset, order, plan, kind=kind, stop_step=stop) as loader:
         return list(loader)
 
 

@@ -68,7 +68,7 @@ def test_a_batch_that_changes_on_the_way_leaves_no_gap(legs, world_size):
     """Each leg of the run, (steps, micro-batch), goes on at the position where the one before it ended."""
     step, plans, taken = 0, [BatchPlan(world_size, world_size, rank) for rank in range(world_size)], []
     for steps, micro_batch in legs:
-        position = plans[0].position(step)
+        position = plans[0].samples_after(step)
         plans = [
             BatchPlan(world_size * micro_batch, world_size, rank, start_step=step, start_position=position)
             for rank in range(world_size)
@@ -78,7 +78,7 @@ def test_a_batch_that_changes_on_the_way_leaves_no_gap(legs, world_size):
             step += 1
     joined = np.concatenate(taken)
     assert np.array_equal(joined, np.arange(len(joined)))
-    assert plans[0].position(step) == len(joined)
+    assert plans[0].samples_after(step) == len(joined)
 
 
 @pytest.mark.parametrize(

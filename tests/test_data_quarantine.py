@@ -134,9 +134,9 @@ def test_what_is_read_depends_on_the_damage_alone(
     assert {line["sample"] for line in lines(whole)} <= bad
 
 
-def batches(dataset: Any, kind: str, plan: BatchPlan, start: int = 0) -> list[Batch]:
+def batches(dataset: Any, kind: str, plan: BatchPlan) -> list[Batch]:
     order = GlobalOrder(SAMPLES, 0)
-    with make_loader(dataset, order, plan, kind=kind, start_step=start, stop_step=6) as loader:
+    with make_loader(dataset, order, plan, kind=kind, stop_step=6) as loader:
         return list(loader)
 
 
@@ -150,7 +150,7 @@ def test_ranks_splits_loaders_and_restarts_change_nothing(packed: PackedLatents,
     for start in (0, 2):
         for step in range(start, 6):
             parts = [
-                batches(dataset, kind, BatchPlan(12, 3, rank, 2), start)[2 * (step - start) + micro]
+                batches(dataset, kind, BatchPlan(12, 3, rank, 2, start, 12 * start))[2 * (step - start) + micro]
                 for micro in range(2)
                 for rank, dataset in enumerate(ranks)
             ]

@@ -109,12 +109,12 @@ def test_learning_rate_warms_up_and_follows_its_schedule() -> None:
     rates = {}
     for schedule in ("constant", "linear", "cosine"):
         config = TrainConfig(lr=1.0, warmup=4, steps=14, lr_schedule=schedule)  # type: ignore[arg-type]
-        rates[schedule] = [config.learning_rate(step) for step in range(14)]
+        rates[schedule] = [config.learning_rate(step) for step in range(1, 15)]
         assert rates[schedule][:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert set(rates["constant"][4:]) == {1.0}
     assert rates["linear"][9] == rates["cosine"][9] == pytest.approx(0.5)
     assert 0 < rates["cosine"][13] < rates["linear"][13] == pytest.approx(0.1)
-    assert TrainConfig(warmup=50, steps=2).learning_rate(1) == pytest.approx(TrainConfig().lr * 2 / 50)
+    assert TrainConfig(warmup=50, steps=2).learning_rate(2) == pytest.approx(TrainConfig().lr * 2 / 50)
 
 
 def _ds(tmp_path: Path, content: Any) -> dict[str, Any]:

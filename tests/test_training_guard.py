@@ -108,7 +108,7 @@ def _by_hand(finished: Finished, steps: int) -> list[tuple[float, float]]:
         optimizer.zero_grad()
         loss.backward()
         norm = torch.cat([param.grad.flatten() for param in model.parameters() if param.grad is not None]).norm()
-        optimizer.param_groups[0]["lr"] = config.learning_rate(step)
+        optimizer.param_groups[0]["lr"] = config.learning_rate(step + 1)
         if step + 1 not in FAULTS:
             optimizer.step()
         found.append((loss.item(), norm.item()))

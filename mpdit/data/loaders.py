@@ -98,12 +98,11 @@ def make_loader(
     plan: BatchPlan,
     *,
     kind: str = "dali",
-    start_step: int = 0,
     stop_step: int,
     device: torch.device | str = "cpu",
     gpu_stage: bool = False,
 ) -> Loader:
-    """Return a loader of this rank's batches of steps start_step .. stop_step - 1, one a micro step.
+    """Return a loader of this rank's batches after `plan.start_step` steps and up to `stop_step`, one a micro step.
 
     Both kinds yield bitwise the same. Records are read and checked in background threads; an error of theirs
     is raised, as the same DataError, in place of the batch it spoils. Batches lie in host memory (pinned when
@@ -117,7 +116,8 @@ def make_loader(
     device = torch.device(device)
     if gpu_stage and (kind != "dali" or device.type != "cuda"):
         raise ConfigError(f"gpu_stage needs loader dali and a GPU, not loader {kind} and device {device}: turn it off")
-    reader = TorchLoader(dataset, order, plan, range(start_step, stop_step), kind == "torch" and device.type == "cuda")
+    steps = range(plan.start_step, stop_step)
+    reader = TorchLoader(dataset, order, plan, steps, kind == "torch" and device.type == "cuda")
     if kind == "torch":
         return reader
     return DaliLoader(reader, device if gpu_stage else None, pin_memory=device.type == "cuda")

@@ -51,9 +51,10 @@ class GlobalOrder:
 class BatchPlan:
     """Shares a global batch out over ranks, and over the micro steps of gradient accumulation.
 
-    Step s, micro step a of rank r takes positions position(s) + (a*W + r)*b + [0, b), with b = G / (W*A): at every
-    world size and accumulation a step covers the same G samples. Step `start_step` begins at `start_position`, which is
-    start_step * G unless the steps before it had another G. ConfigError when the parts don't divide.
+    After s steps, micro step a of rank r takes positions samples_after(s) + (a*W + r)*b + [0, b), with b = G / (W*A):
+    at every world size and accumulation a step covers the same G samples. A resumed run goes on after `start_step`
+    steps at `start_position`, which is start_step * G unless those steps had another G. ConfigError when the parts
+    don't divide.
     """
 
     global_batch: int
@@ -77,11 +78,11 @@ class BatchPlan:
         """The samples b that one rank takes in one forward pass."""
         return self.global_batch // (self.world_size * self.grad_accum_steps)
 
-    def position(self, step: int) -> int:
-        """Return where a step begins in the global order: the samples that all ranks took in the steps before it."""
-        return self.start_position + (step - self.start_step) * self.global_batch
+    def samples_after(self, steps: int) -> int:
+        """Return how many samples all ranks have taken after `steps` steps: the position where the next one begins."""
+        return self.start_position + (steps - self.start_step) * self.global_batch
 
-    def positions(self, step: int, micro: int = 0) -> NDArray[np.int64]:
-        """Return global positions int64 [b] of this rank in micro step `micro` of step `step`, both counted from 0."""
-        start = self.position(step) + (micro * self.world_size + self.rank) * self.micro_batch
+    def positions(self, steps: int, micro: int = 0) -> NDArray[np.int64]:
+        """Return this rank's positions, int64 [b], in micro step `micro`, from 0, of the step after `steps` steps."""
+        start = self.samples_after(steps) + (micro * self.world_size + self.rank) * self.micro_batch
         return np.arange(start, start + self.micro_batch, dtype=np.int64)

@@ -208,12 +208,12 @@ class TrainConfig:
 
     @property
     def flow(self) -> FlowConfig:
-        """How times are drawn, losses weighted and classes dropped."""
+        """The settings of the loss: how times are drawn, losses weighted and classes dropped."""
         return FlowConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(FlowConfig)})
 
     @property
     def profiling(self) -> Profiling:
-        """Which steps and ranks are profiled, and how."""
+        """The steps and ranks that are profiled, and how."""
         return Profiling.parse(self.profile, self.profile_steps, self.profile_ranks, self.steps)
 
     @property
@@ -228,10 +228,10 @@ class TrainConfig:
         return model
 
     def learning_rate(self, step: int) -> float:
-        """Return the rate of `step`, counted from 0: linear warm-up, then the schedule, which would be 0 at `steps`."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        """Return the rate of `step`, counted from 1: linear warm-up, then the schedule, 0 after the last step."""
+        if step <= self.warmup:
+            return self.lr * step / self.warmup
+        done = (step - 1 - self.warmup) / max(1, self.steps - self.warmup)
         if self.lr_schedule == "constant":
             return self.lr
         return self.lr * (1 - done if self.lr_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -11,7 +12,7 @@ from mpdit.core.table import aligned
 from mpdit.data.loaders import make_loader, to_latents
 from mpdit.data.manifest import Normalization
 from mpdit.data.normalization import suits
-from mpdit.data.order import GlobalOrder
+from mpdit.data.order import BatchPlan, GlobalOrder
 from mpdit.model.mpdit import MPDiT
 from mpdit.planning import account
 from mpdit.planning.plan import plan
@@ -68,7 +69,10 @@ def sections(run: Run) -> Iterator[str]:
         start = "afresh, from weights that are still to be given: add --init-from"
     yield f"start\n  {start}"
 
-    yield _batch(run, min(resumed.step if resumed else 0, config.steps - 1))
+    batches = run.plan
+    if resumed is not None:
+        batches = replace(batches, start_step=resumed.step, start_position=resumed.position)
+    yield _batch(run, batches)
     if meant and not planned.fits:
         whole, again = planned.largest
         remedy = f"--activation-checkpointing, at most {again} images"
@@ -96,17 +100,16 @@ def _data(run: Run) -> str:
     return _section(f"data {run.config.data}", rows)
 
 
-def _batch(run: Run, step: int) -> str:
+def _batch(run: Run, batches: BatchPlan) -> str:
     """Read and check what this rank trains on first, and take it to where the model would see it."""
     config, manifest = run.config, run.manifest
     device = torch.device("cuda", run.env.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     loader = make_loader(
         run.dataset,
         GlobalOrder(manifest.num_samples, config.seed),
-        run.plan,
+        batches,
         kind=config.loader,
-        start_step=step,
-        stop_step=step + 1,
+        stop_step=batches.start_step + 1,
         device=device,
         # Another GPU's setting is no mistake here.
         gpu_stage=config.gpu_stage and (device.type == "cuda" or not config.plan_gpu),
@@ -120,7 +123,7 @@ def _batch(run: Run, step: int) -> str:
         ("latents", f"{' x '.join(map(str, latents.shape))}, labels {low} to {high}, read by {config.loader}"),
         ("normalised", show_constants(Normalization(tuple(mean.tolist()), tuple(deviation.tolist())))),
     ]
-    return _section(f"batch of step {step + 1}", rows)
+    return _section(f"batch of step {batches.start_step + 1}", rows)
 
 
 def _section(title: str, rows: list[tuple[str, str]]) -> str:

@@ -68,10 +68,9 @@ def train(run: Run, stop: StopRequests) -> str:
         resumed = resume.find(run)
         watchdog.alive("building the model", PATIENCE)
         trainer = build_trainer(run, device)
-        start, plan = 0, run.plan
+        plan = run.plan
         if resumed is not None:
             restore(trainer.engine, trainer.optimizer, resumed)
-            start = resumed.step
             # The order goes on where the samples taken so far end, also after a change of batch size.
             plan = replace(plan, start_step=resumed.step, start_position=resumed.position)
         if env.rank == 0:
@@ -85,12 +84,11 @@ def train(run: Run, stop: StopRequests) -> str:
             GlobalOrder(manifest.num_samples, config.seed),
             plan,
             kind=config.loader,
-            start_step=start,
             stop_step=config.steps,
             device=device,
             gpu_stage=config.gpu_stage,
         )
-        guard = Guard(run, trainer.engine, start, wait_for_save=saver.wait)
+        guard = Guard(run, trainer.engine, plan.start_step, wait_for_save=saver.wait)
         if resumed is not None:
             guard.restore(resumed.counters)
         # Ranks agree between steps over a group of their own: no device is waited for, training's messages are not
@@ -99,11 +97,11 @@ def train(run: Run, stop: StopRequests) -> str:
         extend_timeouts(config.hang_timeout)
         loss_mean, watch, images = LossMean(device), Stopwatch(), 0
         stack.enter_context(loader)
-        log = stack.enter_context(MetricsLog(run, start))
+        log = stack.enter_context(MetricsLog(run, plan.start_step))
 
-        for step in profile.steps(range(start + 1, config.steps + 1)):
+        for step in profile.steps(range(plan.start_step + 1, config.steps + 1)):
             watchdog.alive(f"step {step}")
-            lr = config.learning_rate(step - 1)
+            lr = config.learning_rate(step)
             for group in trainer.optimizer.param_groups:
                 group["lr"] = lr
             micro_losses = []
@@ -148,7 +146,7 @@ def train(run: Run, stop: StopRequests) -> str:
             reason = reasons(signals)
             saving = bool(reason) or _due(step, config.checkpoint_every, config.steps)
             drawing = 0 < config.sample_every <= config.steps and _due(step, config.sample_every, config.steps)
-            samples = plan.position(step)
+            samples = plan.samples_after(step)
             # A step that is saved is logged too, so that no half-summed loss has to be saved with it.
             if step == 1 or saving or _due(step, config.log_every, config.steps):
                 guard.flush()
@@ -166,7 +164,7 @@ def train(run: Run, stop: StopRequests) -> str:
             if drawing:
                 watchdog.alive("drawing samples", PATIENCE)
                 with watch:
-                    with profile.range("ema"):
+                    with profile.range("ema"):  # the average is gathered here; it was stepped by engine.step()
                         average = gather_average(trainer.engine, trainer.optimizer, keep=env.rank == 0)
                     if env.rank == 0:
                         with profile.range("sample"):

@@ -157,7 +157,7 @@ def _sound(run: Run) -> None:
     """What training would use is finite and in range."""
     json.dumps(run.describe(), allow_nan=False)
     config = run.config
-    rates = [config.learning_rate(step) for step in (0, config.warmup, config.steps - 1) if step < config.steps]
+    rates = [config.learning_rate(step) for step in (1, config.warmup + 1, config.steps) if step <= config.steps]
     assert all(math.isfinite(rate) and rate >= 0 for rate in rates), rates
     assert config.steps * config.global_batch < 2**63
     assert run.plan.micro_batch * run.plan.world_size * config.grad_accum_steps == config.global_batch
