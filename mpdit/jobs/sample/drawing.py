@@ -209,11 +209,11 @@ class SampleJob(Job):
     @property
     def arrays(self) -> dict[str, tuple[tuple[int, ...], type]]:
         """Return shape of a row and dtype of what is kept of each image."""
-        shape = (self.config.channels, self.config.input_size, self.config.input_size)
-        latents: dict[str, tuple[tuple[int, ...], type]] = (
-            {"latents": (shape, np.float32)} if self.options.latents else {}
-        )
-        return {"images": (self.image_shape, np.uint8)} | latents
+        arrays: dict[str, tuple[tuple[int, ...], type]] = {"images": (self.image_shape, np.uint8)}
+        if self.options.latents:
+            side = self.config.input_size
+            arrays["latents"] = ((self.config.channels, side, side), np.float32)
+        return arrays
 
     def record(self, part: int) -> dict[str, Any]:
         """Return what a part says of itself: the digest of its job, and the environment it was drawn in."""

@@ -98,7 +98,7 @@ def draw(weights: str | Path, out: str | Path, options: DrawOptions | None = Non
         if options.latents and not (out / _LATENTS).is_file():
             raise DataError(f"{out / _LATENTS} is gone, so the set can't be continued: give a new folder")
         if env.rank == 0 and (out / _NPZ).is_file():
-            for _ in before.rows(job.part_images, job.image_shape):
+            for _ in before.rows("images", job.part_images, job.image_shape):
                 pass  # damage is found before hours of drawing, not behind them
     image_bytes = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in job.arrays.values())
     held = sum(path.stat().st_size for path in job.parts_folder.glob("*.npz"))
@@ -250,9 +250,15 @@ class FinishedSet:
             for image in range(self.images):
                 _read_png(_png_path(self.out, image), shape)
 
-    def rows(self, count: int, shape: tuple[int, ...]) -> Iterator[NDArray[np.uint8]]:
-        """Yield its images, `count` at a time; DataError for a damaged npz, known at its end by its checksum."""
-        if (self.out / _NPZ).is_file():
+    def rows(self, name: str, count: int, shape: tuple[int, ...]) -> Iterator[NDArray[Any]]:
+        """Yield its "images", of this shape, or its "latents", `count` at a time.
+
+        DataError for a damaged npz, known at its end by its checksum.
+        """
+        if name == "latents":
+            latents = np.load(self.out / _LATENTS, mmap_mode="r", allow_pickle=False)
+            yield from (latents[first : first + count] for first in range(0, self.images, count))
+        elif (self.out / _NPZ).is_file():
             try:
                 yield from NpzReader(self.out / _NPZ).rows("arr_0", count)
             except DataError as error:
@@ -276,7 +282,11 @@ def _assemble(job: SampleJob, protocol: dict[str, Any], before: FinishedSet | No
     with disk(job.out), contextlib.nullcontext() if files == "png" else new_npz(job.out / _NPZ) as npz:
         shown = _copy_images(job, files != "npz", npz, before)
         if job.options.latents:
-            _copy_latents(job)
+            shape, dtype = job.arrays["latents"]
+            with new_file(job.out / _LATENTS) as partial, partial.open("wb") as stream:
+                write = npy_rows(stream, (job.count, *shape), dtype)
+                for latents in _in_order(job, "latents", before):
+                    write(latents)
         picture = grid(shown, classes=classes[: len(shown)].tolist(), class_names=job.data.get("class_names"))
         with new_file(job.out / _GRID) as partial:
             picture.save(partial, format="PNG")
@@ -312,23 +322,11 @@ def _copy_images(job: SampleJob, as_png: bool, npz: NpzWriter | None, before: Fi
     return np.concatenate(shown)
 
 
-def _copy_latents(job: SampleJob) -> None:
-    shape, dtype = job.arrays["latents"]
-    with new_file(job.out / _LATENTS) as partial, partial.open("wb") as stream:
-        write = npy_rows(stream, (job.count, *shape), dtype)
-        if job.kept:
-            kept = np.load(job.out / _LATENTS, mmap_mode="r", allow_pickle=False)
-            for first in range(0, job.kept, job.part_images):
-                write(kept[first : first + job.part_images])
-        for values in _in_order(job, "latents", None):
-            write(values)
-
-
 def _in_order(job: SampleJob, name: str, before: FinishedSet | None) -> Iterator[Any]:
-    """Yield rows of the whole set, or without `before` of those not kept, never across the end of those kept."""
+    """Yield rows of the whole set: those kept of the set before, a part's number at a time, then those of the parts."""
     if before and job.kept:
         first = 0
-        for rows in before.rows(job.part_images, job.image_shape):
+        for rows in before.rows(name, job.part_images, job.image_shape):  # to the end, where its checksum is compared
             if first < job.kept:
                 yield rows
             first += len(rows)
