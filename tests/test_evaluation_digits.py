@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,7 @@ import mpdit
 from mpdit.core.errors import ConfigError, DataError
 from mpdit.data.digits import build_digits, decode_digits, real_digits, reduce_digits
 from mpdit.diffusion.images import denormalize
-from mpdit.diffusion.sampling import SAMPLERS, Sampler, generate
+from mpdit.diffusion.sampling import SAMPLERS, SamplerSettings, generate
 from mpdit.jobs.evaluate import digits
 from mpdit.jobs.evaluate.digits import DigitsEvaluation, DigitsJudge, evaluate_digits
 from mpdit.jobs.evaluate.statistics import frechet_distance, gaussian_statistics
@@ -136,7 +137,7 @@ def test_wrong_classes_are_caught(latents: tuple[Tensor, Tensor, dict[str, Any]]
 def test_an_untrained_model_is_near_chance(latents: tuple[Tensor, Tensor, dict[str, Any]]) -> None:
     torch.manual_seed(0)
     model = mpdit.create_model("MPDiT-Digits/4-2")
-    result = evaluate_digits(model, latents[2], Sampler(steps=1, guidance=1.5), guided=100, unguided=100)
+    result = evaluate_digits(model, latents[2], SamplerSettings(steps=1, guidance=1.5), guided=100, unguided=100)
     assert result.class_agreement < 0.25
     assert result.frechet_distance > 1.0
 
@@ -177,12 +178,12 @@ def test_samples_do_not_depend_on_the_batch_split(method: str, latents: tuple[Te
 
     model: Any = Elementwise()
     classes = [i % 10 for i in range(23)]
-    sampler = Sampler(method=method, steps=3, guidance=1.5, seed=5)
-    whole = generate(model, classes, sampler.replace(batch=23))
-    assert torch.equal(generate(model, classes, sampler.replace(batch=7)), whole)
-    later = generate(model, classes[10:], sampler.replace(batch=4), first=10)
+    sampler = SamplerSettings(method=method, steps=3, guidance=1.5, seed=5)
+    whole = generate(model, classes, dataclasses.replace(sampler, batch=23))
+    assert torch.equal(generate(model, classes, dataclasses.replace(sampler, batch=7)), whole)
+    later = generate(model, classes[10:], dataclasses.replace(sampler, batch=4), first=10)
     assert torch.equal(later, whole[10:])
-    assert not torch.equal(generate(model, classes, sampler.replace(seed=6)), whole)
+    assert not torch.equal(generate(model, classes, dataclasses.replace(sampler, seed=6)), whole)
     assert len(whole.flatten(1).unique(dim=0)) == 23
 
 
@@ -190,18 +191,18 @@ def test_the_two_sets_share_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[range] = []
     original = generate
 
-    def spy(model: Any, classes: Any, sampler: Sampler, **options: Any) -> Tensor:
+    def spy(model: Any, classes: Any, sampler: SamplerSettings, **options: Any) -> Tensor:
         first = options.get("first", 0)
         drawn.append(range(first, first + len(classes)))
         return original(model, classes, sampler, **options)
 
     monkeypatch.setattr(digits, "generate", spy)
     metadata = {"data": {"kind": "digits", "normalization": {"mean": [0.0] * 4, "std": [1.0] * 4}}}
-    evaluate_digits(mpdit.create_model("MPDiT-Digits/4-2"), metadata, Sampler(steps=1), guided=20, unguided=30)
+    evaluate_digits(mpdit.create_model("MPDiT-Digits/4-2"), metadata, SamplerSettings(steps=1), guided=20, unguided=30)
     assert drawn == [range(20), range(20, 50)]
 
 
 @pytest.mark.parametrize("batch", [0, -1, 2.5])
 def test_bad_batch(batch: Any) -> None:
     with pytest.raises(ConfigError, match="batch"):
-        Sampler(batch=batch)
+        SamplerSettings(batch=batch)

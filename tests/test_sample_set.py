@@ -24,7 +24,7 @@ from sample_sets import COMMON, contents, draw, parts, save_model, save_vae
 from mpdit import cli
 from mpdit.core.files import locked
 from mpdit.diffusion.images import denormalize
-from mpdit.diffusion.sampling import Sampler, generate
+from mpdit.diffusion.sampling import SamplerSettings, generate
 from mpdit.jobs.evaluate.image_sets import open_images
 from mpdit.jobs.sample import drawing
 from mpdit.jobs.sample.drawing import Labels
@@ -74,7 +74,7 @@ def test_files_of_a_set(made: Path) -> None:
 def test_a_set_drawn_in_parts_is_that_of_one_call(made: Path) -> None:
     model, data = load_weights(made / "weights")
     labels = Labels.choose(40, None, "random", 0).of(0, 10)
-    latents = denormalize(generate(model, labels, Sampler(steps=2, batch=10, guidance=2.0)), data["data"])
+    latents = denormalize(generate(model, labels, SamplerSettings(steps=2, batch=10, guidance=2.0)), data["data"])
     assert np.allclose(np.load(made / "once" / "latents.npy"), latents.numpy(), rtol=1e-4, atol=1e-4)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpdit.core.errors import ConfigError
-from mpdit.diffusion.sampling import DIFFUSION_FORMS, SAMPLERS, Sampler
+from mpdit.diffusion.sampling import DIFFUSION_FORMS, SAMPLERS, SamplerSettings
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +83,7 @@ _HELP = {
     "num_classes": "classes of another project's files (default: one more than the highest label)",
     "device": "cpu, cuda, cuda:1, ...; auto is cuda where there is one",
     "gpus": "processes, each with a GPU of its own; without GPUs processes on the CPU",
-    "method": "; ".join(f"{name}: {solver.help}" for name, solver in SAMPLERS.items()),
+    "method": "; ".join(f"{name}: {entry.help}" for name, entry in SAMPLERS.items()),
     "steps": "steps; for dopri5 the most it may try. The paper's figures take 250, models of the digits no more "
     "than 25",
     "guidance": "classifier-free guidance w in u + w (c - u); 1 is none, at half the cost",
@@ -182,8 +182,8 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def add_sampler(parser: argparse.ArgumentParser, defaults: Sampler) -> None:
-    """Add the fields of a Sampler, for `sampler`."""
+def add_sampler(parser: argparse.ArgumentParser, defaults: SamplerSettings) -> None:
+    """Add the fields of SamplerSettings, for `sampler`."""
     add = adder(parser.add_argument_group("sampler"), _HELP)
     add("--method", default=defaults.method, choices=tuple(SAMPLERS))
     add("--steps", default=defaults.steps, type=whole(1))
@@ -196,9 +196,9 @@ def add_sampler(parser: argparse.ArgumentParser, defaults: Sampler) -> None:
     add("--precision", default=defaults.precision, choices=("auto", "fp32", "tf32", "bf16"))
 
 
-def sampler(args: argparse.Namespace) -> Sampler:
-    """Return the Sampler of `add_sampler`'s arguments."""
-    return Sampler(**given_fields(args, Sampler) | {"interval": tuple(args.interval)})
+def sampler(args: argparse.Namespace) -> SamplerSettings:
+    """Return the settings of `add_sampler`'s arguments."""
+    return SamplerSettings(**given_fields(args, SamplerSettings) | {"interval": tuple(args.interval)})
 
 
 def given_fields(args: argparse.Namespace, options: type) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from mpdit.commands.common import (
     whole,
 )
 from mpdit.core.files import counted
-from mpdit.diffusion.sampling import Sampler
+from mpdit.diffusion.sampling import SamplerSettings
 
 if TYPE_CHECKING:
     from mpdit.jobs.sample.sample_set import DrawReport
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     of_images("--decode-batch", type=whole(1), metavar="N")
     of_images("--format", choices=("npz", "png", "both"), default="npz")
     of_images("--latents", action="store_true")
-    add_sampler(parser, Sampler(guidance=1.5, precision="auto"))
+    add_sampler(parser, SamplerSettings(guidance=1.5, precision="auto"))
     add("--cuda-graph", choices=("auto", "on", "off"), default="auto")
 
 

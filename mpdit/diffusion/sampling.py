@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -47,7 +46,7 @@ SDE_START, SDE_END = 0.96, 0.04
 
 @dataclass(frozen=True, kw_only=True)
 class Flow:
-    """The guided velocity of one batch, and the settings that single solvers read."""
+    """The guided velocity of one batch, and the settings that single samplers read."""
 
     model: Any
     classes: Tensor
@@ -67,7 +66,7 @@ class Flow:
     def at(self, times: Sequence[float], x: Tensor) -> Callable[[Tensor, int], Tensor]:
         """Return v(x, i), the velocity at times[i]; what depends on the times alone is computed here, at once.
 
-        A solver of fixed steps calls this once, before its loop, with every time it evaluates at, each once.
+        A sampler of fixed steps calls this once, before its loop, with every time it evaluates at, each once.
         """
         import torch
 
@@ -122,7 +121,7 @@ def dopri5(flow: Flow, x: Tensor, steps: int) -> Tensor:
     The error is that of the whole batch, so an image depends a little on those it is batched with.
     """
     import torch
-    from torchdiffeq import odeint  # here, because it takes half a second to import and no other solver needs it
+    from torchdiffeq import odeint  # here, because it takes half a second to import and no other sampler needs it
 
     for name, tolerance in (("atol", flow.atol), ("rtol", flow.rtol)):
         if not 0 < tolerance < math.inf:
@@ -184,7 +183,7 @@ def uniform_times(start: float, end: float, steps: int) -> list[float]:
     return [(start * (steps - i) + end * i) / steps for i in range(steps + 1)]
 
 
-class Solver(NamedTuple):
+class Sampler(NamedTuple):
     """An entry of SAMPLERS."""
 
     solve: Callable[[Flow, Tensor, int], Tensor]
@@ -192,14 +191,14 @@ class Solver(NamedTuple):
     help: str
     least_steps: int = 1
     reads: tuple[str, ...] = ()
-    """Settings of Sampler that only solvers which name them read."""
+    """Fields of SamplerSettings that only samplers which name them read."""
 
 
 SAMPLERS = {
-    "euler": Solver(euler, "first order"),
-    "heun": Solver(heun, "second order, two evaluations a step"),
-    "dopri5": Solver(dopri5, "adaptive, six evaluations a step", reads=("tolerance",)),
-    "sde": Solver(sde, "Euler-Maruyama with added noise", least_steps=2, reads=("diffusion_form",)),
+    "euler": Sampler(euler, "first order"),
+    "heun": Sampler(heun, "second order, two evaluations a step"),
+    "dopri5": Sampler(dopri5, "adaptive, six evaluations a step", reads=("tolerance",)),
+    "sde": Sampler(sde, "Euler-Maruyama with added noise", least_steps=2, reads=("diffusion_form",)),
 }
 
 
@@ -239,10 +238,10 @@ def sample(
     """
     import torch
 
-    solver = entry_of(SAMPLERS, "method", method)
-    if not isinstance(steps, int) or not solver.least_steps <= steps <= MOST_STEPS:
+    sampler = entry_of(SAMPLERS, "method", method)
+    if not isinstance(steps, int) or not sampler.least_steps <= steps <= MOST_STEPS:
         raise ConfigError(
-            f"steps is {steps!r:.40}: {method} needs a whole number of at least {solver.least_steps} and at most "
+            f"steps is {steps!r:.40}: {method} needs a whole number of at least {sampler.least_steps} and at most "
             f"{MOST_STEPS}"
         )
     if not isinstance(noise, torch.Tensor):
@@ -287,11 +286,11 @@ def sample(
         positions=positions.to(noise.device),
     )
     with torch.no_grad(), _eval_mode(model):
-        return solver.solve(flow, noise if noise.dtype == torch.float64 else noise.float(), steps)
+        return sampler.solve(flow, noise if noise.dtype == torch.float64 else noise.float(), steps)
 
 
 @dataclass(frozen=True)
-class Sampler:
+class SamplerSettings:
     """How samples are drawn: the settings of `sample`, which checks them, and of the batches handed to it."""
 
     method: str = "euler"
@@ -313,27 +312,23 @@ class Sampler:
         if not isinstance(self.batch, int) or self.batch < 1:
             raise ConfigError(f"batch is {self.batch!r}: give a whole number of at least 1")
 
-    def replace(self, **changes: Any) -> Sampler:
-        """Return a copy with fields changed."""
-        return dataclasses.replace(self, **changes)
-
     def protocol(self) -> dict[str, Any]:
         """Return, in plain JSON types, the settings that had an effect, to be kept beside the figures."""
-        unread = {name for solver in SAMPLERS.values() for name in solver.reads} - {*SAMPLERS[self.method].reads}
+        unread = {name for sampler in SAMPLERS.values() for name in sampler.reads} - {*SAMPLERS[self.method].reads}
         if self.guidance == 1:
             unread.add("interval")
         fields = dataclasses.asdict(self) | {"interval": list(self.interval)}
         return {name: value for name, value in fields.items() if name not in unread}
 
 
-DIGITS_SAMPLER = Sampler(method="euler", steps=16, guidance=1.5)
+DIGITS_SAMPLER = SamplerSettings(method="euler", steps=16, guidance=1.5)
 """For the evaluation of digits models. The exact flow to the real digits, sampled by it, is 0.04 from them."""
 
 
 def generate(
     model: Any,
     classes: Sequence[int] | Tensor,
-    sampler: Sampler,
+    settings: SamplerSettings,
     *,
     first: int = 0,
     label: str | None = None,
@@ -341,7 +336,7 @@ def generate(
 ) -> Tensor:
     """Draw normalised latents fp32 [N, C, S, S] on the CPU, one per entry of `classes`, on the model's device.
 
-    Image i meets the noise keyed by (sampler.seed, first + i) whatever its batch, so a set can be drawn in parts, and
+    Image i meets the noise keyed by (settings.seed, first + i) whatever its batch, so a set can be drawn in parts, and
     sets that must not share noise differ by `first`. The model is an MPDiT, or one prepared by `for_sampling`, which
     is worth it where this is called more than once. With `label` a progress bar of that name runs on stderr where
     that is a terminal; `progress` is told the images' worth of steps done since it was last called. ConfigError as
@@ -353,35 +348,42 @@ def generate(
     from mpdit.core.progress import bar
     from mpdit.diffusion.inference import for_sampling
 
-    model = for_sampling(model, sampler.precision)
+    model = for_sampling(model, settings.precision)
     device = next(model.parameters()).device
     labels = torch.as_tensor(classes, dtype=torch.int64)
     shape = (model.config.channels, model.config.input_size, model.config.input_size)
     latents = torch.empty(len(labels), *shape)
-    names = ("steps", "method", "guidance", "interval", "diffusion_form", "seed")
-    settings: Any = {name: getattr(sampler, name) for name in names} | dict.fromkeys(
-        ("atol", "rtol"), sampler.tolerance
-    )
     told = 0
     with bar(label, len(labels)) as shown:
 
-        def report(start: int, size: int, done: int, total: int) -> None:
-            """Tell `done` of `total` steps of the batch of `size` images from `start` on, as images."""
+        def report(done: int, total: int) -> None:
+            """Tell `done` of `total` steps of the current chunk, as images."""
             nonlocal told
-            if (reached := start + size * done // total) > told:
+            if (reached := start + len(chunk) * done // total) > told:
                 shown.update(reached - told)
                 if progress:
                     progress(reached - told)
                 told = reached
 
-        for start in range(0, len(labels), sampler.batch):
-            chunk = labels[start : start + sampler.batch].to(device)
+        for start in range(0, len(labels), settings.batch):
+            chunk = labels[start : start + settings.batch].to(device)
             positions = torch.arange(first + start, first + start + len(chunk), device=device)
-            noise = rng.normal(sampler.seed, rng.Stream.SAMPLE_NOISE, positions, shape)
-            told_of = functools.partial(report, start, len(chunk))
-            found = sample(model, noise, chunk, positions=positions, progress=told_of, **settings)
-            latents[start : start + len(chunk)] = found
-            report(start, len(chunk), 1, 1)  # dopri5 stops before its most steps
+            latents[start : start + len(chunk)] = sample(
+                model,
+                rng.normal(settings.seed, rng.Stream.SAMPLE_NOISE, positions, shape),
+                chunk,
+                settings.steps,
+                settings.method,
+                settings.guidance,
+                interval=settings.interval,
+                diffusion_form=settings.diffusion_form,
+                seed=settings.seed,
+                positions=positions,
+                atol=settings.tolerance,
+                rtol=settings.tolerance,
+                progress=report,
+            )
+            report(1, 1)  # dopri5 stops before its most steps
     return latents
 
 

@@ -8,6 +8,7 @@ about 0.04 apart, one repeated digit per class is many times as far.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from mpdit.core.errors import DataError
 from mpdit.core.version import __version__
 from mpdit.data.digits import decode_digits, real_digits, reduce_digits
 from mpdit.diffusion.images import denormalize
-from mpdit.diffusion.sampling import DIGITS_SAMPLER, Sampler, check_finite, generate
+from mpdit.diffusion.sampling import DIGITS_SAMPLER, SamplerSettings, check_finite, generate
 from mpdit.jobs.evaluate.statistics import frechet_distance, gaussian_statistics
 from mpdit.model.mpdit import MPDiT
 
@@ -83,7 +84,7 @@ class DigitsJudge:
 def evaluate_digits(
     model: MPDiT,
     metadata: Mapping[str, Any],
-    sampler: Sampler = DIGITS_SAMPLER,
+    sampler: SamplerSettings = DIGITS_SAMPLER,
     *,
     guided: int = 1000,
     unguided: int | None = None,
@@ -97,7 +98,7 @@ def evaluate_digits(
     """
     data = check_digits(metadata)
     judge = DigitsJudge()
-    plain = sampler.replace(guidance=1.0)
+    plain = dataclasses.replace(sampler, guidance=1.0)
     asked = torch.arange(guided) % model.config.num_classes
     real = judge.labels[:unguided]
     with_guidance = generate(model, asked, sampler, label="guided samples")

@@ -23,7 +23,7 @@ from mpdit.core.rng import Stream, bits, check_seed
 from mpdit.core.version import __version__
 from mpdit.diffusion.images import decode, denormalize
 from mpdit.diffusion.inference import SamplingModel, computing, for_sampling
-from mpdit.diffusion.sampling import Sampler, check_finite, generate
+from mpdit.diffusion.sampling import SamplerSettings, check_finite, generate
 from mpdit.jobs.npz import NpzReader, disk, new_npz
 from mpdit.jobs.workers import DoPart, Job, Report
 from mpdit.model.config import ModelConfig
@@ -43,7 +43,7 @@ class DrawOptions:
     """Says which images are drawn how, decoded by what, written as what."""
 
     images: int = 100
-    sampler: Sampler = field(default_factory=Sampler)
+    sampler: SamplerSettings = field(default_factory=SamplerSettings)
     """Its `batch` when the set is begun is the size of a part too: what is lost when a process is killed. A set that is
     continued with another batch keeps its parts, and a larger batch is cut to them."""
     classes: Sequence[int] | None = None
@@ -194,7 +194,7 @@ class SampleJob(Job):
     """
 
     weights: Path
-    sampler: Sampler
+    sampler: SamplerSettings
     labels: Labels
     options: DrawOptions
     data: Mapping[str, Any]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -132,7 +133,7 @@ def _plan(
     """Return the job, what its set says of itself when it is finished, and remarks."""
     if options.cuda_graph and device.type != "cuda":
         raise ConfigError(f"CUDA graphs need a GPU and the device is {device}: leave them off")
-    sampler = options.sampler.replace(precision=choose_precision(options.sampler.precision, device))
+    sampler = dataclasses.replace(options.sampler, precision=choose_precision(options.sampler.precision, device))
     config, metadata = read_description(weights)
     check_flow(metadata)
     data = metadata.get("data", {})
