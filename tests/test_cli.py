@@ -291,6 +291,22 @@ def test_every_option_is_explained_with_its_default(command: str) -> None:
             assert "(default: " in action.help or action.required, action.option_strings
 
 
+def test_renamed_options_are_taken_under_their_old_names(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = ["plan", "MPDiT-B/4-2", "--gpu", "a100-40gb"]
+    for old, new in (
+        (
+            [*plan, "--accumulation", "2", "--checkpointing"],
+            [*plan, "--grad-accum-steps", "2", "--activation-checkpointing"],
+        ),
+        (["account", "MPDiT-B/4-2", "--checkpointing"], ["account", "MPDiT-B/4-2", "--activation-checkpointing"]),
+    ):
+        texts = []
+        for arguments in (old, new):
+            assert cli.main(arguments) == 0
+            texts.append(capsys.readouterr().out)
+        assert texts[0] == texts[1]
+
+
 def test_a_flag_that_a_message_names_can_be_given() -> None:
     commands = cli.build_parser()._subparsers._group_actions[0].choices.values()  # type: ignore[union-attr]
     ours = {option for command in commands for action in command._actions for option in action.option_strings}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from mpdit.commands.common import Outcome, add_model, adder, model_config, whole
+from mpdit.commands.common import Outcome, add_model, adder, keep_old_name, model_config, whole
 
 SUMMARY = "count a model's parameters, FLOPs and activations"
 DESCRIPTION = (
@@ -15,7 +15,7 @@ DESCRIPTION = (
 _HELP = {
     "batch": "images of a forward pass, which share what the exact fusions compute on weights alone",
     "precision": "of training",
-    "checkpointing": "activations with checkpointing of each block",
+    "activation_checkpointing": "activations with checkpointing of each block",
     "reference": "activations of the plain PyTorch references",
 }
 
@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = adder(parser, _HELP)
     add("--batch", type=whole(1), default=1)
     add("--precision", choices=("bf16", "fp32"), default="bf16")
-    add("--checkpointing", action="store_true")
+    add("--activation-checkpointing", action="store_true")
+    keep_old_name(parser, "--checkpointing", "--activation-checkpointing")
     add("--reference", action="store_true")
 
 
@@ -37,6 +38,6 @@ def run(args: argparse.Namespace) -> Outcome:
         batch=args.batch,
         dtype=args.precision,
         kernels=not args.reference,
-        checkpointing=args.checkpointing,
+        checkpointing=args.activation_checkpointing,
     )
     return Outcome(f"{args.model}: {found}", {"name": args.model, **found.to_dict()})

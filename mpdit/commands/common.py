@@ -96,6 +96,11 @@ _HELP = {
 }
 
 
+def keep_old_name(parser: argparse.ArgumentParser, old: str, new: str) -> None:
+    """Take an option under its old name too, which help doesn't show; for one release."""
+    parser._option_string_actions[old] = parser._option_string_actions[new]
+
+
 def adder(parser: argparse._ActionsContainer, texts: Mapping[str, str]) -> Callable[..., None]:
     """Return a function that adds an argument to the parser, with its text as help and its default after that.
 

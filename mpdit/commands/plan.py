@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING
 
-from mpdit.commands.common import Outcome, add_model, adder, model_config, number, whole
+from mpdit.commands.common import Outcome, add_model, adder, keep_old_name, model_config, number, whole
 from mpdit.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,9 +34,9 @@ _HELP = {
     "zero": "ZeRO stage",
     "epochs": "length of the run",
     "dataset_size": "images of an epoch (default: ImageNet's)",
-    "accumulation": "micro steps (default: the fewest that fit)",
+    "grad_accum_steps": "micro steps (default: the fewest that fit)",
     "precision": "of training",
-    "checkpointing": "recompute activations in backward",
+    "activation_checkpointing": "recompute activations in backward",
     "gpus_per_node": "that share NVLink",
     "network": "of one GPU to other nodes, one direction (default: 25, an HDR adapter each, for A100, else 50, NDR)",
 }
@@ -51,11 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--zero", type=int, choices=range(4), default=2)
     add("--epochs", type=number, default=240)
     add("--dataset-size", type=whole(1), metavar="N")
-    add("--accumulation", type=whole(1), metavar="N")
+    add("--grad-accum-steps", type=whole(1), metavar="N")
     add("--precision", choices=("bf16", "fp32"), default="bf16")
-    add("--checkpointing", action="store_true")
+    add("--activation-checkpointing", action="store_true")
     add("--gpus-per-node", type=whole(1), default=8)
     add("--network", type=number, metavar="GB/S")
+    keep_old_name(parser, "--accumulation", "--grad-accum-steps")
+    keep_old_name(parser, "--checkpointing", "--activation-checkpointing")
     group = parser.add_argument_group("figures of a GPU that is not listed, or to change of one that is")
     for name, (_, unit, meaning, _) in _FIGURES.items():
         group.add_argument(f"--gpu-{name}", type=number, metavar=unit, help=f"{meaning} (default: the listed GPU's)")
@@ -73,9 +75,9 @@ def run(args: argparse.Namespace) -> Outcome:
         args.gpus,
         args.global_batch,
         args.zero,
-        args.accumulation,
+        args.grad_accum_steps,
         args.precision,
-        args.checkpointing,
+        args.activation_checkpointing,
         args.epochs,
         IMAGENET if args.dataset_size is None else args.dataset_size,
         args.gpus_per_node,

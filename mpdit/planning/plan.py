@@ -307,7 +307,7 @@ def _answers(plan: Plan) -> Rows:
     whole, again = plan.largest
     advice = f"more micro steps: at most {whole} images each"
     if not whole:
-        advice = f"--checkpointing, and at most {again} images a micro step"
+        advice = f"--activation-checkpointing, and at most {again} images a micro step"
     low, high = plan.hours * (1 - error), plan.hours * (1 + error)
     return [
         ("does it fit?", f"{verdict}: {_gib(need)} of {_gib(limit)} GiB a GPU"),
