@@ -301,8 +301,8 @@ def test_renamed_options_are_taken_under_their_old_names(capsys: pytest.CaptureF
         (["account", "MPDiT-B/4-2", "--checkpointing"], ["account", "MPDiT-B/4-2", "--activation-checkpointing"]),
     ):
         texts = []
-        for arguments in (old, new):
-            assert cli.main(arguments) == 0
+        for line in (old, new):
+            assert cli.main(line) == 0
             texts.append(capsys.readouterr().out)
         assert texts[0] == texts[1]
 
