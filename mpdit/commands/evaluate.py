@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> Outcome:
 
 
 def _measure_model(args: argparse.Namespace) -> Outcome:
-    from mpdit.jobs.evaluate.digits import check_digits, evaluate_digits
+    from mpdit.jobs.evaluate.digits import evaluate_digits
     from mpdit.model.mpdit import load_weights
 
     settings = sampler(args)
@@ -82,7 +82,6 @@ def _measure_model(args: argparse.Namespace) -> Outcome:
     )
     device = pick_device(args.device)
     model, metadata = load_weights(args.weights)
-    check_digits(metadata)
     out = _out(args)
     result = evaluate_digits(model.to(device), metadata, settings)
     figures = dataclasses.asdict(result)

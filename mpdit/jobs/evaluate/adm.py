@@ -112,22 +112,25 @@ class Reference:
 
     def __init__(self, path: str | Path, crop: int | None = None) -> None:
         self.path = Path(path)
-        self.images: ImageSet | None = None
+        self._is_file = self.path.is_file()
         self._stored: dict[str, Gaussian] = {}
-        if self.path.is_file():
+        """Statistics by the names of Features' fields."""
+        has_images = True
+        if self._is_file:
             reader = NpzReader(self.path)
-            found = set(reader.keys)
-            self._stored = {
-                name: _read_gaussian(reader, *keys) for name, keys in _STORED.items() if found & {*keys[:2]}
-            }
-            if not self._stored and not found & {*NPZ_KEYS}:
+            for name, (mu, sigma, size) in _STORED.items():
+                if {mu, sigma} & {*reader.keys}:
+                    self._stored[name] = _read_gaussian(reader, mu, sigma, size)
+            has_images = not {*NPZ_KEYS}.isdisjoint(reader.keys)
+            if not self._stored and not has_images:
                 raise DataError(
                     f"{self.path} holds neither statistics (mu and sigma) nor images (arr_0), only "
                     f"{', '.join(reader.keys) or 'nothing'}: give ADM's reference npz"
                 )
-            if not found & {*NPZ_KEYS}:
-                return
-        self.images = open_images(self.path, crop)
+        self.images = open_images(self.path, crop) if has_images else None
+        count = len(self.images or ())
+        self._kept = evenly(count, count if self._is_file else REFERENCE_IMAGES)
+        """Numbers of the images for precision and recall."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -137,9 +140,9 @@ class Reference:
             notes += ("the reference holds no mu and sigma: no FID",)
         if self._stored and "spatial" not in self._stored:
             notes += ("the reference holds no mu_s and sigma_s: no sFID",)
-        if len(self._kept()) not in (0, REFERENCE_IMAGES):
+        if len(self._kept) not in (0, REFERENCE_IMAGES):
             notes += (
-                f"precision and recall go by {len(self._kept())} reference images, papers' by {REFERENCE_IMAGES}: they "
+                f"precision and recall go by {len(self._kept)} reference images, papers' by {REFERENCE_IMAGES}: they "
                 "depend on that number",
             )
         return notes
@@ -149,11 +152,11 @@ class Reference:
         if self.images is None:
             features = Features(None, None, torch.empty(0, POOL_FEATURES), "")
         else:
-            features = extract_features(self.images, inception, batch=batch, keep=self._kept(), label="reference")
+            features = extract_features(self.images, inception, batch=batch, keep=self._kept, label="reference")
         if self._stored:
             pool, spatial = (self._stored.get(name) for name in _STORED)
             features = dataclasses.replace(features, pool=pool, spatial=spatial)
-        return dataclasses.replace(features, sha256=_file_hash(self.path)) if self.path.is_file() else features
+        return dataclasses.replace(features, sha256=_file_hash(self.path)) if self._is_file else features
 
     def protocol(self) -> dict[str, Any]:
         """Return plain JSON types, to be kept beside the figures."""
@@ -162,12 +165,8 @@ class Reference:
             "images": len(self.images or ()),
             "cropped": self.images is not None and self.images.cropped,
             "statistics": "stored" if self._stored else "of the images",
-            "precision_recall_images": len(self._kept()),
+            "precision_recall_images": len(self._kept),
         }
-
-    def _kept(self) -> NDArray[np.int64]:
-        count = len(self.images) if self.images else 0
-        return evenly(count, count if self.path.is_file() else REFERENCE_IMAGES)
 
 
 def evenly(total: int, count: int) -> NDArray[np.int64]:

@@ -96,7 +96,12 @@ def evaluate_digits(
     distance. The two sets share no noise. DataError when the model was trained on other data, or its
     samples aren't finite.
     """
-    data = check_digits(metadata)
+    data = metadata.get("data", {})
+    if data.get("kind") != "digits":
+        raise DataError(
+            f"the model was trained on data of kind {data.get('kind', 'unknown')!r}: this version evaluates models of "
+            "the embedded digits only; `mpdit sample` draws pictures from any model"
+        )
     judge = DigitsJudge()
     plain = dataclasses.replace(sampler, guidance=1.0)
     asked = torch.arange(guided) % model.config.num_classes
@@ -120,17 +125,6 @@ def evaluate_digits(
             "device": str(next(model.parameters()).device),
         },
     )
-
-
-def check_digits(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the "data" entry of a weight file's metadata; DataError when it is not that of the embedded digits."""
-    data = metadata.get("data", {})
-    if data.get("kind") != "digits":
-        raise DataError(
-            f"the model was trained on data of kind {data.get('kind', 'unknown')!r}: this version evaluates models of "
-            "the embedded digits only; `mpdit sample` draws pictures from any model"
-        )
-    return data
 
 
 def _pixels(latents: Tensor, data: Mapping[str, Any]) -> NDArray[np.float64]:
