@@ -20,6 +20,7 @@ sys.path.append(str(Path(__file__).parents[1] / "kernels"))  # the kernels' tool
 
 import pytest
 import setting as settings
+import torch
 from harness import NO_TIME
 from peers import PEERS
 from results import extra_info
@@ -103,7 +104,6 @@ def compare(request: pytest.FixtureRequest, benchmark: Any, case: str, way: str)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     for name in ("node", "release"):  # whose machine it was is nobody's business
         machine_info.pop(name, None)
-    machine_info["mpdit"] = settings.machine(config.stash[SESSION].setting.device)
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
@@ -111,9 +111,16 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    run = config.stash[SESSION]
-    lines = [f"mpdit: {run.setting.describe()}"]
-    absent = [f"--{name} PATH ({peer.source})" for name, peer in PEERS.items() if name not in run.setting.checkouts]
+    setting = config.stash[SESSION].setting
+    here = (
+        'no CUDA GPU here, so small sizes on the CPU in fp32; the kernels are for GPUs, and "ours" runs their '
+        f"references, {torch.get_num_threads()} threads"
+    )
+    if setting.on_gpu:
+        limit = "" if setting.memory_limit is None else f", limited to {setting.memory_limit:g} GB"
+        here = f"{torch.cuda.get_device_name()}{limit}"
+    lines = [f"mpdit: {here}"]
+    absent = [f"--{name} PATH ({peer.source})" for name, peer in PEERS.items() if name not in setting.checkouts]
     if absent:
         lines.append(f"mpdit: left out, as no checkout was given: {', '.join(absent)}")
     return lines

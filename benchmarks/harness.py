@@ -32,6 +32,7 @@ FLOOR = 8
 ROUNDING = {"fp32": 2.0**-23, "tf32": 2.0**-10, "bf16": 2.0**-7, "fp16": 2.0**-10}
 
 Tensors = Callable[[Any], Sequence[Tensor]]
+Limits = Sequence[tuple[Tensor, float]]
 
 
 class Unavailable(Exception):
@@ -150,16 +151,13 @@ class Comparison:
         groups = [(group, chosen) for group, chosen in groups if chosen]
         found = self._run_together(groups)
         if found is None:
-            ours, *others = groups
-            found = self._run_alone(ours)
-            for other in others:
-                beside = self._run_together([ours, other])
-                found |= self._run_alone(other) if beside is None else {name: beside[name] for name in other[1]}
+            found = {}
+            for group in groups:  # ours is the first, and alone from the start
+                _, chosen = group
+                beside = self._run_together([groups[0], group]) if group is not groups[0] else None
+                outcomes = beside or self._run_together([group]) or dict.fromkeys(chosen, Outcome(skipped=TOO_LARGE))
+                found |= {name: outcomes[name] for name in chosen}
         return found
-
-    def _run_alone(self, group: tuple[Group, list[str]]) -> dict[str, Outcome]:
-        """Return outcomes of one group; what does not fit even so is an outcome."""
-        return self._run_together([group]) or {name: Outcome(skipped=TOO_LARGE) for name in group[1]}
 
     def _run_together(self, groups: Sequence[tuple[Group, list[str]]]) -> dict[str, Outcome] | None:
         """Return the outcomes of these groups' variants, timed in turns; None when memory is short."""
@@ -186,18 +184,24 @@ class Comparison:
         """Build and judge a group's variants and measure their memory; those that may be timed join `ready`."""
         release()
         before, first = _memory_usage(), not ready
-        states: list[Any] = []
-        if failed := _attempt(lambda: states.append(group.make())):
+        state: Any = None
+        limits: Limits | None = None
+        built: dict[str, Built] = {}
+
+        def begin() -> None:
+            nonlocal state, limits
+            state = group.make()
+            limits = error_limits(group, state)
+
+        if failed := _attempt(begin):
             found |= dict.fromkeys(names, failed)
             return
-        judge = _Judge(group, states[0])
-        built: dict[str, Built] = {}
 
         def build(name: str) -> None:
             if time.monotonic() > self.until:
                 raise Unavailable(NO_TIME)
-            variant = group.variants[name](states[0])
-            found[name].gate = judge(variant)
+            variant = group.variants[name](state)
+            found[name].gate = judge(variant, limits)
             found[name].failed = _verdict(found[name].gate)
             if found[name].failed is None:
                 built[name] = variant
@@ -212,7 +216,7 @@ class Comparison:
                 if failed := _attempt(step, name, alone=first):
                     built.pop(name, None)
                     found[name] = failed
-            judge.forget()  # float64 copies are not the variants' memory
+            limits = None  # float64 copies are not the variants' memory
 
     def _time(self, found: dict[str, Outcome], ready: dict[str, Prepare]) -> None:
         samples: dict[str, list[float]] = {}
@@ -241,28 +245,23 @@ def _attempt(action: Callable[..., None], *arguments: Any, alone: bool = False) 
     return None
 
 
-class _Judge:
-    """A group's gate: a variant may err twice as much against float64 as the reference in its dtype does."""
+def error_limits(group: Group, state: Any) -> Limits | None:
+    """Return a group's outputs in float64 and how far from each a variant's may be: twice as far as the reference's."""
+    if group.exact is None or group.reference is None:
+        return None
+    pairs = zip(group.exact(state), group.reference(state), strict=True)
+    return [(x, 2 * distance(y, x) + FLOOR * ROUNDING[group.dtype]) for x, y in pairs]
 
-    def __init__(self, group: Group, state: Any) -> None:
-        self._group, self._state = group, state
-        self._limits: list[tuple[Tensor, float]] | None = None
 
-    def forget(self) -> None:
-        self._limits = None
-
-    def __call__(self, built: Built) -> dict[str, Any] | None:
-        if built.check is not None:
-            return built.check()
-        group = self._group
-        if built.outputs is None or group.exact is None or group.reference is None:
-            return None
-        if self._limits is None:
-            pairs = zip(group.exact(self._state), group.reference(self._state), strict=True)
-            self._limits = [(x, 2 * distance(y, x) + FLOOR * ROUNDING[group.dtype]) for x, y in pairs]
-        found = [(distance(y, x), allowed) for y, (x, allowed) in zip(built.outputs(), self._limits, strict=True)]
-        error, allowed = max(found, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0] / pair[1])
-        return {"error": error, "allowed": allowed}
+def judge(built: Built, limits: Limits | None) -> dict[str, Any] | None:
+    """Return what a variant's own check finds, or error and limit of its worst output; None where it has no gate."""
+    if built.check is not None:
+        return built.check()
+    if built.outputs is None or limits is None:
+        return None
+    found = [(distance(y, x), allowed) for y, (x, allowed) in zip(built.outputs(), limits, strict=True)]
+    error, allowed = max(found, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0] / pair[1])
+    return {"error": error, "allowed": allowed}
 
 
 def _verdict(gate: dict[str, Any] | None) -> str | None:

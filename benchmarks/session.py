@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 import time
 from datetime import UTC, datetime
 from functools import cached_property
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import pytest_benchmark
 import setting as settings
+import torch
 from harness import NO_TIME, OURS, Case, Comparison, Outcome, release
 from results import Json, peaks, save
 from tools import timing
@@ -74,7 +76,12 @@ class Session:
         """Set the limit and measure the ceilings, now that something is to be timed."""
         device, limit = self.setting.device, self.setting.memory_limit
         if limit is not None:
-            settings.limit_memory(limit)
+            total = torch.cuda.get_device_properties().total_memory
+            if limit * 1e9 > total:
+                raise pytest.UsageError(
+                    f"--memory-limit is {limit:g} GB, and this GPU has {total / 1e9:.1f}: give less"
+                )
+            torch.cuda.set_per_process_memory_fraction(limit * 1e9 / total)
         on_gpu = timing.GpuClock() if device == "cuda" else timing.WallClock()
         self._clocks = {False: timing.WallClock(device), True: on_gpu}
         self._ceilings = timing.ceilings(on_gpu, device)
@@ -109,7 +116,7 @@ class Session:
     def describe(self) -> Json:
         """Return the object "mpdit" of the results file."""
         device = self.setting.device
-        machine = settings.machine(device)
+        machine = timing.machine(device) | {"python": platform.python_version()}
         parts = {self.cases[name].part for name in self._outcomes}
         return {
             "format": FORMAT,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from peers import PEERS, check_checkout
-from tools import timing
 
 from mpdit.model.presets import PRESETS
 
@@ -32,8 +30,8 @@ class Setting:
 
     device: str
     checkouts: dict[str, Path]
-    models: tuple[str, ...] | None = None
-    batches: tuple[int, ...] | None = None
+    models: Sequence[str] | None = None
+    batches: Sequence[int] | None = None
     largest: bool = False
     memory_limit: float | None = None
 
@@ -45,16 +43,6 @@ class Setting:
     def dtype(self) -> str:
         """What products take where a run may choose: bf16 on a GPU, fp32 on a CPU."""
         return "bf16" if self.on_gpu else "fp32"
-
-    def describe(self) -> str:
-        """Return a line for the head of the session."""
-        if not self.on_gpu:
-            return (
-                'no CUDA GPU here, so small sizes on the CPU in fp32; the kernels are for GPUs, and "ours" runs their '
-                f"references, {torch.get_num_threads()} threads"
-            )
-        limit = "" if self.memory_limit is None else f", limited to {self.memory_limit:g} GB"
-        return f"{torch.cuda.get_device_name()}{limit}"
 
     def models_of(self, on_gpu: Sequence[str], on_cpu: Sequence[str]) -> Sequence[str]:
         return self.models or (on_gpu if self.on_gpu else on_cpu)
@@ -98,27 +86,6 @@ def from_options(option: Any) -> Setting:
         value = option(name)
         if value is not None and min(value if isinstance(value, list) else [value]) <= 0:
             raise pytest.UsageError(f"{name} is {value}: give more than 0")
-    paths = {name: option(f"--{name}") for name in PEERS}
-    checkouts = {name: check_checkout(name, Path(path)) for name, path in paths.items() if path is not None}
-    models, batches = option("--models"), option("--batches")
-    return Setting(
-        device,
-        checkouts,
-        tuple(models) if models else None,
-        tuple(sorted(batches, reverse=True)) if batches else None,
-        option("--largest"),
-        limit,
-    )
-
-
-def limit_memory(gb: float) -> None:
-    """Cap what this process may allocate, in GB of 1e9 bytes. Raises pytest.UsageError when the GPU has less."""
-    total = torch.cuda.get_device_properties().total_memory
-    if gb * 1e9 > total:
-        raise pytest.UsageError(f"--memory-limit is {gb:g} GB, and this GPU has {total / 1e9:.1f}: give less")
-    torch.cuda.set_per_process_memory_fraction(gb * 1e9 / total)
-
-
-def machine(device: str) -> dict[str, Any]:
-    """Return hardware, versions, clocks and power."""
-    return timing.machine(device) | {"python": platform.python_version()}
+    checkouts = {name: check_checkout(name, Path(path)) for name in PEERS if (path := option(f"--{name}")) is not None}
+    batches = sorted(option("--batches") or (), reverse=True)
+    return Setting(device, checkouts, option("--models"), batches, option("--largest"), limit)

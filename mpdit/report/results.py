@@ -267,7 +267,7 @@ def _head(path: Path, content: Json, info: Json) -> Results:
         path,
         date=str(info["date"]),
         time=str(content.get("datetime") or ""),
-        device=_choice(info, "device", ("cuda", "cpu")),
+        device=_one_of(("cuda", "cpu"), "device", info["device"]),
         machine=machine,
         peaks=peaks
         and {name: _number(peaks, name) for name in ("bf16", "fp32", "bandwidth")} | {"source": str(peaks["source"])},
@@ -283,20 +283,26 @@ def _row(info: Json, stats: Json, rates: Json) -> Row:
     samples = tuple(stats["data"])
     if not samples or not all(0 < sample < math.inf for sample in samples):
         raise ValueError(f"stats.data is {samples}, where times above 0 are needed")
-    _choice(info, "part", PARTS)
-    dtype, model, gate, memory = str(info["dtype"]), info["model"], info["gate"], info["memory"]
+    part, case, variant = _key(info)
+    dtype, model, gate = str(info["dtype"]), info["model"], info["gate"]
     if gate is not None and "same" not in gate:
         gate = {name: _number(gate, name, least=0) for name in ("error", "allowed")}
+    memory = info["memory"] or {"allocated": None, "reserved": None}
     peak, ceiling = (rates.get(name) for name in RATES.get(dtype, ("", "")))
     return Row(
-        *_key(info),
-        None if model is None else str(model),
-        **{name: None if info[name] is None else _number(info, name, 0) for name in ("images", "flops", "bytes")},
+        part=_one_of(PARTS, "part", part),
+        case=case,
+        variant=variant,
+        model=None if model is None else str(model),
+        images=_count(info, "images"),
+        flops=_count(info, "flops"),
+        bytes=_count(info, "bytes"),
         dtype=dtype,
         samples=samples,
         seconds=_spread(info, "seconds"),
         ratio=None if info["ratio"] is None else _spread(info, "ratio"),
-        **{name: None if memory is None else _number(memory, name, 0) for name in ("allocated", "reserved")},
+        allocated=_count(memory, "allocated"),
+        reserved=_count(memory, "reserved"),
         gate=gate,
         peak=peak,
         ceiling=ceiling,
@@ -309,10 +315,14 @@ def _key(entry: Json) -> Key:
     return part, case, variant
 
 
-def _choice(info: Json, name: str, choices: Sequence[str]) -> str:
-    if info[name] not in choices:
-        raise ValueError(f"{name} is {info[name]!r}, where one of {', '.join(choices)} is needed")
-    return str(info[name])
+def _one_of(choices: Sequence[str], name: str, value: Any) -> str:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, where one of {', '.join(choices)} is needed")
+    return str(value)
+
+
+def _count(info: Json, name: str) -> Any:
+    return None if info[name] is None else _number(info, name, least=0)
 
 
 def _number(info: Json, name: str, least: float = 1e-300) -> Any:
