@@ -216,7 +216,7 @@ FAULTS = tuple(Fault(*row) for row in (
      "test_training_config.py"),
     (T + "arguments.py", "a configuration file goes before the command line", "given = file | given | (",
      "given = given | file | (", "test_training_config_files.py"),
-    (T + "fingerprint.py", "a run goes on with another seed unnoticed", '*("bad_records", "gpu_stage"',
+    (T + "setup.py", "a run goes on with another seed unnoticed", '*("bad_records", "gpu_stage"',
      '*("seed", "bad_records", "gpu_stage"', "test_training_prepare.py"),
     ("launch/slurm.sh", "SLURM's warning comes too late to save", "--signal=B:USR1@120", "--signal=B:USR1@60",
      "test_launch_slurm.py -k defaults"),

@@ -23,7 +23,7 @@ import mpdit.model.weights
 import mpdit.training.plots
 from mpdit.core.dist_env import DistEnv
 from mpdit.training import loop, metrics
-from mpdit.training.checkpoint import export, format, resume, save
+from mpdit.training.checkpoint import format, resume, save
 from mpdit.training.checkpoint.deepspeed_state import fragments, optimizer_steps
 from mpdit.training.checkpoint.format import KINDS
 from mpdit.training.safety.guard import Guard
@@ -178,7 +178,7 @@ POINTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "marker written": ((format, "mark"),),
     "old one removed": ((format, "remove"),),
     "any file removed": ((os, "unlink"),),
-    "average exported": ((export, "export"),),
+    "average exported": ((save, "export"),),
     "leftovers cleared": ((resume, "tidy"),),
     "metrics written": ((metrics.MetricsLog, "write"),),
     "step taken": ((metrics.MetricsLog, "advance"),),

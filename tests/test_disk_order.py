@@ -22,7 +22,7 @@ from mpdit.data import LatentSpec, PackedLatents, PackedWriter, quarantine, writ
 from mpdit.data.quarantine import QUARANTINE_NAME, Quarantine
 from mpdit.jobs.extract.extract import ExtractOptions, extract
 from mpdit.model.weights import save_weights
-from mpdit.training.checkpoint import export, format, save
+from mpdit.training.checkpoint import format, save
 from mpdit.training.checkpoint.format import Checkpoint
 from mpdit.training.config import TrainConfig
 from mpdit.training.safety.guard import Guard
@@ -96,7 +96,7 @@ def test_a_checkpoint_is_of_steps_whose_logs_are_on_the_disk(
     Guard(run, engine, 0, lambda: None)._list(line, "")
     assert seen == ["sync skipped.jsonl"]
 
-    monkeypatch.setattr(export, "export", lambda *_: seen.append("average"))
+    monkeypatch.setattr(save, "export", lambda *_: seen.append("average"))
     (tmp_path / "metrics.jsonl").touch()
     assert save.finish(run, whole) == ""
     assert seen[1] == "sync metrics.jsonl"

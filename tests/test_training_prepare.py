@@ -65,8 +65,8 @@ def test_channels_and_classes_come_from_the_data_unless_given(tmp_path: Path, pa
         (["--model", "MPDiT-B/4-2"], "4x16x16"),
         (["--data", "/nonexistent"], "/nonexistent"),
         (["--resume", "never", "--wandb"], "wandb"),
-        (["--resume", "runs/\udcff"], r"resume 'runs/\\udcff' is not UTF-8"),
-        (["--out", "runs/\udcff"], r"out 'runs/\\udcff' is not UTF-8"),
+        (["--resume", "runs/\udcff"], r"resume is 'runs/\\udcff': give text in UTF-8"),
+        (["--out", "runs/\udcff"], r"out is 'runs/\\udcff': give text in UTF-8"),
     ],
 )
 def test_bad_input_is_one_clear_error_and_writes_nothing(

@@ -67,11 +67,6 @@ def init_distributed(env: DistEnv, hang_timeout: float = 0, name: str = "") -> t
     return device
 
 
-def disconnect() -> None:
-    """Leave the other ranks, once all are done. Left to Python's end, gloo's threads abort the process at times."""
-    torch.distributed.destroy_process_group()
-
-
 def extend_timeouts(hang_timeout: float) -> None:
     """Let no group of processes, DeepSpeed's too, give up before the watchdog has told where each rank stands."""
     groups = torch.distributed.distributed_c10d

@@ -9,26 +9,32 @@ import sys
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
+from mpdit.core import rng
 from mpdit.core.dist_env import set_threads
-from mpdit.core.errors import ConfigError, UserError
+from mpdit.core.errors import ConfigError
 from mpdit.core.files import locked, write_atomically
 from mpdit.data.loaders import make_loader, to_latents
 from mpdit.data.order import GlobalOrder
 from mpdit.diffusion.flow import flow_loss
-from mpdit.training.checkpoint import export, resume
+from mpdit.diffusion.images import save_sample_grid
+from mpdit.diffusion.sampling import sample
+from mpdit.model.mpdit import MPDiT
+from mpdit.training.checkpoint import resume, save
 from mpdit.training.checkpoint.deepspeed_state import gather_average, restore
 from mpdit.training.checkpoint.format import Checkpoint
-from mpdit.training.checkpoint.save import AsyncCheckpointer
-from mpdit.training.distributed import disconnect, extend_timeouts, init_distributed
+from mpdit.training.distributed import extend_timeouts, init_distributed
 from mpdit.training.engine import build_trainer, check_deepspeed
 from mpdit.training.metrics import LossMean, MetricsLog, Stopwatch
 from mpdit.training.profiling import Profiler
 from mpdit.training.safety.guard import Guard
 from mpdit.training.safety.stop import StopRequests, reasons
 from mpdit.training.safety.watchdog import PATIENCE, Watchdog
-from mpdit.training.sample_grid import draw_grid
 from mpdit.training.setup import Run
+
+_COLUMNS, _ROWS = 10, 8
+"""Of a sample grid."""
 
 
 def train(run: Run, stop: StopRequests) -> str:
@@ -78,7 +84,7 @@ def train(run: Run, stop: StopRequests) -> str:
         stop.hold()
         torch.distributed.barrier()
 
-        saver = stack.enter_context(AsyncCheckpointer(run, trainer))
+        saver = stack.enter_context(save.AsyncCheckpointer(run, trainer))
         loader = make_loader(
             run.dataset,
             GlobalOrder(manifest.num_samples, config.seed),
@@ -168,7 +174,7 @@ def train(run: Run, stop: StopRequests) -> str:
                         average = gather_average(trainer.engine, trainer.optimizer, keep=env.rank == 0)
                     if env.rank == 0:
                         with profile.range("sample"):
-                            draw_grid(run, average, step, device)
+                            _draw_grid(run, average, step, device)
             # Last, so that what a step leaves is there once its checkpoint is.
             if saving:
                 watchdog.alive("saving", PATIENCE)
@@ -178,12 +184,11 @@ def train(run: Run, stop: StopRequests) -> str:
                 stopped = f"stopped by {reason} after step {step}, saved in {run.out}: repeat the command to go on"
                 break
         watchdog.alive("saving", PATIENCE)
-    disconnect()
+    torch.distributed.destroy_process_group()  # left to Python's end, gloo's threads abort the process at times
     if env.rank == 0 and not stopped:
         from mpdit.training.plots import plot_loss  # imported by rank 0, when there is time
 
-        with contextlib.suppress(UserError):  # nothing is left to plot of a finished run whose log was removed
-            plot_loss(run.out / "metrics.jsonl", run.out / "loss.png")
+        plot_loss(run.out / "metrics.jsonl", run.out / "loss.png")
         print(f"trained {config.steps} steps: {run.out}", flush=True)
     return stopped
 
@@ -207,8 +212,8 @@ def _open_folder(run: Run, resumed: Checkpoint | None) -> None:
     except OSError as error:
         raise ConfigError(f"out {run.out} can't be written ({error}): give another --out") from error
     resume.tidy(run.out, resumed)
-    if resumed is not None and not export.is_exported(run, resumed):
-        export.export(run, resumed)
+    if resumed is not None and not save.is_exported(run, resumed):
+        save.export(run, resumed)
     begin = "from the start" if resumed is None else f"from {resumed.folder}"
     config = run.config
     print(
@@ -219,3 +224,19 @@ def _open_folder(run: Run, resumed: Checkpoint | None) -> None:
     )
     if run.initial is not None:
         print("\n".join([f"initial weights: {run.initial.source}", *run.initial.notes]), file=sys.stderr, flush=True)
+
+
+def _draw_grid(run: Run, average: dict[str, Tensor], step: int, device: torch.device) -> None:
+    """Sample OUT/samples/step-*.png, a class a column, from the same noise at every step."""
+    model = MPDiT(run.model)
+    model.load_state_dict(average)
+    model.to(device)
+    columns = min(_COLUMNS, run.manifest.num_classes)
+    positions = torch.arange(columns * _ROWS, device=device)
+    classes = (positions % columns) * run.manifest.num_classes // columns
+    shape = (run.model.channels, run.model.input_size, run.model.input_size)
+    noise = rng.normal(run.config.seed, rng.Stream.SAMPLE_NOISE, positions, shape)
+    with torch.autocast(device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
+        latents = sample(model, noise, classes, run.config.sample_steps, guidance=run.config.sample_guidance)
+    path = run.out / "samples" / f"step-{step:08d}.png"
+    save_sample_grid(path, latents.float().cpu(), run.manifest.metadata(), columns=columns, classes=classes.cpu())

@@ -1,4 +1,4 @@
-"""The loss curve of a run, from its metrics.jsonl."""
+"""Draws the loss curve of a run, from its metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -12,34 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
-from mpdit.core.errors import DataError
-
 _BLUE, _ORANGE = "#2a6fbb", "#d9822b"
 _MAX_SMOOTHING = 50  # logged points
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Return the objects of a metrics.jsonl, in the order of their "step".
-
-    A step logged twice (a run resumed from an earlier checkpoint) counts as logged last; a last line cut short by a
-    crash is left out. DataError, naming file and line, when the file is missing, empty or not metrics.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such metrics file; give the metrics.jsonl of a training run")
-    lines = path.read_text().splitlines()
-    by_step: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            by_step[int(record["step"])] = record
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):
-                break
-            raise DataError(f"{path}, line {number}: not a JSON object with a step; remove the line") from error
-    if not by_step:
-        raise DataError(f"{path}: holds no logged step yet; let the run log at least one")
-    return [by_step[step] for step in sorted(by_step)]
 
 
 def smooth(values: ArrayLike, points: int) -> NDArray[np.float64]:
@@ -56,9 +30,11 @@ def smooth(values: ArrayLike, points: int) -> NDArray[np.float64]:
 def plot_loss(metrics: str | Path, png: str | Path, title: str = "Training loss") -> None:
     """Draw loss and images per second of a metrics.jsonl over the steps into a PNG (folders are made where missing).
 
-    Works from one logged step on and without a display. DataError as `read_metrics`.
+    Works without a display; draws nothing where no step is logged.
     """
-    records = read_metrics(metrics)
+    records = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
+    if not records:
+        return
     steps, loss, speed = (
         np.array([np.nan if record.get(name) is None else float(record[name]) for record in records])
         for name in ("step", "loss", "images_per_second")

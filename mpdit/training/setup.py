@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.util
 import json
 import os
@@ -15,8 +17,9 @@ import torch
 from mpdit_kernels import dispatch
 from mpdit_kernels.hardware import GPUS, Gpu, find_gpu
 
+from mpdit.core.differences import differences
 from mpdit.core.dist_env import DistEnv
-from mpdit.core.errors import CheckpointError, ConfigError, DataError
+from mpdit.core.errors import CheckpointError, ConfigError, DataError, UserError
 from mpdit.data.dataset import LatentDataset
 from mpdit.data.digits import VERSION, build_digits
 from mpdit.data.manifest import DatasetInfo
@@ -25,13 +28,28 @@ from mpdit.data.order import BatchPlan
 from mpdit.data.quarantine import QUARANTINE_NAME, Quarantine
 from mpdit.model.config import ModelConfig
 from mpdit.training.arguments import parse_arguments
-from mpdit.training.checkpoint.format import committed_folders, committed_manifest, step_of
+from mpdit.training.checkpoint.format import Checkpoint, committed_folders
 from mpdit.training.config import DIGITS, RENAMED, TrainConfig, with_defaults
 from mpdit.training.deepspeed_config import arguments_from, complete, read_ds_config, zero_stage
-from mpdit.training.fingerprint import check_same, fingerprint, short_digest
 from mpdit.training.init_weights import GIVEN_LATER, InitialWeights, load_initial, recorded_digest, weights_digest
 
 FORMAT = "mpdit-run-1"
+
+MAY_CHANGE_ON_RESUME = {
+    *("ds_config", "model", "override", "data", "data_scale", "normalization", "init_from"),
+    *("out", "resume", "force", "dry_run", "plan_gpu", "plan_gpus", "progress", "tensorboard", "wandb"),
+    *("bad_records", "gpu_stage", "grad_accum_steps", "activation_checkpointing", "max_skips", "hang_timeout"),
+    *("log_every", "sample_every", "sample_steps", "sample_guidance", "checkpoint_every", "keep"),
+    *("profile", "profile_steps", "profile_ranks"),
+}
+"""Fields of TrainConfig that may differ when a run is resumed: they don't decide what is learnt (model, data and
+initial weights are compared whole)."""
+
+_UNFORCED = {
+    "model.": "its weights don't fit another model",
+    "optimizer": "what an optimizer keeps does not fit another",
+}
+"""What --force can't change of a run that is continued, by the beginning of its names, and why."""
 
 _BEFORE_A_RUN = {"hang", "profile", ".config.json.partial"}
 """What an attempt that ended before it was a run may have left in its folder."""
@@ -131,13 +149,6 @@ def _prepare(arguments: Sequence[str], env: DistEnv) -> Run:
         known = recorded_digest(Path(config.out), config.init_from) if goes_on else None
         identity["init_from"] = known or weights_digest(config.init_from)
     out = Path(config.out or _default_folder(config, identity))
-    for name, path in (("out", out), ("resume", Path(config.resume))):
-        try:
-            str(path.absolute()).encode()
-        except UnicodeEncodeError:
-            raise ConfigError(
-                f"{name} {str(path)!a} is not UTF-8, and safetensors opens no such path: give another"
-            ) from None
     check_folder(out, identity, config.resume, config.force)
 
     sound = Quarantine(dataset, config.bad_records, out / QUARANTINE_NAME, identity["data"], write=not config.dry_run)
@@ -213,12 +224,51 @@ def check_folder(out: Path, identity: Mapping[str, Any], resume: str, force: boo
 
 def _recorded_identity(out: Path) -> dict[str, Any] | None:
     """Return that of the run in a folder, by its newest checkpoint; config.json's may be of settings forced since."""
-    for folder in (*reversed(committed_folders(out)), None):
-        try:
-            fields = json.loads((out / "config.json").read_bytes() if folder is None else committed_manifest(folder))
-            named = folder is None or fields["step"] == step_of(folder)  # it may be a copy of an older one
-            if named and isinstance(fields["identity"], dict):
-                return dict(fields["identity"])
-        except (CheckpointError, OSError, ValueError, KeyError, TypeError, RecursionError):
-            continue
+    for folder in reversed(committed_folders(out)):
+        with contextlib.suppress(CheckpointError):
+            return Checkpoint.open(folder).identity
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        return dict(json.loads((out / "config.json").read_bytes())["identity"])
     return None
+
+
+def fingerprint(config: TrainConfig, model: ModelConfig, dataset: LatentDataset) -> dict[str, Any]:
+    """Return what decides the weights, flat, in JSON types: settings, model and data; not yet the initial weights."""
+    training = {name: value for name, value in config.to_dict().items() if name not in MAY_CHANGE_ON_RESUME}
+    if config.lr_schedule == "constant":
+        del training["steps"]  # such a run may be made longer
+    return {
+        **training,
+        **{f"model.{name}": value for name, value in model.to_dict().items()},
+        "data": f"{dataset.manifest.kind} {short_digest(dataset.manifest.to_json() + dataset.digest)}",
+    }
+
+
+def short_digest(value: Any) -> str:
+    """Return the first 8 hex digits of the SHA-256 of a value in JSON types."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def check_same(
+    theirs: Mapping[str, Any], ours: Mapping[str, Any], holder: str, force: bool, error: type[UserError]
+) -> str:
+    """Return what `force` lets a run be continued with, in words; "" when both fingerprints are the same.
+
+    Raises `error`, beginning with `holder`, which is a place and "holds" or "is of": for any difference
+    without force, with it for one of the model or the optimizer.
+    """
+    # What was not written down was the only optimizer there was; a loader was once let pass.
+    theirs = {"optimizer": "adamw_ema", "loader": ours.get("loader"), **theirs}
+    words = differences(theirs, ours)
+    if words and not force:
+        raise error(
+            f"{holder} another run ({', '.join(words.values())}): give the same settings or another --out, or --force "
+            "to go on with these"
+        )
+    for start, reason in _UNFORCED.items():
+        if fixed := [text for name, text in words.items() if name.startswith(start)]:
+            raise error(
+                f"{holder} another run ({', '.join(fixed)}) and --force can't change that, as {reason}: give the same, "
+                "or another --out"
+            )
+    return ", ".join(words.values())

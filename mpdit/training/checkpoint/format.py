@@ -40,11 +40,6 @@ MARKER = "COMMITTED"
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 """What is kept of a parameter: fp32 weights, AdamW's two moments, and the average of the weights."""
 
-_LARGEST = 1 << 62  # of anything that is counted
-_SHARD = re.compile(r"rank-\d{5,}\.safetensors")  # no name leads out of the folder
-_KEY = re.compile(r"[a-z_]+/[^/]+/\d+")
-"""Matches the key of a tensor in a shard: kind, parameter, start in the flattened parameter."""
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -73,17 +68,20 @@ class Checkpoint:
             raise CheckpointError(
                 f"checkpoint {folder} does not exist: give a folder like OUT/checkpoints/step-00000500"
             )
-        text = committed_manifest(folder)
+        path, marker = folder / "manifest.json", folder / MARKER
+        try:
+            text, committed = path.read_bytes(), marker.read_bytes().strip()
+        except OSError as error:
+            raise CheckpointError(f"{folder} is not a complete checkpoint ({error})") from error
+        if hashlib.sha256(text).hexdigest().encode() != committed:
+            raise CheckpointError(f"{path} does not match the SHA-256 in {marker}: it was altered; use an older one")
         try:
             fields = json.loads(text)
             if fields.pop("format") != FORMAT:
                 raise ValueError(f'expected "format": "{FORMAT}"')
             checkpoint = cls(folder, **fields)
-            checkpoint._check_types()
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(
-                f"{folder} is not a complete checkpoint ({folder / 'manifest.json'}: {error})"
-            ) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{folder} is not a checkpoint of this version ({path}: {error})") from error
         if CHECKPOINT_NAME.fullmatch(folder.name) and step_of(folder) != checkpoint.step:
             raise CheckpointError(
                 f"{folder} holds step {checkpoint.step}: it was renamed or copied; give it its own name again, or "
@@ -96,25 +94,6 @@ class Checkpoint:
                 state = "is missing" if found is None else f"has {found} bytes, not {size}"
                 raise CheckpointError(f"{folder} is damaged: {name} {state}; remove the folder to use an older one")
         return checkpoint
-
-    def _check_types(self) -> None:
-        """Raise ValueError, KeyError, TypeError or AttributeError for a field that `commit` doesn't write like that."""
-        numbers = [self.step, self.position, self.optimizer_steps, self.world_size, self.zero_stage]
-        for name, entry in self.files.items():
-            if not _SHARD.fullmatch(name):
-                raise ValueError(f"file {name!r} is no shard's name")
-            if not isinstance(entry["sha256"], str) or not all(_KEY.fullmatch(key) for key in entry["keys"]):
-                raise ValueError(f"the entry of {name} is damaged")
-            numbers.append(entry["bytes"])
-        for shape in self.shapes.values():
-            numbers += [*shape]
-        if not all(type(number) is int and 0 <= number < _LARGEST for number in numbers):
-            raise ValueError("a number in it is damaged")
-        if not self.files or not self.shapes:
-            raise ValueError("it lists no files or no parameters")
-        counters = all(type(number) in (int, float) and abs(number) < 1e30 for number in self.counters.values())
-        if not isinstance(self.identity, dict) or not counters:
-            raise ValueError("its identity or its counters are damaged")
 
     @property
     def shards(self) -> dict[Path, list[str]]:
@@ -136,22 +115,6 @@ def committed_folders(out: Path) -> list[Path]:
 def step_of(folder: Path) -> int:
     """Return the step that a checkpoint's folder is named after."""
     return int(folder.name.removeprefix("step-"))
-
-
-def committed_manifest(folder: Path) -> bytes:
-    """Read a checkpoint's manifest.json. Raises CheckpointError unless it is what was committed."""
-    path, marker = folder / "manifest.json", folder / MARKER
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{folder} is not a complete checkpoint ({path}: {error})") from error
-    try:
-        expected = marker.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder} was never committed ({marker}: {error})") from error
-    if hashlib.sha256(text).hexdigest() != expected:
-        raise CheckpointError(f"{path} does not match the SHA-256 in {marker}: it was altered; use an older one")
-    return text
 
 
 def verify(path: Path, entry: Mapping[str, Any]) -> None:

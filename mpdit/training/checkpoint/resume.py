@@ -6,7 +6,6 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mpdit.core.dist_env import DistEnv, gather
 from mpdit.core.errors import CheckpointError, one_line
@@ -19,10 +18,7 @@ from mpdit.training.checkpoint.format import (
     step_of,
     verify,
 )
-from mpdit.training.fingerprint import check_same
-
-if TYPE_CHECKING:
-    from mpdit.training.setup import Run
+from mpdit.training.setup import Run, check_same
 
 _LEFTOVER = re.compile(r"\.step-\d{8,}\.(partial|removed)")
 

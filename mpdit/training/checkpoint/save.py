@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 import traceback
@@ -15,9 +16,10 @@ from torch import Tensor
 from mpdit.core.dist_env import gather
 from mpdit.core.errors import CheckpointError, UserError, explain_os_error
 from mpdit.core.files import sync_to_disk
-from mpdit.training.checkpoint import export, format
+from mpdit.model.weights import read_weights, save_weights
+from mpdit.training.checkpoint import format
 from mpdit.training.checkpoint.deepspeed_state import fragments, optimizer_steps, parameter_shapes
-from mpdit.training.checkpoint.format import Checkpoint
+from mpdit.training.checkpoint.format import Checkpoint, read_average
 
 if TYPE_CHECKING:
     from mpdit.training.engine import Trainer
@@ -134,10 +136,35 @@ def finish(run: Run, whole: Checkpoint) -> str:
         format.commit(format.partial_folder(run.out, whole.step), whole)
         problem = f"step {whole.step} is saved, but what follows a save went wrong"
         format.rotate(run.out, run.config.keep)
-        export.export(run, whole)
+        export(run, whole)
     except Exception as error:
         return f"{problem}: {_reason(error, run.out)}"
     return ""
+
+
+def export(run: Run, saved: Checkpoint) -> None:
+    """Write OUT/ema, the weights that `mpdit sample` and `mpdit evaluate` read, from a committed checkpoint."""
+    save_weights(run.out / "ema", read_average(saved), run.model, _metadata(run, saved))
+
+
+def is_exported(run: Run, saved: Checkpoint) -> bool:
+    """Return whether OUT/ema is this checkpoint's, and whole: a run may be killed between the two."""
+    try:
+        model, _, metadata = read_weights(run.out / "ema")
+    except UserError:
+        return False
+    return model == run.model and metadata == json.loads(json.dumps(_metadata(run, saved)))
+
+
+def _metadata(run: Run, saved: Checkpoint) -> dict[str, Any]:
+    training = {
+        "step": saved.step,
+        "samples": saved.position,
+        "seed": run.config.seed,
+        "ema_decay": run.config.ema_decay,
+        "weights": "ema",
+    }
+    return {"data": run.manifest.metadata(), "training": training}
 
 
 def _reason(error: Exception, place: Path) -> str:
