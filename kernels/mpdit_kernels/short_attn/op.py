@@ -140,7 +140,7 @@ def _starts(offsets: tuple[int, ...], query_start: int, device: torch.device) ->
 def _short_attention(qkv, starts, lengths, scale, query_start):  # type: ignore[no-untyped-def]
     """Return (result, lse fp32 [H, N']: base-2 logarithm of the sum that each query's weights are divided by).
 
-    `lengths` are (length, count, ...) in the order of `starts`.
+    By triton_impl.forward. `lengths` are (length, count, ...) in the order of `starts`.
     """
     *_, heads, width = qkv.shape
     if starts is None:
@@ -157,7 +157,7 @@ def _short_attention(qkv, starts, lengths, scale, query_start):  # type: ignore[
     "float scale, SymInt query_start) -> Tensor",
 )
 def _short_attention_backward(d_out, qkv, out, lse, starts, lengths, scale, query_start):  # type: ignore[no-untyped-def]
-    """Return the gradient of qkv, contiguous."""
+    """Return the gradient of qkv, contiguous, by triton_impl.backward."""
     return qkv.new_empty(qkv.shape)
 
 

@@ -1,5 +1,15 @@
 """Attention over few tokens: forward and backward kernels, their configurations and launchers.
 
+Of one head, with queries q [T - f, d] and keys k and values v [T, d] in the packed projection (Vaswani et al., 2017):
+
+    s = scale * q @ k^T,  p = softmax(s),  out = p @ v
+
+and backward (FlashAttention-2, Dao, 2023, section 3.1), with p = 2^(log2(e) * s - lse) of the kept lse[i] =
+log2(sum_j e^s[i, j]):
+
+    dv = p^T @ d_out,  dp = d_out @ v^T,  delta_i = sum_d out[i, d] * d_out[i, d] = sum_j p[i, j] * dp[i, j]
+    ds = p * (dp - delta),  dq = scale * ds @ k,  dk = scale * ds^T @ q
+
 One head's queries, keys or values are tuples of tiles that fit their sizes. A head's width is the sum of powers of two
 of at least 16, columns past it being zero: 72 is 64 + 16 with 8 columns idle, where one block would be 128. So are the
 keys: 80 tokens are 64 + 16, 272 are 256 + 16. COLUMNS and KEYS are such sums, ((first, number), ...).
@@ -9,10 +19,10 @@ tile. Softmax over a group of keys is one pass, in registers; groups are merged 
 heads), a program has one tile of queries, and keys and values come chunk by chunk.
 
 Backward, one launch gives the packed gradient, each number written once by the program that has its head. Scores are
-computed again. A walk through the queries, with scores transposed so that weights and their gradients are left operands
-straight from registers, adds up the key and value gradients of one block of keys. Where the block is ALL keys, the same
-walk makes the query gradients. Otherwise, after a walk for each block, another makes them and computes the scores a
-third time, which costs less than adding up in memory.
+computed again. For each block of keys a loop over the queries adds up dk and dv, with scores transposed so that p^T and
+ds^T are left operands straight from registers. Where the block is ALL_KEYS, the same loop makes dq. Otherwise, after
+the loops of all blocks, another makes dq and computes the scores a third time, which costs less than adding up in
+memory.
 """
 
 from __future__ import annotations
@@ -96,7 +106,7 @@ def _fits(tokens: int, width: int) -> bool:
 
 def _backward(queries: int, block: int, warps: int, whole: bool = False) -> Config:
     """Queries of a tile, keys of a block; with `whole` all keys at once, in chunks of up to a block."""
-    return {"QUERIES": queries, "BLOCK": block, "ALL": whole, "num_warps": warps, "num_stages": 1}
+    return {"QUERIES": queries, "BLOCK": block, "ALL_KEYS": whole, "num_warps": warps, "num_stages": 1}
 
 
 def _default_backward(tokens: int, width: int, bytes: int) -> Config:
@@ -124,32 +134,33 @@ BACKWARD = Tunable("short_attn.backward", _default_backward, _candidates_backwar
 
 
 @triton.jit
-def load_rows(base, rows, limit, stride, COLUMNS: tl.constexpr, D: tl.constexpr):
-    """Rows [R] of one head at base, those from `limit` on as zero: a tuple of tiles, one for each of COLUMNS."""
+def load_rows(base, rows, limit, row_stride, COLUMNS: tl.constexpr, D: tl.constexpr):
+    """Return rows [R] of one head at base, those from `limit` on as zero: a tuple of tiles, one for each of COLUMNS."""
     tiles = ()
     for j in tl.static_range(len(COLUMNS)):
         columns = COLUMNS[j][0] + tl.arange(0, COLUMNS[j][1])
         mask = rows[:, None] < limit
         if COLUMNS[j][0] + COLUMNS[j][1] > D:
             mask = mask & (columns[None, :] < D)
-        tiles = tiles + (tl.load(base + rows[:, None] * stride + columns[None, :], mask=mask, other=0),)
+        tiles = tiles + (tl.load(base + rows[:, None] * row_stride + columns[None, :], mask=mask, other=0),)
     return tiles
 
 
 @triton.jit
 def load_group(
-    base, limit, stride, KEYS: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr, COLUMNS: tl.constexpr,
+    base, limit, row_stride, KEYS: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr, COLUMNS: tl.constexpr,
     D: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a group of keys or values, chunks BEGIN to END: a tuple for each."""
-    rows = ()
+    """Return rows of a group of keys or values, chunks BEGIN to END of KEYS: for each a tuple of tiles."""
+    chunks_of_rows = ()
     for i in tl.static_range(BEGIN, END):
-        rows = rows + (load_rows(base, KEYS[i][0] + tl.arange(0, KEYS[i][1]), limit, stride, COLUMNS, D),)
-    return rows
+        rows = KEYS[i][0] + tl.arange(0, KEYS[i][1])
+        chunks_of_rows = chunks_of_rows + (load_rows(base, rows, limit, row_stride, COLUMNS, D),)
+    return chunks_of_rows
 
 
 @triton.jit
-def store_rows(base, rows, limit, stride, tiles, factor, COLUMNS: tl.constexpr, D: tl.constexpr):
+def store_rows(base, rows, limit, row_stride, tiles, factor, COLUMNS: tl.constexpr, D: tl.constexpr):
     """Write factor * tiles, without rows from `limit` and columns from D on."""
     for j in tl.static_range(len(COLUMNS)):
         columns = COLUMNS[j][0] + tl.arange(0, COLUMNS[j][1])
@@ -157,12 +168,12 @@ def store_rows(base, rows, limit, stride, tiles, factor, COLUMNS: tl.constexpr, 
         if COLUMNS[j][0] + COLUMNS[j][1] > D:
             mask = mask & (columns[None, :] < D)
         values = (tiles[j] * factor).to(base.dtype.element_ty)
-        tl.store(base + rows[:, None] * stride + columns[None, :], values, mask=mask)
+        tl.store(base + rows[:, None] * row_stride + columns[None, :], values, mask=mask)
 
 
 @triton.jit
-def inner(left, right):
-    """left @ right^T, fp32 [R, R'], of two rows of tiles; fp32 operands without TF32."""
+def dot_transposed(left, right):
+    """Return left @ right^T, fp32 [R, R'], of tuples of tiles [R, C] and [R', C]; fp32 operands without TF32."""
     total = tl.dot(left[0], tl.trans(right[0]), input_precision="ieee")
     for j in tl.static_range(1, len(left)):
         total = tl.dot(left[j], tl.trans(right[j]), total, input_precision="ieee")
@@ -170,15 +181,15 @@ def inner(left, right):
 
 
 @triton.jit
-def outer(left, right, acc):
-    """acc + left @ right, row by row of tiles; without acc where it is empty."""
-    found = ()
+def dot_plain(left, right, acc):
+    """Return acc + left @ right of a tile [R, R'] and a tuple of tiles [R', C]; an empty acc is zero."""
+    products = ()
     for j in tl.static_range(len(right)):
         if len(acc) == 0:
-            found = found + (tl.dot(left, right[j], input_precision="ieee"),)
+            products = products + (tl.dot(left, right[j], input_precision="ieee"),)
         else:
-            found = found + (tl.dot(left, right[j], acc[j], input_precision="ieee"),)
-    return found
+            products = products + (tl.dot(left, right[j], acc[j], input_precision="ieee"),)
+    return products
 
 
 @triton.jit
@@ -190,10 +201,10 @@ def forward_kernel(
     out_starts,  # int64 [S]: its first row of the result
     T,
     query_start,
-    scale,  # of scores, times log2(e)
-    row,
-    sequence,
-    out_rows,  # N'
+    scale_log2,  # scale of scores, times log2(e)
+    row_stride,
+    sequence_stride,
+    num_out_rows,  # N'
     H: tl.constexpr,
     D: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -203,89 +214,104 @@ def forward_kernel(
     RESIDENT: tl.constexpr,
     PADDED: tl.constexpr,
 ):
+    # This program's sequence and head, and where they begin.
     s = tl.program_id(0) // H
     h = tl.program_id(0) % H
     if starts is not None:
-        q = qkv + tl.load(starts + s) * row + h * D
-        to = tl.load(out_starts + s)
+        q = qkv + tl.load(starts + s) * row_stride + h * D
+        out_row = tl.load(out_starts + s)
     else:
-        q = qkv + s.to(tl.int64) * sequence + h * D
-        to = s.to(tl.int64) * (T - query_start)
+        q = qkv + s.to(tl.int64) * sequence_stride + h * D
+        out_row = s.to(tl.int64) * (T - query_start)
     k = q + H * D
     v = q + 2 * H * D
-    q += query_start * row
-    out += to * (H * D) + h * D
-    lse += h.to(tl.int64) * out_rows + to
+    q += query_start * row_stride
+    out += out_row * (H * D) + h * D
+    lse += h.to(tl.int64) * num_out_rows + out_row
+
+    # Keys and values of each group, a tuple of chunks of tuples of tiles [keys, columns], for all tiles of queries
     keys = ()
     values = ()
     if RESIDENT:
         for g in tl.static_range(len(GROUPS)):
-            keys = keys + (load_group(k, T, row, KEYS, GROUPS[g][0], GROUPS[g][1], COLUMNS, D),)
-            values = values + (load_group(v, T, row, KEYS, GROUPS[g][0], GROUPS[g][1], COLUMNS, D),)
-    count = T - query_start
+            keys = keys + (load_group(k, T, row_stride, KEYS, GROUPS[g][0], GROUPS[g][1], COLUMNS, D),)
+            values = values + (load_group(v, T, row_stride, KEYS, GROUPS[g][0], GROUPS[g][1], COLUMNS, D),)
+
+    num_queries = T - query_start
     # LLVM would compute what every product addresses before the loop, and keep it in more registers than there are.
-    for first in tl.range(tl.program_id(1) * QUERIES, count, tl.num_programs(1) * QUERIES, disable_licm=True):
+    for first in tl.range(tl.program_id(1) * QUERIES, num_queries, tl.num_programs(1) * QUERIES, disable_licm=True):
         rows = tl.arange(0, QUERIES)
-        queries = load_rows(q + first * row, rows, count - first, row, COLUMNS, D)
+        limit = num_queries - first
+        queries = load_rows(q + first * row_stride, rows, limit, row_stride, COLUMNS, D)  # [QUERIES, columns]
         if RESIDENT:
-            m_i, l_i, acc = _attend(queries, keys[0], values[0], T, scale, KEYS, 0, GROUPS[0][1], QUERIES, PADDED)
+            m_i, l_i, acc = _attend(queries, keys[0], values[0], T, scale_log2, KEYS, 0, GROUPS[0][1], QUERIES, PADDED)
             for g in tl.static_range(1, len(GROUPS)):
                 tl.debug_barrier()  # or this group's products are begun before the last one's registers are free
                 m_g, l_g, acc_g = _attend(
-                    queries, keys[g], values[g], T, scale, KEYS, GROUPS[g][0], GROUPS[g][1], QUERIES, PADDED
+                    queries, keys[g], values[g], T, scale_log2, KEYS, GROUPS[g][0], GROUPS[g][1], QUERIES, PADDED
                 )
-                m_i, l_i, acc = _merged(m_i, l_i, acc, m_g, l_g, acc_g)
+                m_i, l_i, acc = _merge(m_i, l_i, acc, m_g, l_g, acc_g)
         else:
             m_i = tl.full([QUERIES], float("-inf"), tl.float32)
             l_i = tl.zeros([QUERIES], tl.float32)
             acc = zeros(QUERIES, COLUMNS)
             for key in tl.range(0, T, KEYS[0][1], disable_licm=True):
-                chunk_k = load_group(k + key * row, T - key, row, KEYS, 0, 1, COLUMNS, D)
-                chunk_v = load_group(v + key * row, T - key, row, KEYS, 0, 1, COLUMNS, D)
-                m_g, l_g, acc_g = _attend(queries, chunk_k, chunk_v, T - key, scale, KEYS, 0, 1, QUERIES, PADDED)
-                m_i, l_i, acc = _merged(m_i, l_i, acc, m_g, l_g, acc_g)
-        store_rows(out + first * (H * D), rows, count - first, H * D, acc, (1 / l_i)[:, None], COLUMNS, D)
-        tl.store(lse + first + rows, m_i + tl.log2(l_i), mask=rows < count - first)
+                chunk_k = load_group(k + key * row_stride, T - key, row_stride, KEYS, 0, 1, COLUMNS, D)
+                chunk_v = load_group(v + key * row_stride, T - key, row_stride, KEYS, 0, 1, COLUMNS, D)
+                m_g, l_g, acc_g = _attend(queries, chunk_k, chunk_v, T - key, scale_log2, KEYS, 0, 1, QUERIES, PADDED)
+                m_i, l_i, acc = _merge(m_i, l_i, acc, m_g, l_g, acc_g)
+        # out = acc / l_i, lse = m_i + log2(l_i)
+        store_rows(out + first * (H * D), rows, limit, H * D, acc, (1 / l_i)[:, None], COLUMNS, D)
+        tl.store(lse + first + rows, m_i + tl.log2(l_i), mask=rows < limit)
 
 
 @triton.jit
 def _attend(
-    queries, keys, values, limit, scale, KEYS: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr,
+    queries, keys, values, limit, scale_log2, KEYS: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr,
     QUERIES: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Attend to a group of keys: top score m_i, sum l_i of weights 2^(score - m_i) [QUERIES], weighted values acc."""
+    """Attend to a group of keys, chunks BEGIN to END: return m_i, l_i [QUERIES] and acc, tiles [QUERIES, columns].
+
+    They are the top score m_i = max_j s[i, j], scaled for base 2, the sum l_i = sum_j p[i, j] of the weights p[i, j] =
+    2^(s[i, j] - m_i), and acc = p @ v.
+    """
+    # s = q @ k^T of each chunk: [QUERIES, keys]
     m_i = tl.full([QUERIES], float("-inf"), tl.float32)
     scores = ()
     for i in tl.static_range(END - BEGIN):
-        score = inner(queries, keys[i])
+        score = dot_transposed(queries, keys[i])
         if PADDED and BEGIN + i + 1 == len(KEYS):
             at = KEYS[BEGIN + i][0] + tl.arange(0, KEYS[BEGIN + i][1])
             score = tl.where(at[None, :] < limit, score, float("-inf"))
         m_i = tl.maximum(m_i, tl.max(score, 1))
         scores = scores + (score,)
-    m_i *= scale
+
+    # p = 2^(scale_log2 * s - m_i), l_i = sum_j p: the scale is positive, so the top score stays the top
+    m_i *= scale_log2
     l_i = tl.zeros([QUERIES], tl.float32)
     weights = ()
     for i in tl.static_range(END - BEGIN):
-        p = tl.exp2(scores[i] * scale - m_i[:, None])
+        p = tl.exp2(scores[i] * scale_log2 - m_i[:, None])
         l_i += tl.sum(p, 1)
         weights = weights + (p.to(values[i][0].dtype),)
+
+    # acc = p @ v
     acc = ()
     for i in tl.static_range(END - BEGIN):
-        acc = outer(weights[i], values[i], acc)
+        acc = dot_plain(weights[i], values[i], acc)
     return m_i, l_i, acc
 
 
 @triton.jit
-def _merged(m_i, l_i, acc, m_g, l_g, acc_g):
-    """Two groups of keys as one."""
-    highest = tl.maximum(m_i, m_g)
-    alpha = tl.exp2(m_i - highest)
-    alpha_g = tl.exp2(m_g - highest)
+def _merge(m_i, l_i, acc, m_g, l_g, acc_g):
+    """Return (m_i, l_i, acc) of two groups of keys together: both are scaled to the higher of their top scores."""
+    m_new = tl.maximum(m_i, m_g)
+    alpha = tl.exp2(m_i - m_new)
+    alpha_g = tl.exp2(m_g - m_new)
     merged = ()
     for j in tl.static_range(len(acc)):
         merged = merged + (acc[j] * alpha[:, None] + acc_g[j] * alpha_g[:, None],)
-    return highest, l_i * alpha + l_g * alpha_g, merged
+    return m_new, l_i * alpha + l_g * alpha_g, merged
 
 
 @triton.jit
@@ -300,132 +326,166 @@ def backward_kernel(
     T,
     query_start,
     scale,
-    scale2,  # times log2(e)
-    row,
-    sequence,
-    d_out_row,
-    d_out_sequence,
-    out_rows,  # N'
+    scale_log2,  # scale times log2(e)
+    row_stride,
+    sequence_stride,
+    d_out_row_stride,
+    d_out_sequence_stride,
+    num_out_rows,  # N'
     H: tl.constexpr,
     D: tl.constexpr,
     COLUMNS: tl.constexpr,
     KEYS: tl.constexpr,
     BLOCK: tl.constexpr,
-    ALL: tl.constexpr,
+    ALL_KEYS: tl.constexpr,
     PADDED: tl.constexpr,
     QUERIES: tl.constexpr,
 ):
+    # This program's sequence and head, and where they begin.
     s = tl.program_id(0) // H
     h = tl.program_id(0) % H
     if starts is not None:
         start = tl.load(starts + s)
-        to = tl.load(out_starts + s)
-        q = qkv + start * row + h * D
-        d_out += to * d_out_row + h * D
+        out_row = tl.load(out_starts + s)
+        q = qkv + start * row_stride + h * D
+        d_out += out_row * d_out_row_stride + h * D
     else:
         start = s.to(tl.int64) * T
-        to = s.to(tl.int64) * (T - query_start)
-        q = qkv + s.to(tl.int64) * sequence + h * D
-        d_out += s.to(tl.int64) * d_out_sequence + h * D
+        out_row = s.to(tl.int64) * (T - query_start)
+        q = qkv + s.to(tl.int64) * sequence_stride + h * D
+        d_out += s.to(tl.int64) * d_out_sequence_stride + h * D
     k = q + H * D
-    q += query_start * row
-    out += to * (H * D) + h * D
-    lse += h.to(tl.int64) * out_rows + to
+    v = q + 2 * H * D
+    q += query_start * row_stride
+    out += out_row * (H * D) + h * D
+    lse += h.to(tl.int64) * num_out_rows + out_row
     dq = d_qkv + start * (3 * H * D) + h * D
     dk = dq + H * D
+    dv = dq + 2 * H * D
+
+    # Tokens before query_start have no queries: zeros.
     for first in range(0, query_start, 16):
         rows = first + tl.arange(0, 16)
         store_rows(dq, rows, query_start, 3 * H * D, zeros(16, COLUMNS), 0, COLUMNS, D)
     dq += query_start * (3 * H * D)
-    count = T - query_start
-    if ALL:
-        _walk(
-            q, k, d_out, out, lse, dq, dk, T, count, scale, scale2, row, d_out_row,
+
+    num_queries = T - query_start
+    if ALL_KEYS:
+        _backward_keys(
+            q, k, v, d_out, out, lse, dq, dk, dv, T, num_queries, scale, scale_log2, row_stride, d_out_row_stride,
             H, D, COLUMNS, KEYS, QUERIES, PADDED, True,
         )  # fmt: skip
     else:
         for key in tl.range(0, T, BLOCK, disable_licm=True):
-            d = dk + key * (3 * H * D)
-            _walk(
-                q, k + key * row, d_out, out, lse, dq, d, T - key, count, scale, scale2, row, d_out_row,
-                H, D, COLUMNS, KEYS, QUERIES, PADDED, False,
+            block_k = k + key * row_stride
+            block_v = v + key * row_stride
+            block_dk = dk + key * (3 * H * D)
+            block_dv = dv + key * (3 * H * D)
+            _backward_keys(
+                q, block_k, block_v, d_out, out, lse, dq, block_dk, block_dv, T - key, num_queries, scale, scale_log2,
+                row_stride, d_out_row_stride, H, D, COLUMNS, KEYS, QUERIES, PADDED, False,
             )  # fmt: skip
-        for first in tl.range(0, count, QUERIES, disable_licm=True):
-            rows = tl.arange(0, QUERIES)
-            queries = load_rows(q + first * row, rows, count - first, row, COLUMNS, D)
-            d_outs = load_rows(d_out + first * d_out_row, rows, count - first, d_out_row, COLUMNS, D)
-            delta = _delta(out + first * (H * D), d_outs, count - first, H, D, COLUMNS, QUERIES)
-            lse_i = tl.load(lse + first + rows, mask=rows < count - first, other=float("inf"))
-            acc = zeros(QUERIES, COLUMNS)
-            for key in tl.range(0, T, BLOCK, disable_licm=True):
-                at = tl.arange(0, BLOCK)
-                keys = load_rows(k + key * row, at, T - key, row, COLUMNS, D)
-                values = load_rows(k + key * row + H * D, at, T - key, row, COLUMNS, D)
-                p = tl.exp2(inner(queries, keys) * scale2 - lse_i[:, None])
-                if PADDED:
-                    p = tl.where(at[None, :] < T - key, p, 0)
-                ds = p * (inner(d_outs, values) - delta[:, None])
-                acc = outer(ds.to(q.dtype.element_ty), keys, acc)
-            store_rows(dq + first * (3 * H * D), rows, count - first, 3 * H * D, acc, scale, COLUMNS, D)
+        _backward_queries(
+            q, k, v, d_out, out, lse, dq, T, num_queries, scale, scale_log2, row_stride, d_out_row_stride,
+            H, D, COLUMNS, BLOCK, QUERIES, PADDED,
+        )  # fmt: skip
 
 
 @triton.jit
-def _walk(
-    q, k, d_out, out, lse, dq, dk, limit, count, scale, scale2, row, d_out_row, H: tl.constexpr, D: tl.constexpr,
-    COLUMNS: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, PADDED: tl.constexpr, ALL: tl.constexpr,
+def _backward_keys(
+    q, k, v, d_out, out, lse, dq, dk, dv, limit, num_queries, scale, scale_log2, row_stride, d_out_row_stride,
+    H: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
+    PADDED: tl.constexpr, ALL_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Through all queries for one block of keys: gradients of its keys and values; of the queries too, if it is ALL."""
-    keys = load_group(k, limit, row, KEYS, 0, len(KEYS), COLUMNS, D)
-    values = load_group(k + H * D, limit, row, KEYS, 0, len(KEYS), COLUMNS, D)
+    """Write dk and dv of one block of keys, by one loop over the queries; dq too, if the block is ALL_KEYS."""
+    keys = load_group(k, limit, row_stride, KEYS, 0, len(KEYS), COLUMNS, D)
+    values = load_group(v, limit, row_stride, KEYS, 0, len(KEYS), COLUMNS, D)
     dk_acc = ()
     dv_acc = ()
     for i in tl.static_range(len(KEYS)):
         dk_acc = dk_acc + (zeros(KEYS[i][1], COLUMNS),)
         dv_acc = dv_acc + (zeros(KEYS[i][1], COLUMNS),)
+
     # LLVM would compute what every product addresses before the loop, and keep it in more registers than there are.
-    for first in tl.range(0, count, QUERIES, disable_licm=True):
+    for first in tl.range(0, num_queries, QUERIES, disable_licm=True):
         rows = tl.arange(0, QUERIES)
-        queries = load_rows(q + first * row, rows, count - first, row, COLUMNS, D)
-        d_outs = load_rows(d_out + first * d_out_row, rows, count - first, d_out_row, COLUMNS, D)
+        query_limit = num_queries - first
+        queries = load_rows(q + first * row_stride, rows, query_limit, row_stride, COLUMNS, D)
+        d_outs = load_rows(d_out + first * d_out_row_stride, rows, query_limit, d_out_row_stride, COLUMNS, D)
         # Weights past the last query are 0.
-        lse_i = tl.load(lse + first + rows, mask=rows < count - first, other=float("inf"))
+        lse_i = tl.load(lse + first + rows, mask=rows < query_limit, other=float("inf"))
+
+        # p^T = 2^(scale_log2 * k @ q^T - lse), dp^T = v @ d_out^T of each chunk: [keys, QUERIES]
         weights = ()
         d_weights = ()
         for i in tl.static_range(len(KEYS)):
-            p = tl.exp2(inner(keys[i], queries) * scale2 - lse_i[None, :])
+            p = tl.exp2(dot_transposed(keys[i], queries) * scale_log2 - lse_i[None, :])
             if PADDED and i + 1 == len(KEYS):
                 at = KEYS[i][0] + tl.arange(0, KEYS[i][1])
                 p = tl.where(at[:, None] < limit, p, 0)  # else infinite where all scores are low
             weights = weights + (p,)
-            d_weights = d_weights + (inner(values[i], d_outs),)
-        if ALL:
+            d_weights = d_weights + (dot_transposed(values[i], d_outs),)
+
+        # delta_i = sum_j p[i, j] * dp[i, j]: [QUERIES]
+        if ALL_KEYS:
             delta = tl.zeros([QUERIES], tl.float32)
             for i in tl.static_range(len(KEYS)):
                 delta += tl.sum(weights[i] * d_weights[i], 0)
         else:
-            delta = _delta(out + first * (H * D), d_outs, count - first, H, D, COLUMNS, QUERIES)
-        acc = ()
+            delta = _delta(out + first * (H * D), d_outs, query_limit, H, D, COLUMNS, QUERIES)
+
+        # ds^T = p^T * (dp^T - delta), dv += p^T @ d_out, dk += ds^T @ q, dq = ds @ k
+        dq_acc = ()
         new_dk = ()
         new_dv = ()
         for i in tl.static_range(len(KEYS)):
             ds = (weights[i] * (d_weights[i] - delta[None, :])).to(q.dtype.element_ty)
-            new_dv = new_dv + (outer(weights[i].to(q.dtype.element_ty), d_outs, dv_acc[i]),)
-            new_dk = new_dk + (outer(ds, queries, dk_acc[i]),)
-            if ALL:
-                acc = outer(tl.trans(ds), keys[i], acc)
+            new_dv = new_dv + (dot_plain(weights[i].to(q.dtype.element_ty), d_outs, dv_acc[i]),)
+            new_dk = new_dk + (dot_plain(ds, queries, dk_acc[i]),)
+            if ALL_KEYS:
+                dq_acc = dot_plain(tl.trans(ds), keys[i], dq_acc)
         dk_acc = new_dk
         dv_acc = new_dv
-        if ALL:
-            store_rows(dq + first * (3 * H * D), rows, count - first, 3 * H * D, acc, scale, COLUMNS, D)
+        if ALL_KEYS:
+            store_rows(dq + first * (3 * H * D), rows, query_limit, 3 * H * D, dq_acc, scale, COLUMNS, D)
+
     for i in tl.static_range(len(KEYS)):
         rows = KEYS[i][0] + tl.arange(0, KEYS[i][1])
         store_rows(dk, rows, limit, 3 * H * D, dk_acc[i], scale, COLUMNS, D)
-        store_rows(dk + H * D, rows, limit, 3 * H * D, dv_acc[i], 1, COLUMNS, D)
+        store_rows(dv, rows, limit, 3 * H * D, dv_acc[i], 1, COLUMNS, D)
+
+
+@triton.jit
+def _backward_queries(
+    q, k, v, d_out, out, lse, dq, T, num_queries, scale, scale_log2, row_stride, d_out_row_stride, H: tl.constexpr,
+    D: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Write dq, tile by tile, from all keys and values, which come in blocks."""
+    for first in tl.range(0, num_queries, QUERIES, disable_licm=True):
+        rows = tl.arange(0, QUERIES)
+        limit = num_queries - first
+        queries = load_rows(q + first * row_stride, rows, limit, row_stride, COLUMNS, D)
+        d_outs = load_rows(d_out + first * d_out_row_stride, rows, limit, d_out_row_stride, COLUMNS, D)
+        delta = _delta(out + first * (H * D), d_outs, limit, H, D, COLUMNS, QUERIES)
+        lse_i = tl.load(lse + first + rows, mask=rows < limit, other=float("inf"))
+        dq_acc = zeros(QUERIES, COLUMNS)
+        for key in tl.range(0, T, BLOCK, disable_licm=True):
+            at = tl.arange(0, BLOCK)
+            keys = load_rows(k + key * row_stride, at, T - key, row_stride, COLUMNS, D)
+            values = load_rows(v + key * row_stride, at, T - key, row_stride, COLUMNS, D)
+            # p = 2^(scale_log2 * q @ k^T - lse), ds = p * (d_out @ v^T - delta): [QUERIES, BLOCK]
+            p = tl.exp2(dot_transposed(queries, keys) * scale_log2 - lse_i[:, None])
+            if PADDED:
+                p = tl.where(at[None, :] < T - key, p, 0)
+            ds = p * (dot_transposed(d_outs, values) - delta[:, None])
+            # dq += ds @ k
+            dq_acc = dot_plain(ds.to(q.dtype.element_ty), keys, dq_acc)
+        store_rows(dq + first * (3 * H * D), rows, limit, 3 * H * D, dq_acc, scale, COLUMNS, D)
 
 
 @triton.jit
 def _delta(out, d_outs, limit, H: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, QUERIES: tl.constexpr):
-    """Products [QUERIES] of results with their gradients: the sum over all keys of weights times theirs."""
+    """Return delta_i = sum_d out[i, d] * d_out[i, d] (FlashAttention-2, section 3.1): [QUERIES]."""
     outs = load_rows(out, tl.arange(0, QUERIES), limit, H * D, COLUMNS, D)
     delta = tl.zeros([QUERIES], tl.float32)
     for j in tl.static_range(len(COLUMNS)):
@@ -484,7 +544,7 @@ def backward(
     qkv, d_out = _rows(qkv, 3), _rows(d_out, 2)
     for tokens, count, first_rows, out_rows in _runs(qkv, starts, lengths):
         config = _pick(BACKWARD, qkv, tokens)
-        block, whole = config["BLOCK"], config["ALL"]
+        block, whole = config["BLOCK"], config["ALL_KEYS"]
         keys = chunks(tokens, block) if whole and block < tokens else ((0, block),)
         launch(
             backward_kernel,
