@@ -204,8 +204,3 @@ def test_first_use_under_inference_mode_leaves_the_table_usable_for_training():
 def test_seed_out_of_range(seed):
     with pytest.raises(ConfigError, match=r"seed is .*: give a whole number in 0 \.\. 2\*\*64 - 1"):
         normal(seed, Stream.NOISE, torch.arange(2))
-
-
-def test_draw_out_of_range():
-    with pytest.raises(ConfigError, match="draw is 16777216"):
-        normal(0, Stream.NOISE, torch.arange(2), draw=2**24)

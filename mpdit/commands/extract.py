@@ -8,7 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpdit.commands.common import Outcome, add_device, adder, check_writable, given_fields, pick_device, whole
+from mpdit.commands.common import (
+    Outcome,
+    add_device,
+    adder,
+    channels_lines,
+    check_writable,
+    given_fields,
+    pick_device,
+    whole,
+)
 from mpdit.core.files import counted
 
 if TYPE_CHECKING:
@@ -99,7 +108,7 @@ def _lines(report: ExtractReport, rates: dict[str, Any] | None) -> Iterator[str]
     manifest = report.manifest
     size = sum(shard.bytes for shard in manifest.shards) / 1e6
     yield (
-        f"{counted(manifest.num_samples, 'sample')} of {_classes(manifest.num_classes)}, "
+        f"{counted(manifest.num_samples, 'sample')} of {counted(manifest.num_classes, 'class', 'classes')}, "
         f"{'x'.join(map(str, manifest.record_shape))} fp16 each, {size:.1f} MB: {report.path}"
     )
     notes = report.path / "extraction.json"
@@ -111,11 +120,8 @@ def _lines(report: ExtractReport, rates: dict[str, Any] | None) -> Iterator[str]
         yield f"ignored: {counted(report.ignored, 'other file')}, the first listed in {notes}"
     if empty := report.empty_classes:
         some = ", ".join(empty[:_SHOWN]) + (", ..." if len(empty) > _SHOWN else "")
-        yield f"warning: {_classes(len(empty))} {'is' if len(empty) == 1 else 'are'} without a sample ({some})"
-    yield "channel   mean measured     in use   std measured     in use"
-    measured, used = manifest.statistics, manifest.normalization
-    for channel, row in enumerate(zip(measured.mean, used.mean, measured.std, used.std, strict=True)):
-        yield f"{channel:7d}" + "{:16.4f}{:11.4f}{:15.4f}{:11.4f}".format(*row)
+        yield f"warning: {counted(len(empty), 'class is', 'classes are')} without a sample ({some})"
+    yield from channels_lines(manifest.statistics, manifest.normalization)
     if rates is None or report.timing is None:
         yield "it was finished before: nothing was done"
         return
@@ -129,10 +135,6 @@ def _lines(report: ExtractReport, rates: dict[str, Any] | None) -> Iterator[str]
         f"VAE waited for images {rates['waited_share']:.0%} of the time; {rates['bound']} bounds: "
         f"{remedy[rates['bound']]}"
     )
-
-
-def _classes(count: int) -> str:
-    return "1 class" if count == 1 else f"{count} classes"
 
 
 def _rates(timing: Timing) -> dict[str, Any]:

@@ -106,8 +106,8 @@ def _told(report: DrawReport) -> str:
     kind = report.protocol["files"]["format"]
     names = ["grid.png", *["samples.npz"] * (kind != "png"), *["images"] * (kind != "npz")]
     places = ", ".join(str(report.out / name) for name in names)
-    images = counted(report.images, "image")
     if not report.drawn:
-        return f"{images} {'was' if report.images == 1 else 'were'} there already: {places}"
+        return f"{counted(report.images, 'image was', 'images were')} there already: {places}"
+    images = counted(report.images, "image")
     now = "" if report.drawn == report.images else f" ({report.drawn} of them now)"
     return f"{images}{now} in {report.seconds:.1f} s, {report.drawn / report.seconds:.2f} images/s: {places}"

@@ -49,10 +49,9 @@ def bits(seed: int, stream: Stream, positions: Tensor, count: int, *, draw: int 
 
     seed is a whole number in 0 .. 2**64 - 1, positions an integer tensor [B]. `draw` (0 .. 2**24 - 1) tells apart
     several draws of one stream at one position, as the steps of an SDE. Row b depends on seed, stream, draw and
-    positions[b] only. Raises ConfigError for a seed or draw out of range.
+    positions[b] only. Raises ConfigError for a seed out of range.
     """
     check_seed(seed)
-    _check_range("draw", draw, 32 - _DRAW_SHIFT)
     shape = (len(positions), -(-count // 4))
     positions = positions.to(torch.int64)[:, None]
     block = torch.arange(shape[1], device=positions.device).expand(shape)
@@ -64,7 +63,8 @@ def bits(seed: int, stream: Stream, positions: Tensor, count: int, *, draw: int 
 
 def check_seed(seed: int) -> None:
     """Raise ConfigError unless seed is a whole number in 0 .. 2**64 - 1."""
-    _check_range("seed", seed, 64)
+    if not isinstance(seed, int) or not 0 <= seed < 1 << 64:
+        raise ConfigError(f"seed is {seed!r}: give a whole number in 0 .. 2**64 - 1")
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -155,8 +155,3 @@ def _quantiles(device: torch.device) -> tuple[Tensor, Tensor]:
         table = torch.special.ndtri(torch.cat([edges.flatten(), torch.tensor([0.5], dtype=torch.float64)])).float()
         slope = table.diff() * 2.0**-_INDEX_SHIFT
         return table[:-1].to(device), slope.to(device)
-
-
-def _check_range(name: str, value: int, width: int) -> None:
-    if not isinstance(value, int) or not 0 <= value < 1 << width:
-        raise ConfigError(f"{name} is {value!r}: give a whole number in 0 .. 2**{width} - 1")

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdit.core.zips import crc32
+from mpdit.data.normalization import Normalization
 
 VALUE_DTYPE = np.dtype("<f2")
 INDEX_DTYPE = np.dtype([("label", "<i4"), ("crc32", "<u4")])
@@ -87,9 +88,9 @@ class ChannelStatistics:
         """True when any posterior std was above zero."""
         return bool(self._variance.any())
 
-    def result(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return (means, stds), one each per channel, to 9 digits: the last bits depend on how batches were cut."""
+    def result(self) -> Normalization:
+        """Return mean and std of each channel, to 9 digits: the last bits depend on how batches were cut."""
         mean = self._mean / self._count
         variance = (self._mean_squared + self._variance) / self._count - mean**2
         std = np.sqrt(variance.clip(min=0))
-        return tuple(float(f"{value:.9g}") for value in mean), tuple(float(f"{value:.9g}") for value in std)
+        return Normalization(*(tuple(float(f"{value:.9g}") for value in values) for values in (mean, std)))

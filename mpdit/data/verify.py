@@ -56,7 +56,7 @@ def verify(data: str | Path | LatentDataset, progress: Callable[[int], object] |
                 "index: shard and index were altered together; copy or write the data set again"
             )
         start = end
-    found = Normalization(*measured.result())
+    found = measured.result()
     if shards and (measured.has_noise != info.posterior_noise or not _close(found, info.statistics)):
         raise DataError(
             f"{dataset.path}: the manifest's statistics {info.statistics}, posterior_noise {info.posterior_noise}, "

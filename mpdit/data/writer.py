@@ -112,8 +112,24 @@ class PackedWriter:
         Raises DataError, naming the record and writing none of the batch, for another shape, a label outside
         0 .. num_classes - 1, NaN, infinity, a value beyond fp16, or a negative std.
         """
-        labels_B = self._check_labels(np.asarray(labels))
-        values = self._check_moments(np.asarray(moments), len(labels_B))
+        labels_B, values = np.asarray(labels), np.asarray(moments)
+        if labels_B.ndim != 1 or labels_B.dtype.kind not in "iu":
+            raise DataError(
+                f"labels are {labels_B.dtype} of shape {labels_B.shape}: give whole numbers, one per record"
+            )
+        if bad := find_bad_label(labels_B, self.spec.num_classes):
+            raise DataError(f"record {self.num_samples + bad[0]} {bad[1]}: mend the label or raise num_classes")
+        expected = (len(labels_B), *self.spec.record_shape)
+        if values.shape != expected:
+            raise DataError(
+                f"moments from record {self.num_samples} on have shape {values.shape}, expected {expected}: "
+                f"[records = labels, variants, 2 * channels, height, width]"
+            )
+        with np.errstate(over="ignore", invalid="ignore"):  # find_defect tells what becomes infinite
+            values = np.ascontiguousarray(values, dtype=VALUE_DTYPE)
+        if defect := find_defect(values):
+            record = self.num_samples + defect[0]
+            raise DataError(f"record {record} can't be stored as fp16 moments: {defect[1]}; leave it out")
         self._statistics.add(values)
         entries = index_entries(values, labels_B)
         done = 0
@@ -146,7 +162,7 @@ class PackedWriter:
         """Bring all to the disk and name the files, the manifest last."""
         if not self.num_samples:
             raise DataError(f"no records were written to {self.path}: a data set needs at least one")
-        measured = Normalization(*self._statistics.result())
+        measured = self._statistics.result()
         manifest = Manifest(
             **{field.name: getattr(self.spec, field.name) for field in dataclasses.fields(LatentSpec)},
             num_samples=self.num_samples,
@@ -164,27 +180,6 @@ class PackedWriter:
         sync_to_disk(self.path)
         last.publish()
         sync_to_disk(self.path)
-
-    def _check_labels(self, labels: NDArray[Any]) -> NDArray[Any]:
-        if labels.ndim != 1 or labels.dtype.kind not in "iu":
-            raise DataError(f"labels are {labels.dtype} of shape {labels.shape}: give whole numbers, one per record")
-        if bad := find_bad_label(labels, self.spec.num_classes):
-            raise DataError(f"record {self.num_samples + bad[0]} {bad[1]}: mend the label or raise num_classes")
-        return labels
-
-    def _check_moments(self, moments: NDArray[Any], count: int) -> NDArray[np.float16]:
-        expected = (count, *self.spec.record_shape)
-        if moments.shape != expected:
-            raise DataError(
-                f"moments from record {self.num_samples} on have shape {moments.shape}, expected {expected}: "
-                f"[records = labels, variants, 2 * channels, height, width]"
-            )
-        with np.errstate(over="ignore", invalid="ignore"):
-            values = np.ascontiguousarray(moments, dtype=VALUE_DTYPE)
-        if defect := find_defect(values):
-            row, what = defect
-            raise DataError(f"record {self.num_samples + row} can't be stored as fp16 moments: {what}; leave it out")
-        return values
 
 
 def write_packed(

@@ -120,7 +120,11 @@ def load_tensors(path: str | Path) -> Any:
 def read_description(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     """Read the configuration and metadata of weights, as `read_weights`, without the tensors."""
     file = weights_folder(Path(path)) / "config.json"
-    return parse_description(_read_json(file), file)
+    try:
+        description = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} can't be read as JSON: {error}") from error
+    return parse_description(description, file)
 
 
 def read_weights(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any]]:
@@ -161,13 +165,6 @@ def weights_folder(path: Path) -> Path:
             f"{path} does not exist: give a run's folder, a weights folder or a model.safetensors file"
         )
     raise CheckpointError(f"{path} holds no weights: expected {path}/model.safetensors or {path}/ema/model.safetensors")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} can't be read as JSON: {error}") from error
 
 
 def _check_metadata(where: str | Path, description: Mapping[str, Any], channels: int) -> None:

@@ -178,7 +178,7 @@ class ForeignLatents(LatentDataset):
             statistics.add(moments)
             digest.update(moments.data)
         self.digest = hashlib.sha256(digest.digest() + self._read_labels(sample).tobytes()).hexdigest()
-        return Normalization(*statistics.result())
+        return statistics.result()
 
     def _choose(self, measured: Normalization, own: Normalization | None) -> Normalization:
         if self._options.normalization != "auto" or own is None:

@@ -62,10 +62,12 @@ class LightningDiTLatents(ForeignLatents):
         self._starts = np.cumsum([0, *(shard[_LABELS].shape[0] for shard in self._shards)])
         if not self._starts[-1]:
             raise DataError(f"{path} holds no samples: its files are empty; extract them again")
-        labels = np.concatenate([self._shard_labels(shard) for shard in range(len(self._shards))])
+        counts = np.diff(self._starts).tolist()
+        labels = np.concatenate([self._rows(shard, _LABELS, 0, count) for shard, count in enumerate(counts)])
         own = _read_statistics(path / STATISTICS_NAME)
         source = {} if own is None else {"normalization": STATISTICS_NAME}
-        self._describe(len(labels), self._keep_labels(labels, path), normalization=own, source=source)
+        num_classes = self._keep_labels(labels.astype(np.int64), path)
+        self._describe(len(labels), num_classes, normalization=own, source=source)
 
     def close(self) -> None:
         super().close()
@@ -86,9 +88,6 @@ class LightningDiTLatents(ForeignLatents):
     def _locate(self, index: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return shard, index - int(self._starts[shard])
-
-    def _shard_labels(self, shard: int) -> NDArray[np.int64]:
-        return self._rows(shard, _LABELS, 0, self._shards[shard][_LABELS].shape[0]).astype(np.int64)
 
     def _rows(self, shard: int, name: str, start: int, stop: int) -> NDArray[Any]:
         """Return rows start .. stop - 1 of a tensor; bf16 as fp32."""

@@ -424,7 +424,7 @@ def _assemble(job: ExtractionJob, mode: NormalizationMode) -> ExtractReport:
     statistics = ChannelStatistics(job.spec.channels)
     for receipt in receipts:
         statistics.merge(receipt.statistics)
-    measured = Normalization(*statistics.result())
+    measured = statistics.result()
     normalization = choose_normalization(mode, measured)
     index = PartialFile(job.out / INDEX_NAME)
     counts = np.zeros(job.spec.num_classes, np.int64)
