@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mpdit.core.files import counted, locked, readable_bytes
+from mpdit.core.files import locked
+from mpdit.core.text import counted, readable_bytes
 
 
 def test_sizes_are_in_the_unit_that_suits() -> None:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mpdit.core.errors import DataError
-from mpdit.core.table import markdown
+from mpdit.core.text import markdown
 from mpdit.report.markdown import BEGIN, END, number, performance_block, rate, report, seconds, times, update_readme
 from mpdit.report.plots import GREY, OTHERS, draw_all, draw_roofline, gain_colour, looks_of
 from mpdit.report.results import Results, Spread, read_results

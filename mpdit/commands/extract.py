@@ -18,7 +18,7 @@ from mpdit.commands.common import (
     pick_device,
     whole,
 )
-from mpdit.core.files import counted
+from mpdit.core.text import counted
 
 if TYPE_CHECKING:
     from mpdit.jobs.extract.extract import ExtractReport, Timing

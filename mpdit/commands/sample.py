@@ -18,7 +18,7 @@ from mpdit.commands.common import (
     sampler,
     whole,
 )
-from mpdit.core.files import counted
+from mpdit.core.text import counted
 from mpdit.diffusion.sampling import SamplerSettings
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mpdit.core.errors import DataError
+from mpdit.core.text import readable_bytes
 
 
 def sync_to_disk(path: Path) -> None:
@@ -105,17 +106,3 @@ def check_room(out: Path, needed: int, what: str) -> None:
             f"{out} needs {readable_bytes(needed)} for {what}, and {readable_bytes(free)} are free: make room, or give "
             "a folder on another disk"
         )
-
-
-def readable_bytes(count: float) -> str:
-    """Return a size in the largest decimal unit it holds one of: "0 B", "20.5 kB", "1.3 GB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def counted(number: int, noun: str, plural: str = "") -> str:
-    """Return a number with its noun: "1 image", "2 images"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {plural or noun + 's'}"

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mpdit.core.errors import ConfigError
-from mpdit.core.files import check_room, counted
+from mpdit.core.files import check_room
+from mpdit.core.text import counted
 from mpdit.data.dataset import LatentDataset
 from mpdit.data.latents import PackedLatents
 from mpdit.data.manifest import INDEX_NAME, LatentSpec

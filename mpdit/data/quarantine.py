@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mpdit.core.errors import DataError, RecordError
-from mpdit.core.files import counted, locked
+from mpdit.core.files import locked
+from mpdit.core.text import counted
 from mpdit.data.dataset import LatentDataset, Samples
 
 QUARANTINE_NAME = "quarantine.jsonl"

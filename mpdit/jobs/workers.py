@@ -30,8 +30,9 @@ import torch
 from mpdit.core.cpu import settle_cpu
 from mpdit.core.dist_env import DistEnv, set_threads
 from mpdit.core.errors import ConfigError, DataError, UserError
-from mpdit.core.files import counted, locked, write_atomically
+from mpdit.core.files import locked, write_atomically
 from mpdit.core.progress import bar
+from mpdit.core.text import counted
 from mpdit.data.manifest import PARTS_NAME
 from mpdit.jobs.npz import disk
 

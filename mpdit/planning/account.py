@@ -20,7 +20,7 @@ from functools import cached_property
 from typing import Any
 
 from mpdit.core.errors import ConfigError
-from mpdit.core.table import aligned
+from mpdit.core.text import aligned
 from mpdit.model.config import ModelConfig, StageSpec
 from mpdit.model.time import time_kind
 from mpdit.model.transition import transition_kind

@@ -21,7 +21,7 @@ from mpdit_kernels.hardware import Gpu, find_gpu
 
 from mpdit.core.errors import DataError, UserError
 from mpdit.core.files import write_atomically
-from mpdit.core.table import aligned
+from mpdit.core.text import aligned
 from mpdit.model.presets import PRESETS
 from mpdit.planning.time import ATTENTION, LINK, MEASURED, Efficiency, measured, step_time
 from mpdit.report.results import OURS, Results, read_results

@@ -11,7 +11,7 @@ from typing import Any
 from mpdit_kernels.hardware import Gpu
 
 from mpdit.core.errors import ConfigError
-from mpdit.core.table import aligned
+from mpdit.core.text import aligned
 from mpdit.model.config import ModelConfig
 from mpdit.planning.account import account
 from mpdit.planning.memory import MEMORY_ERROR, Memory, Setting, each_at_its_most, largest_micro_batch, memory

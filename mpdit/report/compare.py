@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from mpdit.core.table import markdown
+from mpdit.core.text import markdown
 from mpdit.model.presets import PRESETS
 from mpdit.report.markdown import seconds
 from mpdit.report.results import OURS, Key, Results, Row, kind, named

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mpdit.core.errors import DataError
 from mpdit.core.files import write_atomically
-from mpdit.core.table import markdown
+from mpdit.core.text import markdown
 from mpdit.report.results import OURS, Results, Row, Spread, best_opponent, kind, ours
 
 TITLES = {

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from mpdit.core.errors import DataError
-from mpdit.core.table import aligned
+from mpdit.core.text import aligned
 
 RangeName = Literal["data", "h2d", "forward", "backward", "optimizer", "ema", "checkpoint", "sample"]
 RANGES: tuple[RangeName, ...] = get_args(RangeName)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from mpdit.core.errors import ConfigError
-from mpdit.core.table import aligned
+from mpdit.core.text import aligned
 from mpdit.data.loaders import make_loader, to_latents
 from mpdit.data.manifest import Normalization
 from mpdit.data.normalization import suits

@@ -17,9 +17,9 @@ import torch
 from mpdit_kernels import dispatch
 from mpdit_kernels.hardware import GPUS, Gpu, find_gpu
 
-from mpdit.core.differences import differences
 from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import CheckpointError, ConfigError, DataError, UserError
+from mpdit.core.text import differences
 from mpdit.data.dataset import LatentDataset
 from mpdit.data.digits import VERSION, build_digits
 from mpdit.data.manifest import DatasetInfo

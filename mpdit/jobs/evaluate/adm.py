@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpdit.core.errors import DataError
-from mpdit.core.files import counted
 from mpdit.core.progress import bar
+from mpdit.core.text import counted
 from mpdit.core.version import __version__
 from mpdit.jobs.evaluate.image_sets import NPZ_KEYS, ImageSet, open_images
 from mpdit.jobs.evaluate.inception import POOL_FEATURES, SPATIAL_FEATURES, Inception

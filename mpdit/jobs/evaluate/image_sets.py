@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mpdit.core.errors import DataError
-from mpdit.core.files import counted
 from mpdit.core.progress import bar
 from mpdit.core.read_ahead import read_ahead
+from mpdit.core.text import counted
 from mpdit.jobs.extract.decode import decode_image, to_rgb
 from mpdit.jobs.npz import NpzReader
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdit.core.errors import DataError
-from mpdit.core.files import counted
+from mpdit.core.text import counted
 
 ClassMode = Literal["auto", "label", "folder", "archive", "one"]
 

@@ -30,10 +30,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpdit.core.differences import differences
 from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError, DataError
-from mpdit.core.files import check_room, counted, locked, sync_to_disk, write_atomically
+from mpdit.core.files import check_room, locked, sync_to_disk, write_atomically
+from mpdit.core.text import counted, differences
 from mpdit.core.version import __version__
 from mpdit.data.latents import PackedLatents
 from mpdit.data.manifest import (

@@ -20,11 +20,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from mpdit.core.differences import differences
 from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError, DataError
-from mpdit.core.files import check_room, counted, new_file, write_atomically
+from mpdit.core.files import check_room, new_file, write_atomically
 from mpdit.core.progress import bar
+from mpdit.core.text import counted, differences
 from mpdit.data.manifest import PARTS_NAME
 from mpdit.diffusion.images import grid
 from mpdit.diffusion.inference import choose_precision

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from mpdit.core.dist_env import gather
 from mpdit.core.errors import ConfigError
-from mpdit.core.files import counted, sync_to_disk
+from mpdit.core.files import sync_to_disk
+from mpdit.core.text import counted
 from mpdit.data.loaders import Batch
 from mpdit.training.checkpoint.format import committed_folders
 from mpdit.training.engine import gradient_sum_of_squares
