@@ -91,12 +91,8 @@ def block_group(config: ModelConfig, index: int, tokens: int, images: int, setti
         models.try_compiled(compiled, call)
         return Built(lambda: [call], call)
 
-    variants = models.variants_of(setting)
-    # On a CPU one small block is compiled, to see that it works; the others would take long.
-    if config.width < 128 and "compile" not in variants:
-        variants.append("compile")
     return Group(
-        {variant: partial(build, variant) for variant in variants},
+        {variant: partial(build, variant) for variant in models.variants_of(setting)},
         make,
         exact=exact,
         reference=lambda state: run(state, state.forward, "eager"),

@@ -1,4 +1,4 @@
-"""What saving adds to a run: `python benchmarks/checkpoint_cost.py`.
+"""Measures what saving adds to a run: `python benchmarks/checkpoint_cost.py`.
 
 The digits are trained with a checkpoint every few steps, and every step of rank 0 is timed: those in which no save is
 under way, those beside one, and the call that begins it. What a save adds is what the steps beside it, and the call in
@@ -7,7 +7,6 @@ the last of them, take longer than the others.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -23,6 +22,8 @@ from mpdit.training.checkpoint.save import AsyncCheckpointer
 from mpdit.training.cli import main
 
 REPOSITORY = Path(__file__).parents[1]
+RANKS, STEPS, EVERY = 2, 300, 25
+"""Processes, steps that they train, and steps between checkpoints."""
 INTERVAL = 1000
 """Steps between checkpoints that the share is given for."""
 WARM_UP = 10
@@ -62,13 +63,13 @@ def train(result: str, arguments: list[str]) -> int:
     return code
 
 
-def start(ranks: int, steps: int, every: int) -> dict[str, Any]:
-    """Train by `ranks` processes and return rank 0's times."""
+def start() -> dict[str, Any]:
+    """Train by processes of their own and return rank 0's times."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
         command += [__file__, "--train", str(result), "--ds_config", str(REPOSITORY / "launch/zero2.json")]
-        command += ["--steps", str(steps), "--checkpoint-every", str(every), "--out", f"{folder}/run"]
+        command += ["--steps", str(STEPS), "--checkpoint-every", str(EVERY), "--out", f"{folder}/run"]
         subprocess.run([*command, "--sample-every", "0", "--no-progress", "--log-every", "1000"], check=True)
         return json.loads(result.read_text())  # type: ignore[no-any-return]
 
@@ -95,9 +96,4 @@ def report(times: dict[str, Any]) -> str:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--train"]:
         sys.exit(train(sys.argv[2], sys.argv[3:]))
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--ranks", type=int, default=2, help="processes (default: 2)")
-    parser.add_argument("--steps", type=int, default=300, help="steps that are trained (default: 300)")
-    parser.add_argument("--every", type=int, default=25, help="steps between checkpoints (default: 25)")
-    given = parser.parse_args()
-    print(report(start(given.ranks, given.steps, given.every)))
+    print(report(start()))

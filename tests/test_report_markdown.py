@@ -175,7 +175,7 @@ def test_plots_show_what_was_measured(tmp_path: Path) -> None:
     results = _read(tmp_path, benchmark_files.full(), "h200")
     plots = draw_all(results, tmp_path)
     names = [path.name for _, path in plots]
-    assert names == [f"h200-{name}.png" for name in ("throughput", "memory", "mfu", "sampling", "roofline", "kernels")]
+    assert names == [f"h200-{name}.png" for name in ("throughput", "memory", "sampling", "roofline", "kernels")]
     for title, path in plots:
         picture = Image.open(path)
         pixels = np.asarray(picture.convert("RGB"))

@@ -242,7 +242,10 @@ def _parts(config: ModelConfig, size: int, kernels: bool, checkpointing: bool) -
         whole = (_recomputed_bytes(config, stage, size, kernels) for stage in config.stages if stage.blocks)
         yield Part(None, RECOMPUTED, activation_bytes=max(whole, default=0))
     params, macs = (0, 0) if shared else _linear(width, 2 * width)
-    vectors = (0 if shared else 3) if kernels else (1 if shared else 2)
+    # Vectors that the last norm keeps: the SiLU before a modulation of its own; then the kernel shift and scale, which
+    # are counted above if they are shared, and the reference 1 + scale.
+    own = 0 if shared else 1
+    vectors = own + (2 * own if kernels else 1)
     yield Part(None, "final modulation", params, macs=macs, activation_bytes=STREAM * width * vectors)
     finest = config.stages[-1]
     tokens, pixels = image_tokens(config, finest), config.channels * finest.patch**2

@@ -1,4 +1,4 @@
-"""Results as pictures: models' rates, memory and MFU as bars, kernels' times as dots and under the machine's roofs.
+"""Draws results: models' rates and memory as bars, kernels' times as dots and under the machine's roofs.
 
 Colours are Okabe and Ito's, which colour-blind people tell apart. Drawn without a display.
 """
@@ -31,7 +31,6 @@ def draw_all(results: Results, folder: Path) -> list[tuple[str, Path]]:
     figures = {
         "throughput": ("Training step: images a second", _draw_rates(results, "step")),
         "memory": ("Training step: peak memory", _draw_memory(results)),
-        "mfu": ("Training step: model FLOPs utilisation", _draw_mfu(results)),
         "sampling": ("Sampling: images a second", _draw_rates(results, "sampling")),
         "roofline": ("Roofline of the kernels", draw_roofline(results)),
         "kernels": ("Time of each kernel", _draw_kernels(results)),
@@ -60,23 +59,13 @@ def _draw_memory(results: Results) -> Figure | None:
         return filled, None if row.reserved is None else row.reserved / 1e9
 
     axis = "GB (1e9 bytes): filled allocated, outlined reserved"
-    return _draw_bars(results, "step", "Training step: peak memory", axis, bars, "limit", results.memory_limit)
-
-
-def _draw_mfu(results: Results) -> Figure | None:
-    def bars(row: Row) -> tuple[Spread | None, float | None]:
-        return row.mfu and Spread(100 * row.mfu.median, 100 * row.mfu.q20, 100 * row.mfu.q80), None
-
-    axis = "% of the datasheet's dense peak, in exact FLOPs of the reference graph"
-    share = 100 * results.ceilings["matmul"] / results.peaks["bf16"] if results.ceilings and results.peaks else None
-    title, mark = "Training step: model FLOPs utilisation", "matmul measured in the same run"
-    return _draw_bars(results, "step", title, axis, bars, mark, share)
+    return _draw_bars(results, "step", "Training step: peak memory", axis, bars, results.memory_limit)
 
 
 def _draw_bars(
-    results: Results, part: str, title: str, axis: str, bars: Bars, mark: str = "", at: float | None = None
+    results: Results, part: str, title: str, axis: str, bars: Bars, limit: float | None = None
 ) -> Figure | None:
-    """Draw a panel a case, a bar a variant, and a line across them; None where no variant has the quantity."""
+    """Draw a panel a case, a bar a variant, and a line at a limit; None where no variant has the quantity."""
     cases = results.largest(part) if part == "step" else results.cases(part)
     panels = {case: [row for row in rows if bars(row)[0]] for case, rows in cases.items()}
     panels = {case: rows for case, rows in panels.items() if rows}
@@ -89,10 +78,11 @@ def _draw_bars(
     grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (case, rows) in zip(grid, panels.items(), strict=True):
         most = _draw_panel(axes, rows, bars)
-        if at is not None:
-            axes.axvline(at, color="black", linewidth=1, linestyle="--")
-            _label(axes, f"{mark} {number(at)} ", (at, 1), (0, 2), axes.get_xaxis_transform(), ha="right", va="bottom")
-        axes.set_xlim(0, 1.16 * max(most, at or 0))
+        if limit is not None:
+            axes.axvline(limit, color="black", linewidth=1, linestyle="--")
+            above = axes.get_xaxis_transform()
+            _label(axes, f"limit {number(limit)} ", (limit, 1), (0, 2), above, ha="right", va="bottom")
+        axes.set_xlim(0, 1.16 * max(most, limit or 0))
         axes.set_title(case, loc="left", fontsize=10)
         _style(axes, "x")
     grid[-1].set_xlabel(axis)
