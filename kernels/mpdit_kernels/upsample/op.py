@@ -162,9 +162,9 @@ def _offset_major(x: Tensor, r: int, dtype: torch.dtype) -> Tensor:
     products=True,
 )
 def _upsample(x, expand, expand_bias, refine, refine_bias, patches, skip_bias, position, sizes, eps, dtype):  # type: ignore[no-untyped-def]
-    """Return (result, and for backward: rows [B*(m+n1), D] before GELU, and image tokens [B*n0, D]).
+    """Return (result, and for backward: pre_gelu [B*(m+n1), D] and image tokens [B*n0, D]), by triton_impl.forward.
 
-    Class tokens' rows come first.
+    pre_gelu is all tokens before GELU; rows of class tokens come first.
     """
     (batch, _, width), (m, r, h, w) = x.shape, sizes
     return (
@@ -181,10 +181,11 @@ def _upsample(x, expand, expand_bias, refine, refine_bias, patches, skip_bias, p
     "SymInt[] sizes, float eps, ScalarType dtype, bool[] wanted) -> Tensor[]",
     products=True,
 )
-def _upsample_backward(d_out, rows, image, expand, refine, patches, sizes, eps, dtype, wanted):  # type: ignore[no-untyped-def]
+def _upsample_backward(d_out, pre_gelu, image, expand, refine, patches, sizes, eps, dtype, wanted):  # type: ignore[no-untyped-def]
     """Return gradients of the first eight arguments of the forward, those not wanted being empty.
 
-    x's comes as `dtype`, those of matrices and patches in the products' dtype, the others in fp32.
+    By triton_impl.backward. x's comes as `dtype`, those of matrices and patches in the products' dtype, the others in
+    fp32.
     """
     (batch, _, width), (m, r, h, w) = d_out.shape, sizes
     shapes = [
@@ -205,9 +206,9 @@ def _upsample_backward(d_out, rows, image, expand, refine, patches, sizes, eps, 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, expand, _, refine, _, patches, _, _, ctx.sizes, ctx.eps, _ = inputs
-    _, rows, image = output
+    _, pre_gelu, image = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(rows, image, expand, refine, patches)
+    ctx.save_for_backward(pre_gelu, image, expand, refine, patches)
     ctx.dtypes = [None if value is None else value.dtype for value in inputs[:8]]
 
 
@@ -225,15 +226,15 @@ _upsample.register_autograd(_gradients, setup_context=_save)
 
 @count_flops(torch.ops.mpdit_kernels.upsample)
 def _flops(x: Tensor, expand: Tensor, expand_bias: Tensor, refine: Tensor, *_: Any, out_val: Any, **__: Any) -> int:
-    _out, rows, image = out_val
-    return 2 * (len(image) * expand.numel() + len(rows) * refine.numel())
+    _out, pre_gelu, image = out_val
+    return 2 * (len(image) * expand.numel() + len(pre_gelu) * refine.numel())
 
 
 @count_flops(torch.ops.mpdit_kernels.upsample_backward)
 def _flops_backward(
-    d_out: Tensor, rows: Tensor, image: Tensor, expand: Tensor, refine: Tensor, *rest: Any, **_: Any
+    d_out: Tensor, pre_gelu: Tensor, image: Tensor, expand: Tensor, refine: Tensor, *rest: Any, **_: Any
 ) -> int:
     of_x, of_expand, of_bias, of_refine, _refine_bias, of_patches, *_vectors = rest[-1]  # `wanted`
     columns = refine.shape[1] if of_patches else refine.shape[0] if of_x or of_expand or of_bias else 0
-    refining = len(rows) * refine.shape[0] * (columns + (refine.shape[1] if of_refine else 0))
+    refining = len(pre_gelu) * refine.shape[0] * (columns + (refine.shape[1] if of_refine else 0))
     return 2 * (refining + len(image) * expand.numel() * (of_x + of_expand))

@@ -1,17 +1,32 @@
 """Kernels between the two matrix products, which are left to cuBLAS.
 
-The first product leaves the r*r fine tokens of a coarse one side by side, so tokens before GELU are the rows of one
-matrix: class tokens of all samples, then for each coarse token its offsets (i, j). The forward kernel takes each to its
-place in the result: GELU, norm, and the patch's values appended as columns so that the skip rides in the second
-product. It also writes the whole result, filled with biases and positions, which that product then reads and writes
-again (tools/cases.py has the bytes). The backward kernel does the same way back, computing the normalised rows again. A
-program takes one offset of several coarse tokens, or several class tokens, ROWS at a time.
+Of m class tokens and n0 = h * w coarse image tokens a sample, T = m + r*r*n0 fine tokens are made:
+
+    pre_gelu     = image @ expand^T + expand_bias               cuBLAS: r*r fine tokens a coarse one, side by side
+    a            = GELU(pre_gelu), pixel-shuffled; class tokens join as they are                 _forward, to the end
+    normalized   = (a - mean(a)) * rstd, rstd = 1 / sqrt(var(a) + eps), over each token's D columns
+    refine_input = [normalized, patch values, zeros]            [B*T, D + SKIP_COLUMNS]
+    out          = refine_bias + skip_bias + position           the last two of image tokens alone
+    out         += refine_input @ refine^T                      cuBLAS, refine having the skip's weight as more columns
+
+and backward, from g = (d_out @ refine)[:, :D]:
+
+    d_a          = (g - normalized * mean(g * normalized) - mean(g)) * rstd                     _backward
+    d_pre_gelu   = GELU'(pre_gelu) * d_a of image tokens, d_a of class tokens
+    d_image      = d_pre_gelu @ expand,  d_expand = d_pre_gelu^T @ image,  d_refine = d_out^T @ refine_input     cuBLAS
+
+pre_gelu is the rows of one matrix: class tokens of all samples, then for each coarse token its r*r offsets (i, j). The
+forward kernel takes each row to its place in the result. It also writes the whole result, filled with biases and
+positions, which the product then reads and writes again (tools/cases.py has the bytes). The backward kernel goes the
+same way back, computing the normalised rows again. A program takes one offset of several coarse tokens, or several
+class tokens, ROWS at a time.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -64,48 +79,47 @@ INCOMING = Tunable(
 
 
 @triton.jit
-def program(PROGRAMS, OFFSETS: tl.constexpr):
-    """Locate a program's tokens: whether they are image tokens, which part of them, and at which offset."""
+def split_program(IMAGE_PROGRAMS, OFFSETS: tl.constexpr):
+    """Return what this program takes: (is_image, part, offset).
+
+    is_image: whether its tokens are image tokens, as those of the first IMAGE_PROGRAMS programs are.
+    part: which TOKENS of them, counted over all samples.
+    offset: i * r + j of the fine tokens within their coarse ones; 0 for class tokens.
+    """
     pid = tl.program_id(0)
-    image = pid < PROGRAMS
-    return image, tl.where(image, pid // OFFSETS, pid - PROGRAMS), tl.where(image, pid % OFFSETS, 0)
+    is_image = pid < IMAGE_PROGRAMS
+    return is_image, tl.where(is_image, pid // OFFSETS, pid - IMAGE_PROGRAMS), tl.where(is_image, pid % OFFSETS, 0)
 
 
 @triton.jit
-def places(index, image, offset, B, M, H, W, R: tl.constexpr):
-    """For tokens [ROWS], numbered over all samples: which exist, sample, token in the result, row before GELU."""
-    each = tl.where(image, H * W, M)
-    sample = index // each
-    token = index - sample * each
-    down = token // W
-    fine = (down * R + offset // R) * (W * R) + (token - down * W) * R + offset % R
-    before = tl.where(image, tl.cast(B, tl.int64) * M + index.to(tl.int64) * (R * R) + offset, index.to(tl.int64))
-    return index < B * each, sample.to(tl.int64), tl.where(image, M + fine, token).to(tl.int64), before
+def locate_tokens(index, is_image, offset, B, M, H, W, R: tl.constexpr):
+    """Return where tokens are, each [ROWS], by their index over all samples: (mask, sample, token, pre_gelu_row).
+
+    mask: which of them exist.
+    sample: int64.
+    token: int64, within the sample's T fine tokens.
+    pre_gelu_row: int64.
+    """
+    tokens_per_sample = tl.where(is_image, H * W, M)
+    sample = index // tokens_per_sample
+    coarse = index - sample * tokens_per_sample
+    # The pixel-shuffle: offset (i, j) of coarse token (y, x) is fine token (y * R + i, x * R + j).
+    y = coarse // W
+    x = coarse - y * W
+    fine = (y * R + offset // R) * (W * R) + x * R + offset % R
+    token = tl.where(is_image, M + fine, coarse)
+    image_row = tl.cast(B, tl.int64) * M + index.to(tl.int64) * (R * R) + offset
+    pre_gelu_row = tl.where(is_image, image_row, index.to(tl.int64))
+    return index < B * tokens_per_sample, sample.to(tl.int64), token.to(tl.int64), pre_gelu_row
 
 
 @triton.jit
-def store_normal(
-    normal, target, values, patches, patches_batch, patches_token, sample, token, mask, image,
-    D: tl.constexpr, CHUNKS: tl.constexpr, K: tl.constexpr, EXTRA: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Rows of the second product: normalised values, then the patch's values and zeros, EXTRA in all."""
-    rows = normal + target[:, None] * (D + EXTRA)
-    for i in tl.static_range(len(CHUNKS)):
-        tl.store(rows + columns(CHUNKS, i), values[i].to(normal.dtype.element_ty), mask=mask[:, None])
-    if EXTRA:
-        at = tl.arange(0, BLOCK)[None, :]
-        source = patches + sample[:, None] * patches_batch + token[:, None] * patches_token + at
-        taken = tl.load(source, mask=mask[:, None] & image & (at < K), other=0)
-        tl.store(rows + D + at, taken.to(normal.dtype.element_ty), mask=mask[:, None] & (at < EXTRA))
-
-
-@triton.jit
-def _normalized(values, image, eps, D: tl.constexpr, CHUNKS: tl.constexpr):
-    """Rows after GELU, where `image`, and layer norm, with their reciprocal standard deviations."""
+def normalize(pre_gelu, is_image, eps, D: tl.constexpr, CHUNKS: tl.constexpr):
+    """Return layer norm of rows, image tokens' after GELU, and their reciprocal standard deviations [ROWS]."""
     activated = ()
     for i in tl.static_range(len(CHUNKS)):
-        s, _ = gelu_gate(values[i])
-        activated = activated + (tl.where(image, values[i] * s, values[i]),)
+        gate, _ = gelu_gate(pre_gelu[i])
+        activated = activated + (tl.where(is_image, pre_gelu[i] * gate, pre_gelu[i]),)
     mean, rstd = row_moments(activated, eps, D)
     normalized = ()
     for i in tl.static_range(len(CHUNKS)):
@@ -114,131 +128,161 @@ def _normalized(values, image, eps, D: tl.constexpr, CHUNKS: tl.constexpr):
 
 
 @triton.jit
+def store_refine_input(
+    refine_input, row, normalized, patches, patches_batch_stride, patches_token_stride, sample, image_token, mask,
+    is_image, D: tl.constexpr, CHUNKS: tl.constexpr, K: tl.constexpr, SKIP_COLUMNS: tl.constexpr,
+    SKIP_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write rows [normalized, the patch's K values, zeros]: D and SKIP_COLUMNS columns."""
+    rows = refine_input + row[:, None] * (D + SKIP_COLUMNS)
+    for i in tl.static_range(len(CHUNKS)):
+        tl.store(rows + columns(CHUNKS, i), normalized[i].to(refine_input.dtype.element_ty), mask=mask[:, None])
+    if SKIP_COLUMNS:
+        at = tl.arange(0, SKIP_BLOCK)[None, :]
+        patch = patches + sample[:, None] * patches_batch_stride + image_token[:, None] * patches_token_stride
+        values = tl.load(patch + at, mask=mask[:, None] & is_image & (at < K), other=0)
+        tl.store(rows + D + at, values.to(refine_input.dtype.element_ty), mask=mask[:, None] & (at < SKIP_COLUMNS))
+
+
+@triton.jit
 def _forward(
-    before,  # [B*(M + H*W*R*R), D]: tokens before GELU
+    pre_gelu,  # [B*(M + H*W*R*R), D]
     patches,  # [B, n1, K]
     refine_bias,  # [D]
     skip_bias,  # [D], where SKIP
     position,  # [n1, D], where POSITION
-    normal,  # out [B*T, D + EXTRA]
+    refine_input,  # out [B*T, D + SKIP_COLUMNS]
     out,  # out [B, T, D]: biases and positions, to which the product is added in place
     B,
     M,
     H,
     W,
-    PROGRAMS,
+    IMAGE_PROGRAMS,
     eps,
-    patches_batch,
-    patches_token,
+    patches_batch_stride,
+    patches_token_stride,
     R: tl.constexpr,
     D: tl.constexpr,
     CHUNKS: tl.constexpr,
     K: tl.constexpr,
-    EXTRA: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SKIP_COLUMNS: tl.constexpr,
+    SKIP_BLOCK: tl.constexpr,
     SKIP: tl.constexpr,
     POSITION: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     tl.static_assert(TOKENS % ROWS == 0)
-    image, part, offset = program(PROGRAMS, R * R)
+    is_image, part, offset = split_program(IMAGE_PROGRAMS, R * R)
+    # bias = refine_bias, and + skip_bias for image tokens: tiles [1, columns]
     bias = load_vector(refine_bias, CHUNKS)
     if SKIP:
-        skipped = load_vector(skip_bias, CHUNKS)
-        both = ()
+        skip_biases = load_vector(skip_bias, CHUNKS)
+        summed = ()
         for i in tl.static_range(len(CHUNKS)):
-            both = both + (bias[i] + tl.where(image, skipped[i], 0.0),)
-        bias = both
+            summed = summed + (bias[i] + tl.where(is_image, skip_biases[i], 0.0),)
+        bias = summed
+
     for step in range(0, TOKENS, ROWS):
         index = part * TOKENS + step + tl.arange(0, ROWS)
-        mask, sample, token, row = places(index, image, offset, B, M, H, W, R)
-        target = sample * (M + H * W * R * R) + token
-        values = load_rows(before + row * D, mask, CHUNKS)
-        normalized, _ = _normalized(values, image, eps, D, CHUNKS)
-        store_normal(
-            normal, target, normalized, patches, patches_batch, patches_token, sample, token - M, mask, image,
-            D, CHUNKS, K, EXTRA, BLOCK,
+        mask, sample, token, pre_gelu_row = locate_tokens(index, is_image, offset, B, M, H, W, R)
+        row = sample * (M + H * W * R * R) + token
+
+        # refine_input = [normalize(GELU(pre_gelu)), patch values, 0]: tiles [ROWS, columns]
+        values = load_rows(pre_gelu + pre_gelu_row * D, mask, CHUNKS)
+        normalized, _ = normalize(values, is_image, eps, D, CHUNKS)
+        store_refine_input(
+            refine_input, row, normalized, patches, patches_batch_stride, patches_token_stride, sample, token - M,
+            mask, is_image, D, CHUNKS, K, SKIP_COLUMNS, SKIP_BLOCK,
         )  # fmt: skip
+
+        # out = bias, and + position for image tokens
         for i in tl.static_range(len(CHUNKS)):
-            added = bias[i]
+            addend = bias[i]
             if POSITION:
                 place = position + (token - M)[:, None] * D + columns(CHUNKS, i)
-                added = added + tl.load(place, mask=mask[:, None] & image, other=0).to(tl.float32)
-            place = out + target[:, None] * D + columns(CHUNKS, i)
-            tl.store(place, added.to(out.dtype.element_ty), mask=mask[:, None])
+                addend = addend + tl.load(place, mask=mask[:, None] & is_image, other=0).to(tl.float32)
+            target = out + row[:, None] * D + columns(CHUNKS, i)
+            tl.store(target, addend.to(out.dtype.element_ty), mask=mask[:, None])
 
 
 @triton.jit
 def _backward(
-    before,  # [B*(M + H*W*R*R), D]: tokens before GELU
-    patches,  # [B, n1, K], where NORMAL
-    d_normal,  # [B*T, D_STRIDE], where GRADIENT
-    normal,  # out [B*T, D + EXTRA], where NORMAL
-    d_before,  # out as before, where GRADIENT
+    pre_gelu,  # [B*(M + H*W*R*R), D]
+    patches,  # [B, n1, K], where REFINE_INPUT
+    d_refine_input,  # [B*T, D_STRIDE], where GRADIENT
+    refine_input,  # out [B*T, D + SKIP_COLUMNS], where REFINE_INPUT
+    d_pre_gelu,  # out as pre_gelu, where GRADIENT
     partials,  # out fp32 [parts, R*R, D]: of the expanding bias, where GRADIENT
     B,
     M,
     H,
     W,
-    PROGRAMS,
+    IMAGE_PROGRAMS,
     eps,
-    patches_batch,
-    patches_token,
+    patches_batch_stride,
+    patches_token_stride,
     D_STRIDE: tl.constexpr,
     R: tl.constexpr,
     D: tl.constexpr,
     CHUNKS: tl.constexpr,
     K: tl.constexpr,
-    EXTRA: tl.constexpr,
-    BLOCK: tl.constexpr,
-    NORMAL: tl.constexpr,
+    SKIP_COLUMNS: tl.constexpr,
+    SKIP_BLOCK: tl.constexpr,
+    REFINE_INPUT: tl.constexpr,
     GRADIENT: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     tl.static_assert(TOKENS % ROWS == 0)
-    image, part, offset = program(PROGRAMS, R * R)
-    sums = zeros(ROWS, CHUNKS)
+    is_image, part, offset = split_program(IMAGE_PROGRAMS, R * R)
+    d_bias = zeros(ROWS, CHUNKS)
     for step in range(0, TOKENS, ROWS):
         index = part * TOKENS + step + tl.arange(0, ROWS)
-        mask, sample, token, row = places(index, image, offset, B, M, H, W, R)
-        target = sample * (M + H * W * R * R) + token
-        values = load_rows(before + row * D, mask, CHUNKS)
-        normalized, rstd = _normalized(values, image, eps, D, CHUNKS)
-        if NORMAL:
-            store_normal(
-                normal, target, normalized, patches, patches_batch, patches_token, sample, token - M, mask, image,
-                D, CHUNKS, K, EXTRA, BLOCK,
+        mask, sample, token, pre_gelu_row = locate_tokens(index, is_image, offset, B, M, H, W, R)
+        row = sample * (M + H * W * R * R) + token
+
+        # refine_input as in the forward: tiles [ROWS, columns]
+        values = load_rows(pre_gelu + pre_gelu_row * D, mask, CHUNKS)
+        normalized, rstd = normalize(values, is_image, eps, D, CHUNKS)
+        if REFINE_INPUT:
+            store_refine_input(
+                refine_input, row, normalized, patches, patches_batch_stride, patches_token_stride, sample, token - M,
+                mask, is_image, D, CHUNKS, K, SKIP_COLUMNS, SKIP_BLOCK,
             )  # fmt: skip
+
         if GRADIENT:
-            gradients = load_rows(d_normal + target * D_STRIDE, mask, CHUNKS)
+            # mean(g * normalized), mean(g): [ROWS, 1]
+            g = load_rows(d_refine_input + row * D_STRIDE, mask, CHUNKS)
             products = ()
             for i in tl.static_range(len(CHUNKS)):
-                products = products + (gradients[i] * normalized[i],)
-            along = row_mean(products, D)[:, None]
-            common = row_mean(gradients, D)[:, None]
-            new_sums = ()
+                products = products + (g[i] * normalized[i],)
+            mean_product = row_mean(products, D)[:, None]
+            mean_g = row_mean(g, D)[:, None]
+            new_d_bias = ()
             for i in tl.static_range(len(CHUNKS)):
-                total = (gradients[i] - normalized[i] * along - common) * rstd[:, None]
-                s, ds = gelu_gate(values[i])
-                total = tl.where(image, total * gelu_slope(values[i], s, ds), total)
-                place = d_before + row[:, None] * D + columns(CHUNKS, i)
-                tl.store(place, total.to(d_before.dtype.element_ty), mask=mask[:, None])
-                # A row that doesn't exist may hold NaN where eps is 0.
-                new_sums = new_sums + (sums[i] + tl.where(mask[:, None], total, 0.0),)
-            sums = new_sums
+                # d_a = (g - normalized * mean(g * normalized) - mean(g)) * rstd
+                d_a = (g[i] - normalized[i] * mean_product - mean_g) * rstd[:, None]
+                # d_pre_gelu = GELU'(pre_gelu) * d_a of image tokens
+                gate, d_gate = gelu_gate(values[i])
+                d_values = tl.where(is_image, d_a * gelu_slope(values[i], gate, d_gate), d_a)
+                target = d_pre_gelu + pre_gelu_row[:, None] * D + columns(CHUNKS, i)
+                tl.store(target, d_values.to(d_pre_gelu.dtype.element_ty), mask=mask[:, None])
+                # d_expand_bias += d_pre_gelu; a row that doesn't exist may hold NaN where eps is 0
+                new_d_bias = new_d_bias + (d_bias[i] + tl.where(mask[:, None], d_values, 0.0),)
+            d_bias = new_d_bias
+
     if GRADIENT:
-        place = partials + (part.to(tl.int64) * (R * R) + offset) * D
+        partial = partials + (part.to(tl.int64) * (R * R) + offset) * D
         for i in tl.static_range(len(CHUNKS)):
-            tl.store(place + columns(CHUNKS, i), tl.sum(sums[i], 0, keep_dims=True), mask=image)
+            tl.store(partial + columns(CHUNKS, i), tl.sum(d_bias[i], 0, keep_dims=True), mask=is_image)
 
 
 @triton.jit
 def _incoming(
-    gradient,  # [B, N]
-    narrow,  # out [B, N], where CAST
-    sums,  # out fp32 [splits, N]
+    d_out,  # [B, N], N numbers a sample
+    cast,  # out [B, N]: d_out in the products' dtype, where CAST
+    sums,  # out fp32 [splits, N]: over BATCH samples each
     B,
     N,
     CAST: tl.constexpr,
@@ -246,17 +290,18 @@ def _incoming(
     BATCH: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    at = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     split = tl.program_id(1).to(tl.int64)
+    # sums[split, n] = sum_b d_out[b, n], SAMPLES at a time
     total = tl.zeros([1, COLUMNS], tl.float32)
     for step in range(0, BATCH, SAMPLES):
         sample = split * BATCH + step + tl.arange(0, SAMPLES)[:, None]
-        mask = (sample < B) & (at < N)
-        values = tl.load(gradient + sample * N + at, mask=mask, other=0)
+        mask = (sample < B) & (column < N)
+        values = tl.load(d_out + sample * N + column, mask=mask, other=0)
         if CAST:
-            tl.store(narrow + sample * N + at, values.to(narrow.dtype.element_ty), mask=mask)
+            tl.store(cast + sample * N + column, values.to(cast.dtype.element_ty), mask=mask)
         total += tl.sum(values.to(tl.float32), 0, keep_dims=True)
-    tl.store(sums + split * N + at, total, mask=at < N)
+    tl.store(sums + split * N + column, total, mask=column < N)
 
 
 def forward(
@@ -272,7 +317,7 @@ def forward(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (result [B, T, D], rows before GELU [B*T, D], image tokens [B*n0, D]); sizes are (m, r, h, w).
+    """Return (result [B, T, D], pre_gelu [B*T, D], image tokens [B*n0, D]); sizes are (m, r, h, w).
 
     expand [r*r*D, D] has rows (i, j, channel); refine [D, D + K padded to a multiple of 8] has the skip's columns.
     """
@@ -280,33 +325,46 @@ def forward(
     batch, width, tokens = x.shape[0], x.shape[2], m + h * w * r * r
     image = expand.new_empty(batch * h * w, width)
     image.view(batch, h * w, width).copy_(x[:, m:])
-    before = expand.new_empty(batch * tokens, width)
-    before[: batch * m].view(batch, m, width).copy_(x[:, :m])
+    pre_gelu = expand.new_empty(batch * tokens, width)
+    pre_gelu[: batch * m].view(batch, m, width).copy_(x[:, :m])
     # A bias vector is added in cuBLASLt's epilogue, without a pass of its own.
-    torch.addmm(expand_bias, image, expand.t(), out=before[batch * m :].view(-1, expand.shape[0]))
-    normal = expand.new_empty(batch * tokens, refine.shape[1])
+    torch.addmm(expand_bias, image, expand.t(), out=pre_gelu[batch * m :].view(-1, expand.shape[0]))
+    refine_input = expand.new_empty(batch * tokens, refine.shape[1])
     out = x.new_empty(batch, tokens, width, dtype=dtype)
     patches = None if patches is None else rows_of(patches)
-    config, programs, grid = _programs(FORWARD, batch, width, sizes)
+    config, image_programs, grid = _plan(FORWARD, batch, width, sizes)
     launch(
         _forward,
         grid,
-        *(before, patches, refine_bias.contiguous(), None if skip_bias is None else skip_bias.contiguous()),
-        *(None if position is None else position.contiguous(), normal, out),
-        *(batch, m, h, w, programs, eps, *_strides(patches)),
+        *(pre_gelu, patches, refine_bias.contiguous(), None if skip_bias is None else skip_bias.contiguous()),
+        *(None if position is None else position.contiguous(), refine_input, out),
+        *(batch, m, h, w, image_programs, eps, *_strides(patches)),
         R=r,
         SKIP=skip_bias is not None,
         POSITION=position is not None,
-        **_columns(refine, patches, config),
+        **_columns(refine, patches),
         **config,
     )
-    accumulate(out.view(-1, width), normal, refine.t())
-    return out, before, image
+    accumulate(out.view(-1, width), refine_input, refine.t())
+    return out, pre_gelu, image
+
+
+class Wanted(NamedTuple):
+    """Which gradients of the forward's first eight arguments are asked for."""
+
+    x: bool
+    expand: bool
+    expand_bias: bool
+    refine: bool
+    refine_bias: bool
+    patches: bool
+    skip_bias: bool
+    position: bool
 
 
 def backward(
     d_out: Tensor,
-    before: Tensor,
+    pre_gelu: Tensor,
     image: Tensor,
     expand: Tensor,
     refine: Tensor,
@@ -314,59 +372,67 @@ def backward(
     sizes: Sequence[int],
     eps: float,
     dtype: torch.dtype,
-    asked: Sequence[bool],
+    wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Return gradients of the forward's first eight arguments, None where not asked for; x's as `dtype`."""
+    """Return gradients of the forward's first eight arguments, None where not `wanted`; x's as `dtype`."""
     m, r, h, w = sizes
     batch, tokens, width = d_out.shape
-    for_x, for_expand, for_bias, for_refine, for_refine_bias, for_patches, for_skip_bias, for_position = asked
-    gradient = for_x or for_expand or for_bias
+    want = Wanted(*wanted)
+    through_gelu = want.x or want.expand or want.expand_bias
+
+    # d_out in the products' dtype, and its sums over the batch
     d_out = d_out.contiguous()
     sums = None
-    if for_refine_bias or for_skip_bias or for_position:
-        d_out, sums = sum_and_cast(d_out, before.dtype)
-    d_rows = d_out.to(before.dtype).view(-1, width)
-    d_normal = None
-    if gradient or for_patches:
-        d_normal = d_rows @ (refine if for_patches else refine[:, :width])
-    normal = before.new_empty(batch * tokens, refine.shape[1]) if for_refine else None
-    d_before = torch.empty_like(before) if gradient else None
-    config, programs, grid = _programs(BACKWARD, batch, width, sizes)
-    partials = before.new_empty(programs // (r * r), r * r * width, dtype=torch.float32)
-    taken = None if patches is None else rows_of(patches)
-    if gradient or for_refine:
+    if want.refine_bias or want.skip_bias or want.position:
+        d_out, sums = sum_and_cast(d_out, pre_gelu.dtype)
+    d_rows = d_out.to(pre_gelu.dtype).view(-1, width)
+
+    # d_refine_input = d_out @ refine, of which the skip's columns are the patches' gradient
+    d_refine_input = None
+    if through_gelu or want.patches:
+        d_refine_input = d_rows @ (refine if want.patches else refine[:, :width])
+
+    # The way back through norm and GELU, and refine_input once more
+    refine_input = pre_gelu.new_empty(batch * tokens, refine.shape[1]) if want.refine else None
+    d_pre_gelu = torch.empty_like(pre_gelu) if through_gelu else None
+    config, image_programs, grid = _plan(BACKWARD, batch, width, sizes)
+    partials = pre_gelu.new_empty(image_programs // (r * r), r * r * width, dtype=torch.float32)
+    patch_rows = None if patches is None else rows_of(patches)
+    if through_gelu or want.refine:
         launch(
             _backward,
             grid,
-            *(before, taken, d_normal, normal, d_before, partials, batch, m, h, w, programs, eps, *_strides(taken)),
-            D_STRIDE=0 if d_normal is None else d_normal.shape[1],
+            *(pre_gelu, patch_rows, d_refine_input, refine_input, d_pre_gelu, partials),
+            *(batch, m, h, w, image_programs, eps, *_strides(patch_rows)),
+            D_STRIDE=0 if d_refine_input is None else d_refine_input.shape[1],
             R=r,
-            NORMAL=for_refine,
-            GRADIENT=gradient,
-            **_columns(refine, patches, config),
+            REFINE_INPUT=want.refine,
+            GRADIENT=through_gelu,
+            **_columns(refine, patches),
             **config,
         )
+
     dx = d_expand = d_patches = None
-    if d_before is not None:
-        d_image = d_before[batch * m :].view(-1, expand.shape[0])
-        if for_x:
+    if d_pre_gelu is not None:
+        d_image = d_pre_gelu[batch * m :].view(-1, expand.shape[0])
+        if want.x:
             dx = d_out.new_empty(batch, m + h * w, width, dtype=dtype)
-            dx[:, :m].copy_(d_before[: batch * m].view(batch, m, width))
+            dx[:, :m].copy_(d_pre_gelu[: batch * m].view(batch, m, width))
             dx[:, m:].copy_((d_image @ expand).view(batch, h * w, width))
-        d_expand = d_image.t() @ image if for_expand else None
-    if for_patches and d_normal is not None and patches is not None:
+        d_expand = d_image.t() @ image if want.expand else None
+    if want.patches and d_refine_input is not None and patches is not None:
         # Copied even where contiguous: an operator's outputs own their memory.
-        columns_of_patches = d_normal.unflatten(0, (batch, tokens))[:, m:, width : width + patches.shape[2]]
-        d_patches = columns_of_patches.clone(memory_format=torch.contiguous_format)
+        skip_columns = d_refine_input.unflatten(0, (batch, tokens))[:, m:, width : width + patches.shape[2]]
+        d_patches = skip_columns.clone(memory_format=torch.contiguous_format)
     return [
         dx,
         d_expand,
-        partials.sum(0) if for_bias else None,
-        None if normal is None else d_rows.t() @ normal,
-        sums.sum(0) if sums is not None and for_refine_bias else None,
+        partials.sum(0) if want.expand_bias else None,
+        None if refine_input is None else d_rows.t() @ refine_input,
+        sums.sum(0) if sums is not None and want.refine_bias else None,
         d_patches,
-        sums[m:].sum(0) if sums is not None and for_skip_bias else None,
-        sums[m:].clone() if sums is not None and for_position else None,
+        sums[m:].sum(0) if sums is not None and want.skip_bias else None,
+        sums[m:].clone() if sums is not None and want.position else None,
     ]
 
 
@@ -376,13 +442,13 @@ def sum_and_cast(d_out: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     The sum holds the gradients of all that is added to tokens: both biases and the positions.
     """
     batch, elements = d_out.shape[0], d_out[0].numel() if len(d_out) else 0
-    narrow = None if d_out.dtype == dtype else torch.empty(d_out.shape, dtype=dtype, device=d_out.device)
+    cast = None if d_out.dtype == dtype else torch.empty(d_out.shape, dtype=dtype, device=d_out.device)
     config = INCOMING.pick()
     splits = triton.cdiv(batch, config["BATCH"])
     sums = torch.empty(splits, *d_out.shape[1:], dtype=torch.float32, device=d_out.device)
     grid = (triton.cdiv(elements, config["COLUMNS"]), splits)
-    launch(_incoming, grid, d_out, narrow, sums, batch, elements, CAST=narrow is not None, **config)
-    return d_out if narrow is None else narrow, sums[0] if splits == 1 else sums.sum(0)
+    launch(_incoming, grid, d_out, cast, sums, batch, elements, CAST=cast is not None, **config)
+    return d_out if cast is None else cast, sums[0] if splits == 1 else sums.sum(0)
 
 
 def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -408,26 +474,29 @@ def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
-def _programs(tunable: Tunable, batch: int, width: int, sizes: Sequence[int]) -> tuple[Config, int, tuple[int]]:
-    """Return the configuration, how many programs take image tokens, and the grid with those that take class tokens."""
+def _plan(tunable: Tunable, batch: int, width: int, sizes: Sequence[int]) -> tuple[Config, int, tuple[int]]:
+    """Return the kernel's constants by its configuration, how many programs take image tokens, and the grid.
+
+    The grid's other programs take class tokens.
+    """
     m, r, h, w = sizes
     config = dict(tunable.pick(width=width))
+    config["CHUNKS"] = chunks(width, config.pop("CAP"))
     most = max(1, batch * max(m, h * w))  # no more tokens to a program than there are
-    tokens = min(config["TOKENS"], triton.cdiv(most, config["ROWS"]) * config["ROWS"])
-    programs = triton.cdiv(batch * h * w, tokens) * r * r
-    return config | {"TOKENS": tokens}, programs, (programs + triton.cdiv(batch * m, tokens),)
+    tokens = config["TOKENS"] = min(config["TOKENS"], triton.cdiv(most, config["ROWS"]) * config["ROWS"])
+    image_programs = triton.cdiv(batch * h * w, tokens) * r * r
+    return config, image_programs, (image_programs + triton.cdiv(batch * m, tokens),)
 
 
-def _columns(refine: Tensor, patches: Tensor | None, config: Config) -> Config:
-    """Return constants that say how the second product's rows are made up."""
+def _columns(refine: Tensor, patches: Tensor | None) -> Config:
+    """Return the constants that say what columns refine_input has."""
     width = refine.shape[0]
-    extra = refine.shape[1] - width
+    skip_columns = refine.shape[1] - width
     return {
         "D": width,
-        "CHUNKS": chunks(width, config.pop("CAP")),
         "K": 0 if patches is None else patches.shape[2],
-        "EXTRA": extra,
-        "BLOCK": triton.next_power_of_2(extra),
+        "SKIP_COLUMNS": skip_columns,
+        "SKIP_BLOCK": triton.next_power_of_2(skip_columns),
     }
 
 
