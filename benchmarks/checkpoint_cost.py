@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 from mpdit.training import loop
-from mpdit.training.checkpoint.save import AsyncCheckpointer
+from mpdit.training.checkpoint import save
 from mpdit.training.cli import main
 
 REPOSITORY = Path(__file__).parents[1]
@@ -32,7 +32,7 @@ _times: dict[str, list[Any]] = {"done": [], "calls": [], "spans": []}
 """Seconds at which steps were done, that calls took, and between which saves were under way."""
 
 
-class TimedSaver(AsyncCheckpointer):
+class TimedSaver(save.AsyncCheckpointer):
     """Notes how long the call takes, and when saves begin and are committed."""
 
     def save(self, *arguments: Any, **options: Any) -> None:
@@ -56,7 +56,7 @@ class TimedLog(loop.MetricsLog):
 
 def train(result: str, arguments: list[str]) -> int:
     """Train as one rank, and write what was timed."""
-    loop.AsyncCheckpointer, loop.MetricsLog = TimedSaver, TimedLog  # type: ignore[misc]
+    save.AsyncCheckpointer, loop.MetricsLog = TimedSaver, TimedLog  # type: ignore[misc]
     code = main(arguments)
     if code == 0 and os.environ["RANK"] == "0":
         Path(result).write_text(json.dumps(_times))

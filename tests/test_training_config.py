@@ -12,7 +12,7 @@ import pytest
 from mpdit.core.errors import ConfigError
 from mpdit.training.arguments import parse_arguments
 from mpdit.training.config import TrainConfig
-from mpdit.training.deepspeed_config import arguments_from, complete, read_ds_config, zero_stage
+from mpdit.training.deepspeed_config import arguments_from, complete, read_ds_config
 
 RENAMED_FIELDS: dict[str, Any] = {"grad_accum_steps": 4, "activation_checkpointing": True}
 LAUNCH = Path(__file__).parents[1] / "launch"
@@ -125,7 +125,7 @@ def _ds(tmp_path: Path, content: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_shipped_configurations_are_read(stage: int) -> None:
-    assert zero_stage(read_ds_config(LAUNCH / f"zero{stage}.json")) == stage
+    assert read_ds_config(LAUNCH / f"zero{stage}.json")["zero_optimization"]["stage"] == stage
 
 
 @pytest.mark.parametrize(
@@ -135,8 +135,6 @@ def test_shipped_configurations_are_read(stage: int) -> None:
         ("[1]", "holds list: expected a JSON object"),
         ('{"bf16": {}, "bf16": {}}', "'bf16' is given twice"),
         ({"zero_optimisation": {}}, "unknown key 'zero_optimisation': did you mean 'zero_optimization'"),
-        ({"zero_optimization": {"stage": 4}}, "stage of 0, 1, 2 or 3"),
-        ({"zero_optimization": {"stage": True}}, "stage of 0, 1, 2 or 3"),
         ({"zero_optimization": 2}, "zero_optimization is 2: give an object"),
         ({"bf16": {"enabled": True}}, "--precision bf16"),
         ({"fp16": {"enabled": True}}, "fp16"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def test_a_file_that_cannot_be_read_is_one_clear_error(tmp_path: Path) -> None:
 
 def test_every_field_can_be_in_a_file(tmp_path: Path) -> None:
     # JSON is YAML: a run's own record of its settings starts it again.
-    fields = TrainConfig().to_dict()
+    fields = asdict(TrainConfig())
     text = json.dumps({name: value for name, value in fields.items() if value not in ("", ())})
     assert TrainConfig.create(**_parse(tmp_path, text)) == TrainConfig()
 

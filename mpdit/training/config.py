@@ -201,10 +201,6 @@ class TrainConfig:
         """Make the configuration of these fields, the rest by default."""
         return cls(**with_defaults(given))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields in plain JSON types."""
-        return dataclasses.asdict(self)
-
     @property
     def flow(self) -> FlowConfig:
         """The settings of the loss: how times are drawn, losses weighted and classes dropped."""

@@ -43,8 +43,8 @@ _KNOWN: dict[str, type] = {
 def read_ds_config(path: str | Path) -> dict[str, Any]:
     """Read the JSON object in a file, without the entries that are "auto".
 
-    Raises ConfigError for what needs no argument to be seen: no JSON, an unknown key, a ZeRO stage other than 0 to 3,
-    an optimiser or scheduler of its own, a bf16 or fp16 block.
+    Raises ConfigError for what needs no argument to be seen: no JSON, an unknown key, an optimiser or scheduler of
+    its own, a bf16 or fp16 block.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -57,21 +57,11 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
         completed = {*_ARGUMENTS, "train_micro_batch_size_per_gpu", "torch_autocast", "bf16", "fp16"}
         config = {key: value for key, value in config.items() if value != "auto" or key not in completed}
         _check_keys(config)
-        zero_stage(config)
     except ConfigError as error:
         raise ConfigError(f"ds_config {path}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"ds_config {path} is not JSON: {error}") from error
     return config
-
-
-def zero_stage(ds: Mapping[str, Any]) -> int:
-    """Return the ZeRO stage, 0 when there is none."""
-    zero = ds.get("zero_optimization", {})
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
-    if not isinstance(stage, int) or isinstance(stage, bool) or not 0 <= stage <= 3:
-        raise ConfigError(f"zero_optimization is {zero!r}: give an object with a stage of 0, 1, 2 or 3")
-    return stage
 
 
 def arguments_from(ds: Mapping[str, Any], given: Mapping[str, Any], world_size: int) -> dict[str, Any]:

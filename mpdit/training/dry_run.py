@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 
@@ -36,7 +36,7 @@ def sections(run: Run) -> Iterator[str]:
     """
     config = run.config
     check_deepspeed(run, connected=False)
-    settings = config.to_dict() | {"out": str(run.out)}
+    settings = asdict(config) | {"out": str(run.out)}
     yield _section(
         "settings", [(name, show_setting(value) or "-") for name, value in settings.items() if name != "dry_run"]
     )

@@ -12,7 +12,6 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,19 +29,11 @@ EPS = 1e-8
 """Added to the root of the second moment."""
 
 
-@dataclass(frozen=True)
-class Trainer:
-    """A DeepSpeed engine with the optimiser it steps, on this rank's device."""
+def build_engine(run: Run, device: torch.device) -> tuple[Any, Any]:
+    """Build the model from the run's seed or initial weights; return DeepSpeed's engine for it and the optimiser.
 
-    engine: Any
-    optimizer: torch.optim.Optimizer
-    device: torch.device
-    skip: Tensor
-    """bool []: the optimiser reads it at each step, on the device, and changes nothing where it is true."""
-
-
-def build_trainer(run: Run, device: torch.device) -> Trainer:
-    """Build the model from the run's seed or initial weights and hand it to DeepSpeed, with the run's optimiser.
+    The optimiser reads its attribute `skip`, bool [], at each step, on the device, and changes nothing where it is
+    true.
 
     Raises ConfigError when DeepSpeed refuses the configuration, or this machine the optimiser or the attention that
     was asked for.
@@ -58,13 +49,12 @@ def build_trainer(run: Run, device: torch.device) -> Trainer:
     if run.initial is not None:
         run.initial.copy_to(model)
     model.activation_checkpointing = config.activation_checkpointing
-    skip = torch.zeros((), dtype=torch.bool, device=device)
     optimizer: Any = build_optimizer(config, model.parameters(), device, run.ds)
-    optimizer.skip = skip
+    optimizer.skip = torch.zeros((), dtype=torch.bool, device=device)
     with _deepspeed_errors(config.ds_config):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=copy.deepcopy(run.ds))
     model.try_attention(torch.bfloat16 if config.precision == "bf16" else torch.float32)
-    return Trainer(engine, optimizer, device, skip)
+    return engine, optimizer
 
 
 def build_optimizer(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mpdit.core.errors import ConfigError
+from mpdit.core.errors import ConfigError, first_line
 
 _FUSED_ADAM = {
     "apex": ("apex.optimizers", "build NVIDIA's, with its CUDA extensions, from https://github.com/NVIDIA/apex"),
@@ -104,7 +104,7 @@ def probed(name: str, device: torch.device) -> type[Optimizer]:
         if spec and not any((Path(folder) / "optimizers").is_dir() for folder in folders):
             other = "is not there: PyPI's package apex, which is installed, is another project"
             raise _refusal(name, other, f"pip uninstall apex, then {install}") from error
-        raise _refusal(name, f"can't be imported ({_line(error)})", install) from error
+        raise _refusal(name, f"can't be imported ({first_line(error)})", install) from error
     check(kind, name, device)
     return kind
 
@@ -124,7 +124,7 @@ def check(kind: type[Optimizer], name: str, device: torch.device) -> None:
             optimizer.step()
         found = ours.detach().cpu().double()
     except Exception as error:  # compilers, linkers and drivers fail in many ways, and none of them is our bug
-        raise _refusal(name, f"can't be built and run ({_line(error)})", _FUSED_ADAM[name][1]) from error
+        raise _refusal(name, f"can't be built and run ({first_line(error)})", _FUSED_ADAM[name][1]) from error
     off = float((found - exact.detach()).abs().max())
     if not off < 1e-5:
         wrong = f"is wrong: a step on a small tensor is off by {off:.3g}"
@@ -133,8 +133,3 @@ def check(kind: type[Optimizer], name: str, device: torch.device) -> None:
 
 def _refusal(name: str, problem: str, remedy: str) -> ConfigError:
     return ConfigError(f"optimizer is {name}, but {name}'s FusedAdam {problem}: {remedy}")
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -25,7 +25,7 @@ from mpdit.training.checkpoint import resume, save
 from mpdit.training.checkpoint.deepspeed_state import gather_average, restore
 from mpdit.training.checkpoint.format import Checkpoint
 from mpdit.training.distributed import extend_timeouts, init_distributed
-from mpdit.training.engine import build_trainer, check_deepspeed
+from mpdit.training.engine import build_engine, check_deepspeed
 from mpdit.training.metrics import LossMean, MetricsLog, Stopwatch
 from mpdit.training.profiling import Profiler
 from mpdit.training.safety.guard import Guard
@@ -73,10 +73,10 @@ def train(run: Run, stop: StopRequests) -> str:
 
         resumed = resume.find(run)
         watchdog.alive("building the model", PATIENCE)
-        trainer = build_trainer(run, device)
+        engine, optimizer = build_engine(run, device)
         plan = run.plan
         if resumed is not None:
-            restore(trainer.engine, trainer.optimizer, resumed)
+            restore(engine, optimizer, resumed)
             # The order goes on where the samples taken so far end, also after a change of batch size.
             plan = replace(plan, start_step=resumed.step, start_position=resumed.position)
         if env.rank == 0:
@@ -84,7 +84,7 @@ def train(run: Run, stop: StopRequests) -> str:
         stop.hold()
         torch.distributed.barrier()
 
-        saver = stack.enter_context(save.AsyncCheckpointer(run, trainer))
+        saver = stack.enter_context(save.AsyncCheckpointer(run, engine, optimizer))
         loader = make_loader(
             run.dataset,
             GlobalOrder(manifest.num_samples, config.seed),
@@ -94,7 +94,7 @@ def train(run: Run, stop: StopRequests) -> str:
             device=device,
             gpu_stage=config.gpu_stage,
         )
-        guard = Guard(run, trainer.engine, plan.start_step, wait_for_save=saver.wait)
+        guard = Guard(run, engine, plan.start_step, wait_for_save=saver.wait)
         if resumed is not None:
             guard.restore(resumed.counters)
         # Ranks agree between steps over a group of their own: no device is waited for, training's messages are not
@@ -108,7 +108,7 @@ def train(run: Run, stop: StopRequests) -> str:
         for step in profile.steps(range(plan.start_step + 1, config.steps + 1)):
             watchdog.alive(f"step {step}")
             lr = config.learning_rate(step)
-            for group in trainer.optimizer.param_groups:
+            for group in optimizer.param_groups:
                 group["lr"] = lr
             micro_losses = []
             for micro in range(plan.grad_accum_steps):
@@ -119,7 +119,7 @@ def train(run: Run, stop: StopRequests) -> str:
                     labels, positions = (x.to(device, non_blocking=True) for x in (batch.labels, batch.positions))
                 with profile.range("forward"):
                     losses = flow_loss(
-                        trainer.engine,
+                        engine,
                         latents,
                         labels,
                         positions,
@@ -131,13 +131,13 @@ def train(run: Run, stop: StopRequests) -> str:
                     micro_losses.append(loss.detach())
                     guard.record(losses, batch)
                 with profile.range("backward"):
-                    trainer.engine.backward(loss)
+                    engine.backward(loss)
                 with profile.range("optimizer"):
                     if micro == plan.grad_accum_steps - 1:
                         skip = guard.decide(step, micro_losses)
-                        trainer.skip.copy_(skip)
+                        optimizer.skip.copy_(skip)
                         loss_mean.add(micro_losses, skip)
-                    trainer.engine.step()  # after the last micro step: clip, AdamW, and the average (EMA) with it
+                    engine.step()  # after the last micro step: clip, AdamW, and the average (EMA) with it
             guard.flush(unread=1)  # all but this step's decision, which is still on its way from the device
             images += config.global_batch
             log.advance()
@@ -171,7 +171,7 @@ def train(run: Run, stop: StopRequests) -> str:
                 watchdog.alive("drawing samples", PATIENCE)
                 with watch:
                     with profile.range("ema"):  # the average is gathered here; it was stepped by engine.step()
-                        average = gather_average(trainer.engine, trainer.optimizer, keep=env.rank == 0)
+                        average = gather_average(engine, optimizer, keep=env.rank == 0)
                     if env.rank == 0:
                         with profile.range("sample"):
                             _draw_grid(run, average, step, device)

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from mpdit.model.config import ModelConfig
 from mpdit.training.arguments import parse_arguments
 from mpdit.training.checkpoint.format import Checkpoint, committed_folders
 from mpdit.training.config import DIGITS, RENAMED, TrainConfig, with_defaults
-from mpdit.training.deepspeed_config import arguments_from, complete, read_ds_config, zero_stage
+from mpdit.training.deepspeed_config import arguments_from, complete, read_ds_config
 from mpdit.training.init_weights import GIVEN_LATER, InitialWeights, load_initial, recorded_digest, weights_digest
 
 FORMAT = "mpdit-run-1"
@@ -79,12 +79,12 @@ class Run:
 
     @property
     def zero_stage(self) -> int:
-        return zero_stage(self.ds)
+        return int(self.ds["zero_optimization"].get("stage", 0))
 
     def describe(self) -> dict[str, Any]:
         """Return the run's config.json."""
         names = {new: old for old, new in RENAMED.items()}  # as the file has always called them
-        settings = {names.get(name, name): value for name, value in self.config.to_dict().items()}
+        settings = {names.get(name, name): value for name, value in asdict(self.config).items()}
         return {
             "format": FORMAT,
             "identity": self.identity,
@@ -234,7 +234,7 @@ def _recorded_identity(out: Path) -> dict[str, Any] | None:
 
 def fingerprint(config: TrainConfig, model: ModelConfig, dataset: LatentDataset) -> dict[str, Any]:
     """Return what decides the weights, flat, in JSON types: settings, model and data; not yet the initial weights."""
-    training = {name: value for name, value in config.to_dict().items() if name not in MAY_CHANGE_ON_RESUME}
+    training = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE_ON_RESUME}
     if config.lr_schedule == "constant":
         del training["steps"]  # such a run may be made longer
     return {

@@ -22,7 +22,6 @@ from mpdit.training.checkpoint.deepspeed_state import fragments, optimizer_steps
 from mpdit.training.checkpoint.format import Checkpoint, read_average
 
 if TYPE_CHECKING:
-    from mpdit.training.engine import Trainer
     from mpdit.training.setup import Run
 
 
@@ -35,9 +34,9 @@ class AsyncCheckpointer:
     their own, never over training's. As a context manager it waits for the save in progress at the end.
     """
 
-    def __init__(self, run: Run, trainer: Trainer) -> None:
+    def __init__(self, run: Run, engine: Any, optimizer: torch.optim.Optimizer) -> None:
         """All ranks must call it."""
-        self._run, self._trainer = run, trainer
+        self._run, self._engine, self._optimizer = run, engine, optimizer
         self._group: Any = torch.distributed.new_group(backend="gloo")
         self._memory: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -55,22 +54,21 @@ class AsyncCheckpointer:
         Raises CheckpointError when the save before went wrong.
         """
         self.wait()
-        run, trainer = self._run, self._trainer
-        ours = fragments(trainer.engine, trainer.optimizer)
+        run, ours = self._run, fragments(self._engine, self._optimizer)
         tensors = {key: self._copied(key, values) for key, values in ours.items()}
-        copied = torch.cuda.Event() if trainer.device.type == "cuda" else None
+        copied = torch.cuda.Event() if torch.cuda.is_initialized() else None
         if copied is not None:
             copied.record()
         planned = Checkpoint(
             folder=run.out / "checkpoints" / f"step-{step:08d}",
             step=step,
             position=position,
-            optimizer_steps=optimizer_steps(trainer.optimizer),
+            optimizer_steps=optimizer_steps(self._optimizer),
             counters=counters,
             world_size=run.env.size,
             zero_stage=run.zero_stage,
             identity=run.identity,
-            shapes=parameter_shapes(trainer.engine),
+            shapes=parameter_shapes(self._engine),
             files={},
         )
         work = (planned, tensors, copied)
@@ -98,8 +96,7 @@ class AsyncCheckpointer:
         """Copy to memory that training leaves alone, kept from one save to the next."""
         memory = self._memory.get(key)
         if memory is None or memory.shape != values.shape:
-            pinned = self._trainer.device.type == "cuda"
-            memory = self._memory[key] = torch.empty(values.shape, dtype=values.dtype, pin_memory=pinned)
+            memory = self._memory[key] = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
         return memory.copy_(values, non_blocking=True)
 
     def _work(self, planned: Checkpoint, tensors: dict[str, Tensor], copied: torch.cuda.Event | None) -> None:

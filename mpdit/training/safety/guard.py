@@ -2,9 +2,9 @@
 
 A step is judged on the device, between its last backward pass and the optimiser: one sum over all ranks, of the squares
 of the gradients each keeps and of its losses, gives all the same norm, the same loss and so the same verdict. The
-optimiser reads it there (`Trainer.skip`) and the host a step later, so that nothing waits. A step that was skipped
-leaves weights, moments, average and the optimiser's count of steps as they were, to the bit; position and learning
-rate go on.
+optimiser reads it there (its attribute `skip`) and the host a step later, so that nothing waits. A step that was
+skipped leaves weights, moments, average and the optimiser's count of steps as they were, to the bit; position and
+learning rate go on.
 """
 
 from __future__ import annotations
