@@ -107,7 +107,7 @@ def flow_loss(
         paths, targets = zip(*(_path(x, times, seed, keys) for x, times, keys in groups), strict=True)
         velocity = Images(_like(latents, model(images.restore(paths), t, labels)))
         errors = [_squared_error(v, target) for v, target in zip(velocity.groups, targets, strict=True)]
-        losses = torch.stack([*images.restore(errors)])
+        losses = torch.stack(images.restore(errors))
     return loss_weights(config, t) * losses
 
 

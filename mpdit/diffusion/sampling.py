@@ -8,6 +8,9 @@ is v = E[n | x_t] - E[x | x_t], therefore E[n | x_t] = x_t + (1 - t) v, and the 
 
 SiT's dx = (-v + w score) ds + sqrt(2 w) dW is then, with dt = -ds < 0, dx = (v - w score) dt + sqrt(2 w |dt|) z.
 
+As in k-diffusion's sampling.py a sampler is a function of a model, x and steps; but the model, a Flow, gives velocities
+where k-diffusion's gives denoised images, which are x - t v here.
+
 A new sampler is one function and its entry of SAMPLERS, which `sample`, the command line and its help read; the latter
 mustn't wait for torch, so it is imported where something is sampled.
 """

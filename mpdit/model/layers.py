@@ -100,7 +100,7 @@ class PatchEmbed(nn.Module):
         nn.init.xavier_uniform_(self.weight.data.view(width, -1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(patchify(x, self.patch), self.weight.flatten(1), self.bias)
+        return linear(patchify(x, self.patch), self.weight.flatten(1), self.bias)
 
 
 def sincos_position(width: int, grid: int | Grid, device: torch.device | None = None) -> Tensor:

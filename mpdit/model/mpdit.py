@@ -1,5 +1,9 @@
 """The model: a list of stages, coarse to fine, and one loop over them in `MPDiT.velocity`.
 
+Beside DiT's models.py: Embed is its x_embedder and pos_embed, `time` its t_embedder, `classes` its y_embedder, Block
+its DiTBlock, FinalLayer its namesake. New are the class tokens in front of the image tokens, one modulation shared by
+all blocks, stages of coarser patches, and Upsample between them.
+
 Letters in shapes: B images, C channels, S side of the latents, D width, m class tokens, n image tokens of the stage,
 T = m + n, p its patch. The path of images of one size is here; that of several sizes in one batch is in packed.py.
 """
@@ -65,8 +69,9 @@ class Embed(nn.Module):
 
 
 class QKV(nn.Linear):
-    """Query, key and value projections as one Linear, initialised by a single draw: a seed keeps its weights."""
+    """Query, key and value projections as one Linear."""
 
+    # Drawn once, where other Linears draw torch's values and then init_linear's: what a seed gives must not change.
     def reset_parameters(self) -> None:
         init_linear(self)
 
@@ -171,7 +176,7 @@ class MPDiT(Pretrained):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        try:
+        try:  # what the environment asks for is read in every call; here a mistake is told at once
             dispatch.mode()
             attention_mode()
         except ValueError as error:
@@ -181,6 +186,7 @@ class MPDiT(Pretrained):
         width, own = config.width, config.modulation == "per_block"
         transition_kind(config)  # must be known, though a single stage has no transition
         self.time = time_kind(config)(width, config.time_layers, config.time_width)
+        # Classes that are added have one vector each.
         self.classes = ClassTokens(config.num_classes, config.num_class_tokens or 1, width)
         self.modulation = None if own else Modulation(width, 6)
         stages: list[Stage] = []
@@ -253,7 +259,7 @@ class MPDiT(Pretrained):
         # The pending branch is added on both sides, so that one tensor is kept for each block, not two; and that tensor
         # is an argument of its own, as autograd's hooks on saved tensors see no others.
         x = stream.sum()
-        x, out = checkpoint(_run_whole, block, x, stream.replace(x.new_empty(0)), condition, last, use_reentrant=False)
+        x, out = checkpoint(_run_summed, block, x, stream.replace(x.new_empty(0)), condition, last, use_reentrant=False)
         return out.replace(x)
 
     def as_configured(self, velocity: Tensor) -> Tensor:
@@ -324,9 +330,10 @@ class MPDiT(Pretrained):
                 raise ConfigError(f"y holds labels from {low} to {high}, expected 0..{config.num_classes}")
 
 
-def _run_whole(
+def _run_summed(
     block: Block, x: Tensor, stream: ResidualStream, condition: Tensor, last: bool
 ) -> tuple[Tensor, ResidualStream]:
+    """Run a block on tokens x; return its output with the pending branch added, and a stream that lacks but that."""
     out = block(stream.replace(x), condition, last)
     x = out.sum()
     return x, out.replace(x.new_empty(0))

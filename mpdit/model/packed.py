@@ -22,17 +22,13 @@ Latents = Tensor | Sequence[Tensor]
 
 
 class Images:
-    """A batch of images as groups of one size, large images first; a tensor is one group.
+    """A batch of images [C, H, W] of several sizes as groups of one size, large images first.
 
     Attributes:
         groups: [B_g, C, H_g, W_g] each.
     """
 
-    def __init__(self, batch: Latents) -> None:
-        self._order: list[int] | None = None
-        if isinstance(batch, Tensor):
-            self.groups = [batch]
-            return
+    def __init__(self, batch: Sequence[Tensor]) -> None:
         alike: dict[tuple[int, ...], list[int]] = {}
         for i, image in enumerate(batch):
             # As plain numbers: torch.compile can't sort its symbols, and makes the graph for these sizes.
@@ -44,8 +40,6 @@ class Images:
 
     def arrange(self, rows: Tensor) -> Tensor:
         """Bring one row an image [B, ...] from the order of the batch to that of the groups."""
-        if self._order is None:
-            return rows
         found = rows.unbind()
         return torch.stack([found[i] for i in self._order])
 
@@ -53,10 +47,8 @@ class Images:
         """Split one row an image [B, ...] into those of each group: [B_g, ...]."""
         return list(self.arrange(rows).split([len(group) for group in self.groups]))
 
-    def restore(self, groups: Sequence[Tensor]) -> Tensor | list[Tensor]:
-        """Put [B_g, ...] of each group together as the batch came: a tensor [B, ...], or a list in its order."""
-        if self._order is None:
-            return groups[0]
+    def restore(self, groups: Sequence[Tensor]) -> list[Tensor]:
+        """Return the rows of all groups [B_g, ...] in the order of the batch."""
         found = dict(zip(self._order, (row for group in groups for row in group.unbind()), strict=True))
         return [found[i] for i in range(len(found))]
 
@@ -111,7 +103,7 @@ def _join(groups: Sequence[Tensor]) -> Tensor:
     return torch.cat([group.flatten(0, 1) for group in groups])
 
 
-def packed_velocity(model: Any, x: Sequence[Tensor], state: Tensor, y: Tensor) -> Tensor | list[Tensor]:
+def packed_velocity(model: Any, x: Sequence[Tensor], state: Tensor, y: Tensor) -> list[Tensor]:
     """Compute MPDiT.velocity of images [C, H, W] of several sizes, by the same steps as there for one size."""
     images, m = Images(x), model.config.num_class_tokens
     if len(images.groups) == 1:
