@@ -1,4 +1,4 @@
-"""A transformer block, forward and backward, at each stage's tokens."""
+"""Times a transformer block, forward and backward, at each stage's tokens."""
 
 from __future__ import annotations
 

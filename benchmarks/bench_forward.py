@@ -1,4 +1,4 @@
-"""Whole models, inference: velocities of a batch, without guidance."""
+"""Times whole models in inference: velocities of a batch, without guidance."""
 
 from __future__ import annotations
 

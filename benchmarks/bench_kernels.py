@@ -1,4 +1,4 @@
-"""Each kernel at the sizes of a training step, forward and backward, beside eager PyTorch and torch.compile.
+"""Times each kernel at the sizes of a training step, forward and backward, beside eager PyTorch and torch.compile.
 
 On a CPU the shapes are tiny and "ours" is the reference itself: what is tried there is the suite, not the kernels.
 """

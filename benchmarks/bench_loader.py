@@ -1,4 +1,4 @@
-"""Batches of latents from disk to host memory: our loaders, and torch's DataLoader over .npy pairs.
+"""Times reading batches of latents into host memory: our loaders, and torch's DataLoader over .npy pairs.
 
 The pairs are what MPDiT's and fast-DiT's train.py read: one drawn sample and one label a file, two worker processes
 here. Ours read packed records of posterior means and stds, twice the bytes, and check each against its CRC-32.

@@ -1,4 +1,4 @@
-"""A step of the optimiser with the weights' average, on all parameters of a model."""
+"""Times a step of the optimiser with the weights' average, on all parameters of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Guided sampling: Euler steps from noise to latents, with our sampler and in a CUDA graph.
+"""Times guided sampling: Euler steps from noise to latents, with our sampler and in a CUDA graph.
 
 A graph holds one guided evaluation of the model, and is replayed for every time. The official sampler is run as its
 sample.py does: fp32 with TF32, without autocast. It evaluates the model once less than it counts steps, and is told one

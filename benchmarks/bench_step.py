@@ -1,4 +1,4 @@
-"""The whole training step: noise, loss, backward, optimiser with its average; latents are on the device already.
+"""Times the training step: noise, loss, backward, optimiser with its average; latents are on the device already.
 
 Ours is what launch/train.py does on one device. The others' steps are those of their train.py, see peers.py. DiT runs
 in our code too, in the same variants, and the best of them is what MPDiT is to be compared with.

@@ -1,4 +1,4 @@
-"""Comparisons: the variants of one case are built, judged, their memory measured, and timed in turns, in one process.
+"""Compares the variants of one case in one process: builds and judges them, measures their memory, times them in turns.
 
 A case is a problem, a group is what several variants share (a model and its optimiser), a variant is one way to solve
 the problem. The order is always the same: build, gate (against float64), peak memory of a call, times. A variant that

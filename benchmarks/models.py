@@ -1,4 +1,4 @@
-"""The models that are timed: ours in every variant, other projects' beside ours with their weights, and their gates."""
+"""Builds the models that are timed: ours in every variant, other projects' judged by ours with their weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other projects' code, run from a checkout as its authors run it. Nothing of it is imported before it is timed."""
+"""Runs other projects' code from a checkout, as its authors run it. Nothing of it is imported before it is timed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The results file: pytest-benchmark's JSON with an object "mpdit" and rows whose extra_info can be compared."""
+"""Writes the results file: pytest-benchmark's JSON with an object "mpdit" and rows whose extra_info can be compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run of the suite: its cases, what became of them, and what goes into the results file."""
+"""Runs the suite: its cases, what became of them, and what goes into the results file."""
 
 from __future__ import annotations
 

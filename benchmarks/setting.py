@@ -1,4 +1,4 @@
-"""What the command line and the machine say about a run, as the bench files read it."""
+"""Reads what the command line and the machine say about a run of the suite."""
 
 from __future__ import annotations
 

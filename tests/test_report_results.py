@@ -104,8 +104,8 @@ DAMAGE: dict[str, tuple[list[Any], Any, str]] = {
     "ratio infinite": ([*INFO, "ratio", "median"], float("inf"), "median is inf"),
     "memory": ([*INFO, "memory", "allocated"], True, "allocated is True"),
     "gate": ([*INFO, "gate", "error"], float("nan"), "error is nan"),
-    "no samples": (["benchmarks", 1, "stats", "data"], [], r"stats.data is \(\)"),
-    "a sample zero": (["benchmarks", 1, "stats", "data"], [1.0, 0.0], "times above 0 are needed"),
+    "no samples": (["benchmarks", 1, "stats", "data"], [], "stats.data is not a list of times above 0"),
+    "a sample zero": (["benchmarks", 1, "stats", "data"], [1.0, 0.0], "stats.data is not a list of times above 0"),
 }
 
 

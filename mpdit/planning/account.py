@@ -1,4 +1,4 @@
-"""A model's account from its configuration alone: parameters, multiply-accumulates and activations, part by part.
+"""Counts a model's parameters, multiply-accumulates and activations, part by part, from its configuration alone.
 
 Letters: D width, m class tokens, n image tokens of a stage, T = m + n, p patch, C channels, r = coarser patch / p,
 H heads, F hidden width of the MLP.

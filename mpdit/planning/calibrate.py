@@ -1,4 +1,4 @@
-"""python -m mpdit.planning.calibrate [RESULTS ...]: measured steps beside the planner's, and what it takes from them.
+"""Calibrates the planner by measured steps: python -m mpdit.planning.calibrate [RESULTS ...]
 
 Prints measured beside predicted times of every training step in the results (those in benchmarks/results by default).
 With --update writes measured.json, which the planner reads: for each GPU the shares of its datasheet that products and

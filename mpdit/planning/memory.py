@@ -1,4 +1,4 @@
-"""Memory of one GPU while it trains, part by part: what DeepSpeed's ZeRO holds of the state, and what backward needs.
+"""Predicts the memory of one GPU in training, part by part: the state under DeepSpeed's ZeRO, and what backward needs.
 
 P parameters, N ranks. Weights are fp32 (bf16 is autocast), 4 bytes a number. Held, as measured with DeepSpeed 0.19:
 

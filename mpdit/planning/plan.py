@@ -1,4 +1,4 @@
-"""Will it fit, how fast will it be, how long will it take: a training run on GPUs that needn't be at hand."""
+"""Plans a training run on GPUs that needn't be at hand: will it fit, how fast will it be, how long will it take?"""
 
 from __future__ import annotations
 

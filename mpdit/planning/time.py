@@ -1,4 +1,4 @@
-"""Time of a training step: computing on one GPU by the roofline, and what ranks say to one another.
+"""Predicts the time of a training step: computing on one GPU by the roofline, and communication between ranks.
 
 Computing: each part takes as long as its products or its bytes, whichever is longer. Products run one after another, as
 do the passes over memory between them, so times add up. Bytes are those of our fused kernels: what a part must read and

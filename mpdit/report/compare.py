@@ -1,4 +1,4 @@
-"""Two results files against each other: which rows changed, and is it more than chance?"""
+"""Compares two results files: which rows changed, and is it more than chance?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results in Markdown: the whole report, and the figures in docs/benchmarks.md."""
+"""Writes results as Markdown: the whole report, and the figures in docs/benchmarks.md."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +23,8 @@ _PLAIN = ("eager", "compile")
 """Our code without its kernels: PyTorch's operators as they are, and under torch.compile."""
 _MEASURE = "measure again: `make bench-gpu`, or `pytest benchmarks/ --benchmark-only --benchmark-json FILE`"
 """What to do about a file that can't be used."""
+_FINITE = 1e300
+"""Above all figures of a file; JSON has infinity, and whole numbers of any length."""
 
 Json = dict[str, Any]
 Key = tuple[str, str, str]
@@ -281,8 +282,8 @@ def _head(path: Path, content: Json, info: Json) -> Results:
 
 def _row(info: Json, stats: Json, rates: Json) -> Row:
     samples = tuple(stats["data"])
-    if not samples or not all(0 < sample < math.inf for sample in samples):
-        raise ValueError(f"stats.data is {samples}, where times above 0 are needed")
+    if not samples or not all(0 < sample < _FINITE for sample in samples):
+        raise ValueError("stats.data is not a list of times above 0")
     part, case, variant = _key(info)
     dtype, model, gate = str(info["dtype"]), info["model"], info["gate"]
     if gate is not None and "same" not in gate:
@@ -328,7 +329,7 @@ def _count(info: Json, name: str) -> Any:
 def _number(info: Json, name: str, least: float = 1e-300) -> Any:
     """Return a field that is a finite number of at least `least`; ValueError, naming it, otherwise."""
     value = info[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < _FINITE:
         raise ValueError(
             f"{name} is {value!r}, where a finite number {'above' if least else 'of at least'} 0 is needed"
         )
