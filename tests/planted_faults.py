@@ -108,7 +108,7 @@ FAULTS = tuple(Fault(*row) for row in (
     (K + "adamw_ema/triton_impl.py", "weight decay is not scaled by the weight", "p -= decay * p", "p -= decay",
      "kernels/test_adamw_ema.py"),
     (K + "adamw_ema/triton_impl.py", "a step that is skipped is counted",
-     "tl.store(steps, done + tl.load(taken), mask=mask)", "tl.store(steps, done + 1, mask=mask)",
+     "tl.store(steps, done + (1 - tl.load(skip)), mask=mask)", "tl.store(steps, done + 1, mask=mask)",
      "kernels/test_adamw_ema.py -k skips"),
     # what a run tells, and the planner's guess
     (T + "metrics.py", "a continued run's clock starts anew", "elapsed = self._elapsed + time", "elapsed = time",

@@ -19,7 +19,7 @@ from mpdit_kernels import (
     short_attention,
     upsample_tokens,
 )
-from mpdit_kernels.adamw_ema.optimizer import step_
+from mpdit_kernels.adamw_ema.optimizer import update_batch_
 from mpdit_kernels.adamw_ema.reference import Batch, Settings
 from mpdit_kernels.adamw_ema.uploads import Uploads
 from mpdit_kernels.fno.reference import GRID, MODES, names
@@ -353,7 +353,7 @@ def _adamw_ema_call(*tensors: Tensor) -> tuple[Tensor, ...]:
     *states, step = tensors[:6]
     copy, factor = tensors[6:] or (None, None)
     batch = Batch(*([x] for x in states), [step.float()], None if copy is None else [copy])  # type: ignore[call-arg]
-    step_(batch, SETTINGS, factor, None, _UPLOADS)
+    update_batch_(batch, SETTINGS, factor, None, _UPLOADS)
     return (tensors[0], *tensors[2:5], *tensors[6:7])
 
 

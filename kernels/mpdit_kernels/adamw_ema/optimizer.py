@@ -141,19 +141,21 @@ class AdamWEMA(torch.optim.Optimizer):
             for group in self.param_groups
             for batch in self._batches([param for param in group["params"] if param.grad is not None])
         ]
-        factor, taken = self._judge([batch for _, batch in work])
+        scalars = self._factor_and_skip([batch for _, batch in work])
         for settings, batch in work:
-            step_(batch, settings, _beside(batch, factor), _beside(batch, taken), self._uploads)
+            device = batch.params[0].device
+            factor, skip = (None if scalar is None else scalar.to(device) for scalar in scalars)
+            update_batch_(batch, settings, factor, skip, self._uploads)
         return result
 
-    def _judge(self, batches: list[Batch]) -> tuple[Tensor | None, Tensor | None]:
-        """Return (factor for the gradients, whether the step is taken), fp32 device scalars; None for not asked."""
+    def _factor_and_skip(self, batches: list[Batch]) -> tuple[Tensor | None, Tensor | None]:
+        """Return (factor that clips the gradients, 1 where the step is skipped), fp32 device scalars or None."""
         if not batches:
             return None, None
         device = batches[0].params[0].device
-        wanted = None if self.skip is None else self.skip.to(device).logical_not()
+        skip = None if self.skip is None else self.skip.to(device) != 0
         if not (self.max_norm or self.skip_nonfinite):
-            return None, None if wanted is None else wanted.to(torch.float32)
+            return None, None if skip is None else skip.to(torch.float32)
         norms: list[Tensor] = []
         for batch in batches:
             dtype = torch.promote_types(batch.grads[0].dtype, torch.float32)
@@ -161,17 +163,23 @@ class AdamWEMA(torch.optim.Optimizer):
         norm = torch.linalg.vector_norm(torch.stack(norms))
         factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0) if self.max_norm else None
         if self.skip_nonfinite:
-            finite = norm.isfinite()
+            nonfinite = ~norm.isfinite()
             self.skipped = self.skipped.to(device)  # DeepSpeed moves the weights after the optimiser is made
-            self.skipped += ~finite
-            wanted = finite if wanted is None else wanted & finite
-        return factor, None if wanted is None else wanted.to(torch.float32)
+            self.skipped += nonfinite
+            skip = nonfinite if skip is None else skip | nonfinite
+        return factor, None if skip is None else skip.to(torch.float32)
 
     def _batches(self, params: list[Tensor]) -> list[Batch]:
         """Sort the parameters by device and by dtypes of parameter, gradient and copy."""
         kinds: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
         for param in params:
-            state, copy = self._state(param), self._copies.get(param)
+            if param.dtype not in (torch.float32, torch.float64):
+                raise ValueError(f"a parameter is {param.dtype}: AdamWEMA needs fp32 master weights")
+            state, copy = self.state[param], self._copies.get(param)
+            if not state:
+                state.update(initial_state(param))
+            elif "ema" not in state:  # the first step after loading a state without average
+                state["ema"] = param.detach().clone(memory_format=torch.preserve_format)
             assert param.grad is not None
             if param.grad.is_sparse:
                 raise ValueError("a gradient is sparse: AdamWEMA needs dense ones")
@@ -185,18 +193,6 @@ class AdamWEMA(torch.optim.Optimizer):
                 Batch(params, grads, exp_avgs, exp_avg_sqs, emas, steps, None if kind[-1] is None else copies)
             )
         return batches
-
-    def _state(self, param: Tensor) -> dict[str, Tensor]:
-        if param.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"a parameter is {param.dtype}: AdamWEMA needs fp32 master weights")
-        state: dict[str, Tensor] = self.state[param]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        if "ema" not in state:  # the first step, or the first after loading a state without average
-            state["ema"] = param.detach().clone(memory_format=torch.preserve_format)
-        return state
 
     def state_dict(self) -> dict[str, Any]:
         """Return every optimiser's state, with "skipped" where steps may be skipped."""
@@ -214,11 +210,21 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "param_groups" in self.__dict__:  # called by load_state_dict, not by unpickling
-            _fit_in(state, self.param_groups)
+            _complete_loaded(state, self.param_groups)
         super().__setstate__(state)
         absent = {"max_norm": 0.0, "skip_nonfinite": False, "skipped": torch.zeros((), dtype=torch.int64)}
         for name, value in {**absent, "skip": None, "_copies": {}, "_uploads": Uploads()}.items():
             self.__dict__.setdefault(name, value)
+
+
+def initial_state(param: Tensor) -> dict[str, Tensor]:
+    """Return a parameter's state before its first step: the average is a copy of it."""
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=param.device),
+        "exp_avg": torch.zeros_like(param, memory_format=torch.preserve_format),
+        "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format),
+        "ema": param.detach().clone(memory_format=torch.preserve_format),
+    }
 
 
 def _check_settings(settings: Mapping[str, Any]) -> None:
@@ -241,8 +247,8 @@ def _check_number(name: str, value: object, fits: Callable[[Any], bool], expecte
         raise ValueError(f"{name} is {value!r}: give a number {expected}")
 
 
-def _fit_in(state: dict[str, Any], groups: list[dict[str, Any]]) -> None:
-    """Complete, in place, what `load_state_dict` is about to take from any AdamW, by these groups' settings."""
+def _complete_loaded(state: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+    """Complete, in place, the state of any AdamW that `load_state_dict` is about to take, by these groups' settings."""
     for loaded, own in zip(state["param_groups"], groups, strict=True):
         for name in ("amsgrad", "maximize"):
             if loaded.get(name):
@@ -260,40 +266,47 @@ def _fit_in(state: dict[str, Any], groups: list[dict[str, Any]]) -> None:
             values["step"] = torch.as_tensor(values["step"], dtype=torch.float32, device=param.device)
 
 
-def _beside(batch: Batch, scalar: Tensor | None) -> Tensor | None:
-    return None if scalar is None else scalar.to(batch.params[0].device)
-
-
 @torch.no_grad()
-def step_(batch: Batch, settings: Settings, factor: Tensor | None, taken: Tensor | None, uploads: Uploads) -> None:
+def update_batch_(
+    batch: Batch, settings: Settings, factor: Tensor | None, skip: Tensor | None, uploads: Uploads
+) -> None:
     """Update a batch in place, in one pass over memory where Triton is taken.
 
     Args:
         batch, settings: the tensors and what to do with them.
         factor: fp32 scalar on the device that the gradients are multiplied by; None is 1.
-        taken: fp32 scalar on the device, 1, or 0 where nothing is to be written; None is 1.
+        skip: fp32 scalar on the device, 0, or 1 where nothing is to be written; None is 0.
         uploads: keeps the kernel's tables from step to step.
     """
-    fitting = _laid_out_alike(batch)
+    dense = _dense_alike(batch)
     if takes_triton("adamw_ema", batch.params[0], batch.grads[0], batch.copies[0] if batch.copies else None):
         from mpdit_kernels.adamw_ema import triton_impl
 
-        triton_impl.step_(fitting, settings, factor, taken, uploads)
+        triton_impl.update_(dense, settings, factor, skip, uploads)
     else:
-        reference.step_(fitting, settings, factor, taken)
-    if fitting is not batch:
-        for target, source in zip(_written(batch), _written(fitting), strict=True):
-            if target is not source:
-                target.copy_(source)
+        reference.update_(dense, settings, factor, skip)
+    if dense is not batch:
+        for name in ("params", "exp_avgs", "exp_avg_sqs", "emas", "copies"):
+            for target, source in zip(getattr(batch, name) or (), getattr(dense, name) or (), strict=True):
+                if target is not source:
+                    target.copy_(source)
 
 
-def _laid_out_alike(batch: Batch) -> Batch:
-    """Return the batch or, where a parameter has gaps in memory or company of another order, one of contiguous copies.
+def _dense_alike(batch: Batch) -> Batch:
+    """Return the batch with contiguous copies where a parameter has gaps in memory or tensors of another order.
 
     Our kernel walks memory, and so does torch's fused AdamW, which would mix up the elements without a word.
     """
-    companions = (batch.grads, batch.exp_avgs, batch.exp_avg_sqs, batch.emas, batch.copies or batch.params)
-    odd = [index for index, tensors in enumerate(zip(batch.params, *companions, strict=True)) if not _fit(*tensors)]
+
+    def alike(param: Tensor, *others: Tensor) -> bool:
+        if param.is_contiguous():
+            return all(x.is_contiguous() for x in others)
+        strides = param.stride()
+        dense = torch.empty_like(param, device="meta").stride() == strides
+        return dense and all(x.stride() == strides for x in others)
+
+    others = (batch.grads, batch.exp_avgs, batch.exp_avg_sqs, batch.emas, batch.copies or batch.params)
+    odd = [index for index, tensors in enumerate(zip(batch.params, *others, strict=True)) if not alike(*tensors)]
     if not odd:
         return batch
     lists = {field.name: getattr(batch, field.name) for field in fields(batch)}
@@ -301,15 +314,3 @@ def _laid_out_alike(batch: Batch) -> Batch:
         if tensors is not None:
             lists[name] = [x.contiguous() if index in odd else x for index, x in enumerate(tensors)]
     return Batch(**lists)
-
-
-def _fit(param: Tensor, *others: Tensor) -> bool:
-    if param.is_contiguous():
-        return all(x.is_contiguous() for x in others)
-    strides = param.stride()
-    dense = torch.empty_like(param, device="meta").stride() == strides
-    return dense and all(x.stride() == strides for x in others)
-
-
-def _written(batch: Batch) -> list[Tensor]:
-    return [*batch.params, *batch.exp_avgs, *batch.exp_avg_sqs, *batch.emas, *(batch.copies or [])]

@@ -78,15 +78,15 @@ def adamw_ema_(
 
 
 @torch.no_grad()
-def step_(batch: Batch, settings: Settings, factor: Tensor | None, taken: Tensor | None) -> None:
+def update_(batch: Batch, settings: Settings, factor: Tensor | None, skip: Tensor | None) -> None:
     """Do the same for a batch, by torch's fused AdamW and multi-tensor functions: what CPUs train with.
 
-    `factor` and `taken` are fp32 scalars on the device or None; where taken is 0 nothing changes, to the bit.
+    `factor` and `skip` are fp32 scalars on the device or None; where skip is 1 nothing changes, to the bit.
     """
-    if taken is not None and taken.device.type == "cpu":  # nothing to wait for
-        if not taken:
+    if skip is not None and skip.device.type == "cpu":  # nothing to wait for
+        if skip:
             return
-        taken = None
+        skip = None
     dtype = batch.params[0].dtype
     grads = [grad.to(dtype) for grad in batch.grads]
     if factor is not None:
@@ -106,13 +106,13 @@ def step_(batch: Batch, settings: Settings, factor: Tensor | None, taken: Tensor
         lr=settings.lr,
         weight_decay=settings.weight_decay,
         eps=settings.eps,
-        found_inf=None if taken is None else 1 - taken,
+        found_inf=skip,
     )
     share = 1 - settings.ema_decay
-    if taken is None:
+    if skip is None:
         torch._foreach_lerp_(batch.emas, batch.params, share)
     else:  # a share of 0 would turn an average of -0 into 0
         for ema, moved in zip(batch.emas, torch._foreach_lerp(batch.emas, batch.params, share), strict=True):
-            torch.where(taken.bool(), moved, ema, out=ema)
+            torch.where(skip.bool(), ema, moved, out=ema)
     if batch.copies is not None:
         torch._foreach_copy_(batch.copies, batch.params)

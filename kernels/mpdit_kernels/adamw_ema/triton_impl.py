@@ -58,7 +58,7 @@ def _bias(step, weight):
 def _advance(
     table,  # int64 [8, N]
     scalars,  # out fp32 [3, N]: lr * weight decay, lr / (1 - beta1**step), 1 / sqrt(1 - beta2**step)
-    taken,  # fp32 scalar, 1, or 0 where this step is skipped; None: 1
+    skip,  # fp32 scalar, 0, or 1 where this step is skipped; None: 0
     lr,  # a number or a scalar tensor
     weight_decay,
     mean_weight,  # 1 - beta1
@@ -72,10 +72,10 @@ def _advance(
     addresses = tl.load(table + STEP * N + tensor, mask=mask, other=0)
     steps = addresses.to(tl.pointer_type(tl.float32))
     done = tl.load(steps, mask=mask, other=0)
-    if taken is None:
+    if skip is None:
         tl.store(steps, done + 1, mask=mask)
     else:
-        tl.store(steps, done + tl.load(taken), mask=mask)
+        tl.store(steps, done + (1 - tl.load(skip)), mask=mask)
     rate = tl.load(lr).to(tl.float32) if LR_TENSOR else lr
     step = (done + 1).to(tl.float64)
     tl.store(scalars + tensor, rate * weight_decay, mask=mask)
@@ -139,7 +139,7 @@ def _update(
     programs,  # int32 [P, 2]: tensor, chunk
     scalars,  # fp32 [3, N], from _advance
     factor,  # fp32 scalar the gradients are multiplied by; None: 1
-    taken,  # fp32 scalar, 1, or 0 where nothing is to be written; None: 1
+    skip,  # fp32 scalar, 0, or 1 where nothing is to be written; None: 0
     mean_weight,
     square_weight,
     ema_weight,
@@ -157,8 +157,8 @@ def _update(
     tensor = tl.load(programs + 2 * program)
     first = tl.load(programs + 2 * program + 1).to(tl.int64) * (BLOCK * TILES)
     size = tl.load(table + SIZE * N + tensor)
-    if taken is not None:
-        size = tl.where(tl.load(taken) != 0, size, 0)
+    if skip is not None:
+        size = tl.where(tl.load(skip) == 0, size, 0)
     param = _pointer(table, PARAM, tensor, N, tl.float32, ALIGNED, HINT)
     grad = _pointer(table, GRAD, tensor, N, GRAD_TYPE, ALIGNED, HINT)
     mean = _pointer(table, MEAN, tensor, N, tl.float32, ALIGNED, HINT)
@@ -183,8 +183,8 @@ def _update(
                   mean_weight, square_weight, ema_weight, eps, COPY_TYPE)  # fmt: skip
 
 
-def step_(batch: Batch, settings: Settings, factor: Tensor | None, taken: Tensor | None, uploads: Uploads) -> None:
-    """Do as reference.step_, in two launches; all tensors of one place in the batch are dense and laid out alike."""
+def update_(batch: Batch, settings: Settings, factor: Tensor | None, skip: Tensor | None, uploads: Uploads) -> None:
+    """Do as reference.update_, in two launches; all tensors of one place in the batch are dense and laid out alike."""
     device, count = batch.params[0].device, len(batch.params)
     columns = [batch.params, batch.grads, batch.exp_avgs, batch.exp_avg_sqs, batch.emas]
     columns += [batch.params if batch.copies is None else batch.copies, batch.steps]
@@ -203,7 +203,7 @@ def step_(batch: Batch, settings: Settings, factor: Tensor | None, taken: Tensor
     launch(
         _advance,
         (triton.cdiv(count, 128),),
-        *(table, scalars, taken, lr if isinstance(lr, Tensor) else float(lr), float(settings.weight_decay)),
+        *(table, scalars, skip, lr if isinstance(lr, Tensor) else float(lr), float(settings.weight_decay)),
         *(*weights, count),
         LR_TENSOR=isinstance(lr, Tensor),
         BLOCK=128,
@@ -212,7 +212,7 @@ def step_(batch: Batch, settings: Settings, factor: Tensor | None, taken: Tensor
     launch(
         _update,
         (programs.shape[0],),
-        *(table, programs, scalars, factor, taken),
+        *(table, programs, scalars, factor, skip),
         *(*weights, float(1 - settings.ema_decay), float(settings.eps), count),
         GRAD_TYPE=_TYPES[types[0]],
         COPY_TYPE=None if batch.copies is None else _TYPES[types[1]],

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from mpdit_kernels import AdamWEMA
+from mpdit_kernels.adamw_ema.optimizer import initial_state
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -128,10 +129,9 @@ def _state(optimizer: Optimizer, flat: Tensor) -> dict[str, Tensor]:
     """Return the optimiser's tensor and its state by kind, each flat; made as the first step would if not there yet."""
     state = optimizer.state[flat]
     if not state:
-        own = isinstance(optimizer, AdamWEMA)  # other optimisers count their steps in a number
-        state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device) if own else 0
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
-        state["ema"] = flat.detach().clone()
+        state.update(initial_state(flat))
+        if not isinstance(optimizer, AdamWEMA):
+            state["step"] = 0  # other optimisers count in a number
     return {"weight": flat.detach().view(-1), **{kind: state[kind].view(-1) for kind in KINDS[1:]}}
 
 
