@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 _LINE_SECONDS = 60.0
-_LINE = "{desc}: {n_fmt}/{total_fmt} {unit}, {rate_fmt}, {remaining} left"
+_LINE = "{desc}: {n_fmt}/{total_fmt} {unit}, {rate_fmt}, {remaining} left{postfix}"
 
 
 class _LogFile:

@@ -146,14 +146,12 @@ class _TextLoader(yaml.BaseLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
+        mapping, seen = super().construct_mapping(node, deep=deep), set()
         for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise ConfigError(f"line {key.start_mark.line + 1} has a key that is no name: give name: value")
             if key.value in seen:
                 raise ConfigError(f"line {key.start_mark.line + 1} gives {key.value!r} a second time: remove one")
             seen.add(key.value)
-        return super().construct_mapping(node, deep=deep)
+        return mapping
 
 
 def _read_config_file(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
@@ -175,17 +173,15 @@ def _read_config_file(parser: argparse.ArgumentParser, path: str) -> dict[str, A
         if not isinstance(settings, dict):
             raise ConfigError("holds no settings: expected lines like `lr: 2e-4`")
         kinds = get_type_hints(TrainConfig)
-        words: dict[str, list[str]] = {}
+        words: list[str] = []
         for key, value in settings.items():
             name = RENAMED.get(key.replace("-", "_"), key.replace("-", "_"))
             if name not in kinds:
                 close = [_SYNONYMS[name]] if name in _SYNONYMS else difflib.get_close_matches(name, kinds, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else "launch/train.py --help lists the fields"
                 raise ConfigError(f"unknown key {key!r}: {hint}")
-            if name in words:
-                raise ConfigError(f"{name!r} is given twice, with dashes and with underscores: remove one")
-            words[name] = _argument(name, value, kinds[name])
-        return vars(parser.parse_args([word for argument in words.values() for word in argument]))
+            words += _argument(name, value, kinds[name])
+        return vars(parser.parse_args(words))
     except ConfigError as error:
         raise ConfigError(f"config {path}: {error}") from None
     except (yaml.YAMLError, RecursionError) as error:

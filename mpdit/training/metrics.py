@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from mpdit.core.files import write_atomically
+from mpdit.core.progress import bar
 from mpdit.training.setup import Run
 
 PACE_STEPS = 20
@@ -77,19 +78,8 @@ class MetricsLog:
         self._began = self._paced = time.monotonic()
         self._run, self._left, self._taken = run, config.steps - start_step, 0
         self._file = path.open("a", buffering=1)
-        # A log file gets a line every half minute, a terminal ten updates a second.
-        terminal = sys.stderr.isatty()
-        self._bar: tqdm[Any] = tqdm(
-            total=config.steps,
-            initial=start_step,
-            desc=run.out.name,
-            unit="step",
-            mininterval=0.1 if terminal else 30,
-            dynamic_ncols=terminal,
-            ncols=None if terminal else 110,
-            ascii=not terminal,
-            disable=not config.progress,
-        )
+        label = run.out.name if config.progress else None
+        self._bar = bar(label, config.steps, "step", initial=start_step, leave=True)
         self._tensorboard: Any = None
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
