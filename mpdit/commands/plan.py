@@ -64,12 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    from mpdit.planning.plan import IMAGENET, Request, plan, usual_network
+    from mpdit.planning.plan import IMAGENET, Request, plan
 
     gpu = _gpu(args)
-    network = args.network if args.network is not None else usual_network(gpu) / 1e9
-    if not 0 < network < _LARGEST:
-        raise ConfigError(f"--network is {network:g}: give GB/s above 0 and below {_LARGEST:g}")
+    if args.network is not None and not 0 < args.network < _LARGEST:
+        raise ConfigError(f"--network is {args.network:g}: give GB/s above 0 and below {_LARGEST:g}")
     request = Request(
         gpu,
         args.gpus,
@@ -81,7 +80,7 @@ def run(args: argparse.Namespace) -> Outcome:
         args.epochs,
         IMAGENET if args.dataset_size is None else args.dataset_size,
         args.gpus_per_node,
-        network * 1e9,
+        None if args.network is None else args.network * 1e9,
     )
     found = plan(model_config(args), request)
     return Outcome(found.text(args.model), {"name": args.model, **found.to_dict()})

@@ -78,8 +78,6 @@ class Setting:
         images: of one GPU's micro step.
         accumulation: micro steps of a step.
         dtype, kernels, checkpointing: see `account`.
-        bucket: numbers of a bucket.
-        device: False leaves out what only a GPU takes: context and the allocator's loss.
     """
 
     zero: int
@@ -89,14 +87,12 @@ class Setting:
     dtype: str = "bf16"
     kernels: bool = True
     checkpointing: bool = False
-    bucket: int = BUCKET
-    device: bool = True
 
 
 def memory(config: ModelConfig, setting: Setting) -> Memory:
     """Return the worst moment's bytes: in backward, where activations fall while gradients rise, or in the step."""
     worst = max(_moments(config, setting), key=lambda moment: moment.allocated)
-    return replace(worst, overhead=CONTEXT + FRAGMENTS * worst.allocated) if setting.device else worst
+    return replace(worst, overhead=CONTEXT + FRAGMENTS * worst.allocated)
 
 
 def each_at_its_most(config: ModelConfig, setting: Setting) -> dict[str, float]:
@@ -128,7 +124,7 @@ def _moments(config: ModelConfig, setting: Setting) -> list[Memory]:
         "optimizer": 2 * part,
         "ema": part,
     }
-    bucket = WORD * min(params, setting.bucket)
+    bucket = WORD * min(params, BUCKET)
     if zero == 3:  # a bucket, and the whole weights
         buckets = bucket + (WORD * min(params, MAX_LIVE) if setting.gpus > 1 else 0.0)
     else:

@@ -48,7 +48,7 @@ class Request:
         precision: "bf16" (autocast over fp32 weights) or "fp32".
         epochs, images: length of the run, over a data set of so many images.
         gpus_per_node: that share NVLink.
-        network: bytes a second of one GPU to other nodes, one direction.
+        network: bytes a second of one GPU to other nodes, one direction; None: those of `usual_network`.
     """
 
     gpu: Gpu
@@ -61,7 +61,7 @@ class Request:
     epochs: float = 240
     images: int = IMAGENET
     gpus_per_node: int = 8
-    network: float = 25e9
+    network: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.epochs < 1e9:
@@ -82,7 +82,8 @@ class Request:
 
     @property
     def fabric(self) -> Fabric:
-        return Fabric(self.gpus_per_node, self.gpu.link, self.network, efficiency(self.gpu).link)
+        network = usual_network(self.gpu) if self.network is None else self.network
+        return Fabric(self.gpus_per_node, self.gpu.link, network, efficiency(self.gpu).link)
 
     def setting(self, images: int = 1, accumulation: int = 1, checkpointing: bool | None = None) -> Setting:
         """Return what memory depends on."""
