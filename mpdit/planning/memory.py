@@ -117,7 +117,7 @@ def _moments(config: ModelConfig, setting: Setting) -> list[Memory]:
     found = account(config, 1, setting.dtype, setting.kernels, setting.checkpointing)
     params, zero = found.params_trainable, setting.zero
     whole = WORD * params
-    part = whole / setting.gpus if zero else whole
+    part = whole / setting.gpus if zero else whole  # of gradients, moments and average
     state = {
         "parameters": (part if zero == 3 else whole) + WORD * (found.params_total - params),
         "master": part if zero else 0.0,
@@ -125,10 +125,11 @@ def _moments(config: ModelConfig, setting: Setting) -> list[Memory]:
         "ema": part,
     }
     bucket = WORD * min(params, BUCKET)
+    alone = setting.gpus == 1
     if zero == 3:  # a bucket, and the whole weights
-        buckets = bucket + (WORD * min(params, MAX_LIVE) if setting.gpus > 1 else 0.0)
+        buckets = bucket + (0.0 if alone else WORD * min(params, MAX_LIVE))
     else:
-        buckets = 2 * bucket if zero and setting.gpus > 1 else 0.0
+        buckets = 0.0 if alone or not zero else 2 * bucket
     # Stage 0 flattens a bucket for its reduction; stages 1 to 3 a rank's gradients for the optimiser.
     flat = part if zero else WORD * min(params, 500_000_000)
     moments = [Memory(**state, gradients=part, casts=0.0, activations=0.0, buffers=flat + buckets)]
@@ -136,7 +137,13 @@ def _moments(config: ModelConfig, setting: Setting) -> list[Memory]:
     gradients = whole if zero == 1 else part
     casts = _casts(found) if setting.dtype == "bf16" else 0.0
     buffers = buckets + _work(config, setting)
-    held = gradients * (2 if zero == 3 else 1 if setting.accumulation > 1 else 0)
+    # Gradients that are there when backward begins: stage 3's two copies, or the sum of earlier micro steps.
+    if zero == 3:
+        held = 2 * gradients
+    elif setting.accumulation > 1:
+        held = gradients
+    else:
+        held = 0.0
     rows = [row for row in reversed(found.parts) if row.name != RECOMPUTED]
     again = setting.images * sum(row.activation_bytes for row in found.parts if row.name == RECOMPUTED)
     left = setting.images * sum(row.activation_bytes for row in rows)

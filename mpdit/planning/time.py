@@ -240,15 +240,12 @@ class Communication:
 def volume(zero: int, gpus: int, parameters: int, micro_steps: int) -> tuple[float, float]:
     """Return the bytes that one GPU sends in a step: (of gradients, of weights)."""
     once = WORD * parameters * (gpus - 1) / gpus
-    match zero:
-        case 0:
-            return 2 * once, 0.0
-        case 1:
-            return once, once
-        case 2:
-            return micro_steps * once, once
-        case _:
-            return micro_steps * once, 2 * micro_steps * once
+    return (
+        (2 * once, 0.0),
+        (once, once),
+        (micro_steps * once, once),
+        (micro_steps * once, 2 * micro_steps * once),
+    )[zero]
 
 
 def communication(
@@ -256,8 +253,8 @@ def communication(
 ) -> Communication:
     """Return what a step sends, and what of it is left when it overlaps with so many seconds of computing.
 
-    Gradients hide behind the backward pass (overlap_comm); ZeRO-3's weights, prefetched, behind both; the gathering of
-    stages 1 and 2 comes after the optimiser and hides behind nothing.
+    Stages 0 and 2 hide gradients behind the backward pass (overlap_comm), stage 3 gradients and prefetched weights
+    behind both passes; the gathering of stages 1 and 2 comes after the optimiser and hides behind nothing.
     """
     gradients, weights = volume(zero, gpus, parameters, micro_steps)
     buckets = -(-parameters // BUCKET)
@@ -265,6 +262,8 @@ def communication(
     gathering = fabric.seconds(weights, gpus, buckets * (2 * micro_steps if zero == 3 else 1)) if zero else 0.0
     if zero == 3:
         exposed = max(0.0, reducing + gathering - backward - forward)
+    elif zero == 1:  # reduces once backward is over
+        exposed = reducing + gathering
     else:
-        exposed = max(0.0, reducing - backward * (1 if zero in (0, 2) else 0)) + gathering
+        exposed = max(0.0, reducing - backward) + gathering
     return Communication(gradients, weights, reducing + gathering, exposed)

@@ -62,26 +62,19 @@ def report(results: Sequence[Results], plots: Mapping[Path, Sequence[tuple[str, 
         if absent:
             blocks.append(f"Not measured: {', '.join(absent)}.")
         blocks += [f"![{title}]({path})" for title, path in (plots or {}).get(found.path, ())]
-        blocks += tables(found)
-    return "\n\n".join(blocks) + "\n"
-
-
-def tables(results: Results) -> list[str]:
-    """Return all figures of a file under a title each, and what has none."""
-    blocks = []
-    for part, title in TITLES.items():
-        cases = results.cases(part)
-        if cases:
+        for part, title in TITLES.items():
+            if not (cases := found.cases(part)):
+                continue
             blocks.append(f"### {title}")
-        if part == "kernels" and cases:
-            blocks.append(_kernel_table(cases))
-        else:
-            for case, rows in cases.items():
-                blocks += [f"{case}:", _case_table(rows)]
-    if results.skipped:
-        lines = (f"- {case}, {variant}: {reason}" for (_, case, variant), reason in results.skipped.items())
-        blocks += ["### Not timed", "\n".join(lines)]
-    return blocks
+            if part == "kernels":
+                blocks.append(_kernel_table(cases))
+            else:
+                for case, rows in cases.items():
+                    blocks += [f"{case}:", _case_table(rows)]
+        if found.skipped:
+            lines = (f"- {case}, {variant}: {reason}" for (_, case, variant), reason in found.skipped.items())
+            blocks += ["### Not timed", "\n".join(lines)]
+    return "\n\n".join(blocks) + "\n"
 
 
 def performance_block(results: Sequence[Results]) -> str:

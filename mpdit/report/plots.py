@@ -162,9 +162,8 @@ def draw_roofline(results: Results) -> Figure | None:
     if not rows:
         return None
     looks = looks_of(list(dict.fromkeys(row.operation for row in rows)))
-    panels = [(_draw_products, [row for row in rows if row.flops], 3)]
-    panels.append((_draw_elementwise, [row for row in rows if not row.flops], 1))
-    panels = [panel for panel in panels if panel[1]]
+    products, elementwise = [row for row in rows if row.flops], [row for row in rows if not row.flops]
+    panels = [panel for panel in ((_draw_products, products, 3), (_draw_elementwise, elementwise, 1)) if panel[1]]
     figure = _figure(
         results, 5.6, f"Roofline of {_own_name(results)}", "Medians; bytes are the least a call must move."
     )

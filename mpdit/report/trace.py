@@ -186,14 +186,16 @@ def _own_times(spans: Iterable[_Span]) -> Iterator[tuple[str, float]]:
 
 def _by_range(ranges: Sequence[_Span], on_gpu: Iterable[_Span], spans: Iterable[_Span], window: float) -> list[Json]:
     """Return calls, CPU seconds and GPU seconds of each range, and of the rest of a window of so many seconds."""
-    launched = {span.correlation: span.start for span in spans if span.kind in _LAUNCHES}
+    launched: dict[int | None, float] = {span.correlation: span.start for span in spans if span.kind in _LAUNCHES}
+    launched.pop(None, None)
     starts = [span.start for span in ranges]
     gpu: dict[str, float] = defaultdict(float)
     for span in on_gpu:
-        launch = launched.get(span.correlation) if span.correlation is not None else None
-        index = -1 if launch is None else bisect.bisect_right(starts, launch) - 1
-        inside = index >= 0 and launch is not None and launch < ranges[index].end
-        gpu[ranges[index].name if inside else _OUTSIDE] += span.duration / 1e6
+        name, launch = _OUTSIDE, launched.get(span.correlation)
+        if launch is not None and (after := bisect.bisect_right(starts, launch)):
+            around = ranges[after - 1]  # the last range to begin before the launch
+            name = around.name if launch < around.end else _OUTSIDE
+        gpu[name] += span.duration / 1e6
     cpu = sorted(_sums((span.name, span.duration) for span in ranges), key=lambda row: RANGES.index(row["name"]))
     outside = max(0.0, window - sum(row["seconds"] for row in cpu))
     rows = [*cpu, {"name": _OUTSIDE, "calls": 0, "seconds": outside}]
