@@ -43,7 +43,7 @@ def _option(
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run. Numbers are held against their bounds: ConfigError names field, value and remedy.
+    """Holds the settings of a run. Numbers are held against their bounds: ConfigError names field, value and remedy.
 
     The defaults are those of the embedded digits; `TrainConfig.create` takes the paper's for other data.
     """

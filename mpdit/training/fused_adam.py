@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +14,10 @@ from torch.optim import Optimizer
 from mpdit.core.errors import ConfigError, first_line
 
 _FUSED_ADAM = {
-    "apex": ("apex.optimizers", "build NVIDIA's, with its CUDA extensions, from https://github.com/NVIDIA/apex"),
+    "apex": (
+        "apex.optimizers",
+        "build NVIDIA's, with its CUDA extensions, from https://github.com/NVIDIA/apex (PyPI's apex is another)",
+    ),
     "deepspeed": (
         "deepspeed.ops.adam",
         "DeepSpeed compiles it on first use, which needs ninja and a CUDA toolkit of torch's version",
@@ -97,13 +98,7 @@ def probed(name: str, device: torch.device) -> type[Optimizer]:
     module, install = _FUSED_ADAM[name]
     try:
         kind: type[Optimizer] = importlib.import_module(module).FusedAdam
-    except (ImportError, AttributeError, RuntimeError, OSError) as error:
-        # PyPI's package apex is another project, and fails in many ways when it is imported: judged by its folder.
-        spec = importlib.util.find_spec("apex") if name == "apex" else None
-        folders = spec.submodule_search_locations or () if spec else ()
-        if spec and not any((Path(folder) / "optimizers").is_dir() for folder in folders):
-            other = "is not there: PyPI's package apex, which is installed, is another project"
-            raise _refusal(name, other, f"pip uninstall apex, then {install}") from error
+    except Exception as error:  # PyPI's apex, another project, fails in many ways when it is imported
         raise _refusal(name, f"can't be imported ({first_line(error)})", install) from error
     check(kind, name, device)
     return kind

@@ -22,7 +22,7 @@ PACE_STEPS = 20
 
 
 class LossMean:
-    """Mean loss over ranks and the steps that were taken, summed on the device in fp64 so that no step waits for it."""
+    """Averages losses over ranks and the steps that were taken; sums in fp64 on the device, so that no step waits."""
 
     def __init__(self, device: torch.device) -> None:
         self._total = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, how many

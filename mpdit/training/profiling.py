@@ -1,4 +1,4 @@
-"""Profiling a window of a training run: named ranges, a capture by nsys or ncu, a torch trace, a memory snapshot."""
+"""Profiles a window of a training run: named ranges, a capture by nsys or ncu, a torch trace, a memory snapshot."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _EVENTS = 100_000
 
 @dataclass(frozen=True)
 class Profiling:
-    """What of a run is profiled: steps `first` to `last`, counted from 1, both included, on `ranks` (None: all)."""
+    """Says what is profiled: steps `first` to `last`, counted from 1, both included, on `ranks` (None: all)."""
 
     mode: ProfileMode
     first: int

@@ -23,7 +23,7 @@ class Launcher:
     parents: dict[int, int]
     """Parent of each process of the chain, from this one upwards, as it was at the beginning."""
     orphaned: bool = False
-    """Return whether launch.py or the `deepspeed` command was gone before."""
+    """True when launch.py or the `deepspeed` command was gone before."""
 
     @classmethod
     def find(cls) -> Launcher:
