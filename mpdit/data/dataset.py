@@ -1,4 +1,4 @@
-"""The interface of a data set of latents, whatever files it lies in."""
+"""Defines the interface of a data set of latents, whatever files it lies in."""
 
 from __future__ import annotations
 
@@ -47,4 +47,4 @@ class LatentDataset(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of files and threads; this happens by itself when the data set is no longer used."""
+        """Close files and stop threads; this happens by itself when the data set is no longer used."""

@@ -94,7 +94,7 @@ class LatentSpec:
 
     @property
     def record_shape(self) -> tuple[int, int, int, int]:
-        """Shape (V, 2C, H, W) of a record."""
+        """Return the shape (V, 2C, H, W) of a record."""
         return len(self.variants), 2 * self.channels, self.height, self.width
 
     @property
@@ -125,7 +125,7 @@ class DatasetInfo(LatentSpec):
 
     @property
     def pixel_range(self) -> tuple[float, float] | None:
-        """Range of pixels that the encoder took black and white as; None where it isn't stated."""
+        """Return the range of pixels that the encoder took black and white as; None where it isn't stated."""
         return stated_pixel_range(self.decoder)
 
     def describe_source(self) -> str:
@@ -191,7 +191,7 @@ class Manifest(DatasetInfo):
 
     @property
     def sha256(self) -> str:
-        """SHA-256, in hex, of all fields. It is in the file as well, since a damaged digit may be another digit."""
+        """Return the SHA-256, in hex, of all fields. The file holds it too: a damaged digit may be another digit."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:

@@ -75,7 +75,7 @@ class BatchPlan:
 
     @property
     def micro_batch(self) -> int:
-        """The samples b that one rank takes in one forward pass."""
+        """Return b, the samples that one rank takes in one forward pass."""
         return self.global_batch // (self.world_size * self.grad_accum_steps)
 
     def samples_after(self, steps: int) -> int:

@@ -85,7 +85,7 @@ class ChannelStatistics:
 
     @property
     def has_noise(self) -> bool:
-        """True when any posterior std was above zero."""
+        """Return whether any posterior std was above zero."""
         return bool(self._variance.any())
 
     def result(self) -> Normalization:

@@ -1,1 +1,1 @@
-"""What is learned and drawn: flow.py is the loss, sampling.py the samplers, inference.py the model as they run it."""
+"""Flow matching: flow.py is the loss, sampling.py the samplers, inference.py the model as they run it."""

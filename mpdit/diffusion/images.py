@@ -1,4 +1,4 @@
-"""From latents to pictures: decoding, labelled grids, PNG files."""
+"""Turns latents into pictures: decoding, labelled grids, PNG files."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ def uniform_times(start: float, end: float, steps: int) -> list[float]:
 
 
 class Sampler(NamedTuple):
-    """An entry of SAMPLERS."""
+    """A way to integrate the velocity field: an entry of SAMPLERS."""
 
     solve: Callable[[Flow, Tensor, int], Tensor]
     """(flow, x at t = 1, steps) -> x at t = 0."""

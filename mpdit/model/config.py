@@ -1,4 +1,4 @@
-"""What describes a model: frozen, validated, and all that it is built from."""
+"""Defines the configuration of a model: frozen, validated, and all that the model is built from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the model is put together from: norm, modulation, patches, positions, and the residual stream.
+"""Parts of the model: norm, modulation, patches, positions, and the residual stream.
 
 Letters in shapes: B images, C channels, (H, W) size, p patch, (h, w) = (H/p, W/p) grid, n = h*w image tokens, m class
 tokens, T = m + n, D width.

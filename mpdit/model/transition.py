@@ -61,7 +61,7 @@ class Expand(nn.Module):
 
 
 class ExpandTranspose(nn.Module):
-    """The same as a transposed convolution: one bias per channel instead of one per channel and offset."""
+    """Do as Expand by a transposed convolution: one bias per channel instead of one per channel and offset."""
 
     def __init__(self, width: int, factor: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Reads what is the same in every foreign format: checked records, in threads, and statistics of a sample of them."""
+"""Does what all readers share: checked records, read in threads, and statistics measured on some of them."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class ForeignLatents(LatentDataset):
         """Return the file a sample lies in, and where in the file."""
 
     def _scale_of(self, stored: Normalization) -> float:
-        """Return the factor in latents whose statistics as they are stored these are, where none is given."""
+        """Return the factor that latents of these statistics were multiplied by; asked where the user gives none."""
         return 1.0
 
     def _pixel_range(self, measured: Normalization) -> PixelRange:
