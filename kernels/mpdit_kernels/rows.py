@@ -28,13 +28,13 @@ def rows_of(x: Tensor) -> Tensor:
 
 @triton.jit
 def columns(CHUNKS: tl.constexpr, i: tl.constexpr):
-    """Column indices [1, C] of tile i."""
+    """Return column indices [1, C] of tile i."""
     return CHUNKS[i][0] + tl.arange(0, CHUNKS[i][1])[None, :]
 
 
 @triton.jit
 def load_rows(pointers, mask, CHUNKS: tl.constexpr):
-    """Rows at pointers [ROWS], those not in mask as 0: a tuple of fp32 tiles [ROWS, C]."""
+    """Return rows at pointers [ROWS], those not in mask as 0: a tuple of fp32 tiles [ROWS, C]."""
     tiles = ()
     for i in tl.static_range(len(CHUNKS)):
         tile = tl.load(pointers[:, None] + columns(CHUNKS, i), mask=mask[:, None], other=0)
@@ -44,7 +44,7 @@ def load_rows(pointers, mask, CHUNKS: tl.constexpr):
 
 @triton.jit
 def load_vector(pointer, CHUNKS: tl.constexpr):
-    """One row at a pointer: a tuple of fp32 tiles [1, C]."""
+    """Return one row at a pointer: a tuple of fp32 tiles [1, C]."""
     tiles = ()
     for i in tl.static_range(len(CHUNKS)):
         tiles = tiles + (tl.load(pointer + columns(CHUNKS, i)).to(tl.float32),)
@@ -53,7 +53,7 @@ def load_vector(pointer, CHUNKS: tl.constexpr):
 
 @triton.jit
 def row_mean(tiles, D: tl.constexpr):
-    """Mean [ROWS] over all columns."""
+    """Return the mean [ROWS] over all columns."""
     total = tl.sum(tiles[0], 1)
     for i in tl.static_range(1, len(tiles)):
         total += tl.sum(tiles[i], 1)
@@ -62,7 +62,7 @@ def row_mean(tiles, D: tl.constexpr):
 
 @triton.jit
 def row_moments(tiles, eps, D: tl.constexpr):
-    """Mean and reciprocal standard deviation [ROWS], the variance as the mean of squared differences."""
+    """Return mean and reciprocal standard deviation [ROWS], the variance as the mean of squared differences."""
     mean = row_mean(tiles, D)
     squares = ()
     for i in tl.static_range(len(tiles)):
@@ -73,7 +73,7 @@ def row_moments(tiles, eps, D: tl.constexpr):
 
 @triton.jit
 def zeros(ROWS: tl.constexpr, CHUNKS: tl.constexpr):
-    """A tuple of fp32 zeros [ROWS, C], to add up in."""
+    """Return a tuple of fp32 zeros [ROWS, C], to add up in."""
     tiles = ()
     for i in tl.static_range(len(CHUNKS)):
         tiles = tiles + (_zeros(ROWS, CHUNKS[i][1]),)
@@ -87,6 +87,7 @@ def _zeros(ROWS: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def store_vector(pointer, tiles, CHUNKS: tl.constexpr):
+    """Write a tuple of tiles [1, C] as one row at a pointer."""
     for i in tl.static_range(len(CHUNKS)):
         tl.store(pointer + columns(CHUNKS, i), tiles[i].to(pointer.dtype.element_ty))
 
@@ -98,7 +99,7 @@ def store_vector(pointer, tiles, CHUNKS: tl.constexpr):
 
 @triton.jit
 def gelu_gate(h):
-    """(s, its derivative) where gelu(h) = h * s; the derivative is that of the sigmoid, s (1 - s)."""
+    """Return (s, s * (1 - s)) where gelu(h) = h * s and s = sigmoid(z(h)): the sigmoid and its derivative in z."""
     z = 1.5957691216057308 * h * (1 + 0.044715 * h * h)  # 2 sqrt(2 / pi)
     e = tl.exp(-tl.abs(z))
     larger = 1 / (1 + e)
@@ -108,5 +109,5 @@ def gelu_gate(h):
 
 @triton.jit
 def gelu_slope(h, s, ds):
-    """The derivative of h * s; h meets ds first, so that large |h| give 0 and not 0 times infinity."""
+    """Return gelu'(h) = s + h * ds * z'(h); h meets ds first, so that large |h| give 0 and not 0 times infinity."""
     return s + h * ds * (1.5957691216057308 + 0.2140644488 * h * h)  # 3 * 0.044715 times the former

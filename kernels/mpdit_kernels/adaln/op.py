@@ -155,7 +155,7 @@ def _result(x: Tensor, eps: float, dtype: torch.dtype | None) -> torch.dtype:
     "SymInt[]? offsets=None) -> (Tensor, Tensor, Tensor)",
 )
 def _adaln(x, branch, gate, shift, scale, eps, dtype, offsets=None):  # type: ignore[no-untyped-def]
-    """Return (residual, modulated, statistics fp32 [2, B, T]), empty where the arguments ask for none."""
+    """Return (residual, y, statistics fp32 [2, B, T]) by triton_impl.forward, empty where arguments ask for none."""
     return (
         absent(x) if branch is None else x.new_empty(x.shape),
         absent(x) if shift is None else x.new_empty(x.shape, dtype=dtype),
@@ -172,7 +172,8 @@ def _adaln(x, branch, gate, shift, scale, eps, dtype, offsets=None):  # type: ig
 def _adaln_backward(d_residual, d_y, x, branch, gate, scale, statistics, offsets=None):  # type: ignore[no-untyped-def]
     """Return (dx, dbranch, fp32 [1 to 3, B, D]): dx is empty without d_y, dbranch without branch.
 
-    The third is of the gate where there is a branch, then of shift and scale where there is d_y.
+    By triton_impl.backward. The third is of the gate where there is a branch, then of shift and scale where there is
+    d_y.
     """
     rows = x.shape[0] if offsets is None else len(offsets) - 1
     return (

@@ -1,5 +1,15 @@
 """Kernels of the gated residual and the modulated layer norm: one forward and one backward, parts switched off.
 
+Forward, of each token, where GATED and where NORM:
+
+    residual = x + gate * branch
+    y        = normalized * (1 + scale) + shift,  normalized = (residual - mean) * rstd
+
+and backward, with g = d_y * (1 + scale) and sums over a sample's tokens for its vectors:
+
+    d_x      = (g - normalized * mean(g * normalized) - mean(g)) * rstd + d_residual
+    d_branch = gate * d_x,  d_gate = sum_t d_x * branch,  d_shift = sum_t d_y,  d_scale = sum_t d_y * normalized
+
 A program takes TOKENS tokens of one sample, ROWS at a time, whole rows in registers, so the sample's modulation is
 read once per program. Statistics and sums are fp32. The backward sums over a program's tokens in registers and writes
 one fp32 partial row per program; the partials are added up in a fixed order, so results repeat bit for bit.
@@ -62,12 +72,14 @@ BACKWARD = Tunable("adaln.backward", _default_backward, _candidates)
 
 @triton.jit
 def _span(cu_seqlens, T, PACKED: tl.constexpr):
-    """Locate a program's tokens: whose vectors they meet, the sample they lie in, the first of them, and the end."""
+    """Return (whose vectors a program's tokens meet, the sample they lie in, the first of them, their end)."""
     b = tl.program_id(0).to(tl.int64)
     if PACKED:
-        sample, start, end = tl.cast(0, tl.int64), tl.load(cu_seqlens + b), tl.load(cu_seqlens + b + 1)
+        sample = tl.cast(0, tl.int64)
+        start, end = tl.load(cu_seqlens + b), tl.load(cu_seqlens + b + 1)
     else:
-        sample, start, end = b, 0, T
+        sample = b
+        start, end = 0, T
     return b, sample, start, end
 
 
@@ -84,13 +96,13 @@ def _forward(
     cu_seqlens,  # int32 [S+1], where PACKED
     T,
     eps,
-    x_batch,
-    x_token,
-    branch_batch,
-    branch_token,
-    gate_batch,
-    shift_batch,
-    scale_batch,
+    x_batch_stride,
+    x_token_stride,
+    branch_batch_stride,
+    branch_token_stride,
+    gate_batch_stride,
+    shift_batch_stride,
+    scale_batch_stride,
     D: tl.constexpr,
     CHUNKS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -102,18 +114,19 @@ def _forward(
     tl.static_assert(TOKENS % ROWS == 0)
     b, sample, start, end = _span(cu_seqlens, T, PACKED)
     if GATED:
-        g = load_vector(gate + b * gate_batch, CHUNKS)
+        g = load_vector(gate + b * gate_batch_stride, CHUNKS)
     if NORM:
-        shifts = load_vector(shift + b * shift_batch, CHUNKS)
-        scales = load_vector(scale + b * scale_batch, CHUNKS)
+        shifts = load_vector(shift + b * shift_batch_stride, CHUNKS)
+        scales = load_vector(scale + b * scale_batch_stride, CHUNKS)
     first = start + tl.program_id(1) * TOKENS
     for step in range(0, tl.minimum(TOKENS, end - first) if PACKED else TOKENS, ROWS):
         rows = (first + step + tl.arange(0, ROWS)).to(tl.int64)
         mask = rows < end
         out = (sample * T + rows) * D
-        values = load_rows(x + sample * x_batch + rows * x_token, mask, CHUNKS)
+        values = load_rows(x + sample * x_batch_stride + rows * x_token_stride, mask, CHUNKS)
+        # residual = x + gate * branch: tiles [ROWS, columns]
         if GATED:
-            branches = load_rows(branch + sample * branch_batch + rows * branch_token, mask, CHUNKS)
+            branches = load_rows(branch + sample * branch_batch_stride + rows * branch_token_stride, mask, CHUNKS)
             summed = ()
             for i in tl.static_range(len(CHUNKS)):
                 # The norm sees the sum as it is stored, as the reference does.
@@ -121,13 +134,14 @@ def _forward(
                 tl.store(residual + out[:, None] + columns(CHUNKS, i), rounded, mask=mask[:, None])
                 summed = summed + (rounded.to(tl.float32),)
             values = summed
+        # y = normalized * (1 + scale) + shift
         if NORM:
             mean, rstd = row_moments(values, eps, D)
             tl.store(statistics + sample * T + rows, mean, mask=mask)
             tl.store(statistics + ((1 if PACKED else tl.num_programs(0)) + sample) * T + rows, rstd, mask=mask)
             for i in tl.static_range(len(CHUNKS)):
-                normal = (values[i] - mean[:, None]) * rstd[:, None]
-                modulated = normal * (1 + scales[i]) + shifts[i]
+                normalized = (values[i] - mean[:, None]) * rstd[:, None]
+                modulated = normalized * (1 + scales[i]) + shifts[i]
                 target = y + out[:, None] + columns(CHUNKS, i)
                 tl.store(target, modulated.to(y.dtype.element_ty), mask=mask[:, None])
 
@@ -146,16 +160,16 @@ def _backward(
     partials,  # out fp32 [1 to 3, B, P, D]: of gate where GATED, of shift and scale where NORM
     cu_seqlens,  # int32 [S+1], where PACKED
     T,
-    d_residual_batch,
-    d_residual_token,
-    d_y_batch,
-    d_y_token,
-    x_batch,
-    x_token,
-    branch_batch,
-    branch_token,
-    gate_batch,
-    scale_batch,
+    d_residual_batch_stride,
+    d_residual_token_stride,
+    d_y_batch_stride,
+    d_y_token_stride,
+    x_batch_stride,
+    x_token_stride,
+    branch_batch_stride,
+    branch_token_stride,
+    gate_batch_stride,
+    scale_batch_stride,
     D: tl.constexpr,
     CHUNKS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -168,13 +182,13 @@ def _backward(
     tl.static_assert(TOKENS % ROWS == 0)
     b, sample, start, end = _span(cu_seqlens, T, PACKED)
     part = tl.program_id(1)
-    sum_gate = zeros(1, CHUNKS)
-    sum_shift = zeros(1, CHUNKS)
-    sum_scale = zeros(1, CHUNKS)
+    d_gate = zeros(1, CHUNKS)
+    d_shift = zeros(1, CHUNKS)
+    d_scale = zeros(1, CHUNKS)
     if GATED:
-        g = load_vector(gate + b * gate_batch, CHUNKS)
+        gates = load_vector(gate + b * gate_batch_stride, CHUNKS)
     if NORM:
-        scales = load_vector(scale + b * scale_batch, CHUNKS)
+        scales = load_vector(scale + b * scale_batch_stride, CHUNKS)
     first = start + part * TOKENS
     for step in range(0, tl.minimum(TOKENS, end - first) if PACKED else TOKENS, ROWS):
         rows = (first + step + tl.arange(0, ROWS)).to(tl.int64)
@@ -183,53 +197,56 @@ def _backward(
         if NORM:
             mean = tl.load(statistics + sample * T + rows, mask=mask, other=0)
             rstd = tl.load(statistics + ((1 if PACKED else tl.num_programs(0)) + sample) * T + rows, mask=mask, other=0)
-            values = load_rows(x + sample * x_batch + rows * x_token, mask, CHUNKS)
-            gradients = load_rows(d_y + sample * d_y_batch + rows * d_y_token, mask, CHUNKS)
-            normal = ()
-            weighted = ()
+            values = load_rows(x + sample * x_batch_stride + rows * x_token_stride, mask, CHUNKS)
+            d_ys = load_rows(d_y + sample * d_y_batch_stride + rows * d_y_token_stride, mask, CHUNKS)
+            # d_shift += sum_t d_y, d_scale += sum_t d_y * normalized, g = d_y * (1 + scale): tiles [ROWS, columns]
+            normalized = ()
+            g = ()
             products = ()
-            new_shift = ()
-            new_scale = ()
+            new_d_shift = ()
+            new_d_scale = ()
             for i in tl.static_range(len(CHUNKS)):
-                normalized = (values[i] - mean[:, None]) * rstd[:, None]
-                new_shift = new_shift + (sum_shift[i] + tl.sum(gradients[i], 0, keep_dims=True),)
-                new_scale = new_scale + (sum_scale[i] + tl.sum(gradients[i] * normalized, 0, keep_dims=True),)
-                weighted = weighted + (gradients[i] * (1 + scales[i]),)
-                products = products + (weighted[i] * normalized,)
-                normal = normal + (normalized,)
-            sum_shift = new_shift
-            sum_scale = new_scale
-            along = row_mean(products, D)[:, None]
-            offset = row_mean(weighted, D)[:, None]
-        new_gate = ()
+                normalized_i = (values[i] - mean[:, None]) * rstd[:, None]
+                new_d_shift = new_d_shift + (d_shift[i] + tl.sum(d_ys[i], 0, keep_dims=True),)
+                new_d_scale = new_d_scale + (d_scale[i] + tl.sum(d_ys[i] * normalized_i, 0, keep_dims=True),)
+                g = g + (d_ys[i] * (1 + scales[i]),)
+                products = products + (g[i] * normalized_i,)
+                normalized = normalized + (normalized_i,)
+            d_shift = new_d_shift
+            d_scale = new_d_scale
+            mean_product = row_mean(products, D)[:, None]
+            mean_g = row_mean(g, D)[:, None]
+        new_d_gate = ()
         for i in tl.static_range(len(CHUNKS)):
             at = columns(CHUNKS, i)
+            # dx = (g - normalized * mean(g * normalized) - mean(g)) * rstd + d_residual
             if NORM:
-                total = (weighted[i] - normal[i] * along - offset) * rstd[:, None]
+                dx = (g[i] - normalized[i] * mean_product - mean_g) * rstd[:, None]
             if GRAD_RESIDUAL:
-                pointers = d_residual + sample * d_residual_batch + rows[:, None] * d_residual_token + at
+                pointers = d_residual + sample * d_residual_batch_stride + rows[:, None] * d_residual_token_stride + at
                 incoming = tl.load(pointers, mask=mask[:, None], other=0).to(tl.float32)
                 if NORM:
-                    total += incoming
+                    dx += incoming
                 else:
-                    total = incoming
+                    dx = incoming
             if NORM:
-                tl.store(d_x + out[:, None] + at, total.to(d_x.dtype.element_ty), mask=mask[:, None])
+                tl.store(d_x + out[:, None] + at, dx.to(d_x.dtype.element_ty), mask=mask[:, None])
+            # d_gate += sum_t dx * branch, d_branch = dx * gate
             if GATED:
-                pointers = branch + sample * branch_batch + rows[:, None] * branch_token + at
+                pointers = branch + sample * branch_batch_stride + rows[:, None] * branch_token_stride + at
                 branches = tl.load(pointers, mask=mask[:, None], other=0).to(tl.float32)
-                new_gate = new_gate + (sum_gate[i] + tl.sum(total * branches, 0, keep_dims=True),)
-                gated = (total * g[i]).to(d_branch.dtype.element_ty)
+                new_d_gate = new_d_gate + (d_gate[i] + tl.sum(dx * branches, 0, keep_dims=True),)
+                gated = (dx * gates[i]).to(d_branch.dtype.element_ty)
                 tl.store(d_branch + out[:, None] + at, gated, mask=mask[:, None])
         if GATED:
-            sum_gate = new_gate
+            d_gate = new_d_gate
     row = partials + (b * tl.num_programs(1) + part) * D
     plane = tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * D
     if GATED:
-        store_vector(row, sum_gate, CHUNKS)
+        store_vector(row, d_gate, CHUNKS)
     if NORM:
-        store_vector(row + GATED * plane, sum_shift, CHUNKS)
-        store_vector(row + (GATED + 1) * plane, sum_scale, CHUNKS)
+        store_vector(row + GATED * plane, d_shift, CHUNKS)
+        store_vector(row + (GATED + 1) * plane, d_scale, CHUNKS)
 
 
 def forward(

@@ -1,5 +1,12 @@
 """Kernels of the step: one small launch for each tensor's scalars, one for all elements of all tensors.
 
+Of each element (Loshchilov & Hutter, "Decoupled weight decay regularization", algorithm 2, and the weights' average):
+
+    g = grad * factor
+    m = m + (1 - beta1) * (g - m),  v = v + (1 - beta2) * (g^2 - v)
+    p = p * (1 - lr * weight_decay) - lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
+    ema = ema + (1 - ema_decay) * (p - ema)
+
 Tensors are found through a table of addresses (int64 [8, N]: rows PARAM to SIZE below), programs through a map (int32
 [P, 2]: tensor, chunk), so one launch serves hundreds of small tensors and one flat partition alike. Arithmetic is
 fp32, except for the bias corrections: 1 - beta**step loses half its digits in fp32 and is taken in fp64, once a tensor.
@@ -49,7 +56,7 @@ UPDATE = Tunable("adamw_ema.update", _default, _candidates)
 
 @triton.jit
 def _bias(step, weight):
-    """1 - (1 - weight)**step in fp64; without the logarithm of 0 at weight 1."""
+    """Return 1 - (1 - weight)**step in fp64; without the logarithm of 0 at weight 1."""
     beta = 1 - tl.cast(weight, tl.float64)
     return tl.where(beta > 0, 1 - tl.exp(step * tl.log(tl.where(beta > 0, beta, 1.0))), 1.0)
 
@@ -76,6 +83,7 @@ def _advance(
         tl.store(steps, done + 1, mask=mask)
     else:
         tl.store(steps, done + (1 - tl.load(skip)), mask=mask)
+    # The scalars that all elements of a tensor share
     rate = tl.load(lr).to(tl.float32) if LR_TENSOR else lr
     step = (done + 1).to(tl.float64)
     tl.store(scalars + tensor, rate * weight_decay, mask=mask)
@@ -93,35 +101,29 @@ def _pointer(table, row: tl.constexpr, tensor, N, TYPE: tl.constexpr, ALIGNED: t
 
 @triton.jit
 def _toward(start, end, weight):
-    """start + weight * (end - start), from the nearer side so that it is exact at both."""
+    """Return start + weight * (end - start), from the nearer side so that it is exact at both."""
     near = weight < 0.5
     return tl.where(near, start, end) + tl.where(near, weight, weight - 1) * (end - start)
 
 
 @triton.jit
 def _elements(
-    at,
-    mask,
-    param,
-    grad,
-    mean,
-    square,
-    ema,
-    copy,
+    at, mask,
+    param, grad, mean, square, ema, copy,  # pointers
     factor,
-    decay,
-    rate,
-    root,
-    mean_weight,
-    square_weight,
-    ema_weight,
+    decay,  # lr * weight_decay
+    rate,  # lr / (1 - beta1^step)
+    root,  # 1 / sqrt(1 - beta2^step)
+    mean_weight, square_weight, ema_weight,  # 1 - beta1, 1 - beta2, 1 - ema_decay
     eps,
     COPY_TYPE: tl.constexpr,
-):
+):  # fmt: skip
+    # g, m, v
     g = tl.load(grad + at, mask=mask, other=0).to(tl.float32) * factor
     p = tl.load(param + at, mask=mask, other=0)
     m = _toward(tl.load(mean + at, mask=mask, other=0), g, mean_weight)
     v = _toward(tl.load(square + at, mask=mask, other=0), g * g, square_weight)
+    # p = p - decay * p - rate * m / (sqrt(v) * root + eps)
     p -= decay * p
     p -= rate * tl.div_rn(m, tl.sqrt_rn(v) * root + eps)
     average = _toward(tl.load(ema + at, mask=mask, other=0), p, ema_weight)

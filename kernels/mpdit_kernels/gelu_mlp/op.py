@@ -74,7 +74,7 @@ def _check(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor | None, bi
     products=True,
 )
 def _gelu_linear(x, weight1, bias1, weight2, bias2, keep):  # type: ignore[no-untyped-def]
-    """Return (result, pre-activation [..., H]); the second is empty unless kept."""
+    """Return (result, pre-activation [..., H]) by triton_impl.forward; the second is empty unless kept."""
     hidden = (*x.shape[:-1], weight1.shape[0])
     result = hidden if weight2 is None else (*x.shape[:-1], weight2.shape[0])
     return x.new_empty(result), x.new_empty(hidden) if keep else absent(x)
@@ -88,7 +88,7 @@ def _gelu_linear(x, weight1, bias1, weight2, bias2, keep):  # type: ignore[no-un
     products=True,
 )
 def _gelu_linear_backward(dy, x, weight1, weight2, hidden, needs):  # type: ignore[no-untyped-def]
-    """Return the gradients of x, weight1, bias1, weight2 and bias2; empty where not needed."""
+    """Return gradients of x, weight1, bias1, weight2 and bias2 by triton_impl.backward; empty where not needed."""
     second = (0, 0) if weight2 is None else (weight2.shape, weight2.shape[:1])
     shapes = (x.shape, weight1.shape, weight1.shape[:1], *second)
     return tuple(x.new_empty(shape) if need else absent(x) for shape, need in zip(shapes, needs, strict=True))

@@ -1,5 +1,11 @@
 """The MLP forward and backward: products by cuBLAS, and one pass over [tokens, H] each way as Triton kernels.
 
+With h = x @ weight1^T + bias1 [tokens, H]:
+
+    a  = GELU(h),  y = a @ weight2^T + bias2
+    da = dy @ weight2,  dh = GELU'(h) * da,  d_bias1 = sum_t dh,  dx = dh @ weight1
+    d_weight1 = dh^T @ x,  d_weight2 = dy^T @ a,  d_bias2 = sum_t dy
+
 Where nothing is kept, product and GELU are cuBLASLt's own. That is no way to train: torch exposes no epilogue that also
 keeps the pre-activation (GELU_AUX), and the activation doesn't tell it, for GELU has no inverse.
 Backward reads the pre-activation, writes its gradient and the activation, and adds up the bias gradient: fp32 sums of a
@@ -42,7 +48,7 @@ PASS_BACKWARD = Tunable(
 
 @triton.jit
 def _forward_pass(h, a, N, BLOCK: tl.constexpr):
-    """a = gelu(h), N values; a may be h."""
+    """Write a = GELU(h), N values; a may be h."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(h + at, mask=at < N, other=0).to(tl.float32)
     tl.store(a + at, (values * gelu_gate(values)[0]).to(a.dtype.element_ty), mask=at < N)
@@ -56,7 +62,7 @@ def _backward_pass(
     a,  # out [M, H], where ACTIVATION
     partials,  # out fp32 [P, H], where SUMS: column sums of dh over TOKENS rows
     M,
-    da_row,
+    da_row_stride,
     H: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -74,12 +80,13 @@ def _backward_pass(
         mask = (rows < M) & (columns < H)
         at = rows * H + columns
         values = tl.load(h + at, mask=mask, other=0).to(tl.float32)
-        gradient = tl.load(da + rows * da_row + columns, mask=mask, other=0).to(tl.float32)
-        s, ds = gelu_gate(values)
-        gradient *= gelu_slope(values, s, ds)
+        # dh = GELU'(h) * da, a = GELU(h): [ROWS, COLUMNS]
+        gradient = tl.load(da + rows * da_row_stride + columns, mask=mask, other=0).to(tl.float32)
+        gate, d_gate = gelu_gate(values)
+        gradient *= gelu_slope(values, gate, d_gate)
         tl.store(dh + at, gradient.to(dh.dtype.element_ty), mask=mask)
         if ACTIVATION:
-            tl.store(a + at, (values * s).to(a.dtype.element_ty), mask=mask)
+            tl.store(a + at, (values * gate).to(a.dtype.element_ty), mask=mask)
         if SUMS:
             total += gradient
     if SUMS:
