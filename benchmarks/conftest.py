@@ -23,8 +23,7 @@ import setting as settings
 import torch
 from harness import NO_TIME
 from peers import PEERS
-from results import extra_info
-from session import Session
+from session import Session, extra_info
 
 from mpdit.core.cpu import settle_cpu
 from mpdit.report.markdown import report
@@ -84,11 +83,11 @@ def compare(request: pytest.FixtureRequest, benchmark: Any, case: str, way: str)
         run = request.config.stash[SESSION]
         problem = run.cases[case]
         outcome = run.outcome(problem, way, quick=benchmark.disabled)
-        if outcome.failed is not None or outcome.skipped is not None:
-            run.leave_out(problem, way, outcome.failed or outcome.skipped or "")
-        if outcome.failed is not None:
+        if reason := outcome.failed or outcome.skipped:
+            run.leave_out(problem, way, reason)
+        if outcome.failed:
             pytest.fail(outcome.failed, pytrace=False)
-        if outcome.skipped is not None:
+        if outcome.skipped:
             pytest.skip(outcome.skipped)
         if benchmark.disabled:
             benchmark.pedantic(lambda: None)

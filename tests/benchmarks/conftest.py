@@ -21,5 +21,5 @@ def _only_new_garbage() -> None:
 
 @pytest.fixture
 def helpers() -> SimpleNamespace:
-    names = ("harness", "models", "results", "peers", "setting", "gpu")
+    names = ("harness", "models", "session", "peers", "setting", "gpu")
     return SimpleNamespace(**{name: importlib.import_module(name) for name in names})

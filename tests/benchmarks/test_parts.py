@@ -40,7 +40,7 @@ def test_what_was_measured_again_replaces_and_the_rest_stays(helpers: Any) -> No
     new = result(("step", "XL", "ours", 1.5), ("step", "XL", "official", 9.0), skipped=(("step", "XL", "dit"),))
     old["mpdit"]["ceilings"], new["mpdit"]["ceilings"] = {"copy": 3.0, "matmul": 4.0}, {"copy": 2.0, "matmul": 5.0}
     before = copy.deepcopy((old, new))
-    merged = helpers.results.merge(old, new)
+    merged = helpers.session.merge(old, new)
     assert medians(merged) == {("a", "ours"): 3.0, ("XL", "ours"): 1.5, ("XL", "official"): 9.0}
     assert [row["extra_info"]["part"] for row in merged["benchmarks"]] == ["kernels", "step", "step"]
     assert [entry["way"] for entry in merged["mpdit"]["skipped"]] == ["fast", "dit"]
@@ -50,7 +50,7 @@ def test_what_was_measured_again_replaces_and_the_rest_stays(helpers: Any) -> No
 
 
 def test_a_file_is_of_one_day_machine_and_limit(helpers: Any, tmp_path: Path) -> None:
-    save, first = helpers.results.save, result(("step", "XL", "ours", 1.0))
+    save, first = helpers.session.save, result(("step", "XL", "ours", 1.0))
     path = save(tmp_path, first)
     assert path.name == "2026-11-24-h200.json"
     assert save(tmp_path, result(("block", "b", "ours", 2.0), machine={"sm clock": "1980 MHz"})) == path
