@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING
 
-from mpdit.commands.common import Outcome, add_model, adder, keep_old_name, model_config, number, whole
+from mpdit.commands.common import Outcome, add_model, adder, given_fields, keep_old_name, model_config, number, whole
 from mpdit.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ DESCRIPTION = (
     "step time from the roofline and measured efficiencies, communication by ZeRO stage, images a second, hours, and "
     "scaling to 4096 GPUs. What is assumed rather than measured is said."
 )
-_LARGEST = 1e6
 _FIGURES = {
     "memory": ("memory", "GIB", "memory that a process can use, GiB", 2**30),
     "tflops": ("flops", "TFLOPS", "dense bf16 TFLOP/s", 1e12),
@@ -50,55 +49,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--global-batch", type=whole(1), default=1024)
     add("--zero", type=int, choices=range(4), default=2)
     add("--epochs", type=number, default=240)
-    add("--dataset-size", type=whole(1), metavar="N")
+    add("--dataset-size", dest="images", type=whole(1), metavar="N")
     add("--grad-accum-steps", type=whole(1), metavar="N")
     add("--precision", choices=("bf16", "fp32"), default="bf16")
     add("--activation-checkpointing", action="store_true")
     add("--gpus-per-node", type=whole(1), default=8)
-    add("--network", type=number, metavar="GB/S")
+    add("--network", type=_figure, metavar="GB/S")
     keep_old_name(parser, "--accumulation", "--grad-accum-steps")
     keep_old_name(parser, "--checkpointing", "--activation-checkpointing")
     group = parser.add_argument_group("figures of a GPU that is not listed, or to change of one that is")
     for name, (_, unit, meaning, _) in _FIGURES.items():
-        group.add_argument(f"--gpu-{name}", type=number, metavar=unit, help=f"{meaning} (default: the listed GPU's)")
+        group.add_argument(f"--gpu-{name}", type=_figure, metavar=unit, help=f"{meaning} (default: the listed GPU's)")
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    from mpdit.planning.plan import IMAGENET, Request, plan
+    from mpdit.planning.plan import Request, plan
 
-    gpu = _gpu(args)
-    if args.network is not None and not 0 < args.network < _LARGEST:
-        raise ConfigError(f"--network is {args.network:g}: give GB/s above 0 and below {_LARGEST:g}")
-    request = Request(
-        gpu,
-        args.gpus,
-        args.global_batch,
-        args.zero,
-        args.grad_accum_steps,
-        args.precision,
-        args.activation_checkpointing,
-        args.epochs,
-        IMAGENET if args.dataset_size is None else args.dataset_size,
-        args.gpus_per_node,
-        None if args.network is None else args.network * 1e9,
-    )
-    found = plan(model_config(args), request)
+    asked = given_fields(args, Request) | {
+        "gpu": _gpu(args),
+        "accumulation": args.grad_accum_steps,
+        "checkpointing": args.activation_checkpointing,
+        "network": None if args.network is None else args.network * 1e9,
+    }
+    found = plan(model_config(args), Request(**asked))
     return Outcome(found.text(args.model), {"name": args.model, **found.to_dict()})
+
+
+def _figure(text: str) -> float:
+    """Parse an argument that is a number above 0 and below a million."""
+    value = number(text)
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and below a million")
+    return value
 
 
 def _gpu(args: argparse.Namespace) -> Gpu:
     from mpdit_kernels.hardware import GPUS, Gpu, find_gpu
 
-    figures: dict[str, float] = {}
-    for name, (field, _, _, scale) in _FIGURES.items():
-        value = getattr(args, f"gpu_{name}")
-        if value is not None and not 0 < value < _LARGEST:
-            raise ConfigError(f"--gpu-{name} is {value:g}: give a number above 0 and below {_LARGEST:g}")
-        if value is not None:
-            figures[field] = value * scale
+    given = {name: getattr(args, f"gpu_{name}") for name in _FIGURES}
+    figures = {field: given[name] * scale for name, (field, _, _, scale) in _FIGURES.items() if given[name] is not None}
     gpu = find_gpu(args.gpu)
     if gpu is not None:
-        return dataclasses.replace(gpu, **figures)  # type: ignore[arg-type]
+        return dataclasses.replace(gpu, **figures)
     missing = [f"--gpu-{name}" for name, (field, *_) in _FIGURES.items() if field not in figures]
     if missing:
         raise ConfigError(
