@@ -28,9 +28,15 @@ JUDGED = 7
 def cases(setting: Setting) -> Iterator[Case]:
     for preset in setting.models_of(("MPDiT-B/4-2", "MPDiT-XL/4-2"), ("MPDiT-B/4-2",)):
         count = account(PRESETS[preset]).params_trainable
-        # Weights, two moments and the average are read and written in fp32, gradients read.
-        make, moved, reference = partial(State.draw, preset, setting), 36 * count, partial(exact, dtype=torch.float32)
-        groups = [Group({name: build}, make, exact, reference, preset, None, moved) for name, build in VARIANTS.items()]
+        group = partial(
+            Group,
+            make=partial(State.draw, preset, setting),
+            exact=exact,
+            reference=partial(exact, dtype=torch.float32),
+            model=preset,
+            bytes=36 * count,  # weights, two moments and the average read and written in fp32, gradients read
+        )
+        groups = [group({name: build}) for name, build in VARIANTS.items()]
         yield Case("optimizer", f"AdamW with average, {preset}, {count / 1e6:.1f} M parameters", groups)
 
 

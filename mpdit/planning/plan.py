@@ -208,7 +208,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON types: bytes, seconds, and hours of the run."""
-        request = self.request
+        request, sent = self.request, self.communication
         volumes = {str(zero): dict(zip(("gradients", "weights"), self.volume(zero), strict=True)) for zero in range(4)}
         return {
             "gpu": dataclasses.asdict(request.gpu),
@@ -229,8 +229,8 @@ class Plan:
             "memory_error": MEMORY_ERROR,
             "largest_micro_batch": {"without_checkpointing": self.largest[0], "with_checkpointing": self.largest[1]},
             "step_seconds": self.step_seconds,
-            "step": self.time.to_dict(),
-            "communication": self.communication.to_dict(),
+            "step": vars(self.time) | {"total": self.time.total},
+            "communication": vars(sent) | {"bytes": sent.gradients + sent.weights},
             "communication_bytes_by_zero_stage": volumes,
             "images_per_second": self.images_per_second,
             "mfu": self.mfu,

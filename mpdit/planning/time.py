@@ -123,9 +123,6 @@ class StepTime:
         """About two thirds of the model's time, which gradients' communication can hide behind."""
         return (self.products + self.attention + self.elementwise) * 2 / 3
 
-    def to_dict(self) -> dict[str, float]:
-        return vars(self) | {"total": self.total}
-
 
 def step_time(
     config: ModelConfig,
@@ -232,9 +229,6 @@ class Communication:
     weights: float
     seconds: float
     exposed: float
-
-    def to_dict(self) -> dict[str, float]:
-        return vars(self) | {"bytes": self.gradients + self.weights}
 
 
 def volume(zero: int, gpus: int, parameters: int, micro_steps: int) -> tuple[float, float]:
