@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
+from tqdm import tqdm
 
 from mpdit.core.errors import ConfigError
 from mpdit.report.trace import RangeName, trace_report, trace_text
@@ -91,18 +92,16 @@ class Profiler:
         """Yield the steps, with the window opened before its first one and closed after its last one."""
         window = self._profiling
         first, last = max(window.first, steps.start), window.last
-        if window.mode == "none" or first > last:
-            if window.mode != "none":
-                self._say(f"warning: nothing is profiled: step {last} of --profile-steps was done before")
-                self._stop()
-            yield from steps
-            return
+        profiled = window.mode != "none" and first <= last
+        if window.mode != "none" and not profiled:
+            self._say(f"warning: nothing is profiled: step {last} of --profile-steps was done before")
+            self._stop()
         for step in steps:
-            if step == first:
+            if profiled and step == first:
                 self._begin()
             with self.range(f"step {step}"):
                 yield step
-            if step == last:
+            if profiled and step == last:
                 self._end(first)
 
     def range(self, name: RangeName | str) -> AbstractContextManager[Any]:
@@ -200,8 +199,6 @@ class Profiler:
 
     def _say(self, text: str) -> None:
         if self._mode != "none":
-            from tqdm import tqdm
-
             tqdm.write(text, file=sys.stderr)  # above the progress bar
 
     def _advice(self, error: str, snapshot: Path | None, recorded: bool) -> str:
