@@ -22,7 +22,7 @@ def crash(tmp_path_factory: pytest.TempPathFactory) -> Crash:
 def test_killed_within_saves_and_between_the_run_ends_the_same(crash: Crash) -> None:
     out = crash.folder / "run"
     # Rank 1's second file is half written; a folder has its name but no marker.
-    for crashed in ((1, "piece of a file written", "after", 200), (0, "marker written", "before", 2)):
+    for crashed in ((1, "piece of a file written", "after", 200), (0, "manifest or marker written", "before", 4)):
         assert not crash.attempt(out, crashed), crashed
     assert crash.attempt(out)
     assert crash.continued == 2

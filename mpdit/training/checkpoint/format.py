@@ -142,28 +142,15 @@ def write_shard(partial: Path, rank: int, tensors: Mapping[str, Tensor]) -> dict
 
 def commit(partial: Path, checkpoint: Checkpoint) -> None:
     """Turn a folder of whole shards into `checkpoint`. For rank 0; raises OSError."""
-    write_manifest(partial, checkpoint)
-    publish(partial, checkpoint.folder)
-    mark(checkpoint.folder)
-
-
-def write_manifest(partial: Path, checkpoint: Checkpoint) -> None:
-    """Write the manifest and bring it to the disk, and the names of all files of the folder with it."""
     fields = {"format": FORMAT} | {name: value for name, value in asdict(checkpoint).items() if name != "folder"}
-    write_atomically(partial / "manifest.json", json.dumps(fields, indent=1) + "\n")
-
-
-def publish(partial: Path, folder: Path) -> None:
-    """Give the folder its name. One that has it already is of the same step, taken before, and was never committed."""
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(partial, folder)
-    sync_to_disk(folder.parent)
-
-
-def mark(folder: Path) -> None:
-    """Commit: from here on the checkpoint is there."""
-    digest = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
-    write_atomically(folder / MARKER, digest + "\n")
+    manifest = json.dumps(fields, indent=1) + "\n"
+    write_atomically(partial / "manifest.json", manifest)  # and the names of all files in the folder with it
+    # One that has the name already is of the same step, taken before, and was never committed.
+    shutil.rmtree(checkpoint.folder, ignore_errors=True)
+    os.rename(partial, checkpoint.folder)
+    sync_to_disk(checkpoint.folder.parent)
+    # From here on the checkpoint is there.
+    write_atomically(checkpoint.folder / MARKER, hashlib.sha256(manifest.encode()).hexdigest() + "\n")
 
 
 def rotate(out: Path, keep: int) -> None:
