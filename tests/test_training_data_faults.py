@@ -19,7 +19,8 @@ from mpdit.core.errors import CheckpointError, ConfigError, DataError, UserError
 from mpdit.data import BatchPlan, GlobalOrder, PackedLatents, make_loader, write_packed
 from mpdit.data.digits import build_digits
 from mpdit.data.loaders import Batch
-from mpdit.training.setup import Run, check_same, prepare
+from mpdit.training.checkpoint.resume import check_same
+from mpdit.training.setup import Run, prepare
 
 KINDS = ("torch", "dali")
 SAMPLES, SHARD = 24, 6

@@ -18,8 +18,7 @@ from mpdit_kernels import dispatch
 from mpdit_kernels.hardware import GPUS, Gpu, find_gpu
 
 from mpdit.core.dist_env import DistEnv
-from mpdit.core.errors import CheckpointError, ConfigError, DataError, UserError
-from mpdit.core.text import differences
+from mpdit.core.errors import CheckpointError, ConfigError, DataError
 from mpdit.data.dataset import LatentDataset
 from mpdit.data.digits import VERSION, build_digits
 from mpdit.data.manifest import DatasetInfo
@@ -29,6 +28,7 @@ from mpdit.data.quarantine import QUARANTINE_NAME, Quarantine
 from mpdit.model.config import ModelConfig
 from mpdit.training.arguments import parse_arguments
 from mpdit.training.checkpoint.format import Checkpoint, committed_folders
+from mpdit.training.checkpoint.resume import check_same
 from mpdit.training.config import DIGITS, RENAMED, TrainConfig, with_defaults
 from mpdit.training.deepspeed_config import arguments_from, complete, read_ds_config
 from mpdit.training.init_weights import GIVEN_LATER, InitialWeights, load_initial, recorded_digest, weights_digest
@@ -44,12 +44,6 @@ MAY_CHANGE_ON_RESUME = {
 }
 """Fields of TrainConfig that may differ when a run is resumed: they don't decide what is learnt (model, data and
 initial weights are compared whole)."""
-
-_UNFORCED = {
-    "model.": "its weights don't fit another model",
-    "optimizer": "what an optimizer keeps does not fit another",
-}
-"""What --force can't change of a run that is continued, by the beginning of its names, and why."""
 
 _BEFORE_A_RUN = {"hang", "profile", ".config.json.partial"}
 """What an attempt that ended before it was a run may have left in its folder."""
@@ -247,28 +241,3 @@ def fingerprint(config: TrainConfig, model: ModelConfig, dataset: LatentDataset)
 def short_digest(value: Any) -> str:
     """Return the first 8 hex digits of the SHA-256 of a value in JSON types."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def check_same(
-    theirs: Mapping[str, Any], ours: Mapping[str, Any], holder: str, force: bool, error: type[UserError]
-) -> str:
-    """Return what `force` lets a run be continued with, in words; "" when both fingerprints are the same.
-
-    Raises `error`, beginning with `holder`, which is a place and "holds" or "is of": for any difference
-    without force, with it for one of the model or the optimizer.
-    """
-    # What was not written down was the only optimizer there was; a loader was once let pass.
-    theirs = {"optimizer": "adamw_ema", "loader": ours.get("loader"), **theirs}
-    words = differences(theirs, ours)
-    if words and not force:
-        raise error(
-            f"{holder} another run ({', '.join(words.values())}): give the same settings or another --out, or --force "
-            "to go on with these"
-        )
-    for start, reason in _UNFORCED.items():
-        if fixed := [text for name, text in words.items() if name.startswith(start)]:
-            raise error(
-                f"{holder} another run ({', '.join(fixed)}) and --force can't change that, as {reason}: give the same, "
-                "or another --out"
-            )
-    return ", ".join(words.values())

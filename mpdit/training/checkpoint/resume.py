@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mpdit.core.dist_env import DistEnv, gather
-from mpdit.core.errors import CheckpointError, one_line
+from mpdit.core.errors import CheckpointError, UserError, one_line
+from mpdit.core.text import differences
 from mpdit.training.checkpoint.format import (
     CHECKPOINT_NAME,
     MARKER,
@@ -18,7 +21,15 @@ from mpdit.training.checkpoint.format import (
     step_of,
     verify,
 )
-from mpdit.training.setup import Run, check_same
+
+if TYPE_CHECKING:
+    from mpdit.training.setup import Run
+
+_UNFORCED = {
+    "model.": "its weights don't fit another model",
+    "optimizer": "what an optimizer keeps does not fit another",
+}
+"""What --force can't change of a run that is continued, by the beginning of its names, and why."""
 
 _LEFTOVER = re.compile(r"\.step-\d{8,}\.(partial|removed)")
 
@@ -100,6 +111,31 @@ def _check_run(run: Run, checkpoint: Checkpoint) -> Checkpoint:
     if checkpoint.step > config.steps:
         raise CheckpointError(f"{where} is past the run's {config.steps} steps: give --steps {checkpoint.step} or more")
     return checkpoint
+
+
+def check_same(
+    theirs: Mapping[str, Any], ours: Mapping[str, Any], holder: str, force: bool, error: type[UserError]
+) -> str:
+    """Return what `force` lets a run be continued with, in words; "" when both fingerprints are the same.
+
+    Raises `error`, beginning with `holder`, which is a place and "holds" or "is of": for any difference
+    without force, with it for one of the model or the optimizer.
+    """
+    # What was not written down was the only optimizer there was; a loader was once let pass.
+    theirs = {"optimizer": "adamw_ema", "loader": ours.get("loader"), **theirs}
+    words = differences(theirs, ours)
+    if words and not force:
+        raise error(
+            f"{holder} another run ({', '.join(words.values())}): give the same settings or another --out, or --force "
+            "to go on with these"
+        )
+    for start, reason in _UNFORCED.items():
+        if fixed := [text for name, text in words.items() if name.startswith(start)]:
+            raise error(
+                f"{holder} another run ({', '.join(fixed)}) and --force can't change that, as {reason}: give the same, "
+                "or another --out"
+            )
+    return ", ".join(words.values())
 
 
 def tidy(out: Path, resumed: Checkpoint | None) -> None:

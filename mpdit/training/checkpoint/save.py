@@ -8,7 +8,7 @@ import threading
 import traceback
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ from mpdit.model.weights import read_weights, save_weights
 from mpdit.training.checkpoint import format
 from mpdit.training.checkpoint.deepspeed_state import fragments, optimizer_steps, parameter_shapes
 from mpdit.training.checkpoint.format import Checkpoint, read_average
-from mpdit.training.setup import Run
+
+if TYPE_CHECKING:
+    from mpdit.training.setup import Run
 
 
 class AsyncCheckpointer:
