@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,8 +23,6 @@ _PLAIN = ("eager", "compile")
 """Our code without its kernels: PyTorch's operators as they are, and under torch.compile."""
 _MEASURE = "measure again: `make bench-gpu`, or `pytest benchmarks/ --benchmark-only --benchmark-json FILE`"
 """What to do about a file that can't be used."""
-_FINITE = 1e300
-"""Above all figures of a file; JSON has infinity, and whole numbers of any length."""
 
 Json = dict[str, Any]
 Key = tuple[str, str, str]
@@ -217,10 +215,10 @@ def kind(variant: str) -> str:
 
 
 def read_results(path: str | Path) -> Results:
-    """Read a results file; DataError names file, field and remedy when it is none, damaged, or of a newer format."""
+    """Read a results file; DataError names file, row, fault and remedy when it is none, damaged, or another format."""
     path = Path(path)
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), parse_constant=_refuse)
     except FileNotFoundError:
         raise DataError(f"{path}: no such results file; give JSON from benchmarks/results") from None
     except IsADirectoryError:
@@ -230,16 +228,17 @@ def read_results(path: str | Path) -> Results:
     return parse_results(path, content)
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"it holds {constant}")  # as NaN, which Python reads and no benchmark gives
+
+
 def parse_results(path: Path, content: Any) -> Results:
     """Read the content of a results file; raises as `read_results`."""
     info = content.get("mpdit") if isinstance(content, dict) else None
     if not isinstance(info, dict):
         raise DataError(f'{path}: has no object "mpdit", so it is not of our benchmarks; {_MEASURE}')
-    if (found := str(info.get("format"))) != FORMAT:
-        family = FORMAT.rpartition("-")[0]
-        newer = re.fullmatch(rf"{family}-[0-9]+", found) and found != f"{family}-0"
-        remedy = "newer than this mpdit reads: update mpdit" if newer else f"where {FORMAT!r} is read; {_MEASURE}"
-        raise DataError(f"{path}: mpdit.format is {found!r}, {remedy}")
+    if (found := info.get("format")) != FORMAT:
+        raise DataError(f"{path}: mpdit.format is {found!r}, and {FORMAT!r} is read: update mpdit, or {_MEASURE}")
     place = "mpdit"
     try:
         head = _head(path, content, info)
@@ -252,15 +251,15 @@ def parse_results(path: Path, content: Any) -> Results:
             rows[row.key] = row
     except KeyError as error:
         raise DataError(f"{path}: {place} lacks {error}; {_MEASURE}") from None
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DataError(f"{path}: {place} is damaged ({error}); {_MEASURE}") from None
     return replace(head, rows=tuple(rows.values()))
 
 
 def _head(path: Path, content: Json, info: Json) -> Results:
     """Return what a file says of all its rows, without those."""
-    peaks, ceilings, limit = info["peaks"], info["ceilings"], info["memory_limit_gb"]
-    machine = {**info["machine"]} | {name: str(info["machine"][name]) for name in ("gpu", "cpu", "torch")}
+    limit = info["memory_limit_gb"]
+    peaks = _numbers(info["peaks"], ("bf16", "fp32", "bandwidth"))
     # As pytest-benchmark found it: all of it may be missing, outside of a checkout.
     commit = content.get("commit_info") or {}
     dirty = " with changes" if commit.get("dirty") else ""
@@ -268,12 +267,11 @@ def _head(path: Path, content: Json, info: Json) -> Results:
         path,
         date=str(info["date"]),
         time=str(content.get("datetime") or ""),
-        device=_one_of(("cuda", "cpu"), "device", info["device"]),
-        machine=machine,
-        peaks=peaks
-        and {name: _number(peaks, name) for name in ("bf16", "fp32", "bandwidth")} | {"source": str(peaks["source"])},
-        ceilings=ceilings and {name: _number(ceilings, name) for name in ("copy", "matmul", "matmul32")},
-        memory_limit=None if limit is None else _number(info, "memory_limit_gb"),
+        device=str(info["device"]),
+        machine={**info["machine"]} | {name: str(info["machine"][name]) for name in ("gpu", "cpu", "torch")},
+        peaks=peaks and {**peaks, "source": str(info["peaks"]["source"])},
+        ceilings=_numbers(info["ceilings"], ("copy", "matmul", "matmul32")),
+        memory_limit=None if limit is None else float(limit),
         commit=str(commit["id"])[:12] + dirty if commit.get("id") else "",
         rows=(),
         skipped={_key(entry): str(entry["reason"]) for entry in info["skipped"]},
@@ -281,30 +279,28 @@ def _head(path: Path, content: Json, info: Json) -> Results:
 
 
 def _row(info: Json, stats: Json, rates: Json) -> Row:
-    samples = tuple(stats["data"])
-    if not samples or not all(0 < sample < _FINITE for sample in samples):
+    samples = tuple(map(float, stats["data"]))
+    if not samples or not 0 < min(samples) <= max(samples) < math.inf:
         raise ValueError("stats.data is not a list of times above 0")
     part, case, variant = _key(info)
     dtype, model, gate = str(info["dtype"]), info["model"], info["gate"]
-    if gate is not None and "same" not in gate:
-        gate = {name: _number(gate, name, least=0) for name in ("error", "allowed")}
     memory = info["memory"] or {"allocated": None, "reserved": None}
     peak, ceiling = (rates.get(name) for name in RATES.get(dtype, ("", "")))
     return Row(
-        part=_one_of(PARTS, "part", part),
-        case=case,
-        variant=variant,
+        part,
+        case,
+        variant,
         model=None if model is None else str(model),
-        images=_count(info, "images"),
-        flops=_count(info, "flops"),
-        bytes=_count(info, "bytes"),
+        images=_count(info["images"]),
+        flops=_count(info["flops"]),
+        bytes=_count(info["bytes"]),
         dtype=dtype,
         samples=samples,
-        seconds=_spread(info, "seconds"),
-        ratio=None if info["ratio"] is None else _spread(info, "ratio"),
-        allocated=_count(memory, "allocated"),
-        reserved=_count(memory, "reserved"),
-        gate=gate,
+        seconds=_spread(info["seconds"]),
+        ratio=None if info["ratio"] is None else _spread(info["ratio"]),
+        allocated=_count(memory["allocated"]),
+        reserved=_count(memory["reserved"]),
+        gate={**gate} if gate and "same" in gate else _numbers(gate, ("error", "allowed")),
         peak=peak,
         ceiling=ceiling,
         copy=rates.get("copy"),
@@ -316,28 +312,19 @@ def _key(entry: Json) -> Key:
     return part, case, variant
 
 
-def _one_of(choices: Sequence[str], name: str, value: Any) -> str:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}, where one of {', '.join(choices)} is needed")
-    return str(value)
+def _numbers(found: Json | None, names: Sequence[str]) -> dict[str, float] | None:
+    return None if found is None else {name: float(found[name]) for name in names}
 
 
-def _count(info: Json, name: str) -> Any:
-    return None if info[name] is None else _number(info, name, least=0)
+def _count(found: Any) -> int | None:
+    count = None if found is None else int(found)
+    if count is not None and not 0 <= count < 1e30:
+        raise ValueError(f"a count is {count:.3g}")
+    return count
 
 
-def _number(info: Json, name: str, least: float = 1e-300) -> Any:
-    """Return a field that is a finite number of at least `least`; ValueError, naming it, otherwise."""
-    value = info[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < _FINITE:
-        raise ValueError(
-            f"{name} is {value!r}, where a finite number {'above' if least else 'of at least'} 0 is needed"
-        )
-    return value
-
-
-def _spread(info: Json, name: str) -> Spread:
-    spread = Spread(*(_number(info[name], quantile) for quantile in ("median", "q20", "q80")))
-    if not spread.q20 <= spread.median <= spread.q80:
-        raise ValueError(f"{name} is {info[name]}, where q20, median and q80 are to be in order")
+def _spread(found: Json) -> Spread:
+    spread = Spread(*(float(found[name]) for name in ("median", "q20", "q80")))
+    if not 0 < spread.q20 <= spread.median <= spread.q80 < math.inf:
+        raise ValueError(f"median and quantiles are {found}, where numbers above 0 in order are needed")
     return spread
