@@ -11,7 +11,7 @@ import pytest
 
 from mpdit.core.errors import ConfigError
 from mpdit.training.arguments import parse_arguments
-from mpdit.training.config import TrainConfig
+from mpdit.training.config import TrainConfig, with_defaults
 from mpdit.training.deepspeed_config import arguments_from, complete, read_ds_config
 
 RENAMED_FIELDS: dict[str, Any] = {"grad_accum_steps": 4, "activation_checkpointing": True}
@@ -41,7 +41,7 @@ def test_arguments_hold_only_what_was_given() -> None:
         "override": ["width=64", "stages=[[4,1]]"],
         "tensorboard": False,
     }
-    config = TrainConfig.create(**given)
+    config = TrainConfig(**with_defaults(given))
     assert config.model_overrides == {"width": 64, "stages": [[4, 1]]}
     assert config.model_config({"num_classes": 7}).num_classes == 7
 
@@ -52,7 +52,7 @@ def test_earlier_names_are_accepted_and_hidden(tmp_path: Path, capsys: pytest.Ca
     assert parse_arguments(["--ds_config", "a", "--no-checkpointing"])["activation_checkpointing"] is False
     (tmp_path / "run.yaml").write_text("ds_config: a\naccumulation: 4\ncheckpointing: true")
     assert parse_arguments(["--config", str(tmp_path / "run.yaml")]) == RENAMED_FIELDS | {"ds_config": "a"}
-    assert TrainConfig.create(accumulation=4, checkpointing=True) == TrainConfig(**RENAMED_FIELDS)
+    assert TrainConfig(**with_defaults({"accumulation": 4, "checkpointing": True})) == TrainConfig(**RENAMED_FIELDS)
     with pytest.raises(SystemExit):
         parse_arguments(["--help"])
     text = capsys.readouterr().out
@@ -99,8 +99,8 @@ def test_bad_fields_are_one_clear_error(fields: dict[str, Any], message: str) ->
 
 
 def test_defaults_are_the_digits_or_the_papers() -> None:
-    assert TrainConfig.create() == TrainConfig()
-    paper = TrainConfig.create(data="imagenet", steps=7)
+    assert TrainConfig(**with_defaults({})) == TrainConfig()
+    paper = TrainConfig(**with_defaults({"data": "imagenet", "steps": 7}))
     assert (paper.lr, paper.global_batch, paper.ema_decay, paper.clip) == (2e-4, 1024, 0.9999, 0.0)
     assert (paper.lr_schedule, paper.warmup, paper.steps) == ("constant", 0, 7)
 

@@ -14,7 +14,7 @@ from training_runs import REPOSITORY
 from mpdit.core.errors import ConfigError
 from mpdit.planning.plan import Request, plan
 from mpdit.training.arguments import parse_arguments
-from mpdit.training.config import TrainConfig
+from mpdit.training.config import TrainConfig, with_defaults
 from mpdit.training.setup import planned_gpu
 
 FILES = sorted((REPOSITORY / "launch").glob("*.yaml"))
@@ -61,7 +61,7 @@ def test_values_mean_what_they_would_as_arguments(tmp_path: Path) -> None:
             *("width=64", "stages=[[4, 1], [2, 1]]", 'transition="linear_conv"', "skip=false", "mlp_ratio=2.0"),
         ],
     }
-    overrides = TrainConfig.create(**given).model_overrides
+    overrides = TrainConfig(**with_defaults(given)).model_overrides
     assert overrides == {
         **{"width": 64, "stages": [[4, 1], [2, 1]], "transition": "linear_conv", "skip": False, "mlp_ratio": 2.0}
     }
@@ -70,7 +70,7 @@ def test_values_mean_what_they_would_as_arguments(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["override: [width=64, 'stages=[[4,1]]']", "override: {width: 64, stages: [[4,1]]}"])
 def test_overrides_are_a_list_or_a_mapping_and_arguments_come_last(tmp_path: Path, text: str) -> None:
     given = _parse(tmp_path, text, "--ds_config", "a.json", "--override", "width=128", "--override", "heads=4")
-    assert TrainConfig.create(**given).model_overrides == {"width": 128, "stages": [[4, 1]], "heads": 4}
+    assert TrainConfig(**with_defaults(given)).model_overrides == {"width": 128, "stages": [[4, 1]], "heads": 4}
 
 
 def test_arguments_go_before_the_file(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_bad_file_is_one_clear_error(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=message) as error:
-        TrainConfig.create(**_parse(tmp_path, text, "--ds_config", "a.json"))
+        TrainConfig(**with_defaults(_parse(tmp_path, text, "--ds_config", "a.json")))
     assert "\n" not in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml"]
 
@@ -140,7 +140,7 @@ def test_every_field_can_be_in_a_file(tmp_path: Path) -> None:
     # JSON is YAML: a run's own record of its settings starts it again.
     fields = asdict(TrainConfig())
     text = json.dumps({name: value for name, value in fields.items() if value not in ("", ())})
-    assert TrainConfig.create(**_parse(tmp_path, text)) == TrainConfig()
+    assert TrainConfig(**with_defaults(_parse(tmp_path, text))) == TrainConfig()
 
 
 def _given(path: Path) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def test_the_shipped_files_are_those_promised() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_shipped_files_prediction_is_the_planners(path: Path) -> None:
-    config = TrainConfig.create(**_given(path))
+    config = TrainConfig(**with_defaults(_given(path)))
     pattern = (
         r"Predicted by `mpdit plan`, not measured: ([\d.]+) hours, ([\d,]+) GPU hours on (\d+) x (.+), ([\d.]+) GiB"
     )
@@ -186,7 +186,7 @@ def test_the_papers_settings_are_in_the_imagenet_files() -> None:
         ("imagenet256_b", 2e-4, 1024),
         ("imagenet512_xl", 1e-4, 256),
     ):
-        config = TrainConfig.create(**_given(REPOSITORY / "launch" / f"{name}.yaml"))
+        config = TrainConfig(**with_defaults(_given(REPOSITORY / "launch" / f"{name}.yaml")))
         assert (config.lr, config.global_batch, config.betas, config.weight_decay) == (lr, batch, (0.9, 0.999), 0.01)
         assert (config.ema_decay, config.class_dropout, config.clip, config.warmup) == (0.9999, 0.1, 0, 0)
         flow = (config.time_sampler, config.logit_mean, config.logit_std, config.loss_weight)

@@ -24,7 +24,7 @@ from mpdit.data.loaders import Batch, to_latents
 from mpdit.data.order import BatchPlan, GlobalOrder
 from mpdit.diffusion.flow import flow_loss
 from mpdit.model.mpdit import MPDiT
-from mpdit.training.config import TrainConfig
+from mpdit.training.config import TrainConfig, with_defaults
 from mpdit.training.engine import EPS
 from mpdit.training.metrics import LossMean
 from mpdit.training.safety.guard import SPIKE_HORIZON, SPIKE_LEAST, Guard
@@ -87,7 +87,7 @@ def _by_hand(finished: Finished, steps: int) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step of a plain loop on one process, that leaves out the updates of FAULTS."""
     given = json.loads((finished.out / "config.json").read_text())["training"]
     run = prepare(["--ds_config", given["ds_config"], "--out", str(finished.out.with_name("none"))], DistEnv())
-    run = replace(run, config=TrainConfig.create(**given))
+    run = replace(run, config=TrainConfig(**with_defaults(given)))
     model_fields = {"channels": run.manifest.channels, "num_classes": run.manifest.num_classes}
     run = replace(run, model=run.config.model_config(model_fields), plan=BatchPlan(32))
     torch.manual_seed(run.config.seed)

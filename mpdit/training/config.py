@@ -45,7 +45,7 @@ def _option(
 class TrainConfig:
     """Holds the settings of a run. Numbers are held against their bounds: ConfigError names field, value and remedy.
 
-    The defaults are those of the embedded digits; `TrainConfig.create` takes the paper's for other data.
+    The defaults are those of the embedded digits; `with_defaults` takes the paper's for other data.
     """
 
     ds_config: str = _option("launch/zero2.json", "DeepSpeed configuration: a JSON file, for example launch/zero2.json")
@@ -195,11 +195,6 @@ class TrainConfig:
         _ = self.flow, self.model_overrides, self.profiling
         if self.data == DIGITS and (parse_scale(self.data_scale) is not None or self.normalization != "auto"):
             raise ConfigError("data_scale and normalization are for other data than the digits: give --data too")
-
-    @classmethod
-    def create(cls, **given: Any) -> TrainConfig:
-        """Make the configuration of these fields, the rest by default."""
-        return cls(**with_defaults(given))
 
     @property
     def flow(self) -> FlowConfig:
