@@ -27,11 +27,6 @@ class Sequences:
         return len(self.offsets) - 1
 
     @property
-    def total(self) -> int:
-        """N."""
-        return self.offsets[-1]
-
-    @property
     def lengths(self) -> tuple[int, ...]:
         return _lengths(self.offsets)
 

@@ -76,7 +76,7 @@ def _earlier(file: Path, now: dict[str, Any]) -> dict[Shape, dict[str, Any]]:
     """Return rows of a table that was measured on such a machine with these libraries, whatever the day."""
     old = json.loads(file.read_text()) if file.exists() else {}
     same = ("gpu", "cpu", "threads", "torch", "triton", *LIBRARIES)
-    if any(({"gpu": "none"} | old.get("machine", {})).get(name) != now.get(name) for name in same):
+    if any(old.get("machine", {}).get(name) != now.get(name) for name in same):
         return {}
     return {Shape(*(found[name] for name in Shape.__dataclass_fields__)): found for found in old["rows"]}
 

@@ -111,12 +111,12 @@ def _inputs(call: Call) -> tuple[Tensor, Tensor, Sequences]:
         sequences = Sequences(tuple(range(0, (3 if call.tokens <= 1024 else 2) * call.tokens, call.tokens)))
     heads, d = len(SHIFTS), call.head_dim
     generator = torch.Generator().manual_seed(call.tokens)
-    qkv = torch.randn(sequences.total, 3, heads, d, generator=generator, device="cpu", dtype=torch.float32)
+    qkv = torch.randn(sequences.offsets[-1], 3, heads, d, generator=generator, device="cpu", dtype=torch.float32)
     for head, shift in enumerate(SHIFTS):
         if shift:  # scores' first term is the same for all
             qkv[:, 1, head, 0] = 8.0
             qkv[:, 0, head, 0] = shift / 8 * d**0.5
-    rows = sequences.without_first(call.query_start).total
+    rows = sequences.without_first(call.query_start).offsets[-1]
     gradient = torch.randn(rows, heads, d, generator=generator, device="cpu", dtype=torch.float32)
     return qkv.to(call.device, call.dtype), gradient.to(call.device, call.dtype), sequences
 

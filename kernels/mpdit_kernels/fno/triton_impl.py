@@ -93,6 +93,7 @@ def make_tables() -> tuple[Tensor, ...]:
     basis = analysis.permute(1, 2, 0).reshape(2 * reference.MODES, reference.GRID).float()
     grid = torch.linspace(-1, 1, reference.GRID, dtype=torch.float32, device="cpu")
     of_grid = (basis.double() @ grid.double()).float()
+    # In the place of mode 0's sines, which are zero: mode 16's cosines, (-1)^j
     basis[reference.MODES] = 1 - 2.0 * (torch.arange(reference.GRID, device="cpu") % 2)
     return (torch.cat([basis, grid[None], of_grid[None]]),)
 
