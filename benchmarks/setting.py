@@ -61,7 +61,7 @@ class Setting:
 def add_options(group: Any) -> None:
     for name, peer in PEERS.items():
         group.addoption(f"--{name}", metavar="PATH", help=f"checkout of {peer.source}, to be timed beside ours")
-    group.addoption("--models", nargs="+", metavar="MODEL", help="presets to time, instead of each part's own choice")
+    group.addoption("--models", nargs="+", choices=[*PRESETS], metavar="MODEL", help="presets, instead of each part's")
     group.addoption("--batches", nargs="+", type=int, metavar="N", help="images of a call, instead of each part's own")
     group.addoption("--largest", action="store_true", help="of these batches only the largest that fits")
     group.addoption("--memory-limit", type=float, metavar="GB", help="let the process allocate no more on the GPU")
@@ -77,12 +77,7 @@ def from_options(option: Any) -> Setting:
     limit = option("--memory-limit")
     if limit is not None and device == "cpu":
         raise pytest.UsageError(f"--memory-limit {limit:g} needs a CUDA GPU, and there is none: leave it out")
-    if limit is not None and not limit > 0:
-        raise pytest.UsageError(f"--memory-limit is {limit:g}: give GB above 0")
-    for name in option("--models") or ():
-        if name not in PRESETS:
-            raise pytest.UsageError(f"--models {name} is unknown: choose from {', '.join(PRESETS)}")
-    for name in ("--batches", "--rounds", "--seconds", "--minutes"):
+    for name in ("--batches", "--memory-limit", "--rounds", "--seconds", "--minutes"):
         value = option(name)
         if value is not None and min(value if isinstance(value, list) else [value]) <= 0:
             raise pytest.UsageError(f"{name} is {value}: give more than 0")

@@ -180,7 +180,6 @@ def test_a_bad_option_is_one_line(tmp_path: Path) -> None:
         ),
         ({"--dit": "."}, r"--dit \. lacks models.py, so it is no checkout of github.com/facebookresearch/DiT"),
         ({"--memory-limit": 40}, "--memory-limit 40 needs a CUDA GPU, and there is none: leave it out"),
-        ({"--models": ["MPDiT-S"]}, "--models MPDiT-S is unknown: choose from MPDiT-B/4-2"),
         ({"--batches": [0]}, r"--batches is \[0\]: give more than 0"),
         ({"--seconds": -1.0}, "--seconds is -1.0: give more than 0"),
     ],
