@@ -80,7 +80,7 @@ def test_a_conversion_that_was_killed_starts_over(
             if sum(done) >= 10:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        monkeypatch.setattr("mpdit.data.dataset._CHUNK_BYTES", 5 * 1024)
+        monkeypatch.setattr("mpdit.data.latents._CHUNK_BYTES", 5 * 1024)
         convert_latents(source, tmp_path / "out", progress=progress)
 
     assert exit_code(in_a_child(convert_until_killed)) == -signal.SIGKILL

@@ -17,7 +17,7 @@ from mpdit.diffusion.sampling import DIFFUSION_FORMS, SAMPLERS, SamplerSettings
 if TYPE_CHECKING:
     import torch
 
-    from mpdit.data.dataset import LatentDataset
+    from mpdit.data.latents import LatentDataset
     from mpdit.data.normalization import Normalization
     from mpdit.model.config import ModelConfig
 

@@ -1,7 +1,7 @@
 """Stores, reads and orders latents, and makes batches of them.
 
-In reading order: manifest (the format), latents (its reader), writer, order, loaders, quarantine; then open and readers
-for the formats of other projects.
+In reading order: manifest (the format), latents (the interface of a data set, and the format's reader), writer, order,
+loaders, quarantine; then open and readers for the formats of other projects.
 """
 
 from mpdit.data.convert import convert_latents

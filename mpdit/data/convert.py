@@ -11,8 +11,7 @@ from pathlib import Path
 from mpdit.core.errors import ConfigError
 from mpdit.core.files import check_room
 from mpdit.core.text import counted
-from mpdit.data.dataset import LatentDataset
-from mpdit.data.latents import PackedLatents
+from mpdit.data.latents import LatentDataset, PackedLatents
 from mpdit.data.manifest import INDEX_NAME, LatentSpec
 from mpdit.data.open import open_latents
 from mpdit.data.records import INDEX_DTYPE

@@ -22,7 +22,7 @@ from torch import Tensor
 from mpdit.core import rng
 from mpdit.core.errors import ConfigError
 from mpdit.core.read_ahead import read_ahead
-from mpdit.data.dataset import LatentDataset
+from mpdit.data.latents import LatentDataset
 from mpdit.data.manifest import DatasetInfo
 from mpdit.data.normalization import Normalization
 from mpdit.data.order import BatchPlan, GlobalOrder

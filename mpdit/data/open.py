@@ -6,8 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from mpdit.core.errors import ConfigError, DataError
-from mpdit.data.dataset import LatentDataset
-from mpdit.data.latents import PackedLatents
+from mpdit.data.latents import LatentDataset, PackedLatents
 from mpdit.data.manifest import JOB_NAME, MANIFEST_NAME, PARTS_NAME
 from mpdit.data.normalization import NormalizationMode, choose_normalization
 from mpdit.data.readers.base import ForeignLatents, Options, parse_scale

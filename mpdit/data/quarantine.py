@@ -19,7 +19,7 @@ from tqdm import tqdm
 from mpdit.core.errors import DataError, RecordError
 from mpdit.core.files import locked
 from mpdit.core.text import counted
-from mpdit.data.dataset import LatentDataset, Samples
+from mpdit.data.latents import LatentDataset, Samples
 
 QUARANTINE_NAME = "quarantine.jsonl"
 """In a run's folder: a line for each record that could not be read."""

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from mpdit.core.errors import DataError
-from mpdit.data.dataset import LatentDataset
-from mpdit.data.latents import PackedLatents
+from mpdit.data.latents import LatentDataset, PackedLatents
 from mpdit.data.normalization import Normalization, suits
 from mpdit.data.open import open_latents
 from mpdit.data.records import ChannelStatistics

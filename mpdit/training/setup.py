@@ -19,8 +19,8 @@ from mpdit_kernels.hardware import GPUS, Gpu, find_gpu
 
 from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import CheckpointError, ConfigError, DataError
-from mpdit.data.dataset import LatentDataset
 from mpdit.data.digits import VERSION, build_digits
+from mpdit.data.latents import LatentDataset
 from mpdit.data.manifest import DatasetInfo
 from mpdit.data.open import open_latents
 from mpdit.data.order import BatchPlan

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from mpdit.core.errors import ConfigError, DataError, RecordError
-from mpdit.data.dataset import LatentDataset, Samples
+from mpdit.data.latents import LatentDataset, Samples
 from mpdit.data.manifest import ORIGINAL, ORIGINAL_AND_FLIPPED, DatasetInfo
 from mpdit.data.normalization import Normalization, NormalizationMode, choose_normalization, suits
 from mpdit.data.records import VALUE_DTYPE, ChannelStatistics, find_bad_label, find_defect
