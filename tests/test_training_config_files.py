@@ -90,6 +90,8 @@ def test_arguments_go_before_the_file(tmp_path: Path) -> None:
         ("zzzz: 4", "unknown key 'zzzz': launch/train.py --help lists"),
         ("<<: {lr: 1}", "unknown key '<<'"),
         ("lr: 1\nsteps: 3\nlr: 2", "line 3 gives 'lr' a second time"),
+        ("log-every: 1\nlog_every: 2", "'log-every' and 'log_every' are one setting: remove one"),
+        ("accumulation: 1\ngrad_accum_steps: 2", "'accumulation' and 'grad_accum_steps' are one setting"),
         ("override: {width: 1, width: 2}", "gives 'width' a second time"),
         ("steps: 1e5", "--steps: invalid int value: '1e5'"),
         ("steps: yes", "invalid int value: 'yes'"),

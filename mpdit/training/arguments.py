@@ -174,12 +174,16 @@ def _read_config_file(parser: argparse.ArgumentParser, path: str) -> dict[str, A
             raise ConfigError("holds no settings: expected lines like `lr: 2e-4`")
         kinds = get_type_hints(TrainConfig)
         words: list[str] = []
+        keys: dict[str, str] = {}
         for key, value in settings.items():
             name = RENAMED.get(key.replace("-", "_"), key.replace("-", "_"))
             if name not in kinds:
                 close = [_SYNONYMS[name]] if name in _SYNONYMS else difflib.get_close_matches(name, kinds, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else "launch/train.py --help lists the fields"
                 raise ConfigError(f"unknown key {key!r}: {hint}")
+            if name in keys:
+                raise ConfigError(f"{keys[name]!r} and {key!r} are one setting: remove one")
+            keys[name] = key
             words += _argument(name, value, kinds[name])
         return vars(parser.parse_args(words))
     except ConfigError as error:
