@@ -106,9 +106,9 @@ def _flush() -> None:
 
 
 def turns(
-    clock: Clock, contenders: Mapping[str, Prepare], rounds: int = 30, seconds: float = 3.0
+    clock: Clock, contenders: Mapping[str, Prepare], rounds: int = 30, seconds: float = 3.0, least: int = 5
 ) -> dict[str, list[float]]:
-    """Return samples of all contenders, taken in turns: `rounds` of them, fewer (at least five) when time is up.
+    """Return samples of all contenders, taken in turns: `rounds` of them, fewer but `least` when time is up.
 
     The samples of one index were taken one after another, so that their ratio is fair.
     """
@@ -117,7 +117,7 @@ def turns(
     for name in names:
         clock.seconds(name, contenders[name])  # warm up
     for turn in range(rounds):
-        if turn >= 5 and time.monotonic() - start > seconds:
+        if turn >= least and time.monotonic() - start > seconds:
             break
         first = turn % len(names)
         for name in names[first:] + names[:first]:

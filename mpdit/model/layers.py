@@ -100,7 +100,8 @@ class PatchEmbed(nn.Module):
         nn.init.xavier_uniform_(self.weight.data.view(width, -1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(patchify(x, self.patch), self.weight.flatten(1), self.bias)
+        # By its module: DeepSpeed's FLOP profiler replaces it there (docs/profiling.md says what that sees).
+        return nn.functional.linear(patchify(x, self.patch), self.weight.flatten(1), self.bias)
 
 
 def sincos_position(width: int, grid: int | Grid, device: torch.device | None = None) -> Tensor:
