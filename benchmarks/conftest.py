@@ -16,7 +16,7 @@ from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "500")  # as mpdit.core.cpu does, and before torch is imported
 sys.path.insert(0, str(Path(__file__).parent))  # helper modules beside the bench files
-sys.path.append(str(Path(__file__).parents[1] / "kernels"))  # the kernels' tools, which are not installed
+sys.path.append(str(Path(__file__).resolve().parents[1] / "kernels"))  # the kernels' tools, which are not installed
 
 import pytest
 import setting as settings
