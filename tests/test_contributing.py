@@ -48,7 +48,6 @@ def test_the_recipes_apply(copy: Path) -> None:
         compile(path.read_text(), path, "exec")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.splitlines()[0])
 def test_what_a_recipe_adds_works(recipe: str, copy: Path) -> None:
     follow(recipe, copy)
