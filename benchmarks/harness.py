@@ -24,7 +24,7 @@ from torch import Tensor
 from mpdit.report.results import OURS
 
 TOO_LARGE = "out of memory"
-"""Why a variant has no time when it does not fit, even by itself."""
+"""Says that a variant has no time as it does not fit, even by itself."""
 NO_TIME = "no time: --minutes were up before it was built"
 """Why one that came too late has none."""
 FLOOR = 8
@@ -114,7 +114,7 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What became of one variant: samples in seconds, or why there are none.
+    """Holds what became of one variant: samples in seconds, or why there are none.
 
     `ratios` are its times over ours, turn by turn; `failed` is a wrong result or an error, `skipped` no fault of it.
     """

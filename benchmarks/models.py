@@ -27,7 +27,7 @@ COUNTERPARTS = {"MPDiT-B/4-2": "DiT-B/2", "MPDiT-L/4-2": "DiT-L/2", "MPDiT-XL/4-
 JUDGED = 2
 """Images on which a model is judged, in float64 too."""
 MODES = {"ours": "auto", "ours, compiled": "auto", "eager": "reference", "compile": "reference"}
-"""What dispatch takes in each variant of our code."""
+"""Maps each variant of our code to what dispatch takes in it."""
 
 Model = Callable[[Tensor, Tensor, Tensor], Any]
 Build = Callable[[Any], Built]
@@ -48,12 +48,12 @@ class Batch:
 
 
 Judged = Callable[[Model, Sequence[nn.Parameter], Batch], list[Tensor]]
-"""What a model is judged by, of the first images of a batch."""
+"""Names what a model is judged by, of the first images of a batch."""
 
 
 @dataclass
 class State:
-    """What the variants of a model share."""
+    """Holds what the variants of a model share."""
 
     model: Any
     batch: Batch
