@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import socket
 import subprocess
@@ -135,6 +136,14 @@ def test_output_that_nobody_takes_changes_nothing() -> None:
         done = subprocess.run([sys.executable, "-c", PRINTS], stdout=stdout, stderr=stdout, check=False)
         os.close(stdout)
         assert done.returncode == 75
+
+
+def test_a_path_that_is_no_text_is_printed_where_only_ascii_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
+    monkeypatch.setattr("sys.stdout", stream)
+    with cli._output_that_cannot_fail():
+        print(os.fsdecode(b"caf\xe9 ou \xc3\xa9t\xc3\xa9"))
+    assert stream.buffer.getvalue() == b"caf\\udce9 ou \\xe9t\\xe9\n"  # type: ignore[attr-defined]
 
 
 @pytest.fixture

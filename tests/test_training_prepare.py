@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,9 @@ def test_channels_and_classes_come_from_the_data_unless_given(tmp_path: Path, pa
         (["--model", "MPDiT-B/4-2"], "4x16x16"),
         (["--data", "/nonexistent"], "/nonexistent"),
         (["--resume", "never", "--wandb"], "wandb"),
-        (["--resume", "runs/\udcff"], r"resume is 'runs/\\udcff': give text in UTF-8"),
-        (["--out", "runs/\udcff"], r"out is 'runs/\\udcff': give text in UTF-8"),
+        (["--resume", "runs/\udcff"], r"resume '.*/runs/\\udcff' is not UTF-8, .*: give another"),
+        (["--out", "runs/\udcff"], r"out '.*/runs/\\udcff' is not UTF-8, .*: give another"),
+        (["--data", "half a \ud800"], r"data is .*: give text without halves of characters"),
     ],
 )
 def test_bad_input_is_one_clear_error_and_writes_nothing(
@@ -77,6 +79,21 @@ def test_bad_input_is_one_clear_error_and_writes_nothing(
         _prepare(tmp_path / "out", *arguments)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_data_may_lie_where_no_text_is_utf8_but_a_run_may_not(
+    tmp_path: Path, packed: PackedLatents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    packed.path.rename(folder)
+    arguments = ["--data", str(folder), "--override", "input_size=8"]
+    run = _prepare(tmp_path / "out", *arguments)
+    assert run.dataset.path == folder
+    assert json.loads(json.dumps(run.describe()))["training"]["data"] == str(folder)
+    monkeypatch.chdir(folder)
+    assert _prepare(tmp_path / "out", *arguments).out == tmp_path / "out"
+    with pytest.raises(ConfigError, match=r"^out '.*/caf\\udce9/run' is not UTF-8, .*: give another$"):
+        _prepare(Path("run"), *arguments)
 
 
 def test_a_missing_truncated_or_altered_data_set_is_refused(tmp_path: Path, packed: PackedLatents) -> None:

@@ -171,7 +171,9 @@ class _Output:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        self._attempt(self._stream.write, text)
+        encoding = self._stream.encoding or "utf-8"
+        # A path may hold what no encoding has, and a terminal may know less than UTF-8.
+        self._attempt(self._stream.write, text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self, last: bool = False) -> None:

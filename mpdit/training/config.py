@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -242,9 +243,9 @@ def _wanted(value: Any, minimum: float, below: float) -> str:
     """Say what to give instead of a value that is out of bounds, or text that no file can be named by; else ""."""
     if isinstance(value, str):
         try:
-            return "text without NUL" if b"\0" in value.encode() else ""
+            return "text without NUL" if b"\0" in os.fsencode(value) else ""
         except UnicodeEncodeError:
-            return "text in UTF-8"
+            return "text without halves of characters"
     if isinstance(value, int):
         below = min(below, _BEYOND)
     if isinstance(value, bool) or minimum <= value < below:

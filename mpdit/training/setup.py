@@ -143,6 +143,10 @@ def _prepare(arguments: Sequence[str], env: DistEnv) -> Run:
         known = recorded_digest(Path(config.out), config.init_from) if goes_on else None
         identity["init_from"] = known or weights_digest(config.init_from)
     out = Path(config.out or _default_folder(config, identity))
+    for name, path in {"out": out, "resume": out if config.resume in ("auto", "never") else config.resume}.items():
+        whole = os.path.abspath(path)
+        if whole != whole.encode(errors="replace").decode():
+            raise ConfigError(f"{name} {whole!a} is not UTF-8, and safetensors opens no such path: give another")
     check_folder(out, identity, config.resume, config.force)
 
     sound = Quarantine(dataset, config.bad_records, out / QUARANTINE_NAME, identity["data"], write=not config.dry_run)
