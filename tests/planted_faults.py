@@ -139,8 +139,13 @@ FAULTS = tuple(Fault(*row) for row in (
     (M + "data/order.py", "after a change of batch size samples are left out",
      "return self.start_position + (steps - self.start_step) * self.global_batch", "return steps * self.global_batch",
      "test_data_order.py"),
-    (M + "data/loaders.py", "memory is used again while a batch is held", "_FREE = 3 ", "_FREE = 4 ",
+    (M + "data/loaders.py", "memory is used again while a batch is held",
+     "weakref.finalize(lent, self._free.append, memory).atexit = False", "self._free.append(memory)",
      "test_data_loaders.py -k 'contents or order_says'"),
+    (M + "data/loaders.py", "memory is free by what one Python counts as references", "        lent = memory.view()\n",
+     "        self._kept = [*getattr(self, '_kept', ()), memory]\n        for lent in self._kept:\n"
+     "            if __import__('sys').getrefcount(lent) == 3:\n                return torch.from_numpy(lent)\n"
+     "        return torch.from_numpy(memory)\n", "test_data_loaders.py -k held"),
     (M + "data/records.py", "a std of -0 counts as negative", "max(initial=0) <= _NEGATIVE_ZERO",
      "max(initial=0) < _NEGATIVE_ZERO", "test_data_writer.py -k minus_zero"),
     (M + "data/normalization.py", "the paper's constants suit other latents too", "_FACTOR = 2.0", "_FACTOR = 4.0",

@@ -1,11 +1,14 @@
 """Loaders: DALI and torch bitwise equal, independent of world size, resumable at any step, honest about damage."""
 
 import builtins
+import gc
 import os
 import subprocess
 import sys
 import threading
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -103,6 +106,67 @@ def test_batches_keep_their_contents_when_later_ones_arrive(dataset, kind):
             copies.append(Batch(*(getattr(batch, name).clone() for name in FIELDS)))
     assert_same(kept, copies)
     assert_same(kept, batches(dataset, stop=40))
+
+
+@pytest.fixture(params=["this Python's", "3.14's"])
+def reference_counts(request, monkeypatch):
+    """What sys.getrefcount says: from Python 3.14 on, a local variable that is passed to a function counts once."""
+    count = sys.getrefcount
+    for item in [object()]:
+        surplus = count(item) - 2
+    if request.param == "3.14's":
+        monkeypatch.setattr(sys, "getrefcount", lambda item: count(item) - (surplus + 1))  # the lambda's own is one
+
+
+HOLDS = {
+    "moments": lambda moments: moments,
+    "a slice, transposed": lambda moments: moments[1:, :, 3:5].transpose(1, 2),
+    "one sample": lambda moments: moments.unbind()[7],
+    "another dtype's view": lambda moments: moments.view(torch.int16),
+    "a view of NumPy's view": lambda moments: moments.numpy()[2:, 0],
+    "a view through DLPack": lambda moments: torch.from_dlpack(moments)[3],
+}
+
+
+@pytest.mark.usefixtures("reference_counts")
+@pytest.mark.parametrize("hold", HOLDS)
+def test_what_is_held_of_a_batch_keeps_its_values(dataset, hold):
+    """A training step holds one batch or two while the loader reads on; others hold a part of some more."""
+    order = GlobalOrder(SAMPLES, 0)
+    wanted = [HOLDS[hold](batch.moments) for batch in batches(dataset, stop=20)]
+    for depth in (1, 2, 10):
+        held = deque(maxlen=depth)
+        with make_loader(dataset, order, BatchPlan(12), kind="torch", stop_step=20) as loader:
+            for step, batch in enumerate(loader):
+                held.append((step, HOLDS[hold](batch.moments)))
+                del batch
+                time.sleep(0.001)  # the threads read on
+                assert all(np.array_equal(part, wanted[step]) for step, part in held)
+
+
+@pytest.mark.parametrize("last_holder", ["this thread", "another thread", "a cycle"])
+def test_memory_is_used_again_once_its_last_holder_is_gone(last_holder):
+    memory = loaders._Memory((64, 64), pin_memory=False)
+    tensors = [memory.take() for _ in range(8)]
+    places = {tensor.data_ptr() for tensor in tensors}
+    holders = [{"sample": tensor[5]} for tensor in tensors]
+    del tensors
+    assert memory.take().data_ptr() not in places
+    if last_holder == "another thread":
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(holders.clear).result()
+    elif last_holder == "a cycle":
+        for holder in holders:
+            holder["itself"] = holder
+        del holder
+        holders.clear()
+        assert memory.take().data_ptr() not in places
+        gc.collect()
+    holders.clear()
+    freed = [torch.empty(64, 64, dtype=torch.float16) for _ in range(8)]  # not what the allocator hands out anew
+    assert places.isdisjoint(tensor.data_ptr() for tensor in freed)
+    again = [memory.take() for _ in range(8)]
+    assert {tensor.data_ptr() for tensor in again} == places
 
 
 @pytest.mark.parametrize("kind", KINDS)

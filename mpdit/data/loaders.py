@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 import threading
 import time
+import weakref
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mpdit.core import rng
@@ -184,25 +186,28 @@ class _Memory:
     """
 
     _KEPT = 2 * _BATCHES_AHEAD
-    _FREE = 3  # references: the list's, the loop's and getrefcount's own
 
     def __init__(self, shape: tuple[int, ...], pin_memory: bool) -> None:
         self._shape, self._pin_memory = shape, pin_memory
-        self._kept: list[np.ndarray] = []
-        self._lock = threading.Lock()
+        # None stands for memory still to be allocated. deque's ends need no lock, which matters as memory comes back
+        # in whichever thread drops the last tensor, at any point of its code.
+        self._free: deque[NDArray[np.float16] | None] = deque([None] * self._KEPT)
 
     def take(self) -> Tensor:
         """Return a tensor fp16 of unspecified values; pinned memory is kept by torch itself."""
         if self._pin_memory:
             return torch.empty(self._shape, dtype=torch.float16, pin_memory=True)
-        with self._lock:
-            for array in self._kept:
-                if sys.getrefcount(array) == self._FREE:
-                    return torch.from_numpy(array)  # holds a reference for as long as its storage lives
-            array = torch.empty(self._shape, dtype=torch.float16).numpy()
-            if len(self._kept) < self._KEPT:
-                self._kept.append(array)
-            return torch.from_numpy(array)
+        try:
+            memory = self._free.pop()
+        except IndexError:  # all is held: what comes on top is given back to the system
+            return torch.empty(self._shape, dtype=torch.float16)
+        if memory is None:
+            memory = torch.empty(self._shape, dtype=torch.float16).numpy()
+        # The storage that a tensor shares with its views, slices and numpy arrays keeps `lent` alive, and nothing else
+        # does: once the last of them is gone so is it, and the memory is free.
+        lent = memory.view()
+        weakref.finalize(lent, self._free.append, memory).atexit = False
+        return torch.from_numpy(lent)
 
 
 class DaliLoader(Loader):
