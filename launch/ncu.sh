@@ -2,7 +2,7 @@
 # Profile the kernels of one step of a training run with Nsight Compute: what bounds each of them. Each kernel is run
 # many times over, so a step takes minutes: keep to one GPU, one step and, with KERNELS, to what you look for.
 #
-#   launch/ncu.sh --ds_config launch/zero2.json --model MPDiT-XL/4-2 --data DIR --out OUT [arguments of launch/train.py]
+#   launch/ncu.sh --ds_config zero2 --model MPDiT-XL/4-2 --data DIR --out OUT [arguments of launch/train.py]
 #
 # --profile-steps chooses another step than 10. From the environment:
 #   REPORT   where the report goes: REPORT.ncu-rep (default: profile-ncu and the time, in the current folder)
@@ -12,7 +12,7 @@
 set -euo pipefail
 
 if [ $# -eq 0 ]; then
-    echo "error: no arguments: give those of launch/train.py, at least --ds_config FILE" >&2
+    echo "error: no arguments: give those of launch/train.py, for example --ds_config zero2" >&2
     exit 2
 fi
 if ! command -v ncu > /dev/null; then

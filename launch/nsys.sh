@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Profile a few steps of a training run with Nsight Systems: where the time goes on CPU and GPU.
 #
-#   launch/nsys.sh --ds_config launch/zero2.json --model MPDiT-XL/4-2 --data DIR --out OUT [arguments of launch/train.py]
+#   launch/nsys.sh --ds_config zero2 --model MPDiT-XL/4-2 --data DIR --out OUT [arguments of launch/train.py]
 #
 # --profile-steps A:B (10:12 by default) and --profile-ranks choose what is captured. From the environment:
 #   REPORT     where the report goes: REPORT.nsys-rep (default: profile-nsys and the time, in the current folder)
@@ -9,7 +9,7 @@
 set -euo pipefail
 
 if [ $# -eq 0 ]; then
-    echo "error: no arguments: give those of launch/train.py, at least --ds_config FILE" >&2
+    echo "error: no arguments: give those of launch/train.py, for example --ds_config zero2" >&2
     exit 2
 fi
 if ! command -v nsys > /dev/null; then

@@ -1,11 +1,8 @@
-"""Train under DeepSpeed: `deepspeed launch/train.py --ds_config launch/zero2.json`; --help explains every argument."""
+"""Train as `mpdit train` does: `deepspeed launch/train.py ARGUMENTS`; --help explains every argument."""
 
 import sys
 
-from mpdit.core.cpu import settle_cpu
+from mpdit.training.cli import main
 
 if __name__ == "__main__":
-    settle_cpu()
-    from mpdit.training.cli import main
-
     sys.exit(main())

@@ -26,14 +26,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: done. 1: done, and found what it was to fail on. 2: bad input, told in one line on stderr. 130: interrupted.
     With --json stdout holds one JSON object and nothing else; progress and what libraries print go to stderr.
+    `mpdit train` has output, arguments and exit codes of its own: see mpdit/training/cli.py.
     """
     settle_cpu()
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words and words[0].startswith(("--local_rank=", "--local-rank=")):  # launchers put it before all that was given
+        del words[0]
+    if words[:1] == ["train"]:
+        from mpdit.training.cli import main as train
+
+        return train(words[1:], last=argv is None)
     if argv is None:
         atexit.register(gc.freeze)  # or Python searches all that was imported for garbage as it ends: half a second
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: names of files need not be text
     try:
-        args = build_parser().parse_args(argv)
+        args = build_parser().parse_args(words)
         with contextlib.redirect_stdout(sys.stderr):
             outcome = COMMANDS[args.command].run(args)
         print(json.dumps(outcome.figures) if args.json else outcome.text, flush=True)
@@ -56,12 +64,15 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line, without importing what the commands need to run."""
     parser = Parser(
         prog="mpdit",
-        description="Multi-patch diffusion transformers: sample from trained models, evaluate them, check data.",
-        epilog="Train with `deepspeed launch/train.py --ds_config launch/zero2.json`.",
+        description="Multi-patch diffusion transformers: train them, sample from them, evaluate them, check data.",
+        epilog="On several GPUs: `deepspeed --module mpdit train ARGUMENTS`, or `torchrun --nproc-per-node N -m mpdit "
+        "train ARGUMENTS`.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"mpdit {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    # Only for this page: `main` hands the arguments on, whose parser is made from what needs torch to import.
+    commands.add_parser("train", help="train a model, or continue its run", add_help=False)
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.SUMMARY, description=command.DESCRIPTION, allow_abbrev=False)
         command.add_arguments(sub)

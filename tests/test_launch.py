@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from training_runs import REPOSITORY, TINY, deepspeed, ds_config, new_folder, trained
@@ -21,16 +23,27 @@ def test_bad_input_is_one_line_and_exit_code_2() -> None:
 
 
 def test_two_ranks_under_the_launcher_train_as_one() -> None:
-    run = deepspeed("--ds_config", ds_config(2), *TINY, "--precision", "fp32", ranks=2, out=new_folder("run"))
+    given = ("--ds_config", "zero2", *TINY, "--precision", "fp32")
+    run = deepspeed(*given, ranks=2, out=new_folder("run"), command=True)
     assert run.code == 0, run.stderr
     assert "built successfully" not in run.stdout, "nothing is compiled at start-up"
     assert run.losses() == pytest.approx(trained("--precision", "fp32").losses(), rel=1e-5)
 
 
-def test_the_script_alone_is_a_run_of_one_rank_and_answers_help() -> None:
+def test_the_script_alone_answers_help() -> None:
     script = [sys.executable, str(REPOSITORY / "launch" / "train.py")]
     done = subprocess.run([*script, "--help"], capture_output=True, text=True, timeout=60, check=True, cwd=Path("/"))
     assert "--ds_config" in done.stdout
+
+
+@pytest.mark.parametrize("module", ["mpdit", "mpdit.training"])
+def test_a_package_that_is_run_trains(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("mpdit.training.cli.main", lambda *given, **options: asked.append((given, options)))
+    monkeypatch.setattr(sys, "argv", ["", "--local_rank=1", *["train"] * (module == "mpdit"), "--steps", "3"])
+    with pytest.raises(SystemExit):
+        runpy.run_module(module, run_name="__main__")
+    assert asked == [((["--steps", "3"],), {"last": True}) if module == "mpdit" else ((), {})]
 
 
 def test_no_file_beside_the_script_shadows_a_module() -> None:

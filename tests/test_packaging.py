@@ -54,13 +54,15 @@ def test_pypi_apex_is_no_dependency():
         assert name and name[0].lower() != "apex"
 
 
-def test_measured_tables_are_shipped():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    patterns = project["tool"]["setuptools"]["package-data"]["mpdit_kernels"]
-    package = ROOT / "kernels" / "mpdit_kernels"
-    shipped = {path for pattern in patterns for path in package.glob(pattern)}
-    assert package / "tuned" / "attention_cpu.json" in shipped
-    assert set(package.rglob("*.json")) == shipped
+@pytest.mark.parametrize(
+    ("package", "one"),
+    [("kernels/mpdit_kernels", "tuned/attention_cpu.json"), ("mpdit", "training/zero3.json")],
+)
+def test_json_files_of_a_package_are_shipped(package, one):
+    project, folder = tomllib.loads((ROOT / "pyproject.toml").read_text()), ROOT / package
+    shipped = {path for p in project["tool"]["setuptools"]["package-data"][folder.name] for path in folder.glob(p)}
+    assert folder / one in shipped
+    assert set(folder.rglob("*.json")) == shipped
 
 
 def test_public_names_load_lazily(tmp_path):

@@ -91,12 +91,13 @@ def trained(*arguments: str, ranks: int = 1, stage: int = 2) -> Finished:
     return Finished(0, *json.loads((folder / "output.json").read_text()), folder / "run")
 
 
-def deepspeed(*arguments: str, ranks: int = 1, out: Path, seconds: float = 300) -> Finished:
-    """The `deepspeed` command itself."""
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
-    command += ["--master_port", str(free_port()), str(REPOSITORY / "launch" / "train.py"), *arguments]
+def deepspeed(*arguments: str, ranks: int = 1, out: Path, seconds: float = 300, command: bool = False) -> Finished:
+    """The `deepspeed` command itself, which starts `launch/train.py` or, with `command`, `mpdit train`."""
+    started = ["--module", "mpdit", "train"] if command else [str(REPOSITORY / "launch" / "train.py")]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
+    launcher += ["--master_port", str(free_port()), *started, *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "--out", str(out)], env=environment, capture_output=True, text=True, timeout=seconds, check=False
+        [*launcher, "--out", str(out)], env=environment, capture_output=True, text=True, timeout=seconds, check=False
     )
     return Finished(done.returncode, done.stdout, done.stderr, out)

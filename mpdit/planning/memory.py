@@ -19,7 +19,7 @@ from mpdit.planning.account import RECOMPUTED, SIZE, STREAM, Account, account, s
 WORD = 4
 """Bytes of a weight, a gradient, a moment and an average."""
 BUCKET = 50_000_000
-"""Numbers of a bucket of gradients or weights in launch/zero1.json, zero2.json and zero3.json."""
+"""Numbers of a bucket of gradients or weights in zero1.json, zero2.json and zero3.json of mpdit/training."""
 MEMORY_ERROR = 0.15
 """Most that these sums were off, either way, from peaks measured under PyTorch and DeepSpeed (the tests hold it)."""
 MAX_LIVE = 1_000_000_000

@@ -21,7 +21,7 @@ from mpdit.core.errors import ConfigError
 from mpdit.core.parser import Parser
 from mpdit.training.config import RENAMED, TrainConfig, parse_override
 
-_DEFAULT_IN_HELP = {"ds_config", "override", "out", "init_from", "plan_gpu", "plan_gpus"}
+_DEFAULT_IN_HELP = {"override", "out", "init_from", "plan_gpu", "plan_gpus"}
 """Fields whose help says by itself what holds when they are not given."""
 
 _METAVARS = {
@@ -61,8 +61,6 @@ def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
         file = _read_config_file(parser, path)
         override = [*file.get("override", []), *given.get("override", [])]
         given = file | given | ({"override": override} if override else {})
-    if "ds_config" not in given:
-        raise ConfigError("--ds_config is missing: give a DeepSpeed configuration, for example launch/zero2.json")
     return given
 
 
@@ -71,8 +69,9 @@ def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="launch/train.py",
-        usage="deepspeed [--num_accelerators N] launch/train.py [--config FILE] --ds_config FILE [arguments]",
+        prog="mpdit train",
+        usage="mpdit train [--config FILE] [arguments], or under a launcher: deepspeed [--num_accelerators N] --module "
+        "mpdit train ...; torchrun --nproc-per-node N -m mpdit train ...",
         description="Train a multi-patch diffusion transformer; on the embedded digits when no --data is given. "
         "Repeating the same command continues the run.",
         allow_abbrev=False,
@@ -179,7 +178,7 @@ def _read_config_file(parser: argparse.ArgumentParser, path: str) -> dict[str, A
             name = RENAMED.get(key.replace("-", "_"), key.replace("-", "_"))
             if name not in kinds:
                 close = [_SYNONYMS[name]] if name in _SYNONYMS else difflib.get_close_matches(name, kinds, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else "launch/train.py --help lists the fields"
+                hint = f"did you mean {close[0]!r}?" if close else "`mpdit train --help` lists the fields"
                 raise ConfigError(f"unknown key {key!r}: {hint}")
             if name in keys:
                 raise ConfigError(f"{keys[name]!r} and {key!r} are one setting: remove one")

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mpdit.core.cpu import settle_cpu
 from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import UserError, explain_os_error, one_line
 from mpdit.training.safety.stop import STOPPED, StopRequests
@@ -32,8 +33,8 @@ _BROKEN_CONNECTION = re.compile(
 """Matches the error text of a collective whose peer has exited."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `launch/train.py` with these arguments (the command line's by default) and return its exit code.
+def main(arguments: Sequence[str] | None = None, *, last: bool | None = None) -> int:
+    """Train with these arguments, by default the command line's, and return the exit code.
 
     0    after training or a dry run
     1    something went wrong that is no mistake of the user's: another rank is gone, or there is a traceback
@@ -45,13 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     What goes wrong mostly does for every rank alike: rank 0 says so at once, the others wait to be ended by the
     launcher. One that isn't has met something of its own, a damaged record for example, and says so itself.
 
-    For the command line's arguments a code other than 0 is not returned: the process ends with it.
+    With `last`, as for the command line's arguments, a code other than 0 is not returned: the process ends with it.
     """
-    if arguments is None:
+    last = arguments is None if last is None else last
+    if last:
+        settle_cpu()
         atexit.register(gc.freeze)  # or Python searches all that was imported for garbage as it ends: half a second
-    with _output_that_cannot_fail(), StopRequests(last=arguments is None) as stop:
+    with _output_that_cannot_fail(), StopRequests(last=last) as stop:
         code = _run(sys.argv[1:] if arguments is None else arguments, stop)
-    if code and arguments is None:
+    if code and last:
         # At once: where other ranks are gone, what libraries do at the end may hang, or abort and change the code.
         os._exit(code)
     return code
@@ -190,3 +193,7 @@ class _Output:
                     nowhere = os.open(os.devnull, os.O_WRONLY)
                     os.dup2(nowhere, self._stream.fileno())
                     os.close(nowhere)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

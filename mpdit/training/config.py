@@ -49,7 +49,9 @@ class TrainConfig:
     The defaults are those of the embedded digits; `with_defaults` takes the paper's for other data.
     """
 
-    ds_config: str = _option("launch/zero2.json", "DeepSpeed configuration: a JSON file, for example launch/zero2.json")
+    ds_config: str = _option(
+        "zero2", "DeepSpeed configuration: a JSON file, or one that is built in: zero1, zero2, zero3"
+    )
     model: str = _option("MPDiT-Digits/4-2", "name of a preset (mpdit.PRESETS)", imagenet_default="MPDiT-B/4-2")
     override: tuple[str, ...] = _option(
         (), "FIELD=VALUE of the model's configuration, VALUE as JSON or text; may be repeated: --override width=64"

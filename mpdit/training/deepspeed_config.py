@@ -39,17 +39,22 @@ _KNOWN: dict[str, type] = {
 }
 """DeepSpeed ignores a key it doesn't know; we don't, because a misspelt one would silently train something else."""
 
+BUILT_IN = ("zero1", "zero2", "zero3")
+"""Names of configurations that come with this package, in files beside this one."""
+
 
 def read_ds_config(path: str | Path) -> dict[str, Any]:
-    """Read the JSON object in a file, without the entries that are "auto".
+    """Read the JSON object in a file, or of a name in BUILT_IN, without the entries that are "auto".
 
     Raises ConfigError for what needs no argument to be seen: no JSON, an unknown key, an optimiser or scheduler of
     its own, a bf16 or fp16 block.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        file = Path(__file__).with_name(f"{path}.json") if path in BUILT_IN else Path(path)
+        text = file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, or no name of a file
-        raise ConfigError(f"ds_config {path} can't be read: {error}") from error
+        names = ", ".join(BUILT_IN)
+        raise ConfigError(f"ds_config {path} can't be read: {error}; {names} are built in") from error
     try:
         config = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_number, parse_float=_number)
         if not isinstance(config, dict):

@@ -66,7 +66,7 @@ def what_fits(run: Run) -> str:
             if other.checkpointing != request.checkpointing:
                 given.append("--activation-checkpointing")
             if other.zero != request.zero:
-                given.append(f"--ds_config launch/zero{other.zero}.json")
+                given.append(f"--ds_config zero{other.zero}")
             return f"{planned}: give {' '.join(given)}, which takes {needed / 2**30:.2f} GiB"
     return f"{planned}, and nothing that leaves room fits: use a smaller model, more GPUs, or GPUs with more memory"
 

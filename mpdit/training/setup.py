@@ -110,7 +110,7 @@ def _prepare(arguments: Sequence[str], env: DistEnv) -> Run:
     planned_gpus = given.get("plan_gpus", 0) if given.get("dry_run") and env.size == 1 else 0
     if planned_gpus > 0:  # a dry run of one process stands for the first of so many ranks
         env = DistEnv(size=planned_gpus, local_size=planned_gpus)
-    ds = read_ds_config(given["ds_config"])
+    ds = read_ds_config(given.get("ds_config", TrainConfig.ds_config))
     given |= arguments_from(ds, given, env.size)
     settings = with_defaults(given)
     settings["precision"] = _precision(settings, env)
