@@ -72,7 +72,7 @@ def exact(state: State, dtype: torch.dtype = torch.float64) -> list[Tensor]:
         assert param.grad is not None
         weight, ema = start.to(dtype, copy=True), start.to(dtype, copy=True)
         moments = torch.zeros_like(weight), torch.zeros_like(weight)
-        adamw_ema_(weight, param.grad.to(dtype), *moments, ema, 1, **SETTINGS, ema_decay=DECAY)
+        adamw_ema_(weight, param.grad.to(dtype), *moments, ema, 0, **SETTINGS, ema_decay=DECAY)
         found += [weight, ema]
     return found
 

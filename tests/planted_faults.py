@@ -71,7 +71,7 @@ FAULTS = tuple(Fault(*row) for row in (
     # kernels: definitions
     (K + "adaln/reference.py", "the definition of adaLN lacks the 1 of 1 + scale", "normalized, 1 + scale[:, None])",
      "normalized, scale[:, None])", "test_model_goldens.py -k guided"),
-    (K + "adamw_ema/reference.py", "on a CPU the average forgets instead of keeping", "share = 1 - settings.ema_decay",
+    (K + "adamw_ema/optimizer.py", "on a CPU the average forgets instead of keeping", "share = 1 - settings.ema_decay",
      "share = settings.ema_decay", "test_optimizer.py"),
     (K + "fno/reference.py", "the definition's Fourier transform is conjugated",
      "torch.stack([angle.cos(), -angle.sin()], dim=1)", "torch.stack([angle.cos(), angle.sin()], dim=1)",

@@ -53,7 +53,7 @@ def test_is_its_definition() -> None:
         _train(params, optimizer, range(step, step + 1))
         for param, value, (mean, square, ema) in zip(params, expected, state, strict=True):
             assert param.grad is not None
-            adamw_ema_(value, param.grad, mean, square, ema, step, **SETTINGS, ema_decay=0.9)
+            adamw_ema_(value, param.grad, mean, square, ema, step - 1, **SETTINGS, ema_decay=0.9)
             torch.testing.assert_close(param.detach(), value, rtol=1e-12, atol=1e-12)
             torch.testing.assert_close(optimizer.state[param]["ema"], ema, rtol=1e-12, atol=1e-12)
 
@@ -69,7 +69,7 @@ def test_is_its_definition_with_clipping_and_a_copy() -> None:
         assert param.grad is not None
         factor = 0.5 / (float(param.grad.norm()) + 1e-6)
         options: dict[str, Any] = {**SETTINGS, "ema_decay": 0.9, "factor": factor, "copy": copies[1]}
-        adamw_ema_(value, param.grad, mean, square, ema, step, **options)
+        adamw_ema_(value, param.grad, mean, square, ema, step - 1, **options)
         torch.testing.assert_close(param.detach(), value, rtol=1e-6, atol=1e-7)  # the norm is fp32
         torch.testing.assert_close(optimizer.state[param]["ema"], ema, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(*copies, rtol=1e-6, atol=1e-7)

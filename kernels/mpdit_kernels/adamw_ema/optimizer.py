@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
-from mpdit_kernels.adamw_ema import reference
 from mpdit_kernels.adamw_ema.reference import Batch, Settings
 from mpdit_kernels.adamw_ema.uploads import Uploads
 from mpdit_kernels.dispatch import takes_triton
@@ -21,7 +21,8 @@ from mpdit_kernels.dispatch import takes_triton
 class AdamWEMA(torch.optim.Optimizer):
     """`torch.optim.AdamW` plus an exponential moving average (EMA) of the weights; reference.py is the definition.
 
-    The average is `state[param]["ema"]`, shaped like its parameter, a copy of the parameter before the first step.
+    `state[param]` holds AdamW's "exp_avg" and "exp_avg_sq", the count of steps taken, "step", and the average, "ema",
+    shaped like its parameter and a copy of it before the first step.
     Being optimiser state it follows the optimiser wherever that goes: under DeepSpeed's ZeRO the optimiser sees its
     rank's flat fp32 partition, so the average costs 4 bytes a parameter divided by the ranks, is checkpointed with
     the moments, and `deepspeed.utils.safe_get_full_optimizer_state(param, "ema")` gathers it.
@@ -284,12 +285,52 @@ def update_batch_(
 
         triton_impl.update_(dense, settings, factor, skip, uploads)
     else:
-        reference.update_(dense, settings, factor, skip)
+        _update_by_torch(dense, settings, factor, skip)
     if dense is not batch:
         for name in ("params", "exp_avgs", "exp_avg_sqs", "emas", "copies"):
             for target, source in zip(getattr(batch, name) or (), getattr(dense, name) or (), strict=True):
                 if target is not source:
                     target.copy_(source)
+
+
+def _update_by_torch(batch: Batch, settings: Settings, factor: Tensor | None, skip: Tensor | None) -> None:
+    """Do reference.adamw_ema_ for a batch, by torch's fused AdamW and multi-tensor functions: what CPUs train with.
+
+    Where skip is 1 nothing changes, to the bit.
+    """
+    if skip is not None and skip.device.type == "cpu":  # nothing to wait for
+        if skip:
+            return
+        skip = None
+    dtype = batch.params[0].dtype
+    grads = [grad.to(dtype) for grad in batch.grads]
+    if factor is not None:
+        grads = list(torch._foreach_mul(grads, factor))
+    adamw(
+        batch.params,
+        grads,
+        batch.exp_avgs,
+        batch.exp_avg_sqs,
+        [],
+        batch.steps,
+        fused=True,
+        amsgrad=False,
+        maximize=False,
+        beta1=settings.betas[0],
+        beta2=settings.betas[1],
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        eps=settings.eps,
+        found_inf=skip,
+    )
+    share = 1 - settings.ema_decay  # ema <- ema_decay * ema + share * param
+    if skip is None:
+        torch._foreach_lerp_(batch.emas, batch.params, share)
+    else:  # a share of 0 would turn an average of -0 into 0
+        for ema, moved in zip(batch.emas, torch._foreach_lerp(batch.emas, batch.params, share), strict=True):
+            torch.where(skip.bool(), ema, moved, out=ema)
+    if batch.copies is not None:
+        torch._foreach_copy_(batch.copies, batch.params)
 
 
 def _dense_alike(batch: Batch) -> Batch:

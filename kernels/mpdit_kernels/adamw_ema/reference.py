@@ -1,4 +1,4 @@
-"""The definition: one step of AdamW with the weights' moving average, on one tensor and on many."""
+"""The definition: one step of AdamW with the weights' moving average. Before it what a step of many tensors is told."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def adamw_ema_(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     ema: Tensor,
-    step: int,
+    steps: int,
     *,
     lr: float,
     betas: tuple[float, float],
@@ -60,59 +59,18 @@ def adamw_ema_(
     """Update param, both moments and ema in place; all fp32 (or fp64) of one shape.
 
     AdamW is Loshchilov & Hutter, "Decoupled weight decay regularization" (ICLR 2019), algorithm 2, as torch defines
-    it: the decay is scaled by lr. `step` counts from 1. The gradient is taken times `factor`, which clips its norm.
-    The average follows the updated weights: ema <- ema_decay * ema + (1 - ema_decay) * param. `copy`, of any dtype,
-    receives the updated weights.
+    it: the decay is scaled by lr. `steps` counts those taken before. The gradient is taken times `factor`, which clips
+    its norm. The average follows the updated weights: ema <- ema_decay * ema + (1 - ema_decay) * param. `copy`, of any
+    dtype, receives the updated weights.
     """
     beta1, beta2 = betas
     grad = grad.to(param.dtype) * factor
     param.mul_(1 - lr * weight_decay)
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    mean = exp_avg / (1 - beta1**step)
-    deviation = (exp_avg_sq / (1 - beta2**step)).sqrt_()
+    mean = exp_avg / (1 - beta1 ** (steps + 1))
+    deviation = (exp_avg_sq / (1 - beta2 ** (steps + 1))).sqrt_()
     param.addcdiv_(mean, deviation.add_(eps), value=-lr)
     ema.lerp_(param, 1 - ema_decay)
     if copy is not None:
         copy.copy_(param)
-
-
-@torch.no_grad()
-def update_(batch: Batch, settings: Settings, factor: Tensor | None, skip: Tensor | None) -> None:
-    """Do the same for a batch, by torch's fused AdamW and multi-tensor functions: what CPUs train with.
-
-    `factor` and `skip` are fp32 scalars on the device or None; where skip is 1 nothing changes, to the bit.
-    """
-    if skip is not None and skip.device.type == "cpu":  # nothing to wait for
-        if skip:
-            return
-        skip = None
-    dtype = batch.params[0].dtype
-    grads = [grad.to(dtype) for grad in batch.grads]
-    if factor is not None:
-        grads = list(torch._foreach_mul(grads, factor))
-    adamw(
-        batch.params,
-        grads,
-        batch.exp_avgs,
-        batch.exp_avg_sqs,
-        [],
-        batch.steps,
-        fused=True,
-        amsgrad=False,
-        maximize=False,
-        beta1=settings.betas[0],
-        beta2=settings.betas[1],
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        eps=settings.eps,
-        found_inf=skip,
-    )
-    share = 1 - settings.ema_decay
-    if skip is None:
-        torch._foreach_lerp_(batch.emas, batch.params, share)
-    else:  # a share of 0 would turn an average of -0 into 0
-        for ema, moved in zip(batch.emas, torch._foreach_lerp(batch.emas, batch.params, share), strict=True):
-            torch.where(skip.bool(), ema, moved, out=ema)
-    if batch.copies is not None:
-        torch._foreach_copy_(batch.copies, batch.params)

@@ -186,7 +186,7 @@ def _update(
 
 
 def update_(batch: Batch, settings: Settings, factor: Tensor | None, skip: Tensor | None, uploads: Uploads) -> None:
-    """Do as reference.update_, in two launches; all tensors of one place in the batch are dense and laid out alike."""
+    """Update a batch in two launches; all tensors of one place in the batch are dense and laid out alike."""
     device, count = batch.params[0].device, len(batch.params)
     columns = [batch.params, batch.grads, batch.exp_avgs, batch.exp_avg_sqs, batch.emas]
     columns += [batch.params if batch.copies is None else batch.copies, batch.steps]
