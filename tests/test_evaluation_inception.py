@@ -125,7 +125,7 @@ def test_weights_run_no_code(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"a": torch.zeros(2)}, "doesn't hold weights of torch-fidelity's Inception"),
+        ({"a": torch.zeros(2)}, r"lacks Conv2d_1a_3x3.bn.bias, .* and \d+ more and has unexpected a: give torch-fid"),
         ([torch.zeros(2)], "is no state dict"),
         ({"a": 3}, "is no state dict"),
         (b"", "is no checkpoint of tensors, or is truncated"),
@@ -143,6 +143,23 @@ def test_wrong_files_of_weights(tmp_path: Path, content: Any, message: str) -> N
     with pytest.raises((CheckpointError, ConfigError), match=message) as caught:
         Inception(file)
     assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("fc.weight", lambda weight: None, r"lacks fc\.weight: give torch-fidelity's"),
+        ("fc.weight", lambda weight: weight[:1000], r"fc\.weight of shape \[1000, 2048\], not \[1008, 2048\]"),
+        ("fc.bias", lambda bias: bias / 0, r"holds NaN or infinity in fc\.bias"),
+        ("fc.bias", lambda bias: bias.char(), r"holds fc\.bias of torch\.int8"),
+    ],
+)
+def test_weights_that_do_not_fill_the_network(tmp_path: Path, name: str, change: Any, message: str) -> None:
+    state = torch.load(weights_file(), mmap=True)
+    state[name] = change(state[name])
+    torch.save({key: value for key, value in state.items() if value is not None}, tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match=message):
+        Inception(tmp_path / "weights.pth")
 
 
 def test_no_weights_and_no_network(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:

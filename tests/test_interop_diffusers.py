@@ -236,3 +236,18 @@ def test_the_code_shipped_is_the_packages_own(exported):
     folder = exported / "pipeline"
     for shipped in (folder / "pipeline.py", folder / "transformer" / "transformer_mpdit.py"):
         assert shipped.read_bytes() == (package / shipped.name).read_bytes()
+
+
+def test_a_transformer_that_its_file_does_not_fill(exported, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from mpdit.interop.transformer_mpdit import MPDiTTransformer2DModel
+
+    saved, name = exported / "pipeline" / "transformer", "diffusion_pytorch_model.safetensors"
+    (tmp_path / "config.json").write_text((saved / "config.json").read_text())
+    state = load_file(saved / name)
+    gone = sorted(state)[0]
+    del state[gone]
+    save_file(state | {"another": torch.zeros(1)}, tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"lacks {gone} and has unexpected another: export the pipeline again"):
+        MPDiTTransformer2DModel.from_pretrained(tmp_path)

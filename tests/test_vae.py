@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from mpdit.core.errors import ConfigError
+from mpdit.core.errors import CheckpointError, ConfigError
 from mpdit.model.vae import SIGNED, UNIT, VAE, pixel_range_of
 
 
@@ -107,6 +108,34 @@ def test_what_is_no_vae(folder: Path, tmp_path: Path, name: str, message: str) -
     (tmp_path / "BROKEN" / "diffusion_pytorch_model.safetensors").write_bytes(b"rubbish")
     with pytest.raises(ConfigError, match=message):
         VAE.load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda name, v: None if name.startswith("encoder") else v, r"lacks encoder\.\S+, \S+, \S+ and \d+ more"),
+        (lambda name, v: None if name == "quant_conv.bias" else v, r"it lacks quant_conv\.bias: give a VAE"),
+        (lambda name, v: v.char(), r"holds \S+ of I8: weights are fp16"),
+        (lambda name, v: v / 0 if name == "decoder.conv_out.bias" else v, r"infinity in decoder\.conv_out\.bias"),
+        (lambda name, v: v[None] if name == "quant_conv.bias" else v, "can't be loaded as an AutoencoderKL"),
+    ],
+)
+def test_files_that_do_not_fill_the_vae(folder: Path, tmp_path: Path, change: Any, message: str) -> None:
+    file = "diffusion_pytorch_model.safetensors"
+    state = {name: change(name, value) for name, value in load_file(folder / file).items()}
+    save_file({name: value for name, value in state.items() if value is not None}, tmp_path / file)
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises((CheckpointError, ConfigError), match=message):
+        VAE.load(str(tmp_path))
+
+
+def test_a_file_of_more_than_the_vae(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = "diffusion_pytorch_model.safetensors"
+    save_file(load_file(folder / file) | {"loss.logvar": torch.zeros(1)}, tmp_path / file)
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(CheckpointError, match=r"vae '.*' does not fill the model: it has unexpected loss\.logvar: "):
+        VAE.load(str(tmp_path))
+    assert not capfd.readouterr().err  # diffusers' own pages about it
 
 
 def test_what_does_not_fit(folder: Path) -> None:

@@ -15,6 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from mpdit import ModelConfig, MPDiT
+from mpdit.model.weights import check_filled
 
 
 class MPDiTTransformer2DModel(ModelMixin, ConfigMixin):
@@ -40,6 +41,14 @@ class MPDiTTransformer2DModel(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         self.mpdit = MPDiT(ModelConfig.from_dict(model))
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *, output_loading_info: bool = False, **options: Any) -> Any:
+        """Load as ModelMixin does, which leaves what no file holds as it was built; CheckpointError for that here."""
+        model, loaded = super().from_pretrained(path, output_loading_info=True, **options)
+        remedy = "export the pipeline again with `mpdit convert --to diffusers`"
+        check_filled(path, loaded["missing_keys"], loaded["unexpected_keys"], remedy)
+        return (model, loaded) if output_loading_info else model
 
     def forward(self, hidden_states: Tensor, timestep: Tensor | float, class_labels: Tensor) -> Tensor:
         """Predict the velocity, like hidden_states [B, C, S, S], at one time or times [B]: 1 is noise, 0 is data.

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from mpdit.core.errors import ConfigError, first_line
+from mpdit.core.errors import CheckpointError, ConfigError, first_line
 from mpdit.model.config import one_of
 from mpdit.model.pretrained import is_hub_id
+from mpdit.model.weights import check_filled, check_values
 
 VAEDtype = Literal["fp32", "bf16"]
 PixelRange = tuple[float, float]
@@ -68,7 +70,8 @@ class VAE:
         """Load the AutoencoderKL in a folder, in the "vae" folder of a pipeline's folder, or of a hub id.
 
         Raises ConfigError when diffusers is missing, when nothing is there that it can load, or when it is another
-        kind of autoencoder, or one of images that are not RGB.
+        kind of autoencoder, or one of images that are not RGB; CheckpointError when its files don't fill it, or hold
+        other tensors, other numbers than floats of 16 bits or more, NaN or infinity.
         """
         path = Path(name)
         if (path / "model_index.json").is_file() or (path / "vae" / "config.json").is_file():
@@ -76,15 +79,32 @@ class VAE:
         _check_folder(path, name)  # before the import, which takes seconds
         try:
             from diffusers import AutoencoderKL
+            from diffusers.utils import logging
         except ImportError as error:
             raise ConfigError(f"a VAE needs diffusers ({error}): pip install 'mpdit[vae]'") from error
+        # diffusers (0.42) leaves tensors that no file has uninitialised, and names all of them on many lines.
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()
         try:
-            module = AutoencoderKL.from_pretrained(str(path) if path.is_dir() else name, low_cpu_mem_usage=False)
+            module, loaded = AutoencoderKL.from_pretrained(
+                str(path) if path.is_dir() else name, low_cpu_mem_usage=False, output_loading_info=True
+            )
         except Exception as error:  # diffusers and the hub raise what they like, from OSError to KeyError
             raise ConfigError(
                 f"vae {name!r} can't be loaded as an AutoencoderKL ({first_line(error)}): give a folder that diffusers "
                 "saved, or a hub id such as stabilityai/sd-vae-ft-ema where the hub can be reached"
             ) from error
+        finally:
+            logging.set_verbosity(verbosity)
+        where = f"vae {name!r}"
+        check_filled(
+            where,
+            loaded["missing_keys"],
+            loaded["unexpected_keys"],
+            "give a VAE that was saved whole, with the config.json that it was saved with",
+        )
+        check_values(module.state_dict(), where)
+        _check_dtypes(path, where)
         for field in ("in_channels", "out_channels"):
             if (planes := getattr(module.config, field)) != _RGB:
                 raise ConfigError(f"vae {name!r} has {field} {planes}: give one of RGB images, which have {_RGB}")
@@ -177,6 +197,15 @@ def _check_folder(path: Path, name: str) -> None:
         ) from error
     if kind != "AutoencoderKL":
         raise ConfigError(f"vae {name!r} holds a {kind}: only diffusers' AutoencoderKL can be used")
+
+
+def _check_dtypes(folder: Path, where: str) -> None:
+    """Raise CheckpointError for weights that diffusers would take for plain numbers though they are quantised."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                if (dtype := file.get_slice(name).get_dtype()) not in ("F64", "F32", "F16", "BF16"):
+                    raise CheckpointError(f"{where} holds {name} of {dtype}: weights are fp16, bf16, fp32 or fp64")
 
 
 def _digest(module: nn.Module) -> str:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from mpdit.core.zips import find_damaged, is_zip
 from mpdit.model.config import ModelConfig
 
 FORMAT = "mpdit-weights-1"
+_NAMED = 3  # of tensors that don't fit, as many are named in a message
 _LARGEST = 1e30  # of constants of latents; what is larger is damaged
 
 
@@ -87,6 +88,22 @@ def check_values(tensors: Mapping[str, Tensor], where: str | Path) -> None:
             raise CheckpointError(f"{where} holds {name} of {value.dtype}: weights are fp16, bf16, fp32 or fp64")
         if not value.sum().isfinite() and not value.isfinite().all():  # a sum is quicker, but may overflow
             raise CheckpointError(f"{where} holds NaN or infinity in {name}: give weights of a sound run")
+
+
+def check_filled(where: str | Path, missing: Collection[str], unexpected: Collection[str], remedy: str) -> None:
+    """Raise CheckpointError, naming `where` and the first tensors, when a model lacks some or a file has others.
+
+    What a file doesn't fill keeps whatever the model was built with: figures and images would be of random weights.
+    """
+    found = {"lacks": missing, "has unexpected": unexpected}
+    told = [f"{verb} {_some(names)}" for verb, names in found.items() if names]
+    if told:
+        raise CheckpointError(f"{where} does not fill the model: it {' and '.join(told)}: {remedy}")
+
+
+def _some(names: Collection[str]) -> str:
+    first = sorted(names)[:_NAMED]
+    return ", ".join(first) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
 def load_tensors(path: str | Path) -> Any:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mpdit.core.errors import CheckpointError, ConfigError
-from mpdit.model.weights import load_tensors
+from mpdit.model.weights import check_filled, check_values, load_tensors
 
 FILE_NAME = "weights-inception-2015-12-05-6726825d.pth"
 HASH_PREFIX = "6726825d"
@@ -123,16 +123,27 @@ def _build(module: Any, path: Path) -> nn.Module:
     state = load_tensors(path)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} is no state dict: give torch-fidelity's {FILE_NAME}")
-    # The constructor downloads weights and loads them: it is handed ours instead.
+
+    class Unfilled(module.FeatureExtractorInceptionV3):
+        def load_state_dict(self, *args: object, **options: object) -> None:
+            """Keep what was built: the constructor would download weights and load them."""
+
     original = module.load_state_dict_from_url
-    module.load_state_dict_from_url = lambda *args, **kwargs: state
+    module.load_state_dict_from_url = lambda *args, **kwargs: {}
     try:
-        net: nn.Module = module.FeatureExtractorInceptionV3("inception", [str(POOL_FEATURES)])
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise CheckpointError(f"{path} doesn't hold weights of torch-fidelity's Inception: {reason}") from error
+        net: nn.Module = Unfilled("inception", [str(POOL_FEATURES)])
     finally:
         module.load_state_dict_from_url = original
+    expected = net.state_dict()
+    remedy = f"give torch-fidelity's {FILE_NAME}"
+    check_filled(path, expected.keys() - state.keys(), state.keys() - expected.keys(), remedy)
+    for name, value in expected.items():
+        if state[name].shape != value.shape:
+            shapes = f"{list(state[name].shape)}, not {list(value.shape)}"
+            raise CheckpointError(f"{path} holds {name} of shape {shapes}: {remedy}")
+    # Counters of batches are whole numbers, and not read.
+    check_values({name: state[name] for name, value in expected.items() if value.is_floating_point()}, path)
+    nn.Module.load_state_dict(net, state)
     return net
 
 
