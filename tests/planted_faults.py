@@ -128,6 +128,8 @@ FAULTS = tuple(Fault(*row) for row in (
     (M + "diffusion/sampling.py", "guidance doesn't act at the interval's ends",
      "self.interval[0] <= times[index] <= self.interval[1]", "self.interval[0] < times[index] < self.interval[1]",
      "test_sampling.py -k interval"),
+    (M + "diffusion/sampling.py", "channels that aren't guided forget the class", "conditional[:, channels:]",
+     "unconditional[:, channels:]", "test_sampling.py -k official_sit"),
     (M + "diffusion/sampling.py", "the SDE's last step adds noise", "        if i < steps - 1:",
      "        if i < steps:",
      "test_sampling_solvers.py test_sampling.py"),

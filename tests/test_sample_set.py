@@ -314,6 +314,7 @@ OTHER_PROTOCOLS = {
     "steps": (["--steps", "3"], "steps 2 there, 3 here"),
     "seed": (["--seed", "1"], "seed 0 there, 1 here"),
     "guidance": (["--guidance", "1.5"], "guidance 2.0 there, 1.5 here"),
+    "guided channels": (["--guidance-channels", "3"], "guidance_channels None there, 3 here"),
     "labels": (["--labels", "balanced"], "labels.order random there, balanced here"),
     "precision": (["--precision", "bf16"], "precision fp32 there, bf16 here"),
     "vae": (["--vae-dtype", "bf16"], "decoder.dtype fp32 there, bf16 here"),

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sample_sets import draw, save_model, save_vae
@@ -22,10 +23,30 @@ def test_a_preview_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert json.loads((tmp_path / "out" / "protocol.json").read_text())["decoder"]["kind"] == "preview"
 
 
+@pytest.mark.parametrize("origin", ["SiT", "MPDiT", None])
+def test_how_a_published_model_was_guided_is_said(
+    origin: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = save_model(tmp_path / "weights")
+    description = json.loads((weights / "config.json").read_text())
+    description["training"]["official"] = origin
+    (weights / "config.json").write_text(json.dumps(description))
+    told = []
+    for name, options in {"all": (), "three": ("--guidance-channels", "3"), "unguided": ("--guidance", "1")}.items():
+        assert draw(tmp_path, tmp_path / name, "--num", "2", *options, vae=False) == 0
+        told.append("SiT's published figures were drawn with three guided" in capsys.readouterr().out)
+    assert told == [origin == "SiT", False, False]
+    protocols = [json.loads((tmp_path / name / "protocol.json").read_text()) for name in ("all", "three")]
+    assert [protocol.get("guidance_channels") for protocol in protocols] == [None, 3]
+    everything, three = (np.load(tmp_path / name / "latents.npy") for name in ("all", "three"))
+    assert not np.array_equal(everything, three)
+
+
 MISTAKES = {
     "channels": ({"channels": 3}, None, [], "has 3 latent channels and the model 4"),
     "factor": ({}, {"kind": "diffusers_vae", "vae": "a/b", "factor": 8}, [], "enlarges latents 2 times"),
     "no vae": (None, None, [], "does not exist: give a folder"),
+    "guided channels": ({}, None, ["--guidance-channels", "5"], "guidance_channels is 5: give a whole number of"),
     "class": ({}, None, ["--classes", "40"], "--classes 40 is not one of the model's"),
     "device": ({}, None, ["--device", "abacus"], "device 'abacus' can't be used"),
     "graph": ({}, None, ["--cuda-graph", "on"], "CUDA graphs need a GPU"),

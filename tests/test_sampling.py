@@ -1,5 +1,6 @@
 """Calls, guidance, modes and bad arguments of `sample`; the solvers' accuracy is in test_sampling_solvers.py."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from mpdit.core.errors import ConfigError
 from mpdit.diffusion.sampling import SAMPLERS, sample
 from mpdit.model.config import ModelConfig
+from mpdit.model.mpdit import MPDiT
 
 CLASSES = torch.tensor([1, 0, 2])
 NULL = 3
@@ -111,6 +113,42 @@ def test_guidance_is_u_plus_w_times_c_minus_u(weight):
     conditional, unconditional = ((1.0 + y[:, None, None, None]) ** 2 for y in (CLASSES, torch.full((3,), NULL)))
     velocity = noise() + unconditional + weight * (conditional - unconditional)
     torch.testing.assert_close(got, noise() - velocity)
+
+
+@pytest.mark.parametrize("method", SAMPLERS)
+def test_the_first_channels_alone_may_be_guided(method):
+    settings = {"steps": 50, "method": method, "null_class": NULL, "interval": (0.2, 0.8), "atol": 1e-8, "rtol": 1e-8}
+    one, both, unguided = (
+        sample(Recorder(), noise().double(), CLASSES, guidance=weight, guidance_channels=channels, **settings)
+        for weight, channels in ((3.0, 1), (3.0, 2), (1.0, 1))
+    )
+    everything = sample(Recorder(), noise().double(), CLASSES, guidance=3.0, **settings)
+    assert torch.equal(both, everything)
+    assert (everything - unguided).abs().min() > 1  # the field's channels don't mix, so each shows its own guidance
+    torch.testing.assert_close(one, torch.cat([everything[:, :1], unguided[:, 1:]], dim=1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("weight", [1.5, 4.0])
+def test_three_guided_channels_are_the_official_sit_samples(weight):
+    """Both halves of the batch go through the loop, in SiT's time, from 0 (noise) to 1 (data)."""
+    size = {"width": 16, "heads": 2, "input_size": 8, "num_classes": 5}
+    official = {"class_conditioning": "added", "modulation": "per_block", "time_embedding": "sinusoidal"}
+    shape = ModelConfig(((2, 2),), **size, **official, time_layers=2, learn_sigma=True)
+    theirs, model = (MPDiT(replace(shape, convention=name)) for name in ("mpdit", "sit"))
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    model.load_state_dict(theirs.state_dict())
+    latents, classes, steps = torch.randn(3, 4, 8, 8), torch.tensor([4, 0, 2]), 6
+    x, labels = torch.cat([latents, latents]), torch.cat([classes, torch.full((3,), 5)])
+    with torch.no_grad():
+        for i in range(steps):
+            x = torch.cat([x[:3], x[:3]])
+            out = theirs(x, torch.full((6,), i / steps), labels)
+            guided = out[3:, :3] + weight * (out[:3, :3] - out[3:, :3])
+            x = x + torch.cat([torch.cat([guided, guided]), out[:, 3:]], dim=1) / steps
+    got = sample(model, latents, classes, steps, guidance=weight, guidance_channels=3)
+    torch.testing.assert_close(got, x[:3], rtol=1e-4, atol=1e-5)
+    assert (sample(model, latents, classes, steps, guidance=weight) - got).abs().max() > 0.01
 
 
 def test_guidance_one_costs_one_forward_and_no_null_class():
@@ -234,6 +272,12 @@ def test_an_empty_batch_is_an_empty_result():
         ({"steps": 2.5}, "steps is 2.5"),
         ({"steps": 1, "method": "sde"}, "steps is 1: sde needs a whole number of at least 2"),
         ({"guidance": float("nan")}, "guidance is nan"),
+        (
+            {"guidance_channels": 0},
+            "guidance_channels is 0: give a whole number of at least 1 and at most 2, the latents'",
+        ),
+        ({"guidance_channels": 3}, "guidance_channels is 3"),
+        ({"guidance_channels": 1.5}, "guidance_channels is 1.5"),
         ({"interval": (0.7, 0.3)}, r"interval is \(0.7, 0.3\)"),
         ({"interval": (0.0, 1.5)}, r"interval is \(0.0, 1.5\)"),
         ({"method": "sde", "diffusion_form": "cosine"}, "diffusion_form is 'cosine': choose one of constant, sbdm"),

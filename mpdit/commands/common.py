@@ -87,6 +87,8 @@ _HELP = {
     "steps": "steps; for dopri5 the most it may try. The paper's figures take 250, models of the digits no more "
     "than 25",
     "guidance": "classifier-free guidance w in u + w (c - u); 1 is none, at half the cost",
+    "guidance_channels": "guide the first N channels of the latents only; DiT's and SiT's published figures take 3 "
+    "(default: all)",
     "interval": "times in which guidance acts; 1 is noise, 0 is data",
     "diffusion_form": f"how much noise sde adds over time: {', '.join(DIFFUSION_FORMS)}; the other methods add none",
     "tolerance": "absolute and relative error dopri5 keeps to; the other methods go by steps alone",
@@ -193,6 +195,7 @@ def add_sampler(parser: argparse.ArgumentParser, defaults: SamplerSettings) -> N
     add("--method", default=defaults.method, choices=tuple(SAMPLERS))
     add("--steps", default=defaults.steps, type=whole(1))
     add("--guidance", default=defaults.guidance, type=number)
+    add("--guidance-channels", type=whole(1), metavar="N")
     add("--interval", default=defaults.interval, type=number, nargs=2, metavar=("FIRST", "LAST"))
     add("--diffusion-form", default=defaults.diffusion_form, metavar="FORM")
     add("--tolerance", default=defaults.tolerance, type=number)

@@ -56,6 +56,8 @@ class Flow:
     nulls: Tensor | None
     """The classes taken away; None when guidance is 1."""
     guidance: float
+    guidance_channels: int | None
+    """The first so many are guided; None: all."""
     interval: tuple[float, float]
     report: Callable[[int, int], object]
     """Called with (steps done, steps) after each step."""
@@ -91,7 +93,9 @@ class Flow:
             if not guided:
                 return v
             conditional, unconditional = v.chunk(2)
-            return unconditional + self.guidance * (conditional - unconditional)
+            mixed = unconditional + self.guidance * (conditional - unconditional)
+            channels = self.guidance_channels
+            return mixed if channels is None else torch.cat([mixed[:, :channels], conditional[:, channels:]], dim=1)
 
         return velocity
 
@@ -213,6 +217,7 @@ def sample(
     method: str = "euler",
     guidance: float = 1.0,
     *,
+    guidance_channels: int | None = None,
     interval: tuple[float, float] = (0.0, 1.0),
     null_class: int | None = None,
     diffusion_form: str = "sigma",
@@ -234,7 +239,9 @@ def sample(
 
     guidance w evaluates u + w (c - u), with c the velocity given the class and u given null_class (the model's own
     unless given), in one forward of 2B (Ho and Salimans, 2022). It acts at times inside `interval`, ends included
-    (Kynkäänniemi et al., NeurIPS 2024); elsewhere, and when w is 1, the forward has B samples.
+    (Kynkäänniemi et al., NeurIPS 2024); elsewhere, and when w is 1, the forward has B samples. With guidance_channels k
+    only the first k channels are guided and the others are c's: forward_with_cfg of the official DiT and SiT does so
+    with k = 3, and their published figures were drawn with it.
 
     progress(done, steps) is called after each step. Raises ConfigError for an argument out of range or shapes that
     don't fit.
@@ -268,6 +275,12 @@ def sample(
         raise ConfigError(f"guidance is {guidance}: give a finite number, 1 for none")
     if guidance != 1 and null_class is None:
         raise ConfigError(f"guidance is {guidance} but the model names no null class: give null_class")
+    whole = isinstance(guidance_channels, int)
+    if guidance_channels is not None and not (whole and 1 <= guidance_channels <= noise.shape[1]):
+        raise ConfigError(
+            f"guidance_channels is {guidance_channels!r}: give a whole number of at least 1 and at most "
+            f"{noise.shape[1]}, the latents' channels"
+        )
     low, high = interval
     if not 0 <= low <= high <= 1:
         raise ConfigError(f"interval is {interval}: give two times with 0 <= first <= second <= 1")
@@ -279,6 +292,7 @@ def sample(
         classes=y.long(),
         nulls=None if guidance == 1 else torch.full_like(y, null_class, dtype=torch.int64),  # type: ignore[arg-type]
         guidance=guidance,
+        guidance_channels=guidance_channels,
         interval=interval,
         report=progress or (lambda done, total: None),
         atol=atol,
@@ -299,6 +313,8 @@ class SamplerSettings:
     method: str = "euler"
     steps: int = 250
     guidance: float = 1.0
+    guidance_channels: int | None = None
+    """The first so many are guided; None: all."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Times in which guidance acts."""
     diffusion_form: str = "sigma"
@@ -319,7 +335,9 @@ class SamplerSettings:
         """Return, in plain JSON types, the settings that had an effect, to be kept beside the figures."""
         unread = {name for sampler in SAMPLERS.values() for name in sampler.reads} - {*SAMPLERS[self.method].reads}
         if self.guidance == 1:
-            unread.add("interval")
+            unread |= {"guidance_channels", "interval"}
+        elif self.guidance_channels is None:
+            unread.add("guidance_channels")  # sets of earlier versions don't name it, and go on
         fields = dataclasses.asdict(self) | {"interval": list(self.interval)}
         return {name: value for name, value in fields.items() if name not in unread}
 
@@ -378,6 +396,7 @@ def generate(
                 settings.steps,
                 settings.method,
                 settings.guidance,
+                guidance_channels=settings.guidance_channels,
                 interval=settings.interval,
                 diffusion_form=settings.diffusion_form,
                 seed=settings.seed,

@@ -49,6 +49,8 @@ _GRID, _CLASSES = "grid.png", "classes.npy"
 _IN_GRID = 100
 _PNG_THREADS = 8
 _REDRAW = "delete the folder and repeat the command, which draws the set again"
+_GUIDE_THREE = ("DiT", "SiT")
+"""Official codes whose forward_with_cfg guides the first three channels, "for exact reproducibility reasons"."""
 _NOT_COMPARED = {"weights", "training", "images", "environments", "batch"}
 _NOTE_NAME = "samples.json"
 """Of the file beside the parts that says what they are of."""
@@ -148,6 +150,12 @@ def _plan(
         remarks.append(
             f"these are linear previews at latent resolution ({shape[0]} x {shape[1]}), not the model's images: give "
             f"--vae PATH_OR_HUB_ID{f' (the weights name {named})' if named else ''} to decode them"
+        )
+    origin = (metadata.get("training") or {}).get("official")
+    if sampler.guidance != 1 and sampler.guidance_channels is None and origin in _GUIDE_THREE:
+        remarks.append(
+            f"guidance acts on all {config.channels} channels, and {origin}'s published figures were drawn with three "
+            "guided: --guidance-channels 3 does as they do"
         )
     settings = sampler.protocol()
     del settings["batch"]  # each environment names its own
