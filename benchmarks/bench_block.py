@@ -15,8 +15,7 @@ from setting import Setting
 from torch import Tensor
 
 from mpdit.model.config import ModelConfig
-from mpdit.model.layers import ResidualStream
-from mpdit.model.mpdit import Block
+from mpdit.model.mpdit import Block, ResidualStream
 from mpdit.model.presets import PRESETS
 from mpdit.planning.account import account, stage_tokens
 

@@ -58,7 +58,7 @@ FAULTS = tuple(Fault(*row) for row in (
      "test_model_mixed.py -k 'ablation and apart'"),
     (M + "model/time.py", "a cast to bf16 narrows the table of frequencies", "bits < torch.finfo(exact.dtype).bits",
      "bits > torch.finfo(exact.dtype).bits", "test_model.py -k cast"),
-    (M + "model/transition.py", "the composed skip loses the embedding's bias",
+    (M + "model/mpdit.py", "the composed skip loses the embedding's bias",
      "linear(self.embed_bias, self.linear_weight, self.linear_bias)", "self.linear_bias",
      "test_model.py -k 'ablation'"),
     (M + "model/mpdit.py", "activation checkpointing never happens",

@@ -8,7 +8,7 @@ from mpdit_kernels.fno.reference import fourier_matrices
 
 import mpdit
 from mpdit.core.errors import ConfigError
-from mpdit.model.layers import Modulation
+from mpdit.model.mpdit import Modulation
 from mpdit.model.time import FNOTimeEmbedding
 from mpdit.model.transition import TRANSITIONS
 

@@ -1,7 +1,6 @@
-"""Parts of the model: norm, modulation, patches, positions, and the residual stream.
+"""Leaves of the model: norm, MLP, cutting into patches and joining them, positions.
 
-Letters in shapes: B images, C channels, (H, W) size, p patch, (h, w) = (H/p, W/p) grid, n = h*w image tokens, m class
-tokens, T = m + n, D width.
+Letters in shapes: B images, C channels, (H, W) size, p patch, (h, w) = (H/p, W/p) grid, n = h*w image tokens, D width.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ from typing import TypeVar, cast
 
 import torch
 from einops import rearrange
-from mpdit_kernels import adaln_modulate, gated_residual, gated_residual_adaln, gelu_linear
+from mpdit_kernels import gelu_linear
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, linear, silu
+from torch.nn.functional import layer_norm
 
 EPS = 1e-6
 """Of every layer norm; none has an affine part."""
@@ -46,20 +45,6 @@ def normalize(x: Tensor) -> Tensor:
     return layer_norm(x, x.shape[-1:], eps=EPS)
 
 
-class Modulation(nn.Module):
-    """Condition [B, D] -> [B, chunks*D]: a Linear of SiLU, zero at initialisation (adaLN-Zero), always in fp32."""
-
-    def __init__(self, width: int, chunks: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(chunks * width, width))
-        self.bias = nn.Parameter(torch.zeros(chunks * width))
-
-    def forward(self, condition: Tensor) -> Tensor:
-        with torch.autocast(condition.device.type, enabled=False):
-            weight, bias = at_least_fp32(self.weight), at_least_fp32(self.bias)
-            return linear(silu(at_least_fp32(condition)), weight, bias)
-
-
 class MLP(nn.Module):
     """Linear, tanh-GELU, Linear."""
 
@@ -87,21 +72,6 @@ def patchify(x: Tensor, patch: int) -> Tensor:
 def unpatchify(tokens: Tensor, patch: int, grid: Grid) -> Tensor:
     """Join [B, n, p*p*C] to [B, C, H, W], channel fastest: the order of the final layer's rows."""
     return rearrange(tokens, "b (h w) (i j c) -> b c (h i) (w j)", h=grid[0], i=patch, j=patch)
-
-
-class PatchEmbed(nn.Module):
-    """[B, C, H, W] -> [B, n, D]: a convolution whose stride is its kernel, as one matrix product."""
-
-    def __init__(self, patch: int, channels: int, width: int) -> None:
-        super().__init__()
-        self.patch = patch
-        self.weight = nn.Parameter(torch.empty(width, channels, patch, patch))
-        self.bias = nn.Parameter(torch.zeros(width))
-        nn.init.xavier_uniform_(self.weight.data.view(width, -1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        # By its module: DeepSpeed's FLOP profiler replaces it there (docs/profiling.md says what that sees).
-        return nn.functional.linear(patchify(x, self.patch), self.weight.flatten(1), self.bias)
 
 
 def sincos_position(width: int, grid: int | Grid, device: torch.device | None = None) -> Tensor:
@@ -145,47 +115,3 @@ class Position(nn.Module):
 def _made_once(width: int, grid: Grid, device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
         return sincos_position(width, grid).to(device, dtype)
-
-
-class ResidualStream:
-    """The residual stream x + gate * pending, of which the last branch is still to be added; x alone without one.
-
-    The addition is left to whoever reads the stream next and makes a pass over it anyway: mostly a layer norm, with
-    which one kernel does both.
-
-    Attributes:
-        x, pending: tokens [B, T, D]; packed, see packed.py, [N, D].
-        gate: [B, D].
-        num_class_tokens: m of the T tokens, in front of each image's.
-        cu_seqlens: where the images of packed tokens end; None for dense ones.
-    """
-
-    cu_seqlens: tuple[int, ...] | None = None
-
-    def __init__(
-        self, x: Tensor, num_class_tokens: int, pending: Tensor | None = None, gate: Tensor | None = None
-    ) -> None:
-        self.x, self.num_class_tokens, self.pending, self.gate = x, num_class_tokens, pending, gate
-
-    def sum(self) -> Tensor:
-        """Compute x + gate * pending, in the dtype of x."""
-        if self.pending is None or self.gate is None:
-            return self.x
-        return gated_residual(self.x, self.pending, self.gate, cu_seqlens=self.cu_seqlens)
-
-    def modulate(self, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the sum, and LN(sum) * (1 + scale [B, D]) + shift [B, D] as the next matrix product takes it."""
-        if self.pending is None or self.gate is None:
-            return self.x, adaln_modulate(self.x, shift, scale, EPS, cu_seqlens=self.cu_seqlens)
-        return gated_residual_adaln(self.x, self.pending, self.gate, shift, scale, EPS, cu_seqlens=self.cu_seqlens)
-
-    def replace(self, x: Tensor, pending: Tensor | None = None, gate: Tensor | None = None) -> ResidualStream:
-        """Return a stream of other values for the same tokens."""
-        return ResidualStream(x, self.num_class_tokens, pending, gate)
-
-    def without_class_tokens(self) -> ResidualStream:
-        """Return the stream of the image tokens alone."""
-        m, pending = self.num_class_tokens, self.pending
-        if not m:
-            return self
-        return ResidualStream(self.x[:, m:], 0, None if pending is None else pending[:, m:], self.gate)

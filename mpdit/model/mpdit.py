@@ -5,7 +5,9 @@ its DiTBlock, FinalLayer its namesake. New are the class tokens in front of the 
 all blocks, stages of coarser patches, and Upsample between them.
 
 Letters in shapes: B images, C channels, S side of the latents, D width, m class tokens, n image tokens of the stage,
-T = m + n, p its patch. The path of images of one size is here; that of several sizes in one batch is in packed.py.
+T = m + n, p its patch. The path of images of one size is here, whole; that of several sizes in one batch is in
+packed.py. Leaves are elsewhere: layers.py (norm, MLP, cutting into patches, the table of positions), transition.py
+(the ways to expand and refine tokens), time.py (the embeddings of time).
 """
 
 from __future__ import annotations
@@ -14,31 +16,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mpdit_kernels import attention, attention_varlen, dispatch
+from mpdit_kernels import adaln_modulate, attention, dispatch, gated_residual, gated_residual_adaln, upsample_tokens
 from mpdit_kernels.backends import BackendError, attention_mode
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import gelu, linear, pad, silu
 from torch.utils.checkpoint import checkpoint
 
 from mpdit.core.errors import ConfigError
 from mpdit.model.config import ModelConfig
 from mpdit.model.layers import (
+    EPS,
     MLP,
-    Modulation,
-    PatchEmbed,
     Position,
-    ResidualStream,
     at_least_fp32,
     grid_of,
     init_linear,
     module_list,
+    normalize,
+    patchify,
     unpatchify,
 )
-from mpdit.model.packed import Latents, check_images, packed_velocity
+from mpdit.model.packed import Latents, check_inputs, packed_velocity
 from mpdit.model.presets import preset
 from mpdit.model.pretrained import Pretrained
 from mpdit.model.time import time_kind
-from mpdit.model.transition import Upsample, transition_kind
+from mpdit.model.transition import transition_kind
 from mpdit.model.weights import read_weights
 
 
@@ -55,6 +57,21 @@ class ClassTokens(nn.Module):
         return self.table(y).unflatten(1, (self.tokens, -1))
 
 
+class PatchEmbed(nn.Module):
+    """[B, C, H, W] -> [B, n, D]: a convolution whose stride is its kernel, as one matrix product."""
+
+    def __init__(self, patch: int, channels: int, width: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.weight = nn.Parameter(torch.empty(width, channels, patch, patch))
+        self.bias = nn.Parameter(torch.zeros(width))
+        nn.init.xavier_uniform_(self.weight.data.view(width, -1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # By its module: DeepSpeed's FLOP profiler replaces it there (docs/profiling.md says what that sees).
+        return nn.functional.linear(patchify(x, self.patch), self.weight.flatten(1), self.bias)
+
+
 class Embed(nn.Module):
     """Into the coarsest stage: class tokens [B, m, D], m may be 0, and latents [B, C, S, S] -> tokens [B, m+n, D]."""
 
@@ -66,6 +83,65 @@ class Embed(nn.Module):
     def forward(self, class_tokens: Tensor, x: Tensor) -> Tensor:
         image = self.patch_embed(x) + self.position(grid_of(x, self.patch_embed.patch))  # [B, n, D]
         return torch.cat([class_tokens.to(image.dtype), image], dim=1) if class_tokens.shape[1] else image
+
+
+class ResidualStream:
+    """The residual stream x + gate * pending, of which the last branch is still to be added; x alone without one.
+
+    The addition is left to whoever reads the stream next and makes a pass over it anyway: mostly a layer norm, with
+    which one kernel does both. That of several sizes in one batch is packed.PackedStream.
+
+    Attributes:
+        x, pending: tokens [B, T, D].
+        gate: [B, D].
+        num_class_tokens: m of the T tokens, in front of each image's.
+    """
+
+    def __init__(
+        self, x: Tensor, num_class_tokens: int, pending: Tensor | None = None, gate: Tensor | None = None
+    ) -> None:
+        self.x, self.num_class_tokens, self.pending, self.gate = x, num_class_tokens, pending, gate
+
+    def sum(self) -> Tensor:
+        """Compute x + gate * pending, in the dtype of x."""
+        if self.pending is None or self.gate is None:
+            return self.x
+        return gated_residual(self.x, self.pending, self.gate)
+
+    def modulate(self, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum, and LN(sum) * (1 + scale [B, D]) + shift [B, D] as the next matrix product takes it."""
+        if self.pending is None or self.gate is None:
+            return self.x, adaln_modulate(self.x, shift, scale, EPS)
+        return gated_residual_adaln(self.x, self.pending, self.gate, shift, scale, EPS)
+
+    def attend(self, qkv: Tensor, first_query: int) -> Tensor:
+        """Mix the values of each image's tokens: [B, T, 3, heads, d] -> [B, T - first_query, heads, d]."""
+        return attention(qkv, first_query=first_query)
+
+    def replace(self, x: Tensor, pending: Tensor | None = None, gate: Tensor | None = None) -> ResidualStream:
+        """Return a stream of other values for the same tokens."""
+        return ResidualStream(x, self.num_class_tokens, pending, gate)
+
+    def without_class_tokens(self) -> ResidualStream:
+        """Return the stream of the image tokens alone."""
+        m, pending = self.num_class_tokens, self.pending
+        if not m:
+            return self
+        return ResidualStream(self.x[:, m:], 0, None if pending is None else pending[:, m:], self.gate)
+
+
+class Modulation(nn.Module):
+    """Condition [B, D] -> [B, chunks*D]: a Linear of SiLU, zero at initialisation (adaLN-Zero), always in fp32."""
+
+    def __init__(self, width: int, chunks: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(chunks * width, width))
+        self.bias = nn.Parameter(torch.zeros(chunks * width))
+
+    def forward(self, condition: Tensor) -> Tensor:
+        with torch.autocast(condition.device.type, enabled=False):
+            weight, bias = at_least_fp32(self.weight), at_least_fp32(self.bias)
+            return linear(silu(at_least_fp32(condition)), weight, bias)
 
 
 class QKV(nn.Linear):
@@ -86,14 +162,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
         init_linear(self.proj)
 
-    def forward(self, x: Tensor, first_query: int = 0, cu_seqlens: tuple[int, ...] | None = None) -> Tensor:
-        """Map [B, T, D] to [B, T - first_query, D]: the first tokens are keys and values only. Packed [N, D] alike."""
+    def forward(self, x: Tensor, stream: ResidualStream, first_query: int = 0) -> Tensor:
+        """Map the stream's tokens, modulated, [B, T, D] to [B, T - first_query, D]: the first are keys and values."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, T, 3, heads, D / heads]
         try:
-            if cu_seqlens is None:
-                mixed = attention(qkv, first_query=first_query)
-            else:
-                mixed = attention_varlen(qkv, cu_seqlens, first_query=first_query)
+            mixed = stream.attend(qkv, first_query)
         except BackendError as error:
             raise ConfigError(str(error)) from None
         return self.proj(mixed.flatten(-2))
@@ -120,12 +193,92 @@ class Block(nn.Module):
         modulation = condition if self.modulation is None else self.modulation(condition)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)  # [B, D] each
         x, modulated = stream.modulate(shift1, scale1)  # [B, T, D]
-        branch = self.attention(modulated, stream.num_class_tokens if last else 0, stream.cu_seqlens)
+        branch = self.attention(modulated, stream, stream.num_class_tokens if last else 0)
         stream = stream.replace(x)
         if last:
             stream = stream.without_class_tokens()  # [B, n, D]
         x, modulated = stream.replace(stream.x, branch, gate1).modulate(shift2, scale2)
         return stream.replace(x, self.mlp(modulated), gate2)
+
+
+class Skip(nn.Module):
+    """Input x [B, C, H, W] -> what a transition adds to all tokens, [B, m+n, D], or [m+n, D] without a skip.
+
+    It is Linear(PatchEmbed(x)) + position on image tokens and zero on class tokens. Nothing nonlinear stands between
+    the two products, so they are composed into one from C*p*p values, and both biases ride on the position table.
+    """
+
+    def __init__(self, config: ModelConfig, patch: int) -> None:
+        super().__init__()
+        width = config.width
+        self.patch, self.num_class_tokens, self.exact_fusions = patch, config.num_class_tokens, True
+        self.position = Position(width, config.input_size // patch)
+        self.enabled = config.skip
+        if self.enabled:
+            self.embed_weight = nn.Parameter(torch.empty(width, config.channels, patch, patch))
+            self.embed_bias = nn.Parameter(torch.zeros(width))
+            self.linear_weight = nn.Parameter(torch.empty(width, width))
+            self.linear_bias = nn.Parameter(torch.zeros(width))
+            nn.init.xavier_uniform_(self.embed_weight.data.view(width, -1))
+            nn.init.xavier_uniform_(self.linear_weight)
+
+    def composed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return patches [B, n, C*p*p] of x, and the one weight [D, C*p*p] and bias [D] they meet; None if disabled."""
+        if not self.enabled:
+            return None
+        weight = self.linear_weight @ self.embed_weight.flatten(1)
+        return patchify(x, self.patch), weight, linear(self.embed_bias, self.linear_weight, self.linear_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = (0, 0, self.num_class_tokens, 0)  # zeros for the class tokens
+        position = self.position(grid_of(x, self.patch))
+        if not self.enabled:
+            return pad(position, rows)
+        if not self.exact_fusions:
+            embedded = linear(patchify(x, self.patch), self.embed_weight.flatten(1), self.embed_bias)
+            return pad(linear(embedded, self.linear_weight, self.linear_bias) + position, rows)
+        patches, weight, bias = self.composed(x)  # type: ignore[misc]
+        return linear(pad(patches, rows), weight) + pad(position + bias, rows)
+
+
+class Upsample(nn.Module):
+    """Tokens of a stage [B, m+n0, D] and the input x [B, C, H, W] -> tokens of the next stage [B, m+n1, D].
+
+    Image tokens are expanded; with a refining layer, they pass tanh-GELU, are joined by the class tokens, and all pass
+    LN and that layer; then the skip and the finer positions are added to the image tokens.
+    """
+
+    def __init__(self, config: ModelConfig, coarse_patch: int, patch: int) -> None:
+        super().__init__()
+        kind = transition_kind(config)
+        self.num_class_tokens, self.coarse_patch, self.fused = config.num_class_tokens, coarse_patch, kind.fused
+        self.expand: Any = kind.expand(config.width, coarse_patch // patch)
+        self.refine: Any = kind.refine(config.width) if kind.refine else None
+        self.skip = Skip(config, patch)
+
+    def forward(self, tokens: Tensor, x: Tensor) -> Tensor:
+        m, coarse, fine = self.num_class_tokens, grid_of(x, self.coarse_patch), grid_of(x, self.skip.patch)
+        if self.fused and self.skip.exact_fusions:  # what follows below, by the kernels of mpdit_kernels/upsample
+            return upsample_tokens(
+                tokens,
+                self.expand.weight,
+                self.expand.bias,
+                self.refine.weight,
+                self.refine.bias,
+                num_class_tokens=m,
+                factor=self.expand.factor,
+                skip=self.skip.composed(x),
+                position=self.skip.position(fine),
+                grid=coarse,
+                eps=EPS,
+            )
+        image = self.expand(tokens[:, m:], coarse)  # [B, n1, D]
+        if self.refine is not None:
+            image = gelu(image, approximate="tanh")
+        joined = torch.cat([tokens[:, :m].to(image.dtype), image], dim=1) if m else image  # [B, m+n1, D]
+        if self.refine is not None:
+            joined = self.refine(normalize(joined), m, fine)
+        return joined + self.skip(x)
 
 
 class FinalLayer(nn.Module):
@@ -215,7 +368,7 @@ class MPDiT(Pretrained):
             ConfigError: shapes or dtypes that don't fit the configuration, or labels out of range. On a GPU the values
                 of labels are not looked at, as that would wait for it.
         """
-        self._check_inputs(x, t, y)
+        check_inputs(self.config, x, t, y)
         return self.velocity(x, self.prepare_time(t), y)
 
     def prepare_time(self, t: Tensor) -> Tensor:
@@ -304,30 +457,6 @@ class MPDiT(Pretrained):
     checkpointing = property(
         lambda self: self.activation_checkpointing, lambda self, on: setattr(self, "activation_checkpointing", on)
     )
-
-    def _check_inputs(self, x: Latents, t: Tensor, y: Tensor) -> None:
-        config = self.config
-        channels, size, coarsest = config.channels, config.input_size, config.stages[0].patch
-        if isinstance(x, Tensor):
-            if x.ndim != 4 or tuple(x.shape[1:]) != (channels, size, size):
-                raise ConfigError(f"x has shape {tuple(x.shape)}, expected (batch, {channels}, {size}, {size})")
-        else:
-            check_images("x", x)
-            for index, image in enumerate(x):
-                if image.shape[0] != channels or not all(side and side % coarsest == 0 for side in image.shape[1:]):
-                    raise ConfigError(
-                        f"x[{index}] has shape {tuple(image.shape)}, expected ({channels}, H, W) with H and W "
-                        f"multiples of the coarsest patch {coarsest}"
-                    )
-        for name, value in (("t", t), ("y", y)):
-            if value.shape != (len(x),):
-                raise ConfigError(f"{name} has shape {tuple(value.shape)}, expected ({len(x)},) as x has {len(x)} rows")
-        if y.is_floating_point():
-            raise ConfigError(f"y has dtype {y.dtype}, expected int64 labels in 0..{config.num_classes}")
-        if y.device.type == "cpu" and len(y) and not torch.compiler.is_compiling():
-            low, high = int(y.min()), int(y.max())
-            if low < 0 or high > config.num_classes:
-                raise ConfigError(f"y holds labels from {low} to {high}, expected 0..{config.num_classes}")
 
 
 def _run_summed(

@@ -12,10 +12,12 @@ from operator import index
 from typing import Any
 
 import torch
+from mpdit_kernels import adaln_modulate, attention_varlen, gated_residual, gated_residual_adaln
 from torch import Tensor
 
 from mpdit.core.errors import ConfigError
-from mpdit.model.layers import ResidualStream, grid_of, unpatchify
+from mpdit.model.config import ModelConfig
+from mpdit.model.layers import EPS, grid_of, unpatchify
 
 Latents = Tensor | Sequence[Tensor]
 """A batch of images: a tensor [B, C, S, S], or a list of [C, H, W] of several sizes."""
@@ -53,8 +55,8 @@ class Images:
         return [found[i] for i in range(len(found))]
 
 
-class PackedStream(ResidualStream):
-    """A residual stream of all groups' tokens: x and pending [N, D], gate [B, D].
+class PackedStream:
+    """Does as mpdit.ResidualStream for all groups' tokens: x and pending [N, D], gate [B, D].
 
     Attributes:
         groups: (images, tokens of each), for each group.
@@ -70,7 +72,7 @@ class PackedStream(ResidualStream):
         gate: Tensor | None = None,
         cu_seqlens: tuple[int, ...] | None = None,
     ) -> None:
-        super().__init__(x, num_class_tokens, pending, gate)
+        self.x, self.num_class_tokens, self.pending, self.gate = x, num_class_tokens, pending, gate
         self.groups = groups
         lengths = (n for images, n in groups for _ in range(images))
         self.cu_seqlens = cu_seqlens or tuple(accumulate(lengths, initial=0))
@@ -84,6 +86,19 @@ class PackedStream(ResidualStream):
         """Split all tokens [N, D] into dense groups [B_g, T_g, D]: views."""
         parts = tokens.split([images * n for images, n in self.groups])
         return [part.unflatten(0, group) for part, group in zip(parts, self.groups, strict=True)]
+
+    def sum(self) -> Tensor:
+        if self.pending is None or self.gate is None:
+            return self.x
+        return gated_residual(self.x, self.pending, self.gate, cu_seqlens=self.cu_seqlens)
+
+    def modulate(self, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        if self.pending is None or self.gate is None:
+            return self.x, adaln_modulate(self.x, shift, scale, EPS, cu_seqlens=self.cu_seqlens)
+        return gated_residual_adaln(self.x, self.pending, self.gate, shift, scale, EPS, cu_seqlens=self.cu_seqlens)
+
+    def attend(self, qkv: Tensor, first_query: int) -> Tensor:
+        return attention_varlen(qkv, self.cu_seqlens, first_query=first_query)
 
     def replace(self, x: Tensor, pending: Tensor | None = None, gate: Tensor | None = None) -> PackedStream:
         return PackedStream(self.groups, x, self.num_class_tokens, pending, gate, self.cu_seqlens)
@@ -143,3 +158,28 @@ def check_images(name: str, batch: Any) -> None:
             raise ConfigError(
                 f"{name}[{i}] has {image.shape[0]} channels and {name}[0] {batch[0].shape[0]}: give all the same"
             )
+
+
+def check_inputs(config: ModelConfig, x: Latents, t: Tensor, y: Tensor) -> None:
+    """Raise ConfigError for latents, times or labels that the model can't take: see MPDiT.forward."""
+    channels, size, coarsest = config.channels, config.input_size, config.stages[0].patch
+    if isinstance(x, Tensor):
+        if x.ndim != 4 or tuple(x.shape[1:]) != (channels, size, size):
+            raise ConfigError(f"x has shape {tuple(x.shape)}, expected (batch, {channels}, {size}, {size})")
+    else:
+        check_images("x", x)
+        for index, image in enumerate(x):
+            if image.shape[0] != channels or not all(side and side % coarsest == 0 for side in image.shape[1:]):
+                raise ConfigError(
+                    f"x[{index}] has shape {tuple(image.shape)}, expected ({channels}, H, W) with H and W "
+                    f"multiples of the coarsest patch {coarsest}"
+                )
+    for name, value in (("t", t), ("y", y)):
+        if value.shape != (len(x),):
+            raise ConfigError(f"{name} has shape {tuple(value.shape)}, expected ({len(x)},) as x has {len(x)} rows")
+    if y.is_floating_point():
+        raise ConfigError(f"y has dtype {y.dtype}, expected int64 labels in 0..{config.num_classes}")
+    if y.device.type == "cpu" and len(y) and not torch.compiler.is_compiling():
+        low, high = int(y.min()), int(y.max())
+        if low < 0 or high > config.num_classes:
+            raise ConfigError(f"y holds labels from {low} to {high}, expected 0..{config.num_classes}")

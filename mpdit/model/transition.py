@@ -1,4 +1,4 @@
-"""From a coarse stage to the next finer one (MPDiT's Upsample block, section 3.1, and the variants of its Table 5).
+"""The ways from coarse tokens to fine ones that model.mpdit.Upsample knows (MPDiT, section 3.1 and Table 5).
 
 A new kind is one entry of TRANSITIONS, which the model and mpdit.planning read.
 """
@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
-from mpdit_kernels import upsample_tokens
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, gelu, linear, pad
+from torch.nn.functional import conv2d, linear
 
 from mpdit.model.config import ModelConfig, entry_of
-from mpdit.model.layers import EPS, MLP, Grid, Position, grid_of, init_linear, normalize, patchify
+from mpdit.model.layers import MLP, Grid, init_linear
 
 
 class Cost(NamedTuple):
@@ -151,83 +150,3 @@ TRANSITIONS = {
 def transition_kind(config: ModelConfig) -> TransitionKind:
     """Return the configured entry of TRANSITIONS; ConfigError if there is none."""
     return entry_of(TRANSITIONS, "transition", config.transition)
-
-
-class Skip(nn.Module):
-    """Input x [B, C, H, W] -> what a transition adds to all tokens, [B, m+n, D], or [m+n, D] without a skip.
-
-    It is Linear(PatchEmbed(x)) + position on image tokens and zero on class tokens. Nothing nonlinear stands between
-    the two products, so they are composed into one from C*p*p values, and both biases ride on the position table.
-    """
-
-    def __init__(self, config: ModelConfig, patch: int) -> None:
-        super().__init__()
-        width = config.width
-        self.patch, self.num_class_tokens, self.exact_fusions = patch, config.num_class_tokens, True
-        self.position = Position(width, config.input_size // patch)
-        self.enabled = config.skip
-        if self.enabled:
-            self.embed_weight = nn.Parameter(torch.empty(width, config.channels, patch, patch))
-            self.embed_bias = nn.Parameter(torch.zeros(width))
-            self.linear_weight = nn.Parameter(torch.empty(width, width))
-            self.linear_bias = nn.Parameter(torch.zeros(width))
-            nn.init.xavier_uniform_(self.embed_weight.data.view(width, -1))
-            nn.init.xavier_uniform_(self.linear_weight)
-
-    def composed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Return patches [B, n, C*p*p] of x, and the one weight [D, C*p*p] and bias [D] they meet; None if disabled."""
-        if not self.enabled:
-            return None
-        weight = self.linear_weight @ self.embed_weight.flatten(1)
-        return patchify(x, self.patch), weight, linear(self.embed_bias, self.linear_weight, self.linear_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = (0, 0, self.num_class_tokens, 0)  # zeros for the class tokens
-        position = self.position(grid_of(x, self.patch))
-        if not self.enabled:
-            return pad(position, rows)
-        if not self.exact_fusions:
-            embedded = linear(patchify(x, self.patch), self.embed_weight.flatten(1), self.embed_bias)
-            return pad(linear(embedded, self.linear_weight, self.linear_bias) + position, rows)
-        patches, weight, bias = self.composed(x)  # type: ignore[misc]
-        return linear(pad(patches, rows), weight) + pad(position + bias, rows)
-
-
-class Upsample(nn.Module):
-    """Tokens of a stage [B, m+n0, D] and the input x [B, C, H, W] -> tokens of the next stage [B, m+n1, D].
-
-    Image tokens are expanded; with a refining layer, they pass tanh-GELU, are joined by the class tokens, and all pass
-    LN and that layer; then the skip and the finer positions are added to the image tokens.
-    """
-
-    def __init__(self, config: ModelConfig, coarse_patch: int, patch: int) -> None:
-        super().__init__()
-        kind = transition_kind(config)
-        self.num_class_tokens, self.coarse_patch, self.fused = config.num_class_tokens, coarse_patch, kind.fused
-        self.expand: Any = kind.expand(config.width, coarse_patch // patch)
-        self.refine: Any = kind.refine(config.width) if kind.refine else None
-        self.skip = Skip(config, patch)
-
-    def forward(self, tokens: Tensor, x: Tensor) -> Tensor:
-        m, coarse, fine = self.num_class_tokens, grid_of(x, self.coarse_patch), grid_of(x, self.skip.patch)
-        if self.fused and self.skip.exact_fusions:
-            return upsample_tokens(
-                tokens,
-                self.expand.weight,
-                self.expand.bias,
-                self.refine.weight,
-                self.refine.bias,
-                num_class_tokens=m,
-                factor=self.expand.factor,
-                skip=self.skip.composed(x),
-                position=self.skip.position(fine),
-                grid=coarse,
-                eps=EPS,
-            )
-        image = self.expand(tokens[:, m:], coarse)  # [B, n1, D]
-        if self.refine is not None:
-            image = gelu(image, approximate="tanh")
-        joined = torch.cat([tokens[:, :m].to(image.dtype), image], dim=1) if m else image  # [B, m+n1, D]
-        if self.refine is not None:
-            joined = self.refine(normalize(joined), m, fine)
-        return joined + self.skip(x)
