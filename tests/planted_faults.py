@@ -136,9 +136,9 @@ FAULTS = tuple(Fault(*row) for row in (
     (M + "core/rng.py", "seeds above 2**32 repeat others", "(seed & _LOW, seed >> 32))", "(seed & _LOW, 0))",
      "test_rng.py"),
     # data
-    (M + "data/order.py", "every epoch has the first one's order", "torch.tensor([epoch])", "torch.tensor([0])",
+    (M + "data/loaders.py", "every epoch has the first one's order", "torch.tensor([epoch])", "torch.tensor([0])",
      "test_data_order.py"),
-    (M + "data/order.py", "after a change of batch size samples are left out",
+    (M + "data/loaders.py", "after a change of batch size samples are left out",
      "return self.start_position + (steps - self.start_step) * self.global_batch", "return steps * self.global_batch",
      "test_data_order.py"),
     (M + "data/loaders.py", "memory is used again while a batch is held",

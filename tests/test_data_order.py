@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpdit.core.errors import ConfigError
-from mpdit.data.order import BatchPlan, GlobalOrder, permutation
+from mpdit.data.loaders import BatchPlan, GlobalOrder, permutation
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 7, 1000])

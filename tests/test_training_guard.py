@@ -20,8 +20,7 @@ from training_runs import Finished, new_folder, start
 
 from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError
-from mpdit.data.loaders import Batch, to_latents
-from mpdit.data.order import BatchPlan, GlobalOrder
+from mpdit.data.loaders import Batch, BatchPlan, GlobalOrder, to_latents
 from mpdit.diffusion.flow import flow_loss
 from mpdit.model.mpdit import MPDiT
 from mpdit.training.config import TrainConfig, with_defaults

@@ -13,7 +13,7 @@ from training_runs import Finished, new_folder, start, trained
 
 from mpdit.core.dist_env import DistEnv
 from mpdit.data.latents import PackedLatents
-from mpdit.data.order import BatchPlan, GlobalOrder
+from mpdit.data.loaders import BatchPlan, GlobalOrder
 from mpdit.model.mpdit import load_weights
 from mpdit.training.setup import prepare
 

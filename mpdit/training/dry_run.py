@@ -9,10 +9,9 @@ import torch
 
 from mpdit.core.errors import ConfigError
 from mpdit.core.text import aligned
-from mpdit.data.loaders import make_loader, to_latents
+from mpdit.data.loaders import BatchPlan, GlobalOrder, make_loader, to_latents
 from mpdit.data.manifest import Normalization
 from mpdit.data.normalization import suits
-from mpdit.data.order import BatchPlan, GlobalOrder
 from mpdit.model.mpdit import MPDiT
 from mpdit.planning import account
 from mpdit.planning.plan import plan

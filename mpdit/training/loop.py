@@ -15,8 +15,7 @@ from mpdit.core import rng
 from mpdit.core.dist_env import set_threads
 from mpdit.core.errors import ConfigError
 from mpdit.core.files import locked, write_atomically
-from mpdit.data.loaders import make_loader, to_latents
-from mpdit.data.order import GlobalOrder
+from mpdit.data.loaders import GlobalOrder, make_loader, to_latents
 from mpdit.diffusion.flow import flow_loss
 from mpdit.diffusion.images import save_sample_grid
 from mpdit.diffusion.sampling import sample
@@ -134,6 +133,7 @@ def train(run: Run, stop: StopRequests) -> str:
                     engine.backward(loss)
                 with profile.range("optimizer"):
                     if micro == plan.grad_accum_steps - 1:
+                        # One sum over all ranks: whether loss or gradient is not finite, or the gradient's norm leaps.
                         skip = guard.decide(step, micro_losses)
                         optimizer.skip.copy_(skip)
                         loss_mean.add(micro_losses, skip)

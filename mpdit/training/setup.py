@@ -21,9 +21,9 @@ from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import CheckpointError, ConfigError, DataError
 from mpdit.data.digits import VERSION, build_digits
 from mpdit.data.latents import LatentDataset
+from mpdit.data.loaders import BatchPlan
 from mpdit.data.manifest import DatasetInfo
 from mpdit.data.open import open_latents
-from mpdit.data.order import BatchPlan
 from mpdit.data.quarantine import QUARANTINE_NAME, Quarantine
 from mpdit.model.config import ModelConfig
 from mpdit.training.arguments import parse_arguments
@@ -149,6 +149,7 @@ def _prepare(arguments: Sequence[str], env: DistEnv) -> Run:
             raise ConfigError(f"{name} {whole!a} is not UTF-8, and safetensors opens no such path: give another")
     check_folder(out, identity, config.resume, config.force)
 
+    # Reads as `dataset` does, but a damaged record becomes the next sound one, up to --bad-records of them.
     sound = Quarantine(dataset, config.bad_records, out / QUARANTINE_NAME, identity["data"], write=not config.dry_run)
     initial = None
     if "init_from" in identity and _is_fresh(config, out):
