@@ -314,6 +314,7 @@ def test_a_flag_that_a_message_names_can_be_given() -> None:
     # Beginnings, examples, one of all commands, of `mpdit plan` and `mpdit report`; those of deepspeed and of pytest.
     others = {"--no", "--option", "--global_batch", "--version", "--gpu", "--num_accelerators", "--master_port"}
     others |= {"--master_addr", "--node_rank", "--local_rank", "--world_info", "--log_level"}
+    others |= {"--module", "--nproc-per-node"}  # and of torchrun
     others |= {"--benchmark-only", "--benchmark-json", "--trace"}
     for path in Path(mpdit.__file__).parent.rglob("*.py"):
         known = training | others if "training" in path.parts else ours | training | others

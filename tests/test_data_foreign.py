@@ -219,6 +219,24 @@ def test_the_scale_is_measured_or_given_or_refused(tmp_path: Path) -> None:
             open_latents(ambiguous, scale=given)
 
 
+@pytest.mark.parametrize("write", [formats.write_edm2, formats.write_edm2_zip])
+def test_edm2s_files_without_classes_are_one_class(write: Callable[..., Path], tmp_path: Path) -> None:
+    path = write(tmp_path / "data.zip", MOMENTS, LABELS)
+    if path.is_dir():
+        (path / "dataset.json").write_text('{"labels": null}')
+    else:
+        with zipfile.ZipFile(path) as archive:
+            kept = {name: archive.read(name) for name in archive.namelist() if name != "dataset.json"}
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("dataset.json", '{"labels": null}')
+            for name, content in kept.items():
+                archive.writestr(name, content)
+    dataset = open_latents(path)
+    moments, labels = dataset.read(np.arange(COUNT))
+    assert dataset.manifest.num_classes == 1 and not labels.any()
+    assert np.array_equal(moments, MOMENTS[:, None].astype(np.float16))
+
+
 def test_labels_are_below_the_number_of_classes_given(tmp_path: Path) -> None:
     path = formats.write_pairs(tmp_path / "data", LATENTS, LABELS)
     dataset = open_latents(path, num_classes=1000)
@@ -303,7 +321,7 @@ DEFECTS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     ),
     "one without std": ("edm2", lambda p: _save(p / NAME, LATENTS[9]), f"{NAME} .*has shape .4, 8, 8., the first"),
     "no json": ("edm2", lambda p: (p / "dataset.json").write_text("{"), r"dataset\.json can't be parsed"),
-    "no labels": ("edm2", lambda p: (p / "dataset.json").write_text('{"labels": null}'), "lists no labels"),
+    "no labels": ("edm2", lambda p: (p / "dataset.json").write_text('{"labels": []}'), "lists no labels"),
     "a vector": ("edm2", lambda p: (p / "dataset.json").write_text('{"labels": [["a.npy", [1, 0]]]}'), "entry.*is not"),
     "images": ("edm2", lambda p: (p / "dataset.json").write_text('{"labels": [["a.png", 1]]}'), "`mpdit extract`"),
     "outside": (

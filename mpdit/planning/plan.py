@@ -44,7 +44,7 @@ class Request:
     Attributes:
         global_batch: images of a step, over all GPUs and micro steps.
         zero: ZeRO stage.
-        accumulation: micro steps of a step; None takes the fewest that fit.
+        accumulation: micro steps of a step; None takes the fewest that fit, or leave room at a tenth more time.
         precision: "bf16" (autocast over fp32 weights) or "fp32".
         epochs, images: length of the run, over a data set of so many images.
         gpus_per_node: that share NVLink.
@@ -274,6 +274,10 @@ def plan(config: ModelConfig, request: Request) -> Plan:
     return found
 
 
+_WORTH = 1.1
+"""How much longer a step may take that leaves room for the error of memory."""
+
+
 def _impossible(config: ModelConfig, request: Request) -> str:
     """Return why not one image fits, and what would help."""
     least = memory(config, request.setting(1, checkpointing=True))
@@ -288,14 +292,18 @@ def _impossible(config: ModelConfig, request: Request) -> str:
 
 
 def _fewest_micro_steps(config: ModelConfig, request: Request) -> int:
-    """Return the fewest that divide a GPU's images and fit, with room for the error if any do; else one."""
+    """Return the fewest that divide a GPU's images and fit, or leave room for the error if little slower; else one."""
     images = request.images_per_gpu
-    counts = [steps for steps in range(1, min(images, MOST_IMAGES) + 1) if images % steps == 0]
-    for limit in (request.gpu.memory / (1 + MEMORY_ERROR), request.gpu.memory):
-        for steps in counts:
-            if memory(config, request.setting(images // steps, steps)).total <= limit:
-                return steps
-    return 1
+    fitting = [
+        found
+        for steps in range(1, min(images, MOST_IMAGES) + 1)
+        if images % steps == 0 and (found := Plan(config, request, steps)).fits
+    ]
+    if not fitting:
+        return 1
+    limit = request.gpu.memory / (1 + MEMORY_ERROR)
+    roomy = next((found for found in fitting if found.memory.total <= limit), fitting[0])
+    return min(fitting[0], roomy, key=lambda found: found.step_seconds * (1 if found is roomy else _WORTH)).accumulation
 
 
 Rows = list[tuple[str, ...]]

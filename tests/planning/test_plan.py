@@ -137,6 +137,16 @@ def test_it_splits_a_step_until_it_fits():
     assert not asked.fits
 
 
+def test_a_step_is_not_cut_small_for_the_sake_of_room_it_may_not_need():
+    gpu = GPUS["rtx4090"]
+    found = plan(DIT, Request(gpu, gpus=1, global_batch=256, zero=3))
+    assert found.micro_batch == 8 and found.fits, "with room one image, and half as fast"
+    beside = plan(DIT, Request(gpu, gpus=1, global_batch=256, zero=3, accumulation=256))
+    assert found.step_seconds < 0.7 * beside.step_seconds
+    roomy = plan(DIT, Request(GPUS["h100"], gpus=1, global_batch=4096, zero=2))
+    assert 1.15 * roomy.memory.total <= GPUS["h100"].memory, "where it costs little, room is left"
+
+
 def test_a_measured_gpu_is_planned_by_its_measurement(monkeypatch):
     known = dataclasses.asdict(dataclasses.replace(IDEAL, matmul=0.5, measured=True, source="a test"))
     monkeypatch.setattr(time, "measured", lambda: {"h100": known})

@@ -32,9 +32,10 @@ class EDM2Latents(ForeignLatents):
     """Posterior means and stds, floats [2C, H, W], in the .npy files that dataset.json lists, in a folder or a zip.
 
     Samples are in the order of dataset.json, {"labels": [["00000/img-mean-std-00000000.npy", 5], ...]}, which must
-    list every .npy file that is there and no other. A zip's members are stored, not compressed, as EDM2's dataset_tool
-    writes them; each is checked against the zip's CRC-32. For 1.28 million images on a local
-    disk, opening takes about 10 s (a folder) or 30 s (a zip).
+    list every .npy file that is there and no other; {"labels": null}, as dataset_tool writes it of images without
+    classes, makes them one class, in the order of their names. A zip's members are stored, not compressed, as
+    dataset_tool writes them; each is checked against the zip's CRC-32. For 1.28 million images on a local disk, opening
+    takes about 10 s (a folder) or 30 s (a zip).
 
     EDM2 encodes pixels in 0..1 and REPA, in the same files, pixels in -1..1. Nothing there says which, so the range is
     taken from the brightness of the mean latent: in units of -1..1, photographs in 0..1 average near 0.5 (EDM2's
@@ -54,9 +55,9 @@ class EDM2Latents(ForeignLatents):
     def __init__(self, path: Path, options: Options) -> None:
         super().__init__(path, options)
         self._zip = _Zip(path) if path.is_file() else None
-        listed = _parse_labels(path, self._read(LABELS_NAME))
-        present = self._zip.names() if self._zip else _files_below(path)
-        _check_names(path, [name for name, _ in listed], {name for name in present if _is_npy(name)})
+        present = {name for name in (self._zip.names() if self._zip else _files_below(path)) if _is_npy(name)}
+        listed = _parse_labels(path, self._read(LABELS_NAME), present)
+        _check_names(path, [name for name, _ in listed], present)
         self._names = np.array([os.fsencode(name) for name, _ in listed])  # of fixed width: far smaller than str
         labels = np.array([label for _, label in listed], np.int64)
         self._describe(len(labels), self._keep_labels(labels, path / LABELS_NAME), posterior_noise=True)
@@ -136,14 +137,16 @@ def _is_npy(name: str) -> bool:
     return name.endswith(".npy") and not os.path.basename(name).startswith(".")
 
 
-def _parse_labels(path: Path, content: bytes) -> list[tuple[str, int]]:
-    """Return (name, label) of each sample that dataset.json lists."""
+def _parse_labels(path: Path, content: bytes, present: set[str]) -> list[tuple[str, int]]:
+    """Return (name, label) of each sample that dataset.json lists, or of those `present` where it has no classes."""
     where = path / LABELS_NAME
     try:
         rows = json.loads(content)["labels"]
     except (ValueError, RecursionError, TypeError, KeyError) as error:
         wanted = '{"labels": [[name, class], ...]}'
         raise DataError(f"{where} can't be parsed ({error!r:.80}): expected {wanted}") from None
+    if rows is None and present:
+        return [(name, 0) for name in sorted(present)]
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{where} lists no labels ({rows!r:.40}): encode images that have classes")
     for row in rows:
