@@ -296,6 +296,32 @@ def test_broken_images_are_listed_and_left_out(
     assert "\nwarning: 1 class is without a sample (dog)\n" in text
 
 
+def test_what_is_odd_of_images_is_counted(vae: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grey, colours = pixels(1)[..., 0], pixels(2)
+    clear = encoded(np.dstack([colours, grey]))
+    deep = {
+        "b/10 bits.png": encoded(grey.astype(np.uint16) << 2),
+        "b/16 bits.png": encoded(grey.astype(np.uint16) << 8),
+    }
+    files = {"a/1.png": clear, "a/2.png": clear, "b/grey.png": encoded(grey), "b/plain.png": encoded(colours), **deep}
+    command = ["extract", str(write_tree(tmp_path / "odd", files)), str(tmp_path / "out"), "--vae", vae]
+    command += ["--image-size", "32", "--part-images", "2", "--workers", "1"]
+    for finished in (False, True):
+        assert cli.main(command) == 0
+        text = capsys.readouterr().out
+        assert "note: 2 images with transparency, which is dropped, not blended" in text
+        assert "note: 2 images of grey" in text and "note: 1 image of 16 bits a value" in text
+        assert "b/10 bits.png has 16-bit pixels of at most" in text and ("finished before" in text) == finished
+    counted = {"transparent": 2, "sixteen_bits": 1, "grey": 2}
+    assert PackedLatents(tmp_path / "out").manifest.source["pixels"] == counted
+    assert json.loads((tmp_path / "out/extraction.json").read_text())["pixels"] == counted
+    command[2] = str(tmp_path / "ten")
+    assert cli.main([*command, "--bits", "10", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["pixels"]["sixteen_bits"] == 1
+    assert found["skipped_images"] == [["b/16 bits.png", "has 16-bit pixels, beyond the 10 bits expected"]]
+
+
 def test_nothing_but_broken_images(vae: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="all 2 images are broken"):
         extract(write_tree(tmp_path / "t", {"a/1.png": b"x", "a/2.png": b"x"}), tmp_path / "out", vae, OPTIONS)

@@ -10,7 +10,7 @@ import pytest
 from extraction_data import encoded, pixels
 from PIL import Image
 
-from mpdit.jobs.extract.decode import center_crop, decode_image
+from mpdit.jobs.extract.decode import FACTS, center_crop, decode_image, examine_image
 from mpdit.jobs.extract.sources import BrokenImage
 
 BOX, BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
@@ -98,12 +98,85 @@ def test_the_first_of_several_frames() -> None:
     assert (decode_image(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), 32) == 10).all()
 
 
-def _png(width: int, height: int, data: bytes = b"") -> bytes:
+def _png(width: int, height: int, data: bytes = b"", depth: int = 8, kind: int = 2) -> bytes:
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+
+
+def _deep_png(values: np.ndarray) -> bytes:
+    """A PNG of 16 bits a channel, which PIL reads and doesn't write: uint16 [H, W, 2 | 3 | 4]."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    return _png(values.shape[1], len(values), rows, 16, {2: 4, 3: 2, 4: 6}[values.shape[2]])
+
+
+RAMP = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_bits_of_grey_are_said_or_refused(bits: int, format: str) -> None:
+    values = RAMP.astype(np.uint16) << bits - 8
+    data = encoded(values, format)
+    np.testing.assert_array_equal(decode_image(data, 8, bits)[..., 1], RAMP)
+    if bits == 16:
+        np.testing.assert_array_equal(decode_image(data, 8)[..., 1], RAMP)
+    else:
+        with pytest.raises(BrokenImage, match=f"at most {values.max()} of 65535, which are of fewer bits.* by --bits"):
+            decode_image(data, 8)
+        np.testing.assert_array_equal(decode_image(data, 8, 16)[..., 1], values >> 8)  # dark, and meant
+    if bits > 8:
+        with pytest.raises(BrokenImage, match=f"beyond the {bits - 1} bits expected"):
+            decode_image(data, 8, bits - 1)
+
+
+def test_bits_of_32_bit_grey() -> None:
+    twenty = encoded(RAMP.astype(np.int32) << 12, "TIFF")
+    np.testing.assert_array_equal(decode_image(twenty, 8, 20)[..., 0], RAMP)
+    with pytest.raises(BrokenImage, match="beyond the 16 bits expected"):
+        decode_image(twenty, 8)
+    with pytest.raises(BrokenImage, match="of at most 255 of 65535"):
+        decode_image(encoded(RAMP.astype(np.int32), "TIFF"), 8)
+    assert not decode_image(encoded(RAMP.astype(np.int32) * 0, "TIFF"), 8).any()  # black whatever its bits
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_colours_of_16_bits(channels: int) -> None:
+    values = np.repeat(RAMP.astype(np.uint16)[..., None] << 8, channels, axis=2)
+    np.testing.assert_array_equal(decode_image(_deep_png(values), 8)[..., 0], RAMP)
+    for shift in (4, 8):  # PIL has cut them to the upper 8 bits before we see them
+        with pytest.raises(BrokenImage, match="16-bit pixels of at most"):
+            decode_image(_deep_png(values >> shift), 8, None if shift == 8 else 12)
+
+
+def test_what_is_odd_of_a_file_is_told() -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 8
+    frames = [Image.fromarray(np.full((32, 32), value, np.uint8)) for value in (10, 200)]
+    palette = Image.fromarray(SQUARE).quantize(32)
+    clear, opaque = (np.dstack([SQUARE, np.full_like(GREY, alpha)]) for alpha in (254, 255))
+    told = {
+        "": (encoded(SQUARE), encoded(opaque), encoded(SQUARE, icc_profile=b"a profile named sRGB")),
+        "transparent": (encoded(clear), encoded(SQUARE, transparency=(1, 2, 3))),
+        "transparent palette": (encoded(palette, transparency=3),),
+        "transparent grey": (encoded(np.dstack([GREY, GREY])),),
+        "rotated": (encoded(SQUARE, "JPEG", exif=turned), encoded(SQUARE, "WEBP", exif=turned)),
+        "frames": tuple(
+            encoded(frames[0].convert("RGB"), f, save_all=True, append_images=frames[1:]) for f in ("WEBP", "PNG")
+        ),
+        "sixteen_bits": (_deep_png(np.repeat(GREY.astype(np.uint16)[..., None], 3, axis=2) << 8),),
+        "sixteen_bits grey": (encoded(GREY.astype(np.uint16) << 8),),
+        "profile": (encoded(SQUARE, icc_profile=b"Display P3"), encoded(SQUARE, "JPEG", icc_profile=b"Adobe RGB")),
+        "cmyk": (encoded(Image.fromarray(SQUARE).convert("CMYK"), "JPEG"),),
+        "grey": (encoded(GREY), encoded(Image.fromarray(GREY > 99))),
+        "palette": (encoded(palette), encoded(palette, "GIF")),
+    }
+    for names, files in told.items():
+        for data in files:
+            assert examine_image(data, 32).facts == tuple(names.split()), names
+    assert {name for names in told for name in names.split()} == set(FACTS)
 
 
 BROKEN = {
@@ -116,7 +189,7 @@ BROKEN = {
     "bomb": (_png(60_000, 60_000), "can't be decoded: Image size .* exceeds limit"),
     "thread": (_png(1, 200_000, b"\0\1\2\3" * 200_000), "too long and thin"),
     "float": (encoded(Image.fromarray(GREY.astype(np.float32)), "TIFF"), "floating-point"),
-    "32 bits": (encoded(Image.fromarray(GREY.astype(np.int32) << 12), "TIFF"), "32-bit"),
+    "32 bits": (encoded(Image.fromarray(GREY.astype(np.int32) << 12), "TIFF"), "32-bit pixels, beyond the 16 bits"),
 }
 
 

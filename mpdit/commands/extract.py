@@ -47,6 +47,8 @@ _HELP = {
     "dtype": "what the VAE computes in",
     "pixel_range": "what black and white are to the VAE: signed is -1..1, as it was trained and as DiT and MPDiT have "
     "it; unit is 0..1, as EDM2 and REPA have it",
+    "bits": "bits that grey of 16 or 32 bits a value uses, 8 to 32 (default: 16, and pictures whose brightest value "
+    "needs no more than 14 are left out: they may be of fewer bits, or dark)",
     "batch": "images the VAE encodes at a time, as memory allows (default: 64 at 256 pixels, 16 at 512)",
     "workers": "decoding threads for each GPU (default: this machine's cores shared out)",
     "part_images": "images of a shard; those of an unfinished one are encoded again after a kill",
@@ -68,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser, gpus=True)
     add("--dtype", choices=("fp32", "bf16"), default="fp32")
     add("--pixel-range", choices=("signed", "unit"), default="signed")
+    add("--bits", type=int, choices=range(8, 33), metavar="N")
     add("--batch", type=whole(1), metavar="N")
     add("--workers", type=whole(1), metavar="N")
     add("--part-images", type=whole(1), default=8192, metavar="N")
@@ -97,6 +100,7 @@ def run(args: argparse.Namespace) -> Outcome:
         "skipped_images": report.skipped[:_SHOWN],
         "ignored": report.ignored,
         "empty_classes": report.empty_classes,
+        "pixels": report.pixels,
         "statistics": dataclasses.asdict(report.manifest.statistics),
         "normalization": dataclasses.asdict(report.manifest.normalization),
         "rates": rates,
@@ -105,6 +109,8 @@ def run(args: argparse.Namespace) -> Outcome:
 
 
 def _lines(report: ExtractReport, rates: dict[str, Any] | None) -> Iterator[str]:
+    from mpdit.jobs.extract.decode import FACTS
+
     manifest = report.manifest
     size = sum(shard.bytes for shard in manifest.shards) / 1e6
     yield (
@@ -118,6 +124,8 @@ def _lines(report: ExtractReport, rates: dict[str, Any] | None) -> Iterator[str]
         yield from ["  ..."] * (len(report.skipped) > _SHOWN)
     if report.ignored:
         yield f"ignored: {counted(report.ignored, 'other file')}, the first listed in {notes}"
+    for name, count in report.pixels.items():
+        yield f"note: {counted(count, 'image')} {FACTS[name]}"
     if empty := report.empty_classes:
         some = ", ".join(empty[:_SHOWN]) + (", ..." if len(empty) > _SHOWN else "")
         yield f"warning: {counted(len(empty), 'class is', 'classes are')} without a sample ({some})"

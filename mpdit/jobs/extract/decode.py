@@ -7,8 +7,9 @@ import functools
 import io
 import re
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,19 +22,52 @@ CROP = "adm_center"
 """Name of the crop, as a data set's manifest records it."""
 
 _MOST_PIXELS = 1 << 27  # of an image enlarged for its crop: one of a pixel's width would otherwise fill the memory
-_SIXTEEN_BITS = 0xFFFF
+_DEEP = re.compile(r"(RGB[AXa]*|CMYK|LA|L|I);(16|12)")
+"""Matches Pillow's raw modes of more than 8 bits a value; BGR;16 is five or six."""
+_UNCLEAR = 1 << 14
+"""An image whose brightest of 16 bits is below is dark, or of the 8 to 14 bits that cameras and scanners give."""
+_ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 _ADDRESS = re.compile(r"<_io\.\w+ object at 0x[0-9a-f]+>")  # in messages that are to be the same each time
 
 
-def decode_image(data: bytes, size: int) -> NDArray[np.uint8]:
-    """Decode an image file to uint8 RGB [size, size, 3]. BrokenImage, saying why, when it can't be decoded.
+FACTS = {
+    "transparent": "with transparency, which is dropped, not blended: what lies under it is encoded",
+    "rotated": "with an EXIF orientation, which is not applied",
+    "frames": "of several frames, of which the first is taken",
+    "sixteen_bits": "of 16 bits a value, of which the upper 8 are taken",
+    "profile": "with a colour profile other than sRGB, which is not applied",
+    "cmyk": "of CMYK, converted without a profile",
+    "grey": "of grey, repeated for red, green and blue",
+    "palette": "of a palette",
+}
+"""What may be odd of an image that is encoded all the same: the name by which it is counted, and words for people."""
+
+
+class Decoded(NamedTuple):
+    """An image as it is encoded, and what was odd of its file."""
+
+    pixels: NDArray[np.uint8]
+    """RGB [size, size, 3]."""
+    facts: tuple[str, ...]
+    """Of FACTS."""
+
+
+def decode_image(data: bytes, size: int, bits: int | None = None) -> NDArray[np.uint8]:
+    """Decode an image file to uint8 RGB [size, size, 3], as `examine_image`."""
+    return examine_image(data, size, bits).pixels
+
+
+def examine_image(data: bytes, size: int, bits: int | None = None) -> Decoded:
+    """Decode an image file to a square of pixels. BrokenImage, saying why, when it can't be decoded.
 
     EXIF's orientation and colour profiles are not applied, as the loaders of ADM, DiT and MPDiT don't; of several
-    frames the first is taken.
+    frames the first is taken. `bits` is to_rgb's.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return center_crop(to_rgb(image), size)
+            several, deep = _has_frames(image), _is_deep(image)
+            rgb = to_rgb(image, bits)
+            return Decoded(center_crop(rgb, size), tuple(_facts(image, several, deep)))
     except UnidentifiedImageError as error:
         raise BrokenImage("is no image that can be decoded") from error
     except BrokenImage:
@@ -43,19 +77,81 @@ def decode_image(data: bytes, size: int) -> NDArray[np.uint8]:
         raise BrokenImage(f"can't be decoded: {reason}") from error
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to 8 bits a channel by PIL's convert("RGB"), as ADM reads images: alpha is dropped, not blended.
+def to_rgb(image: Image.Image, bits: int | None = None) -> Image.Image:
+    """Convert an image that is not loaded yet to 8 bits a channel, as ADM reads images, by PIL's convert("RGB").
 
-    Grey of 16 bits, which PIL would cut off at 255, keeps its upper 8. BrokenImage for a range that isn't known.
+    Alpha is dropped, not blended. Of values of 16 bits, which PIL would cut off at 255 where they are grey, the upper 8
+    are taken. `bits` says how many of its bits grey of 16 or 32 uses, where the file doesn't (TIFF of 12 does).
+
+    Raises:
+        BrokenImage: a range that isn't known: floating point, values beyond `bits`, or without it values so low that
+            they are most likely of fewer bits than 16, and would come out black.
     """
+    deep, twelve = _is_deep(image), "I;12" in _raw_modes(image)
     if image.mode == "F":
         raise BrokenImage("has floating-point pixels, of no known range")
     if image.mode.startswith("I"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > _SIXTEEN_BITS:
-            raise BrokenImage("has 32-bit pixels, of no known range")
-        image = Image.fromarray((values >> 8).astype(np.uint8))
+        values = np.asarray(image).astype(np.int64)
+        used = bits or (12 if twelve else 16)
+        if values.min() < 0 or values.max() >> used:
+            raise BrokenImage(f"has {'16' if ';' in image.mode else '32'}-bit pixels, beyond the {used} bits expected")
+        image = Image.fromarray((values >> (used - 8)).astype(np.uint8))
+        unclear, brightest = bits is None and not twelve, int(values.max())
+    else:
+        image = image.convert("RGB")
+        # PIL has cut them to the upper 8 bits already.
+        unclear = deep and bits != 16
+        brightest = max(high for _, high in image.getextrema()) << 8 | 0xFF if unclear else 0  # type: ignore[misc]
+    if unclear and 0 < brightest < _UNCLEAR:
+        raise BrokenImage(
+            f"has 16-bit pixels of at most {brightest} of 65535, which are of fewer bits, or a dark picture: say which "
+            "to `mpdit extract` by --bits, or store it in 8 bits"
+        )
     return image.convert("RGB")
+
+
+def _raw_modes(image: Image.Image) -> str:
+    """Return what Pillow's decoder is told of the values of an image that is not loaded yet."""
+    return " ".join(str(tile.args) for tile in getattr(image, "tile", ()))
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Return whether the values of an image that is not loaded yet have more than 8 bits."""
+    return image.mode.startswith("I") or bool(_DEEP.search(_raw_modes(image)))
+
+
+def _has_frames(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # what comes after the first frame may be damaged
+        return False
+
+
+def _facts(image: Image.Image, several: bool, deep: bool) -> Iterator[str]:
+    """Yield the names in FACTS of what holds of a loaded image."""
+    if image.has_transparency_data and (
+        image.mode not in ("RGBA", "LA") or image.getchannel("A").getextrema()[0] != 255  # opaque everywhere
+    ):
+        yield "transparent"
+    if _orientation(image) != 1:
+        yield "rotated"
+    if several:
+        yield "frames"
+    if deep:
+        yield "sixteen_bits"
+    profile = image.info.get("icc_profile") or b""
+    if profile and not any("sRGB".encode(encoding) in profile for encoding in ("ascii", "utf-16-be")):
+        yield "profile"
+    for name, modes in {"cmyk": ("CMYK",), "grey": ("1", "L", "LA", "I"), "palette": ("P", "PA")}.items():
+        if image.mode.partition(";")[0] in modes:
+            yield name
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION) or 1)
+    except Exception:  # of EXIF that is damaged
+        return 1
 
 
 def center_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
@@ -76,18 +172,18 @@ def center_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
 
 
 def decode_ahead(
-    images: ImageIndex, numbers: range, *, size: int, workers: int, ahead: int
-) -> Generator[tuple[NDArray[np.uint8] | str, float]]:
+    images: ImageIndex, numbers: range, *, size: int, bits: int | None, workers: int, ahead: int
+) -> Generator[tuple[Decoded | str, float]]:
     """Decode and crop images in threads, at least `ahead` of them before they are asked for.
 
-    Yields of each, in order, its pixels [size, size, 3], or why there are none, and the seconds that a thread spent on
+    Yields of each, in order, what examine_image returns, or why it is broken, and the seconds that a thread spent on
     it. DataError when the source can't be read.
     """
 
-    def decode(number: int) -> tuple[NDArray[np.uint8] | str, float]:
+    def decode(number: int) -> tuple[Decoded | str, float]:
         started = time.perf_counter()
         try:
-            result: NDArray[np.uint8] | str = decode_image(images.read(number), size)
+            result: Decoded | str = examine_image(images.read(number), size, bits)
         except BrokenImage as error:
             result = str(error)
         return result, time.perf_counter() - started

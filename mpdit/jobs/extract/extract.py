@@ -18,9 +18,10 @@ import os
 import shutil
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ from mpdit.data.records import INDEX_DTYPE, ChannelStatistics, find_defect, inde
 from mpdit.data.writer import PartialFile
 from mpdit.diffusion.inference import computing
 from mpdit.jobs.extract.classes import ClassMode
-from mpdit.jobs.extract.decode import CROP, decode_ahead
+from mpdit.jobs.extract.decode import CROP, FACTS, decode_ahead
 from mpdit.jobs.extract.sources import ImageIndex, list_images
 from mpdit.jobs.npz import disk
 from mpdit.jobs.workers import DoPart, Job, Report, begin, choose_devices, run_parts
@@ -76,6 +77,8 @@ class ExtractOptions:
     """Whether the mirrored image is encoded too, as a second variant."""
     dtype: VAEDtype = "fp32"
     pixel_range: PixelRange = SIGNED
+    bits: int | None = None
+    """That grey of 16 or 32 bits a value uses, 8 to 32; None: 16, and what needs no more than 14 is left out."""
     classes: ClassMode = "auto"
     normalization: NormalizationMode = "auto"
     kind: str | None = None
@@ -121,6 +124,8 @@ class ExtractReport:
     """Files that are no images."""
     empty_classes: list[str]
     """Classes of which every image was skipped, or whose number none has."""
+    pixels: dict[str, int]
+    """How many of the samples' files are odd in which way: names of decode.FACTS."""
     timing: Timing | None
     """Where the time went; None when the data set was there already."""
 
@@ -182,6 +187,7 @@ def _plan(source: Path, out: Path, name: str, options: ExtractOptions) -> Extrac
         "vae_sha256": vae.sha256,
         "dtype": options.dtype,
         "pixel_range": list(options.pixel_range),
+        **({} if options.bits is None else {"bits": options.bits}),
         "versions": versions | {"diffusers": str(diffusers.__version__)},
     }
     spec = LatentSpec(
@@ -244,6 +250,8 @@ class Receipt:
     """Name and reason of each image left out."""
     effort: Timing
     """Named as in the files of earlier versions."""
+    pixels: dict[str, int] = field(default_factory=dict)
+    """As in ExtractReport."""
 
 
 @dataclass(kw_only=True)
@@ -333,6 +341,7 @@ class EncodeWorker:
         timing = Timing(last - first, self._threads)
         statistics = ChannelStatistics(job.spec.channels)
         skipped: list[list[str]] = []
+        facts: Counter[str] = Counter()
         shard_path = job.out / f"shard-{part:05d}.bin"
         with contextlib.ExitStack() as stack:
             with disk(shard_path):
@@ -347,8 +356,14 @@ class EncodeWorker:
                     shard.write(moments)
                     index.write(index_entries(moments, job.images.labels[numbers]))
 
-            side, ahead = job.options.image_size, _BATCHES_AHEAD * self._batch
-            images = decode_ahead(job.images, range(first, last), size=side, workers=self._threads, ahead=ahead)
+            images = decode_ahead(
+                job.images,
+                range(first, last),
+                size=job.options.image_size,
+                bits=job.options.bits,
+                workers=self._threads,
+                ahead=_BATCHES_AHEAD * self._batch,
+            )
             decoded = stack.enter_context(contextlib.closing(images))
             # A batch is checked, hashed and written while the next one is encoded.
             writer = stack.enter_context(ThreadPoolExecutor(1))
@@ -366,7 +381,8 @@ class EncodeWorker:
                     if isinstance(result, str):
                         broken.append([printable(job.images.names[number]), result])
                     else:
-                        sound[number] = result
+                        sound[number] = result.pixels
+                        facts.update(result.facts)
                 skipped += broken
                 self._skipped += broken
                 job.check_skipped(self._skipped)
@@ -388,7 +404,7 @@ class EncodeWorker:
                     shard.publish()
                     index.publish()
                 sync_to_disk(job.out)
-                receipt = Receipt(job.digest, stored[0], stored[1], statistics.sums(), skipped, timing)
+                receipt = Receipt(job.digest, stored[0], stored[1], statistics.sums(), skipped, timing, dict(facts))
                 write_atomically(job.receipt_path(part), json.dumps(dataclasses.asdict(receipt)))
 
     def _encode(self, pixels: Tensor) -> NDArray[np.float16]:
@@ -426,6 +442,9 @@ def _assemble(job: ExtractionJob, mode: NormalizationMode) -> ExtractReport:
         statistics.merge(receipt.statistics)
     measured = statistics.result()
     normalization = choose_normalization(mode, measured)
+    facts = sum((Counter(receipt.pixels) for receipt in receipts), Counter[str]())
+    pixels = {name: facts[name] for name in FACTS if facts[name]}
+    source = {**job.spec.source, **({"pixels": pixels} if pixels else {})}
     index = PartialFile(job.out / INDEX_NAME)
     counts = np.zeros(job.spec.num_classes, np.int64)
     try:
@@ -435,7 +454,7 @@ def _assemble(job: ExtractionJob, mode: NormalizationMode) -> ExtractReport:
                 counts += np.bincount(entries["label"], minlength=len(counts))
                 index.write(entries)
         manifest = Manifest(
-            **{field.name: getattr(job.spec, field.name) for field in dataclasses.fields(LatentSpec)},
+            **{each.name: getattr(job.spec, each.name) for each in dataclasses.fields(LatentSpec)} | {"source": source},
             num_samples=int(counts.sum()),
             posterior_noise=statistics.has_noise,
             normalization=normalization,
@@ -454,19 +473,21 @@ def _assemble(job: ExtractionJob, mode: NormalizationMode) -> ExtractReport:
         "ignored": len(job.images.ignored),
         "ignored_files": [[printable(name), reason] for name, reason in job.images.ignored[:_IGNORED_NAMED]],
         "empty_classes": [job.spec.class_names[label] for label in np.flatnonzero(counts == 0)],
+        "pixels": pixels,
     }
     write_atomically(job.out / _REPORT_NAME, json.dumps(report, indent=1) + "\n")
     sync_to_disk(job.out)
     write_atomically(job.out / MANIFEST_NAME, manifest.to_json())
     shutil.rmtree(job.parts_folder)
     timings = [receipt.effort for receipt in receipts]
-    total = Timing(*(sum(getattr(timing, field.name) for timing in timings) for field in dataclasses.fields(Timing)))
+    total = Timing(*(sum(getattr(timing, each.name) for timing in timings) for each in dataclasses.fields(Timing)))
     return _read_report(job.out, dataclasses.replace(total, workers=timings[-1].workers))
 
 
 def _read_report(out: Path, timing: Timing | None) -> ExtractReport:
     report = _load_json(out / _REPORT_NAME)
     told = {name: report[name] for name in ("images", "skipped", "ignored", "empty_classes")}
+    told["pixels"] = report.get("pixels", {})  # earlier versions didn't count
     return ExtractReport(path=out, manifest=PackedLatents(out).manifest, timing=timing, **told)
 
 
