@@ -263,6 +263,8 @@ def test_other_ranks_and_other_stages_may_continue(run: Run) -> None:
 def test_a_named_checkpoint_is_taken_into_another_folder(run: Run, tmp_path: Path) -> None:
     older = str(run.out / "checkpoints" / "step-00000003")
     assert _found(_run(tmp_path / "branch", "--resume", older)).step == 3
+    for whole in (run.out, run.out / "checkpoints"):
+        assert _found(_run(tmp_path / "branch", "--resume", str(whole))).step == 6
     with pytest.raises(CheckpointError, match="holds newer checkpoints"):
         resume.find(_run(run.out, "--resume", older))
 

@@ -63,7 +63,17 @@ def test_earlier_names_are_accepted_and_hidden(tmp_path: Path, capsys: pytest.Ca
     ("arguments", "message"),
     [
         ("--ds_config a --frobnicate 3", "unrecognized arguments: --frobnicate"),
-        ("--ds_config a --step 3", "unrecognized arguments: --step"),
+        (
+            "--ds_config a --step 3",
+            "unrecognized arguments: --step 3: did you mean --steps, optimiser steps of the whole",
+        ),
+        ("--epochs=80 --out x", "--epochs=80: did you mean --steps, optimiser"),
+        ("--batch-size 8", "did you mean --global-batch, samples a step, over all ranks"),
+        ("-lr 3", r"did you mean --lr\? .see `mpdit train --help`"),
+        ("--deepspeed_config a", "did you mean --ds_config"),
+        ("--width 64", "it is the model's: --override width="),
+        ("--hostfile hosts", "it is for the launcher and goes before what the launcher starts"),
+        ("steps 5", "unrecognized arguments: steps 5 .see"),
         ("--ds_config a --steps x", "--steps: invalid int value: 'x'"),
         ("--ds_config a --loader rust", "invalid choice: 'rust'"),
         ("--ds_config a --betas 0.9", "--betas: expected 2 arguments"),

@@ -54,6 +54,26 @@ def test_channels_and_classes_come_from_the_data_unless_given(tmp_path: Path, pa
 
 
 @pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((4, 24, 24), ""),
+        ((4, 8, 12), "latents are 4x8x12, and models take square ones: crop"),
+        ((4, 10, 10), "override stages with a coarsest patch that divides 10, 4 doesn't"),
+    ],
+)
+def test_the_size_of_the_input_comes_from_the_data(tmp_path: Path, shape: tuple[int, ...], message: str) -> None:
+    data = write_packed(
+        tmp_path / "data", np.zeros((2, *shape), np.float32) + np.arange(2)[:, None, None, None], [0, 1]
+    )
+    arguments = ["--data", str(data.path), "--model", "MPDiT-B/4-2"]
+    if message:
+        with pytest.raises(UserError, match=message):
+            _prepare(tmp_path / "out", *arguments)
+    else:
+        assert _prepare(tmp_path / "out", *arguments).model.input_size == 24
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--model", "MPDiT-Z"], "unknown model 'MPDiT-Z'"),
@@ -63,7 +83,7 @@ def test_channels_and_classes_come_from_the_data_unless_given(tmp_path: Path, pa
         (["--global-batch", "10", "--accumulation", "4"], "global_batch 10 is not divisible by 1 ranks x 4"),
         (["--override", "num_classes=5"], "10 classes"),
         (["--override", "channels=3"], "4x16x16"),
-        (["--model", "MPDiT-B/4-2"], "4x16x16"),
+        (["--override", "input_size=32"], "4x16x16, the model takes 4x32x32: leave channels and input_size out of the"),
         (["--data", "/nonexistent"], "/nonexistent"),
         (["--resume", "never", "--wandb"], "wandb"),
         (["--resume", "runs/\udcff"], r"resume '.*/runs/\\udcff' is not UTF-8, .*: give another"),

@@ -150,12 +150,17 @@ class DatasetInfo(LatentSpec):
 
     def check_model(self, config: ModelConfig) -> None:
         """Raise DataError unless a model of this configuration can be trained on these latents."""
-        expected = (config.channels, config.input_size, config.input_size)
-        if (self.channels, self.height, self.width) != expected:
+        ours, side = f"the data's latents are {self.channels}x{self.height}x{self.width}", config.input_size
+        if self.height != self.width:
             raise DataError(
-                f"the data's latents are {self.channels}x{self.height}x{self.width}, the model takes "
-                f"{'x'.join(map(str, expected))}: set the model's channels and input_size to fit, or choose other data"
+                f"{ours}, and models take square ones: crop images (`mpdit extract --image-size`) or latents"
             )
+        if (self.channels, self.height) != (config.channels, side):
+            coarsest = config.stages[0].patch
+            remedy = "leave channels and input_size out of the overrides, as the data give them"
+            if self.height % coarsest:
+                remedy = f"override stages with a coarsest patch that divides {self.height}, {coarsest} doesn't"
+            raise DataError(f"{ours}, the model takes {config.channels}x{side}x{side}: {remedy}, or choose other data")
         if self.num_classes > config.num_classes:
             raise DataError(
                 f"the data has {self.num_classes} classes, the model {config.num_classes}: "

@@ -19,6 +19,7 @@ import yaml
 
 from mpdit.core.errors import ConfigError
 from mpdit.core.parser import Parser
+from mpdit.model.config import ModelConfig
 from mpdit.training.config import RENAMED, TrainConfig, parse_override
 
 _DEFAULT_IN_HELP = {"override", "out", "init_from", "plan_gpu", "plan_gpus"}
@@ -34,12 +35,44 @@ _METAVARS = {
 
 _SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _SYNONYMS = {
-    **dict.fromkeys(("num_steps", "max_steps", "train_steps", "num_epochs", "epochs"), "steps"),
-    **dict.fromkeys(("dataset", "data_path", "data_dir"), "data"),
-    **{"learning_rate": "lr", "batch_size": "global_batch", "ema": "ema_decay", "model_name": "model"},
-    **{"output_dir": "out", "gradient_accumulation_steps": "grad_accum_steps"},
+    other: field
+    for field, others in {
+        "steps": "num_steps max_steps max_train_steps train_steps total_steps iterations num_epochs epochs epoch",
+        "data": "dataset dataset_path data_path data_dir train_data_dir feature_path features latents",
+        "global_batch": "batch batch_size bs global_batch_size train_batch_size micro_batch per_gpu_batch_size",
+        "grad_accum_steps": "gradient_accumulation_steps gradient_accumulation accum_iter micro_steps",
+        "lr": "learning_rate base_lr max_lr",
+        "lr_schedule": "lr_scheduler scheduler lr_decay",
+        "warmup": "warmup_steps lr_warmup_steps warmup_epochs num_warmup_steps",
+        "betas": "beta1 beta2 adam_beta1 adam_beta2",
+        "weight_decay": "wd decay adam_weight_decay",
+        "clip": "grad_clip clip_grad grad_norm max_grad_norm gradient_clipping gradient_clip_val",
+        "ema_decay": "ema ema_rate",
+        "class_dropout": "cfg_prob label_dropout class_dropout_prob dropout",
+        "precision": "mixed_precision bf16 fp16 fp32 amp dtype",
+        "activation_checkpointing": "gradient_checkpointing grad_checkpointing recompute",
+        "model": "model_name arch",
+        "out": "output output_dir results_dir save_dir log_dir logdir exp_name run_name",
+        "resume": "resume_from resume_from_checkpoint resume_step load",
+        "init_from": "ckpt checkpoint pretrained init finetune finetune_from load_weights",
+        "seed": "global_seed",
+        "log_every": "log_interval logging_steps print_freq",
+        "checkpoint_every": "ckpt_every save_every save_steps save_interval checkpointing_steps",
+        "sample_every": "eval_every sampling_steps validation_steps",
+        "sample_guidance": "cfg cfg_scale guidance guidance_scale",
+        "keep": "keep_last checkpoints_total_limit save_total_limit max_checkpoints",
+        "wandb": "use_wandb report_to",
+        "ds_config": "deepspeed deepspeed_config zero zero_stage",
+    }.items()
+    for other in others.split()
 }
 """What other projects call a field, where no likeness of letters tells."""
+
+_LAUNCHERS = (
+    *("hostfile", "num_gpus", "num_accelerators", "num_nodes", "include", "exclude", "master_port", "master_addr"),
+    *("nproc_per_node", "nnodes", "node_rank", "rdzv_endpoint", "gpus", "devices", "num_processes"),
+)
+"""Arguments of launchers, which stand before the script or `--module mpdit train`."""
 
 
 def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
@@ -50,7 +83,11 @@ def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
     prints and leaves by SystemExit(0).
     """
     parser = _parser()
-    given = vars(parser.parse_args([_dashed(argument) for argument in arguments]))
+    known, unknown = parser.parse_known_args([_dashed(argument) for argument in arguments])
+    if unknown:
+        hint = next((f": {hint}" for word in unknown if (hint := _hint(word, "--")) and word.startswith("-")), "")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    given = vars(known)
     given.pop("local_rank", None)
     files = given.pop("config", [])
     if empty := next((name for name, value in (*given.items(), *(("config", f) for f in files)) if value == ""), None):
@@ -96,6 +133,26 @@ def _parser() -> argparse.ArgumentParser:
     # Added by launchers; the rank is read from the environment.
     parser.add_argument("--local-rank", help=argparse.SUPPRESS)
     return parser
+
+
+def _hint(name: str, option: str = "") -> str:
+    """Say what was meant by a name that no field has: as arguments with `option` "--", as keys of a file without."""
+    name = name.lstrip("-").partition("=")[0].replace("-", "_")
+    if name in _LAUNCHERS:
+        return "it is for the launcher and goes before what the launcher starts"
+    fields = {field.name: str(field.metadata["help"]) for field in dataclasses.fields(TrainConfig)}
+    if name in ModelConfig.__dataclass_fields__:
+        return (
+            f"it is the model's: {option}override {name}=..."
+            if option
+            else f"it is the model's: override: {{{name}: ...}}"
+        )
+    meant = _SYNONYMS.get(name) or next(iter(difflib.get_close_matches(name, fields, n=1)), "")
+    if not meant:
+        return ""
+    given = f"--{meant if meant == 'ds_config' else meant.replace('_', '-')}" if option else repr(meant)
+    unit = f", {fields[meant]}" if meant in ("steps", "global_batch", "warmup") else ""  # others count otherwise
+    return f"did you mean {given}{unit}?"
 
 
 def _dashed(argument: str) -> str:
@@ -177,9 +234,7 @@ def _read_config_file(parser: argparse.ArgumentParser, path: str) -> dict[str, A
         for key, value in settings.items():
             name = RENAMED.get(key.replace("-", "_"), key.replace("-", "_"))
             if name not in kinds:
-                close = [_SYNONYMS[name]] if name in _SYNONYMS else difflib.get_close_matches(name, kinds, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else "`mpdit train --help` lists the fields"
-                raise ConfigError(f"unknown key {key!r}: {hint}")
+                raise ConfigError(f"unknown key {key!r}: {_hint(key) or '`mpdit train --help` lists the fields'}")
             if name in keys:
                 raise ConfigError(f"{keys[name]!r} and {key!r} are one setting: remove one")
             keys[name] = key

@@ -75,7 +75,7 @@ class TrainConfig:
     resume: str = _option(
         "auto",
         "'auto' continues from the newest checkpoint in --out, if there is one; 'never' wants an empty --out; "
-        "a checkpoint's folder continues from that one (repeated, from newer ones in --out)",
+        "a checkpoint's folder, or a run's for its newest, continues from that (repeated, from newer ones in --out)",
     )
     init_from: str = _option(
         "",

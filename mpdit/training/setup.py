@@ -129,10 +129,15 @@ def _prepare(arguments: Sequence[str], env: DistEnv) -> Run:
         raise ConfigError(f"{error}{why}") from error
 
     # Data and the model that fits it
-    config.model_config({})  # what is wrong with the model itself is said before the data are read
+    coarsest = (
+        config.model_config({}).stages[0].patch
+    )  # what is wrong with the model itself is said before data are read
     dataset = _open_data(config)
     manifest = dataset.manifest
-    model = config.model_config({"channels": manifest.channels, "num_classes": manifest.num_classes})
+    fields = {"channels": manifest.channels, "num_classes": manifest.num_classes}
+    if manifest.height == manifest.width and manifest.height % coarsest == 0:
+        fields["input_size"] = manifest.height
+    model = config.model_config(fields)
     manifest.check_model(model)
 
     # The run's folder: new, or of a run that may be continued

@@ -72,7 +72,10 @@ class Checkpoint:
         try:
             text, committed = path.read_bytes(), marker.read_bytes().strip()
         except OSError as error:
-            raise CheckpointError(f"{folder} is not a complete checkpoint ({error})") from error
+            raise CheckpointError(
+                f"{folder} is not a complete checkpoint ({error}): give a folder like OUT/checkpoints/step-00000500, "
+                "or a run's OUT that holds one"
+            ) from error
         if hashlib.sha256(text).hexdigest().encode() != committed:
             raise CheckpointError(f"{path} does not match the SHA-256 in {marker}: it was altered; use an older one")
         try:

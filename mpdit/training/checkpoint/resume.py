@@ -67,9 +67,15 @@ def _named(run: Run, folders: list[Path]) -> tuple[Checkpoint | None, list[Path]
     """Return the checkpoint that --resume names, and those of the run's own `folders` that follow it.
 
     It may be gone when the command is repeated and the run has its own; else CheckpointError for one that isn't sound.
-    Going back to an older one of the run's own is refused.
+    Going back to an older one of the run's own is refused. A run's folder stands for its newest, which moves on, and so
+    counts only until this run has its own.
     """
     resume = run.config.resume
+    given = Path(resume)
+    if theirs := gather(committed_folders(given.parent if given.name == "checkpoints" else given))[0]:
+        if folders:
+            return None, folders
+        resume = str(theirs[-1])
     named, problem = _verified(Path(resume), run.env)
     newer = [folder for folder in folders if named and step_of(folder) > named.step]
     own = os.path.realpath(Path(resume).absolute().parent) == os.path.realpath(run.out / "checkpoints")
