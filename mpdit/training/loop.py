@@ -49,7 +49,7 @@ def train(run: Run, stop: StopRequests) -> str:
     Raises UserError for what the user can mend: a configuration DeepSpeed refuses, a checkpoint that doesn't fit, a
     damaged record, too many steps in a row that had to be skipped, a full disk, a GPU whose memory runs out.
     """
-    config, env, manifest = run.config, run.env, run.manifest
+    config, flow, env, manifest = run.config, run.config.flow, run.env, run.manifest
     set_threads(env)
     stopped = ""
     with contextlib.ExitStack() as stack:
@@ -123,7 +123,7 @@ def train(run: Run, stop: StopRequests) -> str:
                         labels,
                         positions,
                         seed=config.seed,
-                        config=config.flow,
+                        config=flow,
                         null_class=run.model.null_class,
                     )  # fp32 [b]
                     loss = losses.mean()
