@@ -271,6 +271,16 @@ def test_pixels_in_0_1_are_known_by_their_brightness(tmp_path: Path, write: Any)
     assert info.normalization == PAPER
 
 
+@pytest.mark.parametrize("write", [formats.write_pairs, formats.write_edm2])
+def test_values_too_far_from_zero_for_fp16(tmp_path: Path, write: Any) -> None:
+    values = MOMENTS if write is formats.write_edm2 else LATENTS
+    values = values / 40
+    values[:, 1] += 100  # whose neighbours in fp16 are 1 / 16 apart, beside a std of 0.1
+    path = write(tmp_path / "data", values, LABELS)
+    with pytest.raises(DataError, match=r"channel 1 .* mean 100 .*fp16 would lose .*%, more than 1%: store them minus"):
+        open_latents(path, scale=1)
+
+
 def _save(path: Path, values: Any) -> None:
     np.save(path, values)
 
@@ -289,7 +299,7 @@ DEFECTS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "several samples": ("mpdit", lambda p: _save(p / F / "9.npy", ZERO[:2]), r"9\.npy.*\[2, 4, 8, 8\], not floats"),
     "integers": ("mpdit", lambda p: _save(p / F / "9.npy", ZERO[:1].astype(int)), r"9\.npy.*int64.*, not floats"),
     "NaN": ("mpdit", lambda p: _save(p / F / "9.npy", ZERO[:1] + np.nan), r"9\.npy \(sample 9\) a value is NaN"),
-    "beyond fp16": ("mpdit", lambda p: _save(p / F / "9.npy", ZERO[:1] + 7e4), r"9\.npy .*beyond fp16's 65504"),
+    "beyond fp16": ("mpdit", lambda p: _save(p / F / "9.npy", ZERO[:1] + 7e4), r"9\.npy .*beyond fp16, of 65504 at"),
     "pickle": (
         "mpdit",
         lambda p: np.save(p / F / "9.npy", np.array([{}], dtype=object), allow_pickle=True),

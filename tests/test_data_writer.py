@@ -4,10 +4,11 @@ import os
 
 import numpy as np
 import pytest
+import torch
 from forks import exit_code, in_a_child
 
 from mpdit.core.errors import DataError
-from mpdit.data import LatentSpec, Normalization, PackedLatents, PackedWriter, verify
+from mpdit.data import LatentSpec, Normalization, PackedLatents, PackedWriter, verify, write_packed
 
 SPEC = LatentSpec(channels=1, height=2, width=2, num_classes=3)
 LABELS = np.array([0, 1, 2, 0, 1])
@@ -29,7 +30,7 @@ def write(path):
     [
         ((1, 0, 0, 1, 1), np.nan, "record 6 .*NaN"),
         ((1, 0, 0, 1, 1), -np.inf, "record 6 .*infinite"),
-        ((2, 0, 0, 0, 0), 70_000.0, "record 7 .*infinite"),
+        ((2, 0, 0, 0, 0), 70_000.0, "record 7 .*beyond fp16, of 65504 at most"),
         ((4, 0, 1, 0, 0), -0.5, "record 9 .*negative"),
         ((0, 0, 1, 0, 0), np.nan, "record 5 .*NaN"),
     ],
@@ -56,8 +57,8 @@ def test_a_std_of_minus_zero_is_zero(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([0, 1, 3, 0, 1], "record 2 has label 3, outside 0 .. 2"),
-        ([0, 1, -1, 0, 1], "record 2 has label -1"),
+        ([0, 1, 3, 0, 1], "record 2 has label 3, outside 0 .. 2: mend it, or raise num_classes$"),
+        ([0, 1, -1, 0, 1], "record 2 has label -1, outside 0 .. 2: mend it$"),
         ([0.0, 1, 2, 0, 1], "give whole numbers"),
         ([[0, 1, 2, 0, 1]], "one per record"),
         ([0, 1, 2, 0], "shape"),
@@ -169,3 +170,67 @@ def _killed_in_a_child(folder, steps: int) -> int:
         write(folder)
 
     return exit_code(in_a_child(work))
+
+
+VALUES = np.random.default_rng(2).normal(size=(5, 3, 2, 2)).astype(np.float32)
+BF16 = torch.from_numpy(VALUES).bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("means", "labels"),
+    [
+        (VALUES.tolist(), LABELS.tolist()),
+        (torch.from_numpy(VALUES).requires_grad_(), torch.from_numpy(LABELS)),
+        (torch.from_numpy(VALUES).double(), torch.from_numpy(LABELS).to(torch.uint8)),
+        (BF16.requires_grad_(), LABELS),
+    ],
+    ids=["lists", "gradients", "double", "bf16"],
+)
+def test_whatever_holds_numbers_is_packed(tmp_path, means, labels):
+    stds = torch.full(VALUES.shape, 0.5, dtype=torch.bfloat16)
+    moments, found = write_packed(tmp_path / "data", means, labels, stds).read(np.arange(5))
+    expected = BF16.detach().float().numpy() if means is BF16 else VALUES
+    assert np.array_equal(moments[:, 0, :3], expected.astype(np.float16)) and (moments[:, 0, 3:] == 0.5).all()
+    assert np.array_equal(found, LABELS)
+
+
+@pytest.mark.parametrize(
+    ("means", "labels", "message"),
+    [
+        (VALUES, ["a", "b", "c", "a", "b"], "labels are <U1 .*, and their names as class_names"),
+        (VALUES, LABELS == 1, "labels are bool .* give whole numbers"),
+        (VALUES, np.eye(5, dtype=int), r"labels \(5, 5\)"),
+        (VALUES, LABELS - 1, "has label -1, outside 0 .. 1: mend it$"),
+        (VALUES[0], LABELS, r"shapes \[\(3, 2, 2\)\]"),
+        (VALUES + 1j, LABELS, "means and stds are complex"),
+        ([[[[1.0]]], [[[1.0, 2.0]]]], [0, 1], "means and stds can't be taken as an array"),
+        ([[[["x"]]]], [0], "means and stds are <U1"),
+        (torch.from_numpy(VALUES).to("meta"), LABELS, "means and stds can't be taken as an array"),
+        (torch.from_numpy(VALUES).to_sparse(), LABELS, "means and stds can't be taken as an array"),
+    ],
+)
+def test_what_holds_no_numbers_is_refused_in_a_line(tmp_path, means, labels, message):
+    with pytest.raises(DataError, match=message) as error:
+        write_packed(tmp_path / "data", means, labels)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "data/manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("offset", "std", "lost"),
+    [(100.0, 0.1, "1[5-9]"), (-1000.0, 1.0, "1[0-9]"), (2048.0, 0.1, "100"), (1e-7, 1e-8, "[5-9][0-9]")],
+)
+def test_values_that_fp16_would_blur_are_refused(tmp_path, offset, std, lost):
+    values = np.random.default_rng(0).normal(size=(64, 2, 4, 4))
+    values[:, 1] = offset + std * values[:, 1]
+    constants = Normalization((0.0, offset), (1.0, std))
+    labels = np.zeros(64, int)
+    with pytest.raises(
+        DataError, match=f"channel 1 .* fp16 would lose {lost}\\.[0-9]%, more than 1%: store them minus"
+    ):
+        write_packed(tmp_path / "data", values, labels, normalization=constants)
+    assert list((tmp_path / "data").iterdir()) == []
+    # What is of fp16 already loses nothing by being stored as it is, nor does a constant by being rounded.
+    values[:, 1] = offset
+    for kept in (values, values.astype(np.float16) + np.float16(0)):
+        write_packed(tmp_path / f"of {kept.dtype}", kept, labels, normalization=constants)

@@ -132,9 +132,7 @@ def _read_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
     if hashlib.sha256(index.data).hexdigest() != manifest.index.sha256:
         raise DataError(f"{path} does not match its hash in the manifest: it was altered; {_REMEDY}")
     if bad := find_bad_label(index["label"], manifest.num_classes):
-        raise DataError(
-            f"{path}: record {bad[0]} {bad[1]}; write the data set again with the right labels or num_classes"
-        )
+        raise DataError(f"{path}: record {bad[0]} {bad[1]}; write the data set again")
     return index
 
 

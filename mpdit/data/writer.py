@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
-from mpdit.core.errors import DataError
+from mpdit.core.errors import DataError, first_line
 from mpdit.core.files import locked, sync_to_disk
 from mpdit.data.latents import PackedLatents
 from mpdit.data.manifest import INDEX_NAME, MANIFEST_NAME, LatentSpec, Manifest, StoredFile
@@ -109,28 +110,27 @@ class PackedWriter:
     def add(self, moments: ArrayLike, labels: ArrayLike) -> None:
         """Append records: moments [B, V, 2C, H, W], stored as fp16, posterior means before stds; labels int [B].
 
-        Raises DataError, naming the record and writing none of the batch, for another shape, a label outside
-        0 .. num_classes - 1, NaN, infinity, a value beyond fp16, or a negative std.
+        Tensors of any device and float dtype are taken too. Raises DataError, naming the record and writing none of the
+        batch, for another shape, a label outside 0 .. num_classes - 1, NaN, infinity, a value beyond fp16, or a
+        negative std; and on leaving the block for values so far from zero that fp16 would lose 1 % of their std.
         """
-        labels_B, values = np.asarray(labels), np.asarray(moments)
-        if labels_B.ndim != 1 or labels_B.dtype.kind not in "iu":
-            raise DataError(
-                f"labels are {labels_B.dtype} of shape {labels_B.shape}: give whole numbers, one per record"
-            )
+        labels_B, exact = as_array(labels, "labels", "iu"), as_array(moments, "moments", "fiu")
+        if labels_B.ndim != 1:
+            raise DataError(f"labels are of shape {labels_B.shape}: give one per record")
         if bad := find_bad_label(labels_B, self.spec.num_classes):
-            raise DataError(f"record {self.num_samples + bad[0]} {bad[1]}: mend the label or raise num_classes")
+            raise DataError(f"record {self.num_samples + bad[0]} {bad[1]}")
         expected = (len(labels_B), *self.spec.record_shape)
-        if values.shape != expected:
+        if exact.shape != expected:
             raise DataError(
-                f"moments from record {self.num_samples} on have shape {values.shape}, expected {expected}: "
+                f"moments from record {self.num_samples} on have shape {exact.shape}, expected {expected}: "
                 f"[records = labels, variants, 2 * channels, height, width]"
             )
         with np.errstate(over="ignore", invalid="ignore"):  # find_defect tells what becomes infinite
-            values = np.ascontiguousarray(values, dtype=VALUE_DTYPE)
-        if defect := find_defect(values):
+            values = np.ascontiguousarray(exact, dtype=VALUE_DTYPE)
+        if defect := find_defect(values, exact.__getitem__):
             record = self.num_samples + defect[0]
             raise DataError(f"record {record} can't be stored as fp16 moments: {defect[1]}; leave it out")
-        self._statistics.add(values)
+        self._statistics.add(values, exact)
         entries = index_entries(values, labels_B)
         done = 0
         while done < len(values):
@@ -162,6 +162,7 @@ class PackedWriter:
         """Bring all to the disk and name the files, the manifest last."""
         if not self.num_samples:
             raise DataError(f"no records were written to {self.path}: a data set needs at least one")
+        self._statistics.check_rounding()
         measured = self._statistics.result()
         manifest = Manifest(
             **{field.name: getattr(self.spec, field.name) for field in dataclasses.fields(LatentSpec)},
@@ -182,11 +183,26 @@ class PackedWriter:
         sync_to_disk(self.path)
 
 
+def as_array(values: Any, name: str, kinds: str) -> NDArray[Any]:
+    """Return values as an array of numpy, bf16 as fp32. DataError unless it is of one of these kinds of dtype."""
+    try:
+        if isinstance(values, Tensor):
+            values = values.detach().cpu()
+            values = (values.float() if values.is_floating_point() and values.itemsize < 4 else values).numpy()
+        array = np.asarray(values)
+    except Exception as error:  # rows of different lengths, sparse tensors, ...
+        raise DataError(f"{name} can't be taken as an array ({first_line(error)}): give one of numbers") from error
+    if array.dtype.kind not in kinds:
+        wanted = "numbers" if "f" in kinds else "whole numbers, one per record, and their names as class_names"
+        raise DataError(f"{name} are {array.dtype} of shape {array.shape}: give {wanted}")
+    return array
+
+
 def write_packed(
     path: str | Path,
-    means: NDArray[Any],
-    labels: ArrayLike,
-    stds: NDArray[Any] | None = None,
+    means: ArrayLike | Tensor,
+    labels: ArrayLike | Tensor,
+    stds: ArrayLike | Tensor | None = None,
     *,
     num_classes: int | None = None,
     normalization: Normalization | None = None,
@@ -196,27 +212,36 @@ def write_packed(
     """Pack latents that are in memory as arrays: `write_packed("my_data", latents, labels)`.
 
     means [N, C, H, W], or [N, 2, C, H, W] when each comes as original and flipped, and posterior stds of the same
-    shape (zero when not given), in any float dtype, memory-mapped if large; labels int [N]. num_classes defaults to
-    the highest label + 1; `spec` takes the other fields of LatentSpec. DataError as in PackedWriter.
+    shape (zero when not given): arrays of any float dtype, memory-mapped if large, or tensors; labels int [N].
+    num_classes defaults to the highest label + 1; `spec` takes the other fields of LatentSpec. DataError as in
+    PackedWriter.
     """
-    labels = np.asarray(labels)
-    if means.ndim not in (4, 5) or (stds is not None and stds.shape != means.shape) or len(means) != len(labels):
+    labels = as_array(labels, "labels", "iu")
+    # Arrays are read piece by piece: those of numpy's or HDF5's files may be larger than the memory.
+    given: list[Any] = [means] if stds is None else [means, stds]
+    lazy = [hasattr(half, "shape") and not isinstance(half, Tensor) for half in given]
+    halves = [h if array else as_array(h, "means and stds", "fiu") for h, array in zip(given, lazy, strict=True)]
+    shapes = [tuple(half.shape) for half in halves]
+    shape = shapes[0]
+    if len(shape) not in (4, 5) or shapes[-1] != shape or labels.shape != shape[:1]:
         raise DataError(
-            f"means have shape {means.shape}, stds {None if stds is None else stds.shape}, labels {labels.shape}: "
-            "give [N, C, H, W] or [N, 2, C, H, W], stds of the same shape, and N labels"
+            f"means and stds have shapes {shapes}, labels {labels.shape}: give [N, C, H, W] or [N, 2, C, H, W], stds "
+            "of the same shape, and N labels"
         )
     if num_classes is None:
         num_classes = int(labels.max(initial=0)) + 1
-    variants = means.shape[1] if means.ndim == 5 else 1
-    channels, height, width = means.shape[-3:]
+    variants = shape[1] if len(shape) == 5 else 1
+    channels, height, width = shape[-3:]
     if variants == 2:
         spec["variants"] = ("original", "flipped")
     description = LatentSpec(channels=channels, height=height, width=width, num_classes=num_classes, **spec)
     with PackedWriter(path, description, normalization=normalization, shard_records=shard_records) as writer:
         chunk = max(1, (1 << 26) // description.record_bytes)
-        for start in range(0, len(means), chunk):
-            part = slice(start, start + chunk)
-            halves = [means[part], np.zeros_like(means[part]) if stds is None else stds[part]]
-            pair = [half.reshape(-1, variants, channels, height, width) for half in halves]
-            writer.add(np.concatenate(pair, axis=2), labels[part])
+        for start in range(0, len(labels), chunk):
+            rows = slice(start, start + chunk)
+            pair = [as_array(half[rows], "means and stds", "fiu") for half in halves]
+            if stds is None:
+                pair.append(np.zeros_like(pair[0]))
+            pair = [half.reshape(-1, variants, channels, height, width) for half in pair]
+            writer.add(np.concatenate(pair, axis=2), labels[rows])
     return PackedLatents(path)

@@ -117,7 +117,7 @@ class ForeignLatents(LatentDataset):
         self._labels = labels
         num_classes = self._options.num_classes or max(1, int(labels.max()) + 1)
         if bad := find_bad_label(labels, num_classes):
-            raise DataError(f"{file}: sample {bad[0]} {bad[1]}: mend the label or raise num_classes")
+            raise DataError(f"{file}: sample {bad[0]} {bad[1]}")
         return num_classes
 
     def _describe(
@@ -174,9 +174,14 @@ class ForeignLatents(LatentDataset):
         for start in range(0, len(sample), _STATISTICS_BATCH):
             indices = sample[start : start + _STATISTICS_BATCH]
             moments = np.empty((len(indices), *record_shape), VALUE_DTYPE)
-            self._read_moments(indices, moments)
-            statistics.add(moments)
+            exact = np.zeros(moments.shape)
+            self._read_moments(indices, moments, exact)
+            statistics.add(moments, exact)
             digest.update(moments.data)
+        try:
+            statistics.check_rounding()
+        except DataError as error:
+            raise DataError(f"{self.path}: {error}") from None
         self.digest = hashlib.sha256(digest.digest() + self._read_labels(sample).tobytes()).hexdigest()
         return statistics.result()
 
@@ -194,15 +199,18 @@ class ForeignLatents(LatentDataset):
             )
         return constants
 
-    def _read_moments(self, indices: NDArray[np.int64], moments: NDArray[np.float16]) -> None:
-        self._for_each(indices, lambda row, index: self._fill(moments[row], index))
-        if defect := find_defect(moments):
-            index, what = int(indices[defect[0]]), defect[1]
-            beyond = "infinite" in what and np.isfinite(self._stored(index)).all()
-            raise self._error(index, "holds a value beyond fp16's 65504" if beyond else what)
+    def _read_moments(
+        self, indices: NDArray[np.int64], moments: NDArray[np.float16], exact: NDArray[np.float64] | None = None
+    ) -> None:
+        """Fill `moments`, and with their means before they were rounded `exact`, of the same shape."""
+        self._for_each(
+            indices, lambda row, index: self._fill(moments[row], index, None if exact is None else exact[row])
+        )
+        if defect := find_defect(moments, lambda row: self._stored(int(indices[row]))):
+            raise self._error(int(indices[defect[0]]), defect[1])
 
     @np.errstate(over="ignore", invalid="ignore")  # find_defect tells what becomes infinite
-    def _fill(self, record: NDArray[np.float16], index: int) -> None:
+    def _fill(self, record: NDArray[np.float16], index: int, exact: NDArray[np.float64] | None) -> None:
         """Fill a record fp16 [V, 2C, H, W] from what is stored of a sample."""
         values = self._stored(index)
         if values.shape != self._stored_shape:
@@ -216,6 +224,8 @@ class ForeignLatents(LatentDataset):
         else:
             record[:, :planes] = values
         record[:, planes:] = 0
+        if exact is not None:
+            exact[:, :planes] = values
 
     def _for_each(self, indices: NDArray[np.int64], function: Callable[[int, int], None]) -> None:
         """Call function(row, index) for each of the indices, in threads; of several errors, the first row's is raised.

@@ -154,7 +154,7 @@ def _read_label(path: str, num_classes: int | None) -> int:
     if value.size != 1 or value.dtype.kind not in "iu":
         raise DataError(f"{path} holds {value.dtype} {list(value.shape)}, not one whole number: mend it")
     if num_classes is not None and (bad := find_bad_label(value.reshape(1), num_classes)):
-        raise DataError(f"{path} {bad[1]}: mend the label or raise num_classes")
+        raise DataError(f"{path} {bad[1]}")
     return int(value.item())
 
 

@@ -349,9 +349,10 @@ class EncodeWorker:
             stack.callback(shard.discard)
             stack.callback(index.discard)
 
-            def write(moments: NDArray[np.float16], numbers: list[int]) -> None:
-                self._check_values(moments, numbers)
-                statistics.add(moments)
+            def write(exact: Tensor, numbers: list[int]) -> None:
+                moments = exact.half().numpy()
+                self._check_values(moments, exact, numbers)
+                statistics.add(moments, exact.numpy())
                 with disk(shard_path):
                     shard.write(moments)
                     index.write(index_entries(moments, job.images.labels[numbers]))
@@ -407,25 +408,22 @@ class EncodeWorker:
                 receipt = Receipt(job.digest, stored[0], stored[1], statistics.sums(), skipped, timing, dict(facts))
                 write_atomically(job.receipt_path(part), json.dumps(dataclasses.asdict(receipt)))
 
-    def _encode(self, pixels: Tensor) -> NDArray[np.float16]:
-        """Return moments fp16 [B, V, 2C, h, w] of uint8 [B, 3, H, W]."""
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """Return moments fp32 [B, V, 2C, h, w], on the CPU, of uint8 [B, 3, H, W]."""
         try:
             variants = [pixels, pixels.flip(-1)][: len(self._job.spec.variants)]
-            moments = torch.stack([self._vae.encode(variant) for variant in variants], dim=1)
-            return moments.half().contiguous().cpu().numpy()
+            return torch.stack([self._vae.encode(variant) for variant in variants], dim=1).contiguous().cpu()
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"{self._device} has too little memory for {len(pixels)} images of {self._job.options.image_size} "
                 "pixels at a time: give a smaller --batch and repeat the command; what is finished stays"
             ) from error
 
-    def _check_values(self, moments: NDArray[np.float16], numbers: list[int]) -> None:
-        if defect := find_defect(moments):
+    def _check_values(self, moments: NDArray[np.float16], exact: Tensor, numbers: list[int]) -> None:
+        if defect := find_defect(moments, lambda row: exact[row].numpy()):
             name = self._job.images.names[numbers[defect[0]]]
             remedy = "check the VAE" if self._job.options.dtype == "fp32" else "check the VAE, or encode in fp32"
-            raise DataError(
-                f"image {printable(name)} can't be stored as fp16 moments, of 65504 at most: {defect[1]}; {remedy}"
-            )
+            raise DataError(f"image {printable(name)} can't be stored as fp16 moments: {defect[1]}; {remedy}")
 
 
 def _assemble(job: ExtractionJob, mode: NormalizationMode) -> ExtractReport:
@@ -440,6 +438,7 @@ def _assemble(job: ExtractionJob, mode: NormalizationMode) -> ExtractReport:
     statistics = ChannelStatistics(job.spec.channels)
     for receipt in receipts:
         statistics.merge(receipt.statistics)
+    statistics.check_rounding()
     measured = statistics.result()
     normalization = choose_normalization(mode, measured)
     facts = sum((Counter(receipt.pixels) for receipt in receipts), Counter[str]())
