@@ -22,6 +22,7 @@ from mpdit.commands.common import (
 )
 from mpdit.core.errors import ConfigError
 from mpdit.core.files import new_folder
+from mpdit.core.parser import path_text, to_path
 
 if TYPE_CHECKING:
     from mpdit.model.mpdit import MPDiT
@@ -58,8 +59,8 @@ _HELP = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = adder(parser, _HELP)
-    add("source", metavar="SOURCE", type=Path)
-    add("out", metavar="OUT", type=Path)
+    add("source", metavar="SOURCE", type=to_path)
+    add("out", metavar="OUT", type=to_path)
     add("--to", choices=("weights", "official", "diffusers", "latents"))
     of_official = adder(parser.add_argument_group("official checkpoint as SOURCE"), _HELP)
     of_official("--num-heads", type=whole(1), metavar="N")
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     latents = parser.add_argument_group("--to latents")
     add_data(latents)
     adder(latents, _HELP)("--shard-records", type=whole(1), metavar="N")
-    adder(parser.add_argument_group("--to diffusers"), _HELP)("--vae", metavar="PATH_OR_HUB_ID")
+    adder(parser.add_argument_group("--to diffusers"), _HELP)("--vae", type=path_text, metavar="PATH_OR_HUB_ID")
 
 
 def run(args: argparse.Namespace) -> Outcome:

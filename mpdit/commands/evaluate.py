@@ -22,6 +22,7 @@ from mpdit.commands.common import (
 )
 from mpdit.core.errors import CheckpointError, ConfigError
 from mpdit.core.files import write_atomically
+from mpdit.core.parser import to_path
 from mpdit.diffusion.sampling import DIGITS_SAMPLER
 
 SUMMARY = "measure samples by FID and its kin, or a trained model of the digits"
@@ -50,14 +51,14 @@ _HELP = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = adder(parser, _HELP)
-    add("weights", metavar="RUN_OR_WEIGHTS_OR_SAMPLES", type=Path)
+    add("weights", metavar="RUN_OR_WEIGHTS_OR_SAMPLES", type=to_path)
     add_device(parser)
-    add("--out", type=Path, metavar="FILE")
+    add("--out", type=to_path, metavar="FILE")
     of_images = adder(parser.add_argument_group("images"), _HELP)
-    of_images("--reference", type=Path, metavar="REF")
-    of_images("--write-reference", type=Path, metavar="REF.npz")
+    of_images("--reference", type=to_path, metavar="REF")
+    of_images("--write-reference", type=to_path, metavar="REF.npz")
     of_images("--image-size", type=whole(1), metavar="N")
-    of_images("--inception", type=Path, metavar="FILE")
+    of_images("--inception", type=to_path, metavar="FILE")
     add_sampler(parser, DIGITS_SAMPLER)
 
 

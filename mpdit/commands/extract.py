@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpdit.commands.common import (
@@ -18,6 +17,7 @@ from mpdit.commands.common import (
     pick_device,
     whole,
 )
+from mpdit.core.parser import path_text, to_path
 from mpdit.core.text import counted
 
 if TYPE_CHECKING:
@@ -61,9 +61,9 @@ _HELP = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = adder(parser, _HELP)
-    add("images", metavar="IMAGES", type=Path)
-    add("out", metavar="OUT", type=Path)
-    add("--vae", required=True, metavar="PATH_OR_HUB_ID")
+    add("images", metavar="IMAGES", type=to_path)
+    add("out", metavar="OUT", type=to_path)
+    add("--vae", required=True, type=path_text, metavar="PATH_OR_HUB_ID")
     add("--image-size", type=whole(1), default=256, metavar="N")
     add("--flip", action="store_true")
     add("--classes", choices=("auto", "label", "folder", "archive", "one"), default="auto")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mpdit.commands.common import Outcome, adder, check_new_folder, number, refuse
 from mpdit.core.errors import ConfigError
+from mpdit.core.parser import to_path
 
 if TYPE_CHECKING:
     from mpdit.report.results import Results
@@ -34,12 +35,12 @@ _HELP = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = adder(parser, _HELP)
-    add("results", metavar="RESULTS", nargs="*", type=Path)
-    add("--out", type=Path, metavar="DIR")
+    add("results", metavar="RESULTS", nargs="*", type=to_path)
+    add("--out", type=to_path, metavar="DIR")
     mode = adder(parser.add_mutually_exclusive_group(), _HELP)
-    mode("--update", nargs="?", type=Path, const=Path("docs/benchmarks.md"), metavar="PAGE")
-    mode("--compare", nargs=2, type=Path, metavar=("A", "B"))
-    mode("--trace", type=Path, metavar="FILE")
+    mode("--update", nargs="?", type=to_path, const=Path("docs/benchmarks.md"), metavar="PAGE")
+    mode("--compare", nargs=2, type=to_path, metavar=("A", "B"))
+    mode("--trace", type=to_path, metavar="FILE")
     add("--threshold", type=number, metavar="PERCENT")
     add("--fail-on-regression", action="store_true")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpdit.commands.common import (
@@ -18,6 +17,7 @@ from mpdit.commands.common import (
     sampler,
     whole,
 )
+from mpdit.core.parser import path_text, to_path
 from mpdit.core.text import counted
 from mpdit.diffusion.sampling import SamplerSettings
 
@@ -54,14 +54,14 @@ _HELP = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = adder(parser, _HELP)
-    add("weights", metavar="RUN_OR_WEIGHTS", type=Path)
-    add("--out", type=Path, required=True, metavar="DIR")
+    add("weights", metavar="RUN_OR_WEIGHTS", type=to_path)
+    add("--out", type=to_path, required=True, metavar="DIR")
     add("--num", type=whole(1), default=100)
     add("--classes", type=whole(0), nargs="+", metavar="CLASS")
     add("--labels", choices=("auto", "random", "balanced"), default="auto")
     add_device(parser, gpus=True)
     of_images = adder(parser.add_argument_group("images"), _HELP)
-    of_images("--vae", metavar="PATH_OR_HUB_ID")
+    of_images("--vae", type=path_text, metavar="PATH_OR_HUB_ID")
     of_images("--vae-dtype", choices=("fp32", "bf16"))
     of_images("--decode-batch", type=whole(1), metavar="N")
     of_images("--format", choices=("npz", "png", "both"), default="npz")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mpdit.commands.common import Outcome, add_data, channels_lines, open_data
+from mpdit.core.parser import to_path
 
 SUMMARY = "check a data set from the first byte to the last"
 DESCRIPTION = (
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "data",
         metavar="DATA",
-        type=Path,
+        type=to_path,
         help="packed latents (a folder with manifest.json), or MPDiT's, fast-DiT's, EDM2's, REPA's or LightningDiT's",
     )
     add_data(parser)

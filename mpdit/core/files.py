@@ -1,16 +1,81 @@
-"""Writes files and folders so that they are on the disk whole or not at all, locks them, and reads at positions."""
+"""Reads, writes and locks files: paths as users give them, files that are there whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import json
 import os
+import re
+import select
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from mpdit.core.errors import DataError
+from mpdit.core.errors import ConfigError, DataError
 from mpdit.core.text import readable_bytes
+
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})", re.ASCII)
+_PIPE_SECONDS = 5
+"""How long something is waited for that writes into a pipe."""
+
+
+def expand_path(text: str) -> str:
+    """Return a path that a user gave, with ~, ~user, $NAME and ${NAME} replaced: in a file and behind = no shell does.
+
+    What is there under the name as it stands is meant by it, and a variable that is not set is a part of a name where
+    one like that is there. Raises ConfigError for any other, and for a home folder that nothing tells.
+    """
+    if os.path.lexists(text):
+        return text
+
+    def value(found: re.Match[str]) -> str:
+        end = text.find("/", found.end())
+        if known := os.environ.get(found[1] or found[2]):
+            return known
+        if os.path.lexists(text[: end if end >= 0 else None]):
+            return found[0]
+        raise ConfigError(f"{text}: {found[0]} is not set in the environment: set it, or write the path out")
+
+    expanded = _VARIABLE.sub(value, text)
+    home = expanded.partition("/")[0]
+    path = os.path.expanduser(expanded) if home.startswith("~") else expanded
+    if path.startswith("~") and not os.path.lexists(home):
+        raise ConfigError(f"{text}: no home folder is known for {home}: write the path out, or ./{home} for that name")
+    return path
+
+
+def as_path(path: str | Path) -> Path:
+    """Return a Path as it is, and text as `expand_path` has it."""
+    return Path(expand_path(path)) if isinstance(path, str) else path
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """Read a file whole. Raises OSError, also for a device, and for a pipe into which nothing is written."""
+    with open(path, "rb", opener=_open_at_once) as file:
+        mode = os.fstat(file.fileno()).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
+            raise OSError(errno.EINVAL, "is a device, not a file", str(path))
+        if not stat.S_ISREG(mode) and not select.select([file], [], [], _PIPE_SECONDS)[0]:
+            raise OSError(errno.ETIMEDOUT, "is a pipe into which nothing is written", str(path))
+        os.set_blocking(file.fileno(), True)
+        return file.read()
+
+
+def read_text(path: str | Path) -> str:
+    """Read a file of text in UTF-8, or in what its byte order mark says: PowerShell's > writes UTF-16.
+
+    JSON needs no more than its bytes: json knows these marks too. Raises as `read_bytes`, and UnicodeDecodeError.
+    """
+    content = read_bytes(path)
+    return content.decode(json.detect_encoding(content))
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open without waiting until somebody opens a pipe's other end; to a file it makes no difference."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def sync_to_disk(path: Path) -> None:
@@ -84,7 +149,7 @@ class OpenFile:
     """A file open for positioned reads by any thread, which is closed when it is no longer used. Raises OSError."""
 
     def __init__(self, path: str | Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
+        self.descriptor = _open_at_once(os.fspath(path), os.O_RDONLY)
 
     def close(self) -> None:
         """Close the file; closing again changes nothing, and reading after that is an OSError."""

@@ -1,13 +1,30 @@
-"""Adapts argparse: errors are ConfigErrors, and no value is lost."""
+"""Adapts argparse: errors are ConfigErrors, no value is lost, and paths are expanded."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from mpdit.core.errors import ConfigError
+from mpdit.core.files import expand_path
+
+
+def path_text(text: str) -> str:
+    """Parse an argument that is a path, or perhaps a hub id: see `expand_path`."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty value; give one, or leave it out")
+    try:
+        return expand_path(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def to_path(text: str) -> Path:
+    """Parse an argument that is a path: see `expand_path`."""
+    return Path(path_text(text))
 
 
 class Parser(argparse.ArgumentParser):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mpdit.core.errors import ConfigError
-from mpdit.core.files import check_room
+from mpdit.core.files import as_path, check_room
 from mpdit.core.text import counted
 from mpdit.data.latents import LatentDataset, PackedLatents
 from mpdit.data.manifest import INDEX_NAME, LatentSpec
@@ -38,7 +38,7 @@ def convert_latents(
         ConfigError, DataError: as `open_latents` does, for an `out` that holds other files, and for a disk with too
             little room, before anything is written.
     """
-    out, dataset = Path(out), data if isinstance(data, LatentDataset) else open_latents(data)
+    out, dataset = as_path(out), data if isinstance(data, LatentDataset) else open_latents(data)
     info = dataset.manifest
     _check_out(out)
     check_room(out, len(dataset) * (info.record_bytes + INDEX_DTYPE.itemsize), counted(len(dataset), "record"))

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mpdit.core.errors import DataError
+from mpdit.core.files import as_path
 from mpdit.data.latents import PackedLatents
 from mpdit.data.writer import write_packed
 
@@ -37,7 +38,7 @@ def build_digits(path: str | Path) -> PackedLatents:
     The folder appears at once and whole, so that several ranks may call this at the same time. The bytes are the same
     each time. Raises DataError when something else is at `path`.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.exists():
         _write_at_once(path)
     dataset = PackedLatents(path)

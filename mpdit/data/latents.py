@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdit.core.errors import DataError, RecordError
-from mpdit.core.files import OpenFile
+from mpdit.core.files import OpenFile, as_path
 from mpdit.core.zips import crc32
 from mpdit.data.manifest import DatasetInfo, Manifest, StoredFile
 from mpdit.data.records import INDEX_DTYPE, VALUE_DTYPE, find_bad_label, find_defect
@@ -74,7 +74,7 @@ class PackedLatents(LatentDataset):
     manifest: Manifest
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = as_path(path)
         self.manifest = Manifest.load(self.path)
         index = _read_index(self.path, self.manifest)
         self.labels = index["label"].astype(np.int64)

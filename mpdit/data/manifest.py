@@ -208,10 +208,10 @@ class Manifest(DatasetInfo):
         """Read and check folder/manifest.json; DataError says what is wrong with it."""
         path = folder / MANIFEST_NAME
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_bytes()
         except FileNotFoundError:
             raise DataError(f"{folder} holds no data set: it has no {MANIFEST_NAME}; check the path") from None
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             raise DataError(f"can't read {path}: {error}") from error
         try:
             return _parse(json.loads(text))

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from mpdit.core.errors import ConfigError, DataError
+from mpdit.core.files import as_path
 from mpdit.data.latents import LatentDataset, PackedLatents
 from mpdit.data.manifest import JOB_NAME, MANIFEST_NAME, PARTS_NAME
 from mpdit.data.normalization import NormalizationMode, choose_normalization
@@ -36,7 +37,7 @@ def open_latents(
     Raises ConfigError for an argument that isn't understood or would have no effect, DataError when there is no data
     set or it is damaged.
     """
-    path = Path(path)
+    path = as_path(path)
     options = Options(parse_scale(scale), normalization, num_classes)
     if (path / MANIFEST_NAME).is_file():
         if options.scale is not None:

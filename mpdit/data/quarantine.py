@@ -189,7 +189,7 @@ class Quarantine(LatentDataset):
 
     def _journal_text(self) -> str:
         try:
-            return self._journal.read_text(encoding="utf-8", errors="replace")
+            return self._journal.read_text(encoding="utf-8-sig", errors="replace")
         except (FileNotFoundError, NotADirectoryError):
             return ""
         except OSError as error:

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from mpdit.core.errors import DataError, first_line
-from mpdit.core.files import locked, sync_to_disk
+from mpdit.core.files import as_path, locked, sync_to_disk
 from mpdit.data.latents import PackedLatents
 from mpdit.data.manifest import INDEX_NAME, MANIFEST_NAME, LatentSpec, Manifest, StoredFile
 from mpdit.data.normalization import Normalization
@@ -79,7 +79,7 @@ class PackedWriter:
         normalization: Normalization | None = None,
         shard_records: int | None = None,
     ) -> None:
-        self.path = Path(path)
+        self.path = as_path(path)
         self.spec = spec
         self.num_samples = 0
         self._normalization = normalization

@@ -20,7 +20,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from mpdit.core.errors import CheckpointError, ConfigError
-from mpdit.core.files import new_folder
+from mpdit.core.files import as_path, new_folder
 from mpdit.model.mpdit import MPDiT
 from mpdit.model.vae import VAE, pixel_range_of
 from mpdit.model.weights import check_flow
@@ -69,7 +69,7 @@ def save_diffusers(
     except ImportError as error:
         raise ConfigError(f"a diffusers pipeline needs diffusers ({error}): pip install 'mpdit[vae]'") from error
     check_flow(metadata)
-    folder = Path(folder)
+    folder = as_path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ConfigError(f"{folder} is not an empty folder: give a new one, nothing is overwritten")
     data, channels = metadata.get("data") or {}, model.config.channels

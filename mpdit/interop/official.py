@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mpdit.core.errors import CheckpointError, first_line
-from mpdit.core.files import new_file
+from mpdit.core.files import as_path, new_file
 from mpdit.data.normalization import PAPER
 from mpdit.model.config import Convention, ModelConfig, StageSpec
 from mpdit.model.layers import sincos_position
@@ -323,7 +323,7 @@ def save_official(
         CheckpointError: the model has parts the official codes lack, `ema` is of another configuration, or the disk
             is full.
     """
-    path, metadata = Path(path), dict(metadata or {})
+    path, metadata = as_path(path), dict(metadata or {})
     if ema is not None and ema.config != model.config:
         raise CheckpointError("model and ema are of different configurations: give the averages of the same model")
     state = to_official(model)

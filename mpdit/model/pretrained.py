@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mpdit.core.errors import CheckpointError, ConfigError, first_line
+from mpdit.core.files import as_path
 from mpdit.model.config import ModelConfig
 from mpdit.model.weights import read_weights, save_weights
 
@@ -82,7 +83,7 @@ class Pretrained(nn.Module):
             CheckpointError: nothing there, the hub can't be reached, or files that are damaged or of another format.
             ConfigError: a hub repository is asked for and huggingface_hub is not installed.
         """
-        folder, name = Path(path_or_id), str(path_or_id)
+        folder, name = as_path(path_or_id), str(path_or_id)
         if is_hub_id(name) and not folder.exists():
             options = {"revision": revision, "cache_dir": cache_dir, "token": token}
             folder = _download(name, local_files_only=local_files_only, **options)

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mpdit.core.errors import CheckpointError, ConfigError, first_line
+from mpdit.core.files import expand_path
 from mpdit.model.config import one_of
 from mpdit.model.pretrained import is_hub_id
 from mpdit.model.weights import check_filled, check_values
@@ -73,6 +74,7 @@ class VAE:
         kind of autoencoder, or one of images that are not RGB; CheckpointError when its files don't fill it, or hold
         other tensors, other numbers than floats of 16 bits or more, NaN or infinity.
         """
+        name = expand_path(name)
         path = Path(name)
         if (path / "model_index.json").is_file() or (path / "vae" / "config.json").is_file():
             path = path / "vae"
@@ -189,7 +191,7 @@ def _check_folder(path: Path, name: str) -> None:
             return
         raise ConfigError(f"vae {name!r} does not exist: give a folder that diffusers saved, or a hub id owner/name")
     try:
-        kind = json.loads((path / "config.json").read_text()).get("_class_name")
+        kind = json.loads((path / "config.json").read_bytes()).get("_class_name")
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"vae {name!r} is no folder of an AutoencoderKL ({path / 'config.json'}: {error}): give one that diffusers "

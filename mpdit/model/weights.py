@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mpdit.core.errors import CheckpointError, ConfigError
-from mpdit.core.files import new_file
+from mpdit.core.files import as_path, new_file
 from mpdit.core.tensor_file import digest_of, write_tensors
 from mpdit.core.zips import find_damaged, is_zip
 from mpdit.model.config import ModelConfig
@@ -38,7 +38,7 @@ def save_weights(
         config: the model's configuration.
         metadata: JSON values kept beside it: "data" (how samples are decoded), "training" (where they come from).
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
     description = json.dumps(describe(config, metadata), indent=2) + "\n"
@@ -113,6 +113,7 @@ def load_tensors(path: str | Path) -> Any:
     CheckpointError for a file that is none, is damaged or holds anything else. Torch's own words are not passed on:
     they advise to unpickle whatever it is.
     """
+    path = as_path(path)
     try:
         zipped = is_zip(path)
         if zipped and (damaged := find_damaged(path)):  # torch compares no checksums
@@ -136,9 +137,9 @@ def load_tensors(path: str | Path) -> Any:
 
 def read_description(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     """Read the configuration and metadata of weights, as `read_weights`, without the tensors."""
-    file = weights_folder(Path(path)) / "config.json"
+    file = weights_folder(as_path(path)) / "config.json"
     try:
-        description = json.loads(file.read_text(encoding="utf-8"))
+        description = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} can't be read as JSON: {error}") from error
     return parse_description(description, file)
@@ -155,7 +156,7 @@ def read_weights(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor], dict
         CheckpointError: nothing there, or a file that is damaged, not finite or of another format.
     """
     config, metadata = read_description(path)
-    weights = weights_folder(Path(path)) / "model.safetensors"
+    weights = weights_folder(as_path(path)) / "model.safetensors"
     try:
         with safe_open(weights, "pt") as file:
             stated = (file.metadata() or {}).get("sha256")

@@ -21,6 +21,7 @@ from mpdit_kernels.hardware import Gpu, find_gpu
 
 from mpdit.core.errors import DataError, UserError
 from mpdit.core.files import write_atomically
+from mpdit.core.parser import to_path
 from mpdit.core.text import aligned
 from mpdit.model.presets import PRESETS
 from mpdit.planning.time import ATTENTION, LINK, MEASURED, Efficiency, measured, step_time
@@ -85,7 +86,7 @@ def calibrate(results: Results) -> tuple[Gpu, Efficiency, list[Step]] | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m mpdit.planning.calibrate", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("results", nargs="*", type=Path, metavar="RESULTS", help=f"(default: all in {RESULTS})")
+    parser.add_argument("results", nargs="*", type=to_path, metavar="RESULTS", help=f"(default: all in {RESULTS})")
     parser.add_argument("--update", action="store_true", help="write what the planner reads")
     options = parser.parse_args(arguments)
     try:

@@ -132,7 +132,7 @@ def _spans(path: str | Path) -> list[_Span]:
         content = Path(path).read_bytes()
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
-        document = json.loads(content.decode(errors="replace"))
+        document = json.loads(content.decode("utf-8-sig", errors="replace"))
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"trace {path} can't be read: {error}; give a .json or .json.gz file that is whole") from error
     except (ValueError, RecursionError) as error:

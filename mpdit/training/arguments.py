@@ -12,18 +12,20 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Hashable, Sequence
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
 from mpdit.core.errors import ConfigError
-from mpdit.core.parser import Parser
+from mpdit.core.files import read_text
+from mpdit.core.parser import Parser, path_text
 from mpdit.model.config import ModelConfig
 from mpdit.training.config import RENAMED, TrainConfig, parse_override
 
 _DEFAULT_IN_HELP = {"override", "out", "init_from", "plan_gpu", "plan_gpus"}
 """Fields whose help says by itself what holds when they are not given."""
+
+_PATHS = {"ds_config", "data", "out", "resume", "init_from"}
 
 _METAVARS = {
     "resume": "auto|never|DIR",
@@ -118,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config",
         action="append",
+        type=path_text,
         metavar="FILE",
         help="YAML file with any of the fields below, such as launch/imagenet256_xl.yaml; arguments override it "
         "(default: none)",
@@ -171,7 +174,7 @@ def _kind(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
     if get_origin(kind) is Literal:
         return {"choices": get_args(kind)}
     metavar = {int: "N", float: "X"}.get(kind) or _METAVARS.get(field.name)
-    return {"type": kind, "metavar": metavar or field.name.upper()}
+    return {"type": path_text if field.name in _PATHS else kind, "metavar": metavar or field.name.upper()}
 
 
 def _help(field: dataclasses.Field[Any]) -> str:
@@ -214,14 +217,15 @@ def _read_config_file(parser: argparse.ArgumentParser, path: str) -> dict[str, A
     """Return the fields that a YAML file gives.
 
     Keys are fields of TrainConfig, with dashes or underscores. `override` is a mapping, or a list of FIELD=VALUE; a
-    value of several numbers is a list. Paths in the file are relative to the current folder, as on the command line.
+    value of several numbers is a list. Paths in the file are relative to the current folder, as on the command line,
+    and ~ and $NAME stand for what they do there.
 
     Raises:
         ConfigError: naming the file: it can't be read or is no YAML mapping, or a key is unknown, given twice or
             without a value that suits its field.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, or no name of a file
         raise ConfigError(f"config {path} can't be read: {error}") from error
     try:

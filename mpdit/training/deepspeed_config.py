@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mpdit.core.errors import ConfigError
+from mpdit.core.files import expand_path, read_text
 from mpdit.training.config import TrainConfig, with_defaults
 
 _ARGUMENTS = {
@@ -26,6 +27,9 @@ _REFUSED = {
     "optimizer": "the optimiser is AdamWEMA, or what --optimizer names, set by --lr, --betas and --weight-decay",
     "scheduler": "the learning rate is set by --lr, --lr-schedule and --warmup",
 }
+
+_PATHS = {"nvme_path", "output_path", "output_file"}
+"""Keys of paths, in whichever block."""
 
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "an object"}
 _KNOWN: dict[str, type] = {
@@ -50,13 +54,12 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
     its own, a bf16 or fp16 block.
     """
     try:
-        file = Path(__file__).with_name(f"{path}.json") if path in BUILT_IN else Path(path)
-        text = file.read_text(encoding="utf-8")
+        text = read_text(Path(__file__).with_name(f"{path}.json") if path in BUILT_IN else path)
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, or no name of a file
         names = ", ".join(BUILT_IN)
         raise ConfigError(f"ds_config {path} can't be read: {error}; {names} are built in") from error
     try:
-        config = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_number, parse_float=_number)
+        config = json.loads(text, object_pairs_hook=_object, parse_constant=_number, parse_float=_number)
         if not isinstance(config, dict):
             raise ConfigError(f"holds {type(config).__name__}: expected a JSON object")
         completed = {*_ARGUMENTS, "train_micro_batch_size_per_gpu", "torch_autocast", "bf16", "fp16"}
@@ -179,9 +182,10 @@ def _number(text: str) -> float:
     return value
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of the file, paths expanded. Raises ConfigError for a key that is given twice."""
     keys = [key for key, _ in pairs]
     for key in keys:
         if keys.count(key) > 1:
             raise ConfigError(f"key {key!r} is given twice: remove one")
-    return dict(pairs)
+    return {key: expand_path(value) if key in _PATHS and isinstance(value, str) else value for key, value in pairs}

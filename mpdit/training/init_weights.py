@@ -64,7 +64,7 @@ def weights_digest(source: str) -> str:
 def recorded_digest(out: Path, source: str) -> str | None:
     """Return the digest that the run in `out` wrote down when it began from `source`, whatever is there by now."""
     try:
-        described = json.loads((out / "config.json").read_text())
+        described = json.loads((out / "config.json").read_bytes())
         digest = described["identity"]["init_from"]
         return str(digest) if described["training"]["init_from"] == source else None
     except (OSError, ValueError, KeyError, TypeError):

@@ -145,7 +145,7 @@ class MetricsLog:
 def keep_lines_until(path: Path, step: int) -> list[dict[str, Any]]:
     """Cut a file of JSON objects with a "step" after this one's, and return those that stay."""
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+    for text in path.read_text(encoding="utf-8-sig", errors="replace").splitlines() if path.exists() else ():
         try:
             line = json.loads(text)
             if line["step"] <= step:

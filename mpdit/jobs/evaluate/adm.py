@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpdit.core.errors import DataError
+from mpdit.core.files import as_path
 from mpdit.core.progress import bar
 from mpdit.core.text import counted
 from mpdit.core.version import __version__
@@ -111,7 +112,7 @@ class Reference:
     """
 
     def __init__(self, path: str | Path, crop: int | None = None) -> None:
-        self.path = Path(path)
+        self.path = as_path(path)
         self._is_file = self.path.is_file()
         self._stored: dict[str, Gaussian] = {}
         """Statistics by the names of Features' fields."""

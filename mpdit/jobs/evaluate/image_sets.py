@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mpdit.core.errors import DataError
+from mpdit.core.files import as_path
 from mpdit.core.progress import bar
 from mpdit.core.read_ahead import read_ahead
 from mpdit.core.text import counted
@@ -66,7 +67,7 @@ def open_images(path: str | Path, crop: int | None = None) -> ImageSet:
     crops them; without, they must be of one size. DataError when there are none, sizes differ, they aren't as many as
     their protocol says, or a file is no image; every file's header is read before that is said.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.exists():
         raise DataError(f"{path} does not exist: give a folder of images or an npz")
     file = path if path.is_file() else path / "samples.npz"

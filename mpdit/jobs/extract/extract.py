@@ -33,7 +33,7 @@ from torch import Tensor
 
 from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError, DataError
-from mpdit.core.files import check_room, locked, sync_to_disk, write_atomically
+from mpdit.core.files import as_path, check_room, locked, sync_to_disk, write_atomically
 from mpdit.core.text import counted, differences
 from mpdit.core.version import __version__
 from mpdit.data.latents import PackedLatents
@@ -147,7 +147,7 @@ def extract(
     disk, too many broken images, values beyond fp16, or a channel without spread.
     """
     options = options or ExtractOptions()
-    source, folder = Path(images), Path(out)
+    source, folder = as_path(images), as_path(out)
     devices = choose_devices(options.device, options.processes)
     if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"{folder} lies inside {source}, where it would be taken for images: give another folder")
@@ -277,7 +277,7 @@ class ExtractionJob(Job):
     def receipt(self, part: int) -> Receipt | None:
         """Return the receipt of a part of this job, or None when there is none that can be used."""
         try:
-            values = json.loads(self.receipt_path(part).read_text(encoding="utf-8"))
+            values = json.loads(self.receipt_path(part).read_bytes())
             for name in ("shard", "index"):
                 values[name] = StoredFile(**values[name]) if values[name] else None
             receipt = Receipt(**values | {"effort": Timing(**values["effort"])})
@@ -492,7 +492,7 @@ def _read_report(out: Path, timing: Timing | None) -> ExtractReport:
 
 def _load_json(path: Path) -> Mapping[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_bytes())
         return values if isinstance(values, dict) else {}
     except (OSError, ValueError) as error:
         raise DataError(f"{path} can't be read ({error}): delete {path.parent} and start again") from error

@@ -408,7 +408,7 @@ def _read_label(text: bytes, name: str, shown: str, labels: dict[str, int]) -> N
     key, _, suffix = name.rpartition(".")
     try:
         if suffix.lower() == "cls":
-            labels[key] = as_label(int(text))
+            labels[key] = as_label(int(text.decode(json.detect_encoding(text))))
             return
         document = json.loads(text)
         value = document.get("label", document.get("cls")) if isinstance(document, dict) else None

@@ -22,7 +22,7 @@ from PIL import Image
 
 from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError, DataError
-from mpdit.core.files import check_room, new_file, write_atomically
+from mpdit.core.files import as_path, check_room, new_file, write_atomically
 from mpdit.core.progress import bar
 from mpdit.core.text import counted, differences
 from mpdit.data.manifest import PARTS_NAME
@@ -84,10 +84,10 @@ def draw(weights: str | Path, out: str | Path, options: DrawOptions | None = Non
     too little room; and later, finished parts staying, for a full disk or too little memory. KeyboardInterrupt on
     SIGINT and SIGTERM, after a line on stderr that says how much is there.
     """
-    options, out = options or DrawOptions(), Path(out)
+    options, out = options or DrawOptions(), as_path(out)
     env = DistEnv.from_environment()
     devices = choose_devices(options.device, options.processes)
-    job, protocol, remarks = _plan(Path(weights), out, options, devices[0])
+    job, protocol, remarks = _plan(as_path(weights), out, options, devices[0])
     before = FinishedSet.load(out)
     if before is None and not (job.parts_folder / _NOTE_NAME).is_file() and out.is_dir() and any(out.iterdir()):
         raise ConfigError(f"--out {out} is not empty: give a new folder, nothing is overwritten")
@@ -208,7 +208,7 @@ def _held(out: Path) -> list[tuple[dict[str, Any], int]]:
     parts = out / PARTS_NAME
     if any(parts.glob("*.npz")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            note = json.loads((parts / _NOTE_NAME).read_text(encoding="utf-8"))
+            note = json.loads((parts / _NOTE_NAME).read_bytes())
             held.append((dict(note["identity"]), int(note["images"])))
     return held
 
@@ -238,7 +238,7 @@ class FinishedSet:
             if (out / _NPZ).is_file():
                 protocol = json.loads(str(NpzReader(out / _NPZ).array("protocol")))
             else:
-                protocol = json.loads((out / _PROTOCOL).read_text(encoding="utf-8"))
+                protocol = json.loads((out / _PROTOCOL).read_bytes())
             # With an npz to come, protocol.json is not the last file.
             whole = (out / _NPZ).is_file() or protocol["files"]["format"] == "png"
             return cls(out, protocol) if whole and protocol["format"] == _FORMAT else None
