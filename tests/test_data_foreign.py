@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pickle
+import signal
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from descriptors import open_below
+from forks import exit_code, in_a_child
 from safetensors.torch import load_file, save_file
 
 from mpdit.core.errors import ConfigError, DataError, RecordError
@@ -30,6 +32,7 @@ from mpdit.data import (
     to_latents,
     write_packed,
 )
+from mpdit.data.latents import LatentDataset
 from mpdit.data.normalization import PAPER, choose_normalization
 from mpdit.data.readers import base, npy
 from mpdit.data.records import ChannelStatistics
@@ -494,7 +497,29 @@ def test_packed_data_have_no_scale_and_may_get_other_constants(tmp_path: Path) -
         open_latents(tmp_path, scale="0.18215")
 
 
-def test_closing_lets_go_of_files_and_threads(tmp_path: Path) -> None:
+def test_other_processes_read_the_same(case: Case, tmp_path: Path) -> None:
+    """A forked one lacks the threads of its parent; a spawned one is sent a copy, and has other files open."""
+    dataset = open_latents(case.write(tmp_path / "data"))
+
+    def read(dataset: LatentDataset) -> None:
+        signal.alarm(20)  # a child that waits for threads it doesn't have is killed
+        assert np.array_equal(_bits(dataset.read(np.arange(COUNT))[0]), _bits(case.moments))
+
+    assert exit_code(in_a_child(lambda: read(dataset))) == 0
+    sent = pickle.dumps(dataset)
+    dataset.close()
+    others = [os.open(tmp_path, os.O_RDONLY) for _ in range(4)]  # now under the numbers of the data set's files
+    try:
+        copy = pickle.loads(sent)
+        assert exit_code(in_a_child(lambda: read(copy))) == 0
+        copy.close()
+        assert all(os.path.samestat(os.fstat(other), tmp_path.stat()) for other in others)
+    finally:
+        for other in others:
+            os.close(other)
+
+
+def test_closing_lets_go_of_files(tmp_path: Path) -> None:
     paths = [CASES[form].write(tmp_path / str(number)) for number, form in enumerate(("edm2 zip", "lightningdit"))]
     assert open_below(tmp_path) == 0
     kept = [open_latents(path) for path in paths]

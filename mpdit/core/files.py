@@ -11,8 +11,10 @@ import re
 import select
 import shutil
 import stat
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 from mpdit.core.errors import ConfigError, DataError
 from mpdit.core.text import readable_bytes
@@ -150,16 +152,18 @@ class OpenFile:
 
     def __init__(self, path: str | Path) -> None:
         self.descriptor = _open_at_once(os.fspath(path), os.O_RDONLY)
+        self._path = os.path.abspath(path)
+        self.descriptor = os.open(self._path, os.O_RDONLY)
+        self._close = weakref.finalize(self, os.close, self.descriptor)
 
     def close(self) -> None:
         """Close the file; closing again changes nothing, and reading after that is an OSError."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
         self.descriptor = -1
+        self._close()
 
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            self.close()
+    def __reduce__(self) -> tuple[type[Self], tuple[str]]:
+        """Open the file anew in a copy: the number of a descriptor is another file, or none, in another process."""
+        return type(self), (self._path,)
 
 
 def check_room(out: Path, needed: int, what: str) -> None:

@@ -27,7 +27,10 @@ Samples = tuple[NDArray[np.float16], NDArray[np.int64]]
 
 
 class LatentDataset(ABC):
-    """Labelled latents with random access. `open_latents` opens one of whichever format a path holds."""
+    """Labelled latents with random access. `open_latents` opens one of whichever format a path holds.
+
+    Other processes may use it too, forked or sent a copy by pickle, as torch's DataLoader has both.
+    """
 
     path: Path
     manifest: DatasetInfo
@@ -57,7 +60,7 @@ class LatentDataset(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Close files and stop threads; this happens by itself when the data set is no longer used."""
+        """Close files; this happens by itself when the data set is no longer used."""
 
 
 class PackedLatents(LatentDataset):

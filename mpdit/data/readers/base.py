@@ -6,7 +6,7 @@ import hashlib
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +25,7 @@ from mpdit.model.vae import DECODER_KIND, SIGNED, PixelRange
 STATISTICS_SAMPLES = 1024
 """Samples, spread evenly over the data set, that its statistics are measured on when it is opened."""
 
-_THREADS = 8  # of one data set, so that a network file system is waited for at several files at a time
+_THREADS = 8  # of one read, so that a network file system is waited for at several files at a time
 _LEAST_PER_THREAD = 16
 _STATISTICS_BATCH = 64
 
@@ -77,10 +77,9 @@ class ForeignLatents(LatentDataset):
         self.path = path
         self._options = options
         self._scale = 1.0  # what stored latents are divided by as they are read
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="mpdit-files")
 
     def close(self) -> None:
-        self._threads.shutdown(cancel_futures=True)
+        """Do nothing: a reader that keeps files open closes them here."""
 
     def read(self, indices: NDArray[np.int64], out: NDArray[np.float16] | None = None) -> Samples:
         moments = np.empty((len(indices), *self.manifest.record_shape), VALUE_DTYPE) if out is None else out
@@ -248,11 +247,13 @@ class ForeignLatents(LatentDataset):
         count = len(indices)
         step = max(_LEAST_PER_THREAD, -(-count // _THREADS))
         parts = [range(start, min(start + step, count)) for start in range(0, count, step)]
-        if len(parts) == 1:
-            work(parts[0])
+        if len(parts) < 2:
+            for part in parts:
+                work(part)
             return
-        futures = [self._threads.submit(work, part) for part in parts]
-        wait(futures)
+        # Threads of this call alone: ones that were kept would be missing, and waited for, in a forked process.
+        with ThreadPoolExecutor(len(parts), thread_name_prefix="mpdit-files") as threads:
+            futures = [threads.submit(work, part) for part in parts]
         for future in futures:
             future.result()
 

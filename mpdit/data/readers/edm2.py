@@ -63,7 +63,6 @@ class EDM2Latents(ForeignLatents):
         self._describe(len(labels), self._keep_labels(labels, path / LABELS_NAME), posterior_noise=True)
 
     def close(self) -> None:
-        super().close()
         if self._zip:
             self._zip.close()
 

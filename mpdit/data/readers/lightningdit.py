@@ -70,7 +70,6 @@ class LightningDiTLatents(ForeignLatents):
         self._describe(len(labels), num_classes, normalization=own, source=source)
 
     def close(self) -> None:
-        super().close()
         for file in self._files:
             file.close()
 
