@@ -63,7 +63,7 @@ def test_full_size_configurations_are_inferred_from_shapes(name):
     config = mpdit.PRESETS[name]
     with torch.device("meta"):
         state, _ = official(config)
-    inferred = _infer_config(state, config.heads, "mpdit")
+    inferred = _infer_config(state, config.heads, "mpdit", config.num_classes)
     assert inferred.replace(class_tokens=config.class_tokens) == config
 
 

@@ -67,6 +67,8 @@ def test_an_official_checkpoint_becomes_weights(checkpoint, tmp_path, capsys):
     assert torch.equal(model.final.bias, ema["final_layer.linear.bias"])
     assert metadata["data"]["normalization"] == {"mean": list(PAPER.mean), "std": list(PAPER.std)}
     assert metadata["data"]["decoder"]["kind"] == "diffusers_vae"
+    (note,) = metadata["training"].pop("notes")
+    assert "MPDiT's" in note and "t = 1 is noise" in note and "time_modulation" in note
     assert metadata["training"] == {"official": "MPDiT", "weights": "ema", "step": 9}
     assert figures["to"] == "weights" and figures["model"] == json.loads(json.dumps(model.config.to_dict()))
     assert figures["parameters"] == sum(value.numel() for value in model.parameters())
@@ -149,8 +151,8 @@ REFUSED = {
     ),
     "a vae for weights": (["a.pt", "out", "--vae", "x"], "--vae has no effect .* for --to diffusers"),
     "heads for a run": (["run", "out", "--to", "official", "--num-heads", "2"], "--num-heads has no effect"),
-    "a later option of another kind": (["a.pt", "out", "--num-classes", "5"], "--num-classes has no effect"),
-    "heads for data": (["pairs", "out", "--num-heads", "2"], "it is for official checkpoint as SOURCE"),
+    "a later option of another kind": (["a.pt", "out", "--shard-records", "5"], "--shard-records has no effect"),
+    "heads for data": (["pairs", "out", "--num-heads", "2"], "it is for another project's model as SOURCE"),
     "heads that don't fit": (["a.pt", "out", "--num-heads", "5"], "a.pt: .*heads 5"),
     "no number": (["a.pt", "out", "--num-heads", "0"], "not a whole number"),
     "latents of a checkpoint": (["a.pt", "out", "--to", "latents"], "a.pt"),

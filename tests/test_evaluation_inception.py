@@ -114,7 +114,7 @@ def test_weights_run_no_code(tmp_path: Path) -> None:
 
     file = tmp_path / "bomb.pth"
     file.write_bytes(pickle.dumps({"weight": Bomb()}))
-    with pytest.raises(CheckpointError, match=r"bomb\.pth is no checkpoint of tensors, or is truncated"):
+    with pytest.raises(CheckpointError, match=r"bomb\.pth is a bare pickle, no checkpoint of tensors"):
         Inception(file)
     torch.save({"weight": Bomb()}, file)
     with pytest.raises(CheckpointError, match=r"holds a pathlib.*\.Path\.touch|holds a getattr|was not unpickled"):
@@ -128,8 +128,8 @@ def test_weights_run_no_code(tmp_path: Path) -> None:
         ({"a": torch.zeros(2)}, r"lacks Conv2d_1a_3x3.bn.bias, .* and \d+ more and has unexpected a: give torch-fid"),
         ([torch.zeros(2)], "is no state dict"),
         ({"a": 3}, "is no state dict"),
-        (b"", "is no checkpoint of tensors, or is truncated"),
-        (b"<html>404</html>", "is no checkpoint of tensors, or is truncated"),
+        (b"", "is empty: download it again"),
+        (b"<html>404</html>", "is a web page: download the file itself"),
         (b"PK\x03\x04 cut short", "is no checkpoint of tensors, or is truncated"),
         (None, "can't be read: No such file"),
     ],

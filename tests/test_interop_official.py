@@ -174,12 +174,15 @@ BAD = {
     "no heads": (without_heads, "how many attention heads its model has: give --num-heads 6, as published.* 384"),
     "a name of another width": (lambda state: {"ema": state, "args": XL}, "how many attention heads"),
     "true is no number": (lambda state: {"ema": state, "args": argparse.Namespace(num_heads=True)}, "how many"),
-    "an empty entry": (lambda state: {"ema": None, "model": state}, "the entry 'ema' of .* is a NoneType"),
+    "an empty entry": (lambda state: {"ema": None, "model": state}, "has no entry 'ema': it holds model"),
     "no such entry": (lambda state: {"model": state}, "has no entry 'ema': it holds model"),
     "a list": (lambda state: [state], "holds a list"),
     "nothing": (lambda state: {}, "empty"),
     "numbers as names": (lambda state: {1: torch.ones(1), **state}, "no official model has: 1"),
-    "a description of something else": (lambda state: {"ema": state, "mpdit": 3}, 'the entry "mpdit" of .* is not a'),
+    "a description of something else": (
+        lambda state: {"ema": state, "mpdit": 3},
+        'the entry "mpdit" is not a description',
+    ),
     "a description of another model": (
         lambda state: {"ema": state, "mpdit": {"format": "mpdit-weights-1", "model": {"depth": 1}}},
         "unknown model field 'depth'",
@@ -248,7 +251,7 @@ def test_torchs_advice_to_unpickle_is_not_passed_on(tmp_path):
         with pytest.raises(CheckpointError, match=r"holds a (torch\.nn\S+Linear|posix\.system), not tensors"):
             mpdit.load_official(path)
     path.write_bytes(pickle.dumps(content))
-    with pytest.raises(CheckpointError, match="is no checkpoint of tensors, or is truncated or damaged"):
+    with pytest.raises(CheckpointError, match="is a bare pickle, no checkpoint of tensors"):
         mpdit.load_official(path)
 
 

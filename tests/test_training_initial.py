@@ -114,8 +114,10 @@ def test_what_an_official_file_does_not_say_is_the_runs(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "bare.pth")
     run = _prepare(tmp_path / "out", tmp_path / "bare.pth")
     assert run.initial is not None
-    assert "was trained on latents normalised by mean 5.81 3.25 0.12 -2.15" in run.initial.notes[0]
-    assert _prepare(tmp_path / "out", tmp_path / "bare.pth", "--override", "convention=sit").initial is not None
+    assert "taken to be MPDiT's" in run.initial.notes[0]
+    assert "was trained on latents normalised by mean 5.81 3.25 0.12 -2.15" in run.initial.notes[1]
+    with pytest.raises(UserError, match="has convention mpdit and this run's model sit"):  # as MPDiT's shape shows
+        _prepare(tmp_path / "out", tmp_path / "bare.pth", "--override", "convention=sit")
     assert _prepare(tmp_path / "out", tmp_path / "bare.pth", "--override", "heads=4").initial is not None
     # What it says is held against the run's.
     torch.save({"ema": state, "args": argparse.Namespace(num_heads=4)}, tmp_path / "said.pt")

@@ -29,21 +29,23 @@ if TYPE_CHECKING:
 
 SUMMARY = "convert checkpoints and latents from and to other projects' formats"
 DESCRIPTION = (
-    "Convert an official MPDiT, DiT or SiT checkpoint (.pt) to a weights folder; a training run or weights folder to "
-    "an official checkpoint or a diffusers pipeline; or latents extracted by MPDiT, fast-DiT, EDM2, REPA or "
-    "LightningDiT to a packed data set. What SOURCE is, is found by looking at it. OUT is there whole or not at all."
+    "Convert another project's model (a checkpoint of MPDiT, DiT, SiT, REPA or REPA-E, a safetensors file, a diffusers "
+    "folder) to a weights folder; a training run or weights folder to an official checkpoint or a diffusers pipeline; "
+    "or latents extracted by MPDiT, fast-DiT, EDM2, REPA or LightningDiT to a packed data set. What SOURCE is, is "
+    "found by looking at it, and said. OUT is there whole or not at all."
 )
 
-_CHECKPOINT_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+_THEIRS = "another project's model as SOURCE"
 _OPTIONS = {
-    "official checkpoint as SOURCE": ("num_heads", "which", "convention"),
-    "--to latents": ("data_scale", "normalization", "num_classes", "shard_records"),
+    "--to latents": ("data_scale", "normalization", "shard_records"),
     "--to diffusers": ("vae",),
+    _THEIRS: ("num_heads", "which", "convention"),
+    f"{_THEIRS} and --to latents": ("num_classes",),
 }
-"""The options by the one kind of conversion that reads them."""
+"""The options by the kinds of conversion that read them."""
 
 _HELP = {
-    "source": "an official checkpoint (.pt, .pth, .ckpt, .bin), a training run's or weights folder, or latents",
+    "source": "another project's checkpoint or diffusers folder, a training run's or weights folder, or latents",
     "out": "folder to write, new or empty; with --to official also a new file that ends in .pt or .pth",
     "to": "weights: model.safetensors and config.json; official: a checkpoint that the official codes load; diffusers: "
     "a pipeline folder; latents: a packed data set (default: weights for a checkpoint, latents for data; a model of "
@@ -51,7 +53,7 @@ _HELP = {
     "num_heads": "attention heads (default: those that the checkpoint names)",
     "which": "which of its weights to take (default: ema)",
     "convention": "of weights that predict a velocity: sit if trained with t = 1 as data, mpdit if with t = 0 "
-    "(default: sit if the checkpoint names a SiT, else mpdit, and a DiT's weights are taken to predict noise)",
+    "(default: as the project trains that the checkpoint shows; DiT's weights are taken to predict noise)",
     "shard_records": "records in a shard (default: as many as make 1 GiB)",
     "vae": "the AutoencoderKL to put into the pipeline (default: none, the pipeline then makes latents)",
 }
@@ -62,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("source", metavar="SOURCE", type=to_path)
     add("out", metavar="OUT", type=to_path)
     add("--to", choices=("weights", "official", "diffusers", "latents"))
-    of_official = adder(parser.add_argument_group("official checkpoint as SOURCE"), _HELP)
+    of_official = adder(parser.add_argument_group(_THEIRS), _HELP)
     of_official("--num-heads", type=whole(1), metavar="N")
     of_official("--which", choices=("ema", "model"))
     of_official("--convention", choices=("mpdit", "sit"))
@@ -73,26 +75,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Outcome:
+    from mpdit.interop.source import is_foreign
+
     if not args.source.exists():
         raise ConfigError(f"{args.source} does not exist: give a checkpoint, a run, a weights folder or latents")
-    checkpoint = args.source.is_file() and args.source.suffix.lower() in _CHECKPOINT_SUFFIXES
-    target = args.to or _deduce(args.source, checkpoint)
-    read = {f"--to {target}", *["official checkpoint as SOURCE"] * checkpoint}
-    for kind, names in _OPTIONS.items():
-        if kind not in read:
-            refuse(args, names, f"has no effect on {args.source} --to {target}: it is for {kind}, leave it out")
-    return _pack(args) if target == "latents" else _convert_model(args, checkpoint, target)
+    latents = args.to == "latents" or args.source.suffix.lower() == ".zip"  # EDM2's may be
+    theirs = not latents and is_foreign(args.source)
+    target = args.to or _deduce(args.source, theirs)
+    read = {f"--to {target}", *[_THEIRS] * theirs}
+    for kinds, names in _OPTIONS.items():
+        if not any(kind in kinds for kind in read):
+            refuse(args, names, f"has no effect on {args.source} --to {target}: it is for {kinds}, leave it out")
+    return _pack(args) if target == "latents" else _convert_model(args, theirs, target)
 
 
-def _deduce(source: Path, checkpoint: bool) -> str:
-    if checkpoint:
+def _deduce(source: Path, theirs: bool) -> str:
+    if theirs:
         return "weights"
     if source.name == "model.safetensors" or any((source / sub / "model.safetensors").is_file() for sub in ("", "ema")):
         raise ConfigError(f"{source} holds a model's weights: say what to make of them, --to official or diffusers")
     return "latents"
 
 
-def _convert_model(args: argparse.Namespace, checkpoint: bool, target: str) -> Outcome:
+def _convert_model(args: argparse.Namespace, theirs: bool, target: str) -> Outcome:
     from mpdit.interop.diffusers_folder import save_diffusers
     from mpdit.interop.official import official_model_name, read_official, save_official
     from mpdit.model.mpdit import load_weights
@@ -102,8 +107,9 @@ def _convert_model(args: argparse.Namespace, checkpoint: bool, target: str) -> O
     if to_file and args.out.exists():
         raise ConfigError(f"OUT {args.out} exists: give a new file, nothing is overwritten")
     (check_file if to_file else check_new_folder)(args.out, "OUT")
-    if checkpoint:
-        model, metadata = read_official(args.source, args.num_heads, args.which or "ema", args.convention)
+    if theirs:
+        said = (args.num_heads, args.which or "ema", args.convention, args.num_classes)
+        model, metadata = read_official(args.source, *said)
     else:
         model, metadata = load_weights(args.source)
     made = args.out
@@ -142,11 +148,7 @@ def _lines(model: MPDiT, figures: dict[str, Any]) -> Iterator[str]:
     )
     if constants := data.get("normalization"):
         yield f"latents: mean {channels_text(constants['mean'])}; std {channels_text(constants['std'])}"
-    if training.get("objective") == "noise":
-        yield (
-            "note: taken to be DiT's weights, which predict noise: they can be fine-tuned, not sampled; if they were "
-            "trained to predict a velocity, convert with --convention sit (t = 1 is data, as in SiT) or mpdit"
-        )
+    yield from (f"note: {note}" for note in training.get("notes", ()))
     if not data:
         yield 'note: no constants are known to decode its latents by: add "data" to config.json'
     if figures["to"] == "official" and not figures["official_name"]:

@@ -1,4 +1,4 @@
-"""Writes a model as a diffusers pipeline folder, code included.
+"""Writes a model as a diffusers pipeline folder, code included, and reads it back.
 
     model_index.json                                 the components and where their code is
     pipeline.py                                      MPDiTPipeline
@@ -13,17 +13,19 @@ diffusers runs code from a folder only when told to, therefore
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from mpdit.core.errors import CheckpointError, ConfigError
 from mpdit.core.files import as_path, new_folder
 from mpdit.model.mpdit import MPDiT
-from mpdit.model.vae import VAE, pixel_range_of
-from mpdit.model.weights import check_flow
+from mpdit.model.vae import DECODER_KIND, VAE, pixel_range_of
+from mpdit.model.weights import FORMAT, check_flow, check_values, parse_description
 
 _CARD = """---
 library_name: diffusers
@@ -80,7 +82,9 @@ def save_diffusers(
             f"the weights' config.json gives {len(mean)} means and {len(std)} stds of latents for {channels} channels: "
             "without these constants no image can be decoded"
         )
-    transformer = MPDiTTransformer2DModel(model.config.to_dict(), mean, std, list(pixel_range_of(data)))
+    transformer = MPDiTTransformer2DModel(
+        model.config.to_dict(), mean, std, list(pixel_range_of(data)), json.loads(json.dumps(dict(metadata)))
+    )
     transformer.mpdit = model
     autoencoder = None
     if vae is not None:
@@ -94,3 +98,24 @@ def save_diffusers(
             (partial / "README.md").write_text(_CARD)
     except SafetensorError as error:  # what it makes of a full disk
         raise CheckpointError(f"{folder} can't be written: {error}") from error
+
+
+def from_pipeline(checkpoint: Mapping[str, Any], path: Path) -> tuple[MPDiT, dict[str, Any]]:
+    """Return the model that `save_diffusers` wrote to `path`, in training mode, and its metadata.
+
+    checkpoint: its transformer's tensors by name and, as "config", its config.json. CheckpointError if the two don't
+    fit. Folders from before the metadata was kept whole give what decodes latents alone.
+    """
+    config, where = checkpoint["config"], path / "transformer" if path.is_dir() else path
+    kept = config.get("metadata") or {
+        "data": {
+            "normalization": {"mean": config.get("latents_mean"), "std": config.get("latents_std")},
+            "decoder": {"kind": DECODER_KIND, "range": config.get("pixel_range")},
+        }
+    }
+    if not isinstance(kept, dict):
+        raise CheckpointError(f'{where} has a "metadata" that is no object: export it again')
+    described, metadata = parse_description({**kept, "format": FORMAT, "model": config.get("model")}, where)
+    tensors = {name.removeprefix("mpdit."): value for name, value in checkpoint.items() if isinstance(value, Tensor)}
+    check_values(tensors, where)
+    return MPDiT.from_tensors(described, tensors, where).train(), metadata

@@ -1,10 +1,10 @@
-"""Turns models of the official codes into ours and back: MPDiT, facebookresearch/DiT, fast-DiT, SiT, REPA.
+"""Turns models of the official codes into ours and back: MPDiT, and what has the shape of DiT (projects.py).
 
 `from_official` and `to_official` take state dicts. Only the head count is not in them; every tensor keeps its shape and
-layout, and `official_names` is the whole map of names. `read_official` and `save_official` take checkpoint files:
-`torch.save` of {"model", "ema", "opt", ..., "args": argparse.Namespace}, or of a bare state dict. What we write has one
-more entry, "mpdit", with what config.json holds, so that it comes back with its head count, normalisation and history;
-the official codes read theirs by name and don't meet it.
+layout, and `official_names` is the whole map of names. `read_official` takes checkpoints and folders of any project,
+`save_official` writes what the official codes load: `torch.save` of {"model", "ema", "opt", ..., "args":
+argparse.Namespace}. What we write has one more entry, "mpdit", with what config.json holds, so that it comes back with
+its head count, normalisation and history; the official codes read theirs by name and don't meet it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import contextlib
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,18 @@ from torch import Tensor
 from mpdit.core.errors import CheckpointError, first_line
 from mpdit.core.files import as_path, new_file
 from mpdit.data.normalization import PAPER
+from mpdit.data.readers.npy import SD_SCALE
+from mpdit.interop.diffusers_dit import from_diffusers
+from mpdit.interop.diffusers_folder import from_pipeline
+from mpdit.interop.projects import Project, find_model, identify, model_name
+from mpdit.interop.source import OUR_TRANSFORMER, load_source
 from mpdit.model.config import Convention, ModelConfig, StageSpec
 from mpdit.model.layers import sincos_position
 from mpdit.model.mpdit import MPDiT
 from mpdit.model.vae import DECODER_KIND, SIGNED
-from mpdit.model.weights import check_values, describe, load_tensors, parse_description
+from mpdit.model.weights import check_flow, check_values, describe, parse_description
 
 VAE_FACTOR = 8
-SCALE = 0.18215
-"""DiT's, fast-DiT's and SiT's models see latents of Stable Diffusion's VAE times this."""
 
 _SIZES = {"S": (384, 6), "B": (768, 12), "L": (1024, 16), "XL": (1152, 16)}
 """Width and heads by the size in a model's name, the same in all official codes."""
@@ -45,7 +49,9 @@ _MPDIT_DEPTHS = {
     "MPDiTv2-L": ((8, 14), (4, 6), (2, 4)),
     "MPDiTv2-XL": ((8, 14), (4, 8), (2, 6)),
 }
-_NAME = re.compile(r"(MPDiT|MPDiTv2|DiT|SiT)-(S|B|L|XL)(/\w+)?")
+_NAME = re.compile(r"(?:MPDiT|MPDiTv2|LightningDiT|DiT|SiT)-(S|B|L|XL)(?:/(\w+))?")
+_TABLE = "y_embedder.embedding_table.weight"
+_CLASSES = ("num_classes", "num_embeds_ada_norm")
 _POSITIONS = re.compile(r"pos_embed(_downsampled|_lvl\d+)?")
 
 _RENAMED = (
@@ -65,16 +71,23 @@ _RENAMED = (
 """Patterns of our parameter names and the official ones; those that depend on the stage are in `_stage_names`."""
 
 
-def from_official(state_dict: Mapping[str, Tensor], num_heads: int, convention: Convention = "mpdit") -> MPDiT:
+def from_official(
+    state_dict: Mapping[str, Tensor],
+    num_heads: int,
+    convention: Convention = "mpdit",
+    num_classes: int | None = None,
+) -> MPDiT:
     """Build our model from an official state dict; the model is in training mode, as any new module.
 
     Args:
-        state_dict: of the official MPDiT, of facebookresearch/DiT or of SiT. Keys may carry the prefixes of
-            DistributedDataParallel and torch.compile.
+        state_dict: of a project of `mpdit.interop.projects.PROJECTS`. Keys may carry the prefixes of
+            DistributedDataParallel, torch.compile and Lightning.
         num_heads: attention heads, the one figure that no shape shows.
         convention: "sit" for weights trained with t = 1 as data; the model then evaluates -v(x, 1 - t), so that it
             can be sampled and trained as ours. DiT's own weights predict noise at integer times 0..999: what loads here
             is their structure, to be fine-tuned.
+        num_classes: where the table may have no row for "no class", as DiT's and SiT's hasn't when no class was
+            dropped; it is then given the mean of the classes' rows.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, not finite or of a shape that fits no model.
@@ -83,12 +96,18 @@ def from_official(state_dict: Mapping[str, Tensor], num_heads: int, convention: 
         raise CheckpointError("state dict is empty or not a mapping of names to tensors")
     if isinstance(state_dict.get("model"), Mapping) or isinstance(state_dict.get("ema"), Mapping):
         raise CheckpointError("this is a whole checkpoint: pass its entry 'ema' (to sample) or 'model' (to train on)")
-    tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): value for name, value in state_dict.items()}
-    for name, value in tensors.items():
+    for name, value in state_dict.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{name} is a {type(value).__name__}, expected a tensor")
+    found = find_model(state_dict, "model", "state dict")
+    tensors = _as_official(found.tensors, identify(found).project, {})
+    classes, _ = _count_classes(tensors, num_classes, {}, None)
+    return _build(_with_null_row(tensors, classes), _infer_config(tensors, num_heads, convention, classes))
+
+
+def _build(tensors: Mapping[str, Tensor], config: ModelConfig) -> MPDiT:
+    """Return the model of these official tensors; CheckpointError unless they are all its own, and no more."""
     check_values(tensors, "state dict")
-    config = _infer_config(tensors, num_heads, convention)
     model, names = MPDiT(config), official_names(config)
     _check_positions(tensors, config)
     known = {*names.values()}
@@ -162,7 +181,9 @@ def _stage_names(level: int, levels: int) -> dict[str, str]:
     }
 
 
-def _infer_config(tensors: Mapping[str, Tensor], num_heads: int, convention: Convention) -> ModelConfig:
+def _infer_config(
+    tensors: Mapping[str, Tensor], num_heads: int, convention: Convention, num_classes: int
+) -> ModelConfig:
     width, channels, patch, _ = _shape(tensors, "x_embedder.proj.weight", 4)
     levels = 2 if "upsampler.proj.weight" in tensors else 1
     while f"upsampler_lvl{levels}.proj.weight" in tensors:
@@ -174,7 +195,7 @@ def _infer_config(tensors: Mapping[str, Tensor], num_heads: int, convention: Con
         patches.append(patches[-1] // max(1, math.isqrt(rows // width)))
     stages = tuple(StageSpec(p, _count(tensors, f"{name['blocks']}.")) for p, name in zip(patches, names, strict=True))
     grid = math.isqrt(_shape(tensors, names[0]["position"], 3)[1])
-    table_rows, table_width = _shape(tensors, "y_embedder.embedding_table.weight", 2)
+    _, table_width = _shape(tensors, _TABLE, 2)
     shared = "time_modulation.1.weight" in tensors
     fno = "t_embedder.fc0.weight" in tensors
     time_width = _shape(tensors, "t_embedder.fc0.weight", 2)[0] if fno else 32
@@ -192,7 +213,7 @@ def _infer_config(tensors: Mapping[str, Tensor], num_heads: int, convention: Con
             heads=num_heads,
             input_size=grid * patch,
             channels=channels,
-            num_classes=table_rows - 1,
+            num_classes=num_classes,
             class_tokens=max(1, table_width // width),
             class_conditioning="tokens" if shared else "added",
             modulation="shared" if shared else "per_block",
@@ -239,65 +260,169 @@ def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def load_official(
-    path: str | Path, num_heads: int | None = None, which: str = "ema", convention: Convention | None = None
+    path: str | Path,
+    num_heads: int | None = None,
+    which: str = "ema",
+    convention: Convention | None = None,
+    num_classes: int | None = None,
 ) -> MPDiT:
-    """Load the model of an official checkpoint file, in training mode, as any new module; see `read_official`."""
-    return read_official(path, num_heads, which, convention)[0]
+    """Load the model of `read_official`, in training mode, as any new module; its `metadata` says what it is.
+
+    What was concluded of it, and from what, is warned of (UserWarning), a line each.
+    """
+    model, metadata = read_official(path, num_heads, which, convention, num_classes)
+    model.metadata = metadata
+    for note in metadata.get("training", {}).get("notes", ()):
+        warnings.warn(f"{path}: {note}", stacklevel=2)
+    return model
 
 
 def read_official(
-    path: str | Path, num_heads: int | None = None, which: str = "ema", convention: Convention | None = None
+    path: str | Path,
+    num_heads: int | None = None,
+    which: str = "ema",
+    convention: Convention | None = None,
+    num_classes: int | None = None,
+    *,
+    otherwise: ModelConfig | None = None,
 ) -> tuple[MPDiT, dict[str, Any]]:
-    """Load the model of an official checkpoint file and its metadata, as `mpdit.load_weights` returns them.
+    """Load a model from elsewhere and its metadata, as `mpdit.load_weights` returns them.
 
     Nothing but tensors, plain containers and argparse.Namespace (the official "args") is unpickled; of a file of
-    several models and an optimiser's state only the tensors used are read.
+    several models and an optimiser's state only the tensors used are read. Whose it is, `mpdit.interop.projects` says.
 
     Args:
-        path: a state dict, or a dict that holds one as "ema" or "model".
-        num_heads: attention heads; unless given, as the file's "args" say, by themselves or by the model's name.
-        which: the entry of a whole checkpoint to take; a bare state dict has none.
-        convention: see `from_official`; unless given, "sit" if the file's "args" name a SiT, else "mpdit". To give one
-            is to say that the weights predict a velocity; a DiT's are else taken to predict noise.
+        path: a checkpoint of torch.save, a safetensors file, or a folder of diffusers or of the hub.
+        num_heads: attention heads; unless given, as the file's arguments say, by themselves or by the model's name.
+        which: which of a checkpoint's weights to take, "ema" or "model"; a bare state dict has one.
+        convention: see `from_official`; unless given, its project's. To give one is to say that the weights predict a
+            velocity, where the file says nothing of what they predict.
+        num_classes: see `from_official`; unless given, as the file's arguments say.
+        otherwise: what the file leaves open is as in this configuration: heads, classes, and the convention of a file
+            that doesn't show whose it is.
 
     Returns:
-        The model in training mode on the CPU, and metadata: "data" as the official codes train (the paper's constants
-        for MPDiT, the factor 0.18215 for DiT and SiT), or as the file was written with by `save_official`; "training",
-        whose "objective" is "noise" for what `mpdit.model.weights.check_flow` is to refuse.
+        The model in training mode on the CPU, and metadata: "data" as the project trains, or as the file was written
+        with by `save_official` or `save_diffusers`; "training", whose "notes" are lines that say what was concluded
+        from what, "objective" what the weights predict if no velocity of a straight path (`check_flow`), and
+        "class_dropout" how often they were trained without a class, where that is known (`check_guidance`).
 
     Raises:
-        CheckpointError: the file can't be read so, lacks the entry, says nothing of the heads, fits no model or is not
-            finite.
+        CheckpointError: the file can't be read so, lacks the entry, says nothing of the heads, leaves open how many
+            classes there are, is of another kind, not whole, or not finite.
     """
-    checkpoint = load_tensors(path)
-    if not isinstance(checkpoint, dict):
-        raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, expected a dict of names to tensors")
-    args, ours = checkpoint.get("args"), None
-    args = vars(args) if isinstance(args, argparse.Namespace) else dict(args) if isinstance(args, Mapping) else {}
-    if "mpdit" in checkpoint:
-        ours = parse_description(checkpoint["mpdit"], f'the entry "mpdit" of {path}')
-        num_heads, convention = num_heads or ours[0].heads, convention or ours[0].convention
-    state, training = checkpoint, {}
-    if {"model", "ema"} & checkpoint.keys():
-        if which not in checkpoint:
-            raise CheckpointError(f"{path} has no entry {which!r}: it holds {', '.join(map(str, checkpoint))}")
-        state, training = checkpoint[which], {"weights": which}
-    if not isinstance(state, Mapping):
-        raise CheckpointError(f"the entry {which!r} of {path} is a {type(state).__name__}, expected a state dict")
-    if isinstance(checkpoint.get("train_steps"), int):
-        training["step"] = checkpoint["train_steps"]
-    kind = _kind(args, state)
-    training["official"] = kind
-    if kind == "DiT" and convention is None:
-        training["objective"] = "noise"
-    heads = num_heads or _heads(path, args, state)
+    path = as_path(path)
+    checkpoint = load_source(path)
+    if isinstance(checkpoint, dict) and (checkpoint.get("config") or {}).get("_class_name") == OUR_TRANSFORMER:
+        return from_pipeline(checkpoint, path)
+    found = find_model(checkpoint, which, path)
+    identity = identify(found)
+    said = found.arguments
     try:
-        model = from_official(state, heads, convention or ("sit" if kind == "SiT" else "mpdit"))
+        tensors = _as_official(found.tensors, identity.project, said)
+        if "mpdit" in checkpoint:
+            config, metadata = parse_description(checkpoint["mpdit"], 'the entry "mpdit"')
+            fields = {"heads": num_heads, "convention": convention}
+            return _build(tensors, config.replace(**{k: v for k, v in fields.items() if v is not None})), metadata
+        heads = num_heads or _heads(said, tensors, otherwise)
+        chosen = convention or (otherwise.convention if otherwise and not identity.known_by else None)
+        classes, about_classes = _count_classes(tensors, num_classes, said, otherwise)
+        config = _infer_config(tensors, heads, chosen or identity.project.convention, classes)
+        _check_named(model_name(said), config)
+        model = _build(_with_null_row(tensors, classes), config)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    if ours:
-        return model, ours[1]
-    return model, _data(model.config, args) | {"training": training}
+    objective = None if chosen and not identity.stated else identity.objective
+    dropout = 0.0 if len(tensors[_TABLE]) == classes else _class_dropout(said)
+    left_out = sorted({name.partition(".")[0] for name in found.tensors if re.match(identity.project.extra, name)})
+    notes = [
+        identity.describe(chosen, objective),
+        *([about_classes] if about_classes else []),
+        *([f"left out, as sampling doesn't need them: {', '.join(left_out)}"] if left_out else []),
+        *found.notes,
+    ]
+    if official_model_name(config) is None and config.width in {width for width, _ in _SIZES.values()}:
+        notes.append(f"no official model of width {config.width} has its blocks: if one was meant, it is not whole")
+    training: dict[str, Any] = {"official": identity.project.name, "weights": found.weights, "step": found.step}
+    training |= {"objective": objective, "class_dropout": dropout, "notes": notes}
+    training = {name: value for name, value in training.items() if value is not None}
+    return model, _data(config, identity.project, said, found.tensors) | {"training": training}
+
+
+def _as_official(tensors: Mapping[str, Tensor], project: Project, said: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the model's own tensors by the names that its project has now."""
+    if any(name.startswith("transformer_blocks.") for name in tensors):
+        return from_diffusers(tensors, said)
+    # REPA's first version called the blocks behind the projectors decoder_blocks and counted them anew.
+    before = _count(tensors, "blocks.") if any(name.startswith("decoder_blocks.") for name in tensors) else 0
+    if before and said.get("encoder_depth", before) != before:
+        raise CheckpointError(f"its encoder_depth is {said['encoder_depth']}, but it has {before} blocks: not whole")
+    return {
+        re.sub(r"^decoder_blocks\.(\d+)", lambda match: f"blocks.{before + int(match[1])}", name): value
+        for name, value in tensors.items()
+        if not re.match(project.extra, name)
+    }
+
+
+def _count_classes(
+    tensors: Mapping[str, Tensor], given: int | None, said: Mapping[str, Any], otherwise: ModelConfig | None
+) -> tuple[int, str | None]:
+    """Return how many classes the table is of, and a note where that is a guess or no row is for "no class".
+
+    DiT's, SiT's and REPA's table has that row only if classes were dropped in training; no shape shows it.
+    """
+    rows = _shape(tensors, _TABLE, 2)[0]
+    stated = next((n for n in (given, *map(said.get, _CLASSES)) if type(n) is int), None)
+    if stated is None and otherwise and otherwise.num_classes in (rows, rows - 1):
+        stated = otherwise.num_classes
+    if stated is None and "time_modulation.1.weight" in tensors:
+        stated = rows - 1  # MPDiT's table always has it
+    if stated is None and rows > 1 and rows % 10 == 0:
+        raise CheckpointError(
+            f"its table of classes has {rows} rows, which may be {rows} classes and no row for 'no class', as without "
+            f"dropped classes, or {rows - 1} and that row: give --num-classes (num_classes)"
+        )
+    classes = max(1, rows - 1) if stated is None else stated
+    if rows not in (classes, classes + 1):
+        raise CheckpointError(f"its table of classes has {rows} rows, which are not those of {classes} classes")
+    if rows == classes:
+        return classes, (
+            f"its table has {rows} rows for {classes} classes: it was trained without dropped classes; a row for 'no "
+            "class' is added, the mean of the others, and guidance is refused"
+        )
+    guess = f"its {rows} rows of classes are taken for {classes} and one for 'no class'; else give --num-classes"
+    return classes, guess if stated is None and classes % 10 else None
+
+
+def _with_null_row(tensors: Mapping[str, Tensor], classes: int) -> dict[str, Tensor]:
+    """Return the tensors with a row for "no class", the mean of the classes', where the table has none."""
+    table = tensors[_TABLE]
+    if len(table) > classes or not table.is_floating_point():
+        return dict(tensors)
+    return {**tensors, _TABLE: torch.cat([table, table.mean(0, keepdim=True, dtype=torch.float32).to(table.dtype)])}
+
+
+def _check_named(name: str, config: ModelConfig) -> None:
+    """Refuse a file with fewer or more blocks than the model that it names, if of its width and stages."""
+    match = _NAME.fullmatch(name)
+    if not match or _SIZES[match[1]][0] != config.width:
+        return
+    depths = _MPDIT_DEPTHS.get(name)
+    if depths is None and not name.startswith("MPDiT") and str(match[2]).isdigit():
+        depths = ((int(match[2]), _DIT_DEPTHS[match[1]]),)
+    held = tuple((stage.patch, stage.blocks) for stage in config.stages)
+    if depths and [p for p, _ in depths] == [p for p, _ in held] and depths != held:
+        blocks = [", ".join(str(count) for _, count in stages) for stages in (depths, held)]
+        raise CheckpointError(f"it names a {name}, of {blocks[0]} blocks, and holds {blocks[1]}: the file is not whole")
+
+
+def _class_dropout(said: Mapping[str, Any]) -> float | None:
+    for name in ("class_dropout_prob", "class_dropout", "cfg_prob"):
+        value = said.get(name)
+        # REPA's model drops a tenth whatever its --cfg-prob says: 0 there does not mean that no class was dropped.
+        if isinstance(value, int | float) and not isinstance(value, bool) and (value or name != "cfg_prob"):
+            return float(value)
+    return None
 
 
 def save_official(
@@ -322,8 +447,10 @@ def save_official(
     Raises:
         CheckpointError: the model has parts the official codes lack, `ema` is of another configuration, or the disk
             is full.
+        ConfigError: by the metadata the weights predict no velocity.
     """
     path, metadata = as_path(path), dict(metadata or {})
+    check_flow(metadata)
     if ema is not None and ema.config != model.config:
         raise CheckpointError("model and ema are of different configurations: give the averages of the same model")
     state = to_official(model)
@@ -397,44 +524,46 @@ def official_args(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _kind(args: Mapping[str, Any], state: Mapping[Any, Any]) -> str:
-    """Return whose weights they are: "MPDiT", "DiT" or "SiT"; the latter have the same tensors, but for the name."""
-    name = _NAME.fullmatch(str(args.get("model")))
-    if name:
-        return name[1].removesuffix("v2")
-    return "MPDiT" if any("time_modulation" in str(key) for key in state) else "DiT"
-
-
-def _heads(path: str | Path, args: Mapping[str, Any], state: Mapping[Any, Any]) -> int:
-    heads = args.get("num_heads")
-    if isinstance(heads, int) and not isinstance(heads, bool) and heads > 0:
-        return heads
-    width = next((len(value) for key, value in state.items() if str(key).endswith("x_embedder.proj.bias")), None)
-    name = _NAME.fullmatch(str(args.get("model")))
-    if name and _SIZES[name[2]][0] == width:
-        return _SIZES[name[2]][1]
+def _heads(said: Mapping[str, Any], tensors: Mapping[str, Tensor], otherwise: ModelConfig | None) -> int:
+    for name in ("num_heads", "num_attention_heads"):
+        if type(heads := said.get(name)) is int and heads > 0:
+            return heads
+    width = len(tensors["x_embedder.proj.bias"]) if "x_embedder.proj.bias" in tensors else None
+    named = _NAME.fullmatch(model_name(said))
+    if named and _SIZES[named[1]][0] == width:
+        return _SIZES[named[1]][1]
+    if otherwise:
+        return otherwise.heads
     known = next((f" {h}, as published models of width {w} have" for w, h in _SIZES.values() if w == width), "")
-    raise CheckpointError(f"{path} does not say how many attention heads its model has: give --num-heads{known}")
+    raise CheckpointError(f"it does not say how many attention heads its model has: give --num-heads{known}")
 
 
-def _data(config: ModelConfig, args: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the "data" of models as the official codes train them; none but for Stable Diffusion's latents."""
-    if config.channels != len(PAPER.mean):
+def _data(
+    config: ModelConfig, project: Project, said: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Return the "data" of models as their project trains them; none where its latents' constants aren't known."""
+    mean, std = [0.0] * config.channels, [1 / SD_SCALE] * config.channels
+    running = [tensors.get(f"bn.running_{name}") for name in ("mean", "var")]
+    multiplier = said.get("latent_multiplier", SD_SCALE)
+    if project.latents == "paper":
+        mean, std = list(PAPER.mean), list(PAPER.std)
+    elif project.latents == "batch norm" and all(value is not None for value in running):
+        mean, std = running[0].tolist(), running[1].sqrt().tolist()  # type: ignore[union-attr]
+    elif project.latents == "own" and said.get("latent_norm") is False and isinstance(multiplier, int | float):
+        std = [1 / multiplier] * config.channels
+    elif project.latents != "scaled":
         return {}
-    mean, std = list(PAPER.mean), list(PAPER.std)
-    if config.modulation == "per_block":
-        mean, std = [0.0] * config.channels, [1 / SCALE] * config.channels
+    if len(mean) != config.channels or (project.latents == "scaled" and config.channels != len(PAPER.mean)):
+        return {}
     size = config.input_size * VAE_FACTOR
-    vae = "mse" if args.get("vae") == "mse" else "ema"
+    vae = said.get("vae") if said.get("vae") in ("ema", "mse") else project.vae
+    decoder = {"kind": DECODER_KIND, "factor": VAE_FACTOR, "range": list(SIGNED)}
+    if vae and project.vae:
+        decoder["vae"] = f"stabilityai/sd-vae-ft-{vae}"
     return {
         "data": {
             "kind": f"imagenet{size}" if config.num_classes == 1000 else "latents",
             "normalization": {"mean": mean, "std": std},
-            "decoder": {
-                "kind": DECODER_KIND,
-                "vae": f"stabilityai/sd-vae-ft-{vae}",
-                "factor": VAE_FACTOR,
-                "range": list(SIGNED),
-            },
+            "decoder": decoder,
         }
     }

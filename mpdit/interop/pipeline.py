@@ -19,6 +19,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
+from mpdit.model.weights import check_guidance
+
 _Base: Any = DiffusionPipeline  # as what diffusers says of its types are its stand-ins' without torch
 
 
@@ -77,6 +79,7 @@ class MPDiTPipeline(_Base):
         labels = [class_labels] if isinstance(class_labels, int) else [int(label) for label in class_labels]
         shape = (len(labels), model["channels"], model["input_size"], model["input_size"])
         self._check(labels, model["num_classes"], num_inference_steps, output_type)
+        check_guidance(self.transformer.config.get("metadata") or {}, guidance_scale)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"latents has shape {tuple(latents.shape)}: it must be {shape}")
         device = self._execution_device

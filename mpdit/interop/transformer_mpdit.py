@@ -27,6 +27,7 @@ class MPDiTTransformer2DModel(ModelMixin, ConfigMixin):
             makes them, not multiplied by its scaling_factor.
         latents_std: per channel.
         pixel_range: what black and white are to the VAE.
+        metadata: what mpdit.load_weights returns beside the model, for `mpdit convert` to give back.
     """
 
     _no_split_modules = ("Block",)
@@ -38,6 +39,7 @@ class MPDiTTransformer2DModel(ModelMixin, ConfigMixin):
         latents_mean: Sequence[float],
         latents_std: Sequence[float],
         pixel_range: Sequence[float] = (-1.0, 1.0),
+        metadata: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.mpdit = MPDiT(ModelConfig.from_dict(model))

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mpdit.core.errors import CheckpointError, ConfigError
+from mpdit.core.file_kind import explain_kind
 from mpdit.core.files import as_path, new_file
 from mpdit.core.tensor_file import digest_of, write_tensors
 from mpdit.core.zips import find_damaged, is_zip
@@ -59,7 +60,10 @@ def describe(config: ModelConfig, metadata: Mapping[str, Any]) -> dict[str, Any]
 def parse_description(description: Any, where: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     """Read a configuration and metadata from what `describe` made; CheckpointError, naming `where`, if it is none."""
     if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise CheckpointError(f'{where} is not a description of mpdit weights: expected "format": "{FORMAT}"')
+        raise CheckpointError(
+            f'{where} is not a description of mpdit weights: expected "format": "{FORMAT}"; for other '
+            "projects' models there is `mpdit convert`"
+        )
     if not isinstance(description.get("model"), dict):
         raise CheckpointError(f'{where} lacks the model\'s configuration under "model"')
     config = ModelConfig.from_dict(description["model"])
@@ -69,11 +73,28 @@ def parse_description(description: Any, where: str | Path) -> tuple[ModelConfig,
 
 
 def check_flow(metadata: Mapping[str, Any]) -> None:
-    """Raise ConfigError if the weights whose metadata this is, as `load_weights` returns it, predict no velocity."""
+    """Raise ConfigError if the weights whose metadata this is, as `load_weights` returns it, predict no velocity.
+
+    What else they predict is "objective" in the metadata's "training"; without it, the velocity of the straight path.
+    """
     training = metadata.get("training")
-    if isinstance(training, Mapping) and training.get("objective") == "noise":
+    if isinstance(training, Mapping) and (objective := training.get("objective")):
         raise ConfigError(
-            "these weights predict noise, as DiT's were trained: they can be fine-tuned with --init-from, not sampled"
+            f"these weights predict {objective}, not the velocity of a straight path: they can be fine-tuned with "
+            "--init-from, not sampled or exported"
+        )
+
+
+def check_guidance(metadata: Mapping[str, Any], guidance: float) -> None:
+    """Raise ConfigError if guidance is asked of weights that were never trained without a class.
+
+    An error and no warning: their row for "no class" is as it was drawn, and what it pushes images to is arbitrary.
+    """
+    training = metadata.get("training")
+    if guidance != 1 and isinstance(training, Mapping) and training.get("class_dropout") == 0:
+        raise ConfigError(
+            f"guidance is {guidance:g}, but these weights were trained with class_dropout 0 and so never without a "
+            "class, which guidance compares with: give guidance 1, or train with class_dropout above 0"
         )
 
 
@@ -107,7 +128,7 @@ def _some(names: Collection[str]) -> str:
 
 
 def load_tensors(path: str | Path) -> Any:
-    """Load what a file of torch.save holds, on the CPU, tensors read as they are used.
+    """Load what a file of torch.save or a safetensors file holds, on the CPU, tensors read as they are used.
 
     Nothing but tensors, plain containers and argparse.Namespace (the "args" of the official codes) is unpickled.
     CheckpointError for a file that is none, is damaged or holds anything else. Torch's own words are not passed on:
@@ -118,6 +139,9 @@ def load_tensors(path: str | Path) -> Any:
         zipped = is_zip(path)
         if zipped and (damaged := find_damaged(path)):  # torch compares no checksums
             raise CheckpointError(f"{path} is damaged: {damaged} does not have its CRC-32; copy or save it again")
+        with Path(path).open("rb") as file:
+            if file.read(9)[8:] == b"{":  # whatever its name: a safetensors header, behind its length in 8 bytes
+                return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # whatever torch finds odd: it is read, or refused below
             return torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=zipped)
@@ -127,12 +151,15 @@ def load_tensors(path: str | Path) -> Any:
         raise
     except Exception as error:  # an unpickler that is fed foreign bytes raises almost anything
         refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused:
+        kind = explain_kind(path)
+        if refused and not kind:
             raise CheckpointError(
                 f"{path} holds a {refused[1]}, not tensors, plain containers and argparse.Namespace alone: it was not "
                 "unpickled, as that could run any code; have its maker save the state dict alone"
             ) from error
-        raise CheckpointError(f"{path} is no checkpoint of tensors, or is truncated or damaged") from error
+        raise CheckpointError(
+            f"{path} {kind}" if kind else f"{path} is no checkpoint of tensors, or is truncated or damaged"
+        ) from error
 
 
 def read_description(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -162,7 +189,8 @@ def read_weights(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor], dict
             stated = (file.metadata() or {}).get("sha256")
         tensors = load_file(weights)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{weights} can't be read as safetensors: {error}; export the weights again") from error
+        what = explain_kind(weights) or f"can't be read as safetensors: {error}; export the weights again"
+        raise CheckpointError(f"{weights} {what}") from error
     if stated not in (None, digest_of(tensors)):  # files that others wrote state none
         raise CheckpointError(f"{weights} does not match the SHA-256 in its header: it was altered; export it again")
     check_values(tensors, weights)
@@ -171,9 +199,10 @@ def read_weights(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor], dict
 
 def weights_folder(path: Path) -> Path:
     """Find the folder of model.safetensors and config.json; CheckpointError, naming what was looked for, if none."""
+    convert = f"if another project wrote it, `mpdit convert {path} OUT` first and give OUT"
     if path.suffix == ".safetensors" and path.is_file():
         if path.name != "model.safetensors":
-            raise CheckpointError(f"{path} must be named model.safetensors, with its config.json beside it")
+            raise CheckpointError(f"{path} must be named model.safetensors, with its config.json beside it; {convert}")
         return path.parent
     for folder in (path, path / "ema"):
         if (folder / "model.safetensors").is_file():
@@ -182,7 +211,9 @@ def weights_folder(path: Path) -> Path:
         raise CheckpointError(
             f"{path} does not exist: give a run's folder, a weights folder or a model.safetensors file"
         )
-    raise CheckpointError(f"{path} holds no weights: expected {path}/model.safetensors or {path}/ema/model.safetensors")
+    raise CheckpointError(
+        f"{path} holds no weights: expected {path}/model.safetensors or {path}/ema/model.safetensors; {convert}"
+    )
 
 
 def _check_metadata(where: str | Path, description: Mapping[str, Any], channels: int) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from mpdit.core.errors import CheckpointError
 from mpdit.data.manifest import DatasetInfo, Normalization
 from mpdit.interop.official import read_official
+from mpdit.interop.source import is_foreign, weights_file
 from mpdit.model.config import ModelConfig
 from mpdit.model.mpdit import MPDiT, load_weights
 from mpdit.model.weights import weights_folder
@@ -53,7 +54,7 @@ def weights_digest(source: str) -> str:
     if source == GIVEN_LATER:
         raise CheckpointError("init_from is still to be given: add --init-from with the weights to start from")
     path = Path(source)
-    file = path if _is_official(path) else weights_folder(path) / "model.safetensors"
+    file = weights_file(path) if is_foreign(path) else weights_folder(path) / "model.safetensors"
     try:
         with file.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
@@ -74,20 +75,15 @@ def recorded_digest(out: Path, source: str) -> str | None:
 def load_initial(source: str, config: ModelConfig, data: DatasetInfo) -> InitialWeights:
     """Load and check weights for a model of `config` that is to be trained on `data`.
 
-    A run's folder gives its EMA, an official checkpoint its entry "ema" or, being a plain state dict, itself.
+    A run's folder gives its EMA, another project's checkpoint its entry "ema" or, being a plain state dict, itself.
 
     Raises:
         CheckpointError: nothing there, damaged, not finite, or of a model that differs in more than input_size and
             num_classes.
     """
     path = Path(source)
-    if not _is_official(path):
-        model, metadata = load_weights(path)
-    else:  # heads and convention, which no shape shows, are the file's where it says them, else the run's
-        try:
-            model, metadata = read_official(path)
-        except CheckpointError:
-            model, metadata = read_official(path, config.heads, convention=config.convention)
+    # Heads and convention, which no shape shows, are the file's where it says them, else the run's.
+    model, metadata = read_official(path, otherwise=config) if is_foreign(path) else load_weights(path)
     theirs, ours = _what_weights_mean(model.config), _what_weights_mean(config)
     for name in {**ours, **theirs}:
         if theirs.get(name) != ours.get(name):
@@ -95,7 +91,10 @@ def load_initial(source: str, config: ModelConfig, data: DatasetInfo) -> Initial
                 f"init_from {source} has {name} {theirs.get(name)} and this run's model {ours.get(name)}: give the "
                 f"--model and --override it was trained with; only {' and '.join(_MAY_DIFFER)} may differ"
             )
-    notes = []
+    training = metadata.get("training") or {}
+    notes = [f"{source}: {note}" for note in training.get("notes", ())]
+    if training.get("objective") and not notes:
+        notes.append(f"{source} was trained to predict {training['objective']}: its structure is a start, no more")
     if model.config.num_classes != config.num_classes:
         notes.append(
             f"{source} has {model.config.num_classes} classes and this run {config.num_classes}: they start afresh, "
@@ -112,10 +111,6 @@ def load_initial(source: str, config: ModelConfig, data: DatasetInfo) -> Initial
         )
     state = {name: value.detach() for name, value in model.named_parameters()}
     return InitialWeights(source, state, tuple(notes))
-
-
-def _is_official(path: Path) -> bool:
-    return path.is_file() and path.suffix != ".safetensors"
 
 
 def _what_weights_mean(config: ModelConfig) -> dict[str, Any]:

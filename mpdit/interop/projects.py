@@ -1,0 +1,275 @@
+"""Says what a model from elsewhere is: whose, by which convention, and which of its tensors are the model's.
+
+`PROJECTS` is what is known of other projects' checkpoints, `find_model` finds the model in a file, `identify` says
+whose it is and what showed it. What the models have in common, names and shapes, is in official.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from mpdit.core.errors import CheckpointError
+from mpdit.model.config import Convention
+
+
+@dataclass(frozen=True)
+class Project:
+    """What the checkpoints of a project mean, and what in a file shows that it is theirs."""
+
+    name: str
+    repository: str
+    convention: Convention
+    """"mpdit": t = 1 is noise and v = noise - data; "sit": t = 1 is data and v = data - noise."""
+    latents: Literal["paper", "scaled", "batch norm", "own"]
+    """Normalised by the paper's constants, times 0.18215, by a BatchNorm in the file, or as its configuration says."""
+    predicts: str = "velocity"
+    """Where its arguments don't say it."""
+    vae: str | None = "ema"
+    """Of stabilityai/sd-vae-ft-*, where the arguments name none; None for a VAE of its own."""
+    tensors: str = "(?!)"
+    """Pattern of the beginning of tensors that only its models have, before `extra` is left out."""
+    arguments: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Of its train.py; with values where other projects use the name too."""
+    model: str = "(?!)"
+    """Pattern of the beginning of its models' names."""
+    extra: str = "(?!)"
+    """Pattern of the beginning of tensors that training needs and sampling does not."""
+
+
+PROJECTS = (
+    Project("MPDiT", "quandao10/MPDiT", "mpdit", "paper", tensors=r"time_modulation\.", model="MPDiT"),
+    Project(
+        "REPA-E",
+        "End2End-Diffusion/REPA-E",
+        "mpdit",
+        "batch norm",
+        vae=None,
+        tensors=r"bn\.running_",
+        arguments={"vae_align_proj_coeff": (), "bn_momentum": ()},
+        extra=r"projectors\.|bn\.",
+    ),
+    Project(
+        "REPA",
+        "sihyun-yu/REPA",
+        "mpdit",
+        "scaled",
+        vae="mse",
+        tensors=r"projectors\.|decoder_blocks\.",
+        arguments={"enc_type": (), "proj_coeff": (), "encoder_depth": (), "prediction": ("v",)}
+        | {"path_type": ("linear", "cosine")},
+        extra=r"projectors\.",
+    ),
+    Project("LightningDiT", "hustvl/LightningDiT", "sit", "own", vae=None, model="LightningDiT"),
+    Project(
+        "SiT",
+        "willisma/SiT",
+        "sit",
+        "scaled",
+        arguments={"path_type": ("Linear", "GVP", "VP"), "prediction": ("velocity", "noise", "score")},
+        model="SiT",
+    ),
+    Project(
+        "diffusers' DiT",
+        "huggingface/diffusers",
+        "mpdit",
+        "scaled",
+        predicts="noise",
+        tensors=r"transformer_blocks\.",
+    ),
+    Project("DiT", "facebookresearch/DiT", "mpdit", "scaled", predicts="noise", model="DiT"),
+)
+"""The first that a file shows is taken; one that shows none, a bare state dict of DiT's or SiT's, is the last's."""
+
+_ARGUMENTS = ("args", "config", "hyper_parameters", "hparams", "cfg")
+_STEPS = ("train_steps", "steps", "global_step", "step")
+_STRAIGHT, _VELOCITY = ("linear", "Linear"), ("v", "velocity")
+_WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_ANCHOR = re.compile(r"(|.*\.)(x_embedder|pos_embed)\.proj\.weight")
+_ELSEWHERE = "only DiT, SiT, REPA, MPDiT and models of their shape are read"
+_OTHERS = (
+    (r".*lora", "a LoRA", "merge it into its model where it was trained, and give that"),
+    (r"stages\.\d+\.", "mpdit's own weights", "put its config.json beside it, and name it model.safetensors"),
+    (r"param_groups|exp_avg|optimizer", "an optimiser's state", "give the file with the model"),
+    (r"(.*\.)?(encoder|decoder)\.(conv_in|conv_out|mid|mid_block|down|up)\b", "a VAE", "give its folder as --vae"),
+    (r"(.*\.)?(Mixed_5b|Conv2d_1a_3x3)\.", "an Inception network", "evaluate takes it, as --inception"),
+    (r"(.*\.)?(in_blocks\.0|decoder_pred)\.", "a U-ViT", _ELSEWHERE),
+    (r"(.*\.)?s_embedder\.", "a DDT (decoupled encoder and decoder)", _ELSEWHERE),
+    (r"(.*\.)?(input_blocks\.0|down_blocks\.0|map_noise|emb_fourier)", "a U-Net", _ELSEWHERE),
+    (r"(.*\.)?(joint_blocks|double_blocks|single_transformer_blocks|context_embedder)\.", "an MMDiT", _ELSEWHERE),
+    (r"(.*\.)?(caption_projection|t_block|adaln_single|y_embedder\.y_proj)\b", "a PixArt", _ELSEWHERE),
+    (r"(.*\.)?(mask_token|side_blocks|en_inblocks)", "a masked transformer (MDT, MaskDiT)", _ELSEWHERE),
+    (r"(.*\.)?r_embedder\.", "a model of two times (MeanFlow), which predicts an average velocity", _ELSEWHERE),
+    (r"(.*\.)?(cls_token|text_model|visual)\b", "an encoder of images or text", _ELSEWHERE),
+    (r"(.*\.)?blocks\.\d+\.mlp\.(w12|w1|w3)\.", "a transformer with SwiGLU (LightningDiT's default)", _ELSEWHERE),
+    (r"(.*\.)?blocks\.\d+\.attn\.(q_norm|k_norm)", "a transformer with normalised queries and keys", _ELSEWHERE),
+    (r"(.*\.)?blocks\.\d+\.norm\d\.weight", "a transformer with learned norms (RMSNorm)", _ELSEWHERE),
+    (r"(.*\.)?(feat_rope|rope)\b", "a transformer with rotary positions", _ELSEWHERE),
+    (r"latents(_flip)?$", "latents", "give the folder it lies in"),
+)
+"""Patterns of the beginning of tensors' names, of what is not read: what it is, and what to do."""
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """The tensors of one model in a checkpoint, by their official names, and what lies beside it."""
+
+    tensors: dict[str, Any]
+    weights: str | None
+    """"ema" or "model", where the checkpoint has both or says which; None for a state dict alone."""
+    arguments: dict[str, Any]
+    step: int | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Whose a model is, and what follows."""
+
+    project: Project
+    known_by: str | None
+    """What in the file showed it; None where nothing did."""
+    objective: str | None
+    """What it predicts, if not the velocity of a straight path."""
+    stated: bool
+    """Whether the objective is the file's own statement."""
+
+    def describe(self, convention: Convention | None, objective: str | None) -> str:
+        """Say in a line what was concluded from what; convention is the one given, objective the one chosen."""
+        means = {"mpdit": "t = 1 is noise and v = noise - data", "sit": "t = 1 is data and v = data - noise"}
+        of = self.project
+        if not self.known_by and not convention:
+            return (
+                "nothing in it says whose it is: taken to be DiT's, whose weights predict noise and can be fine-tuned, "
+                "not sampled; if it was trained to predict a velocity, give --convention sit (t = 1 is data, as in "
+                "SiT) or mpdit"
+            )
+        taken = f"taken to be {of.name}'s ({of.repository}) by {self.known_by}: " if self.known_by else ""
+        what = f"it predicts {objective}, so that it can be fine-tuned, not sampled" if objective else ""
+        said = f"--convention {convention} was given" if convention and convention != of.convention else ""
+        if said and self.known_by and (of.predicts == "velocity" or self.stated):
+            said = f"but {said}, against its project's {of.convention}"
+        return taken + "; ".join(filter(None, (what, said, means[convention or of.convention])))
+
+
+def find_model(checkpoint: Any, which: str, path: object) -> FoundModel:
+    """Find the model in what a checkpoint holds, however it is nested and whatever its names begin with.
+
+    Its names begin with what stands before "x_embedder.proj.weight", as "net." in the entry "state_dict"; what begins
+    otherwise is not the model's. Raises CheckpointError, naming `path`, for what holds none, or several of which none
+    is `which` ("ema" or "model").
+    """
+    if not isinstance(checkpoint, Mapping):
+        raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, expected a dict of names to tensors")
+    held = list(_leaves(checkpoint))
+    found = [(entry, match[1]) for entry, name, _ in held if (match := _ANCHOR.fullmatch(name))]
+    if not found:
+        _refuse_others((name for _, name, _ in held), path)
+        some = ", ".join([name for _, name, value in held if isinstance(value, Tensor)][:3])
+        raise CheckpointError(
+            f"{path} lacks x_embedder.proj.weight: is this an official MPDiT, DiT or SiT state dict? It "
+            + (f"holds {some}" if some else "is empty, of tensors")
+        )
+    entry, prefix, weights = _choose(found, which, path)
+    others = tuple(p for e, p in found if e == entry and p != prefix and p.startswith(prefix))
+    tensors: dict[str, Tensor] = {}
+    beside = set()
+    for place, name, value in held:
+        if place != entry or not isinstance(value, Tensor):
+            continue
+        if not name.startswith(prefix):
+            beside.add(name.partition(".")[0])
+        elif not name.startswith(others):
+            short = name.removeprefix(prefix)
+            if short in tensors:
+                raise CheckpointError(f"{path} holds {short} twice: save the state dict of one model alone")
+            tensors[short] = value
+    _refuse_others(tensors, path)
+    notes = []
+    if prefix and beside:
+        notes.append(f"of its tensors those under {prefix} are read; left out: {', '.join(sorted(beside))}")
+    if weights is None and entry:
+        notes.append(f"its weights are those of {entry}, which it doesn't call an average")
+    step = next((checkpoint[name] for name in _STEPS if isinstance(checkpoint.get(name), int)), None)
+    arguments: dict[str, Any] = {}
+    for name in _ARGUMENTS:
+        arguments = dict(_fields(checkpoint.get(name))) | arguments
+    return FoundModel(tensors, weights, arguments, step, tuple(notes))
+
+
+def identify(model: FoundModel) -> Identity:
+    """Say whose a model is, by the first row of `PROJECTS` that its tensors, its name or its arguments fit."""
+    given, name = model.arguments, model_name(model.arguments)
+    for project in PROJECTS:
+        tensor = next((n for n in model.tensors if re.match(project.tensors, n)), None)
+        argument = next(
+            (n for n, values in project.arguments.items() if n in given and (not values or given[n] in values)), None
+        )
+        if tensor or argument or re.match(project.model, name):
+            known_by = f"its tensor {tensor}" if tensor else f"its name {name}"
+            if argument and not tensor:
+                known_by = f"its {argument} {given[argument]!r:.40}"
+            return Identity(project, known_by, *_objective(project, given))
+    return Identity(PROJECTS[-1], None, *_objective(PROJECTS[-1], given))
+
+
+def model_name(arguments: Mapping[str, Any]) -> str:
+    """Return the name a model has in a project's own table, such as "SiT-XL/2"; "" without one."""
+    return next((v for n in ("model", "model_type") if isinstance(v := arguments.get(n), str)), "")
+
+
+def _objective(project: Project, arguments: Mapping[str, Any]) -> tuple[str | None, bool]:
+    """Return what the model predicts, None for the velocity of a straight path, and whether its arguments say so."""
+    said, path = arguments.get("prediction"), arguments.get("path_type")
+    predicts = said if isinstance(said, str) else project.predicts
+    straight = not isinstance(path, str) or path in _STRAIGHT
+    if straight and predicts in _VELOCITY:
+        return None, isinstance(said, str)
+    what = "a velocity" if predicts in _VELOCITY else predicts
+    return what if straight else f"{what} on the {path} path", isinstance(said, str) or not straight
+
+
+def _leaves(held: Mapping[Any, Any], entry: str = "", depth: int = 3) -> Iterator[tuple[str, str, Any]]:
+    """Yield the entry, name and value of all that is in nested dicts, names without what wrappers put before them."""
+    for key, value in held.items():
+        if isinstance(value, Mapping) and depth:
+            yield from _leaves(value, f"{entry}.{key}" if entry else str(key), depth - 1)
+        else:
+            yield entry, _WRAPPERS.sub("", str(key)), value
+
+
+def _choose(found: list[tuple[str, str]], which: str, path: object) -> tuple[str, str, str | None]:
+    """Return entry and prefix of the model asked for, and what its file calls it: "ema", "model" or None."""
+    named = [(e, p, "ema" if re.search(r"(^|[._])ema", f"{e}.{p}") else "model") for e, p in found]
+    asked = [model for model in named if model[2] == which]
+    if len(asked) == 1:
+        entry, prefix, label = asked[0]
+        return entry, prefix, label if entry == label or label == "ema" or len(named) > 1 else None
+    if len(named) == 1 and named[0][2] == "model" and named[0][0] != "model":
+        return named[0][0], named[0][1], None
+    held = ", ".join(f"{e}.{p}".strip(".") or "a state dict" for e, p, _ in named)
+    if asked:
+        raise CheckpointError(f"{path} holds several models ({held}): save the state dict of one alone")
+    raise CheckpointError(f"{path} has no entry {which!r}: it holds {held}; ask for that, or give another file")
+
+
+def _refuse_others(names: Iterable[str], path: object) -> None:
+    names = list(names)
+    for pattern, what, remedy in _OTHERS:
+        if name := next((name for name in names if re.match(pattern, name)), None):
+            raise CheckpointError(f"{path} holds {what} ({name}), no model that is read here: {remedy}")
+
+
+def _fields(arguments: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what the arguments of a script, or a nested configuration, call by which name."""
+    held = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
+    for name, value in held.items() if isinstance(held, Mapping) else ():
+        if isinstance(value, Mapping | argparse.Namespace):
+            yield from _fields(value)
+        else:
+            yield str(name), value
