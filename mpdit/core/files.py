@@ -151,9 +151,8 @@ class OpenFile:
     """A file open for positioned reads by any thread, which is closed when it is no longer used. Raises OSError."""
 
     def __init__(self, path: str | Path) -> None:
-        self.descriptor = _open_at_once(os.fspath(path), os.O_RDONLY)
         self._path = os.path.abspath(path)
-        self.descriptor = os.open(self._path, os.O_RDONLY)
+        self.descriptor = _open_at_once(self._path, os.O_RDONLY)
         self._close = weakref.finalize(self, os.close, self.descriptor)
 
     def close(self) -> None:
