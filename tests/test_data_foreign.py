@@ -136,6 +136,16 @@ def test_every_format_is_read_exactly_by_both_loaders(case: Case, tmp_path: Path
     dataset.close()
 
 
+@pytest.mark.parametrize("name", ["mpdit", "edm2 zip", "lightningdit"])
+def test_a_path_need_not_be_utf8(name: str, tmp_path: Path) -> None:
+    written = CASES[name].write(tmp_path / "data")
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/donn\xe9es" + os.fsencode(written.suffix)))
+    written.rename(path)
+    moments, labels = open_latents(path).read(np.arange(COUNT))
+    assert np.array_equal(_bits(moments), _bits(CASES[name].moments))
+    assert np.array_equal(labels, CASES[name].labels)
+
+
 def test_every_format_is_described(case: Case, tmp_path: Path) -> None:
     info = open_latents(case.write(tmp_path / "data")).manifest
     assert (info.channels, info.height, info.width, info.num_classes) == (*formats.SHAPE, formats.CLASSES)

@@ -130,7 +130,10 @@ class TransitionKind(NamedTuple):
     """An entry of TRANSITIONS; expand and refine are modules with a `cost`."""
 
     expand: Any
-    """Made of (width, factor); takes image tokens [B, n0, D] and their grid to [B, n1, D]."""
+    """Made of (width, factor); takes image tokens [B, n0, D] and their grid to [B, n1, D].
+
+    Under autocast tokens come in fp32 and leave in its dtype, as they do from a Linear: planning counts on that.
+    """
     refine: Any
     """Made of (width); takes all tokens [B, m+n1, D], m and the fine grid to the same shape. None for none."""
     help: str

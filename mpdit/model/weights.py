@@ -144,7 +144,9 @@ def load_tensors(path: str | Path) -> Any:
                 return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # whatever torch finds odd: it is read, or refused below
-            return torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=zipped)
+            name = os.fspath(path)
+            utf8 = name == name.encode(errors="replace").decode()  # torch (2.13) maps no other file into memory
+            return torch.load(name, map_location="cpu", weights_only=True, mmap=zipped and utf8)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
     except CheckpointError:
