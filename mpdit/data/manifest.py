@@ -252,6 +252,6 @@ def _fields(value: Any, declared: Mapping[str, Any], what: str) -> dict[str, Any
     """Return the declared fields of a JSON object; those we don't know are left to newer versions."""
     if type(value) is not dict:
         raise DataError(f"{what} is {value!r:.80}: expected an object with {', '.join(declared)}")
-    for name in declared.keys() - value.keys():
-        raise DataError(f"{what} lacks the field {name!r}")
+    if missing := [name for name in declared if name not in value]:
+        raise DataError(f"{what} lacks the field {missing[0]!r}")
     return {name: _read(value[name], kind, f"field {name!r} of {what}") for name, kind in declared.items()}

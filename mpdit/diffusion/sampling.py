@@ -133,30 +133,35 @@ def dopri5(flow: Flow, x: Tensor, steps: int) -> Tensor:
     for name, tolerance in (("atol", flow.atol), ("rtol", flow.rtol)):
         if not 0 < tolerance < math.inf:
             raise ConfigError(f"{name} is {tolerance}: give a finite number above 0")
-    accepted = 0
+    attempted = accepted = 0
 
     def function(t: Tensor, x: Tensor) -> Tensor:
         return flow.at([t.item()], x)(x, 0)
+
+    def callback_step(t: Tensor, x: Tensor, dt: Tensor) -> None:
+        nonlocal attempted
+        # torchdiffeq 0.2.5 asserts the same, so that under `python -O` it would go on for ever.
+        if attempted == steps or not t - dt < t:
+            reason = "all are taken" if attempted == steps else "the next would be too small"
+            raise ConfigError(
+                f"dopri5 did not reach t = 0 with steps={steps}, atol={flow.atol}, rtol={flow.rtol} ({reason}): raise "
+                "steps or loosen the tolerances, and check that the model's velocities are finite"
+            )
+        attempted += 1
 
     def callback_accept_step(t: Tensor, x: Tensor, dt: Tensor) -> None:
         nonlocal accepted
         accepted += 1
         flow.report(accepted, steps)
 
-    function.callback_accept_step = callback_accept_step  # type: ignore[attr-defined]  # where torchdiffeq looks
+    function.callback_step = callback_step  # type: ignore[attr-defined]  # where torchdiffeq looks
+    function.callback_accept_step = callback_accept_step  # type: ignore[attr-defined]
     span = torch.tensor([1.0, 0.0], dtype=torch.float64, device=x.device)
     # A step must end at 0, or the last one would evaluate the model beyond the data; and guidance that starts or
     # stops on the way is a jump of the field, where the step must end too.
     jumps = {end for end in flow.interval if 0 < end < 1 and flow.nulls is not None}
-    options = {"max_num_steps": steps, "step_t": span[1:], "jump_t": span.new_tensor(sorted(jumps))}
-    try:
-        return odeint(function, x, span, atol=flow.atol, rtol=flow.rtol, method="dopri5", options=options)[-1]
-    except AssertionError as error:
-        reason = str(error).partition(":")[0]
-        raise ConfigError(
-            f"dopri5 did not reach t = 0 with steps={steps}, atol={flow.atol}, rtol={flow.rtol} ({reason}): raise "
-            "steps or loosen the tolerances, and check that the model's velocities are finite"
-        ) from error
+    options = {"step_t": span[1:], "jump_t": span.new_tensor(sorted(jumps))}
+    return odeint(function, x, span, atol=flow.atol, rtol=flow.rtol, method="dopri5", options=options)[-1]
 
 
 def sde(flow: Flow, x: Tensor, steps: int) -> Tensor:

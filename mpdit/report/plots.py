@@ -189,7 +189,8 @@ def _draw_products(axes: Axes, results: Results, rows: Sequence[Row], looks: Loo
     intensity = [(row.flops or 0) / (row.bytes or 1) for row in rows]
     x = np.geomspace(min(intensity) / 4, max(4 * max(intensity), 1000), 200)
     roofs = []
-    for dtype, product in {("fp32", "matmul32") if row.dtype == "fp32" else ("bf16", "matmul") for row in rows}:
+    products = [("fp32", "matmul32") if row.dtype == "fp32" else ("bf16", "matmul") for row in rows]
+    for dtype, product in dict.fromkeys(products):
         if results.peaks:
             roofs.append((f"datasheet {dtype}", results.peaks["bandwidth"], results.peaks[dtype], "black", "-"))
         if results.ceilings:

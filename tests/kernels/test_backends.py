@@ -262,6 +262,13 @@ def test_batches_measured_at_one_shape_are_added_up() -> None:
     assert choose.seconds(call, "forward") == {}
 
 
+def test_what_ties_is_in_the_tables_order_in_every_process() -> None:
+    names = ["b", "d", "a", "f", "c", "e", "g"]
+    for order in (names, names[::-1]):
+        dispatch.set_tuned_table("attention_cpu", _table((80, "float32", {}, dict.fromkeys(order, 1.0))))
+        assert list(choose.seconds(Call(80, 32, torch.float32, CPU), "training")) == order
+
+
 def test_committed_tables() -> None:
     for file in dispatch.TUNED.glob("attention_*.json"):
         table = dispatch.tuned_table(file.stem)

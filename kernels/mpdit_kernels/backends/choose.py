@@ -150,7 +150,8 @@ def order(call: Call, training: bool) -> list[str]:
 def seconds(call: Call, kind: str) -> dict[str, float]:
     """Return the seconds of "forward" or "training" by backend, of those measured in all `rows`."""
     times = [row[kind] for row in rows(call)]
-    everywhere = set.intersection(*map(set, times)) if times else set()
+    # In the table's order, not in a set's: which of two that tie is first must not differ from process to process.
+    everywhere = [name for name in times[0] if all(name in each for each in times)] if times else []
     return {name: sum(each[name][0] for each in times) for name in everywhere}
 
 
