@@ -14,7 +14,7 @@ import pytest
 from extraction_data import encoded, pixels, some_files, tar_bytes, write_tree, write_zip
 
 from mpdit.core.errors import DataError
-from mpdit.jobs.extract.sources import BrokenImage, ImageIndex, list_images
+from mpdit.jobs.extract.sources import BrokenImage, ImageIndex, list_images, summary
 
 FILES = some_files({"bee": 2, "ant": 3, "Cat": 1})
 IMAGE = encoded(pixels(0))
@@ -45,7 +45,9 @@ def test_classes_are_the_top_folders_and_links_are_followed(tmp_path: Path) -> N
     (tree / "b" / "link.png").symlink_to(tmp_path / "elsewhere" / "3.png")
     (tree / "b" / "nowhere.png").symlink_to(tmp_path / "missing.png")
     (tree / "a" / "loop").symlink_to(tree / "a")
-    images = list_images(tree)
+    with pytest.raises(DataError, match=r"top \(3 classes: a, b, c\), parent \(5 classes: a, b, c, deep, x\)"):
+        list_images(tree)
+    images = list_images(tree, "top")
     assert images.class_names == ("a", "b", "c")
     assert images.names == ["a/0.png", "a/x/deep/1.png", "b/link.png", "b/nowhere.png", "b/x/2.PNG", "c/3.png"]
     assert images.read(2) == images.read(5) == IMAGE
@@ -54,8 +56,8 @@ def test_classes_are_the_top_folders_and_links_are_followed(tmp_path: Path) -> N
     assert images.ignored == [("a/loop", "is a link to a folder above it")]
 
 
-def test_what_is_no_image_is_counted_and_named_and_hidden_files_are_not(tmp_path: Path) -> None:
-    hidden = {"a/.DS_Store": b"x", "__MACOSX/a/._1.png": b"x", ".git/c.png": b"x", "a/.hidden.png": b"x"}
+def test_what_is_no_image_is_counted_and_named(tmp_path: Path) -> None:
+    hidden = {"a/.DS_Store": b"x", "__MACOSX/a/._1.png": b"x", ".git/x/c.png": b"x", "a/Thumbs.db": b"x"}
     odd = {"a/notes.txt": b"x", "b/model.onnx": b"x", "stray.png": IMAGE}
     for source in (
         write_tree(tmp_path / "tree", {"a/1.png": IMAGE, "b/2.png": IMAGE} | hidden | odd),
@@ -64,9 +66,12 @@ def test_what_is_no_image_is_counted_and_named_and_hidden_files_are_not(tmp_path
     ):
         images = list_images(source)
         assert images.names == ["a/1.png", "b/2.png"]
-        assert len(images.ignored) == 3
         assert dict(images.ignored)["stray.png"] == "lies outside the class folders"
-        assert {name for name, _ in images.ignored} == odd.keys()
+        hidden_parts = {"a/.DS_Store", "__MACOSX", ".git", "a/Thumbs.db"}
+        assert {name for name, _ in images.ignored} == odd.keys() | hidden_parts and len(images.ignored) == 7
+        assert summary(images.ignored).startswith("4 hidden or the system's, 1 .")
+        (note,) = images.notes
+        assert note.startswith("1 of the images and archives") and "stray.png lies outside the class folders" in note
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
@@ -306,7 +311,7 @@ def test_links_and_odd_members_of_tars_are_never_followed(tmp_path: Path) -> Non
             archive.addfile(member)
     images = list_images(write_tree(tmp_path / "t", {"t.tar": stream.getvalue()}))
     assert images.names == ["a/1.png", "../b/2.png"]  # a name is a name: nothing is written under it
-    assert [name for name, _ in images.ignored] == ["a/link.png", "a/hard.png", "a/p.png"]
+    assert [name for name, _ in images.ignored] == ["a/p.png", "a/link.png", "a/hard.png"]
     assert {path.name for path in tmp_path.iterdir()} == {"secret.png", "t"}
 
 

@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 SUMMARY = "encode a folder or archive of images into a packed data set"
 DESCRIPTION = (
     "Encode images into a packed data set by Stable Diffusion's VAE or any other AutoencoderKL of diffusers: ADM's "
-    "centre crop, mean and std of the posterior in fp16. IMAGES is a folder tree (the top folders are the classes), "
-    "a .tar or a folder of them (webdataset's .cls or .json labels, else folders, else a tar for each class), a .zip "
-    "or a folder of them, or either with EDM's dataset.json. Broken images are skipped and listed in "
+    "centre crop, mean and std of the posterior in fp16. IMAGES is a folder tree, a .tar or .zip, a folder of those, "
+    "or FILE.zip/FOLDER. The classes are labels beside the images (webdataset's .cls and .json, EDM's dataset.json), "
+    "else the top folders below what all share, else a tar or zip for each class; where that isn't clear, --classes "
+    "says. Broken images are skipped and listed in "
     "OUT/extraction.json. Killed and started again it goes on where it was, and refuses if images were added, removed "
     "or changed in size (other contents of the same size go unnoticed, but for a zip's); on several nodes start it "
     "under torchrun or srun. The same options give the same bytes whatever the number of GPUs. EXIF's orientation is "
@@ -37,12 +38,13 @@ DESCRIPTION = (
 _SHOWN = 10
 
 _HELP = {
-    "images": "a folder of images, a .tar, a .zip",
+    "images": "a folder of images, a .tar, a .zip, a folder of them, or a folder in one: FILE.zip/train",
     "out": "folder to write; new, empty, or of the same job",
     "vae": "a folder that diffusers saved, or a hub id such as stabilityai/sd-vae-ft-ema (required)",
     "image_size": "side of the crop in pixels: 256, 512, or any multiple of the VAE's factor",
     "flip": "store the encoding of the mirrored image too",
-    "classes": "what an image's class is: label (.cls, .json, dataset.json), folder, archive (each tar or zip is a "
+    "classes": "what an image's class is: label (.cls, .json, dataset.json), folder (the top one, refused where it "
+    "isn't clear), top or parent (the first or last folder of its path, in any case), archive (each tar or zip is a "
     "class), one (all images are of one); auto is the first of label, folder and archive there is",
     "dtype": "what the VAE computes in",
     "pixel_range": "what black and white are to the VAE: signed is -1..1, as it was trained and as DiT and MPDiT have "
@@ -66,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vae", required=True, type=path_text, metavar="PATH_OR_HUB_ID")
     add("--image-size", type=whole(1), default=256, metavar="N")
     add("--flip", action="store_true")
-    add("--classes", choices=("auto", "label", "folder", "archive", "one"), default="auto")
+    add("--classes", choices=("auto", "label", "folder", "top", "parent", "archive", "one"), default="auto")
     add_device(parser, gpus=True)
     add("--dtype", choices=("fp32", "bf16"), default="fp32")
     add("--pixel-range", choices=("signed", "unit"), default="signed")
@@ -99,6 +101,8 @@ def run(args: argparse.Namespace) -> Outcome:
         "skipped": len(report.skipped),
         "skipped_images": report.skipped[:_SHOWN],
         "ignored": report.ignored,
+        "ignored_kinds": report.ignored_kinds,
+        "notes": report.notes,
         "empty_classes": report.empty_classes,
         "pixels": report.pixels,
         "statistics": dataclasses.asdict(report.manifest.statistics),
@@ -123,7 +127,8 @@ def _lines(report: ExtractReport, rates: dict[str, Any] | None) -> Iterator[str]
         yield from (f"  {name} {reason}" for name, reason in report.skipped[:_SHOWN])
         yield from ["  ..."] * (len(report.skipped) > _SHOWN)
     if report.ignored:
-        yield f"ignored: {counted(report.ignored, 'other file')}, the first listed in {notes}"
+        told = ", ".join(f"{count} {kind}" for kind, count in report.ignored_kinds.items())
+        yield f"ignored: {counted(report.ignored, 'other file')} ({told}), the first listed in {notes}"
     for name, count in report.pixels.items():
         yield f"note: {counted(count, 'image')} {FACTS[name]}"
     if empty := report.empty_classes:

@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 import time
 import warnings
 from collections import Counter
@@ -55,7 +56,7 @@ from mpdit.data.writer import PartialFile
 from mpdit.diffusion.inference import computing
 from mpdit.jobs.extract.classes import ClassMode
 from mpdit.jobs.extract.decode import CROP, FACTS, decode_ahead
-from mpdit.jobs.extract.sources import ImageIndex, list_images
+from mpdit.jobs.extract.sources import ImageIndex, kinds, list_images
 from mpdit.jobs.npz import disk
 from mpdit.jobs.workers import DoPart, Job, Report, begin, choose_devices, run_parts
 from mpdit.model.vae import SIGNED, VAE, PixelRange, VAEDtype
@@ -121,7 +122,11 @@ class ExtractReport:
     skipped: list[list[str]]
     """Name and reason of each image left out."""
     ignored: int
-    """Files that are no images."""
+    """Files that are no images, or were left out of them."""
+    ignored_kinds: dict[str, int]
+    """How many of those have which suffix, or were left out for which other reason."""
+    notes: list[str]
+    """What was assumed of the classes, and which images were left out when they were listed."""
     empty_classes: list[str]
     """Classes of which every image was skipped, or whose number none has."""
     pixels: dict[str, int]
@@ -153,6 +158,9 @@ def extract(
         raise ConfigError(f"{folder} lies inside {source}, where it would be taken for images: give another folder")
     job = _plan(source, folder, vae, options)
     _begun(job)
+    if DistEnv.from_environment().rank == 0:
+        for note in job.images.notes:  # before hours of work, which they may spare
+            print(f"warning: {note}", file=sys.stderr, flush=True)
     if not (folder / MANIFEST_NAME).exists():
         held = sum(path.stat().st_size for path in folder.glob("shard-*.bin"))
         needed = len(job.images) * (job.spec.record_bytes + 2 * INDEX_DTYPE.itemsize) + _SLACK_BYTES - held
@@ -470,6 +478,8 @@ def _assemble(job: ExtractionJob, mode: NormalizationMode) -> ExtractReport:
         "samples": manifest.num_samples,
         "skipped": skipped,
         "ignored": len(job.images.ignored),
+        "ignored_kinds": kinds(job.images.ignored),
+        "notes": job.images.notes,
         "ignored_files": [[printable(name), reason] for name, reason in job.images.ignored[:_IGNORED_NAMED]],
         "empty_classes": [job.spec.class_names[label] for label in np.flatnonzero(counts == 0)],
         "pixels": pixels,
@@ -486,7 +496,9 @@ def _assemble(job: ExtractionJob, mode: NormalizationMode) -> ExtractReport:
 def _read_report(out: Path, timing: Timing | None) -> ExtractReport:
     report = _load_json(out / _REPORT_NAME)
     told = {name: report[name] for name in ("images", "skipped", "ignored", "empty_classes")}
-    told["pixels"] = report.get("pixels", {})  # earlier versions didn't count
+    # Earlier versions didn't count these.
+    for name, nothing in (("pixels", {}), ("ignored_kinds", {}), ("notes", [])):
+        told[name] = report.get(name, nothing)
     return ExtractReport(path=out, manifest=PackedLatents(out).manifest, timing=timing, **told)
 
 

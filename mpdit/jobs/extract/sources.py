@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import hashlib
+import importlib
 import json
 import os
 import stat
 import sys
-import tarfile
 import zipfile
 import zlib
 from array import array
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageFile
 from tqdm import tqdm
 
-from mpdit.core.errors import DataError
-from mpdit.core.zips import ZIP_DAMAGE, is_zip, open_zip, read_local_header
+from mpdit.core.errors import DataError, one_line
+from mpdit.core.zips import read_local_header
+from mpdit.jobs.extract.archives import ARCHIVES, Member, archive_kind, clean_name, tar_members, zip_members
 from mpdit.jobs.extract.classes import (
     IGNORED,
     LABELS_NAME,
@@ -31,19 +36,35 @@ from mpdit.jobs.extract.classes import (
     FoundImages,
     as_label,
     classify,
+    some,
 )
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
-"""Of files that count as images, in small letters: torchvision's list, and ADM's gif."""
+# Pillow's formats that others add; they are known once these are imported, in processes that decode too.
+for _plugin in ("pillow_jxl", "pillow_avif", "pillow_heif.HeifImagePlugin"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(_plugin)
+_NOT_DECODED = {
+    "EPS",
+    "MPEG",
+}  # Pillow hands EPS to Ghostscript, a program that runs what is in it; of MPEG it has the size
 _LABEL_SUFFIXES = (".cls", ".json")  # of webdataset's files that may hold the label of the image of the same key
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
-_GZIP_BZIP_XZ_ZSTD = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+_SYSTEMS = {
+    "__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information", "thumbs.db",
+    "ehthumbs.db", "desktop.ini",
+}  # fmt: skip
+"""Names that macOS, Synology, Windows and Linux put beside the real ones, in small letters."""
 
 _ENCRYPTED = 1  # a bit of a zip member's flags
 _MOST_BYTES = 1 << 30  # of one image's file, so that a zip bomb is no more than a broken image
 _MOST_LABEL_BYTES = 1 << 20
+_MOST_LINKS = 40  # from one to the next, as Linux follows
+_NAMED = 3  # of many files, as many are named in a message
 # What is wrong with one file alone; any other error of the system would strike the next ones too.
 _OF_ONE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+
+_NO_IMAGE, _HIDDEN = "is no image by its name", "hidden or the system's"
+_ARCHIVE = "is an archive, which isn't looked into here"
+_LINKED = "is a link to a folder, whose images aren't taken again"
 
 _PLACE = np.dtype([("container", np.int64), ("offset", np.int64), ("size", np.int64), ("crc", np.int64)])
 """Of an image: number of its container; offset in it (of a zip, of the member's header); bytes as stored, which of a
@@ -75,6 +96,8 @@ class ImageIndex:
     """[N] of _PLACE."""
     ignored: list[tuple[str, str]]
     """Files that are not among the images, and why."""
+    notes: tuple[str, ...] = ()
+    """Lines to warn of: what was assumed of the classes, and images that were left out."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -155,202 +178,299 @@ def _read_zip_member(descriptor: int, offset: int, size: int, crc: int) -> bytes
     return data
 
 
-def list_images(path: str | Path, classes: ClassMode = "auto") -> ImageIndex:
-    """List the images at `path` in order, each with its class, whatever they are kept in.
+def list_images(path: str | Path, classes: ClassMode | None = "auto") -> ImageIndex:
+    """List the images at `path` in order, each with its class, by the same rules whatever they are kept in.
 
-    - A folder tree: the class is the top folder, as torchvision's ImageFolder has it; links are followed.
-    - A .tar, or a folder of them: the class is that of KEY.cls or KEY.json ("label" or "cls") beside KEY.jpg, as
-      webdataset has it, else the folder an image lies in, else the tar (also a tar in a tar, as ImageNet comes).
-    - A .zip, or a folder of them: the class is the folder an image lies in.
-    - A dataset.json at the top of a folder or zip gives every image its label, as EDM has it.
+    It is a folder tree, whose links are followed; a .tar or .zip; a folder of those; or FILE.zip/FOLDER, what lies in a
+    folder of an archive. Tars in a tar count as folders. Images are known by suffixes that Pillow decodes here. What an
+    image's class is says `classify`: labels beside it (webdataset's KEY.cls and KEY.json, EDM's dataset.json), else the
+    folders it lies in, else the archive. For None all are of one class, in the order of their paths' parts.
 
-    `classes` insists on "label", "folder" or "archive"; "one" puts all images into one class. Classes by name are
-    numbered in sorted order. Labels are read for "auto" and "label" only; of several images of a labelled key KEY.jpg
-    is taken, and KEY.seg.png ignored. Hidden files and __MACOSX are left out; files that are no images are named in the
-    result. Raises DataError when there are no images or no classes, only some images have one, a label may be of
-    several images, a class folder of a tree is empty, or an archive is damaged, or compressed as a whole.
+    Labels are read for "auto" and "label" only; of several images of a labelled key KEY.jpg is taken, and KEY.seg.png
+    ignored. Of several members of one name the last is taken, as unpacking has it; links in archives lead to members.
+    Hidden and other files are counted in the result, and images left out are told in its notes. Raises DataError when
+    there are no images or no classes, it isn't clear which, only some images have one, a class folder is empty, or an
+    archive is damaged, cut short, compressed as a whole, or holds what can't be read.
     """
     path = Path(path)
-    listing = _Listing(reads_labels=classes in ("auto", "label"))
+    top, inside = path, ""
+    for parent in [] if path.exists() else path.parents:
+        if parent.is_file():
+            top, inside = parent, f"{path.relative_to(parent).as_posix()}/"
+    listing = _Listing(classes in ("auto", "label"), inside)
     with tqdm(desc="listing images", unit="img", disable=None, file=sys.stderr, leave=False) as listing.progress:
-        if path.is_dir():
-            listing.add_folder(path)
-        elif path.is_file():
-            listing.add_archives([path])
-        else:
-            raise DataError(f"{path} does not exist: give a folder of images, a tar or a zip")
-    if not listing.names:
-        raise DataError(f"{path} holds no images ({' '.join(IMAGE_SUFFIXES)}): check the path")
+        try:
+            if top.is_dir():
+                listing.add_folder(top)
+            elif top.is_file():
+                listing.add_archives([top])
+            else:
+                raise DataError(f"{path} does not exist: give a folder of images, a tar or a zip")
+        except OSError as error:
+            raise DataError(
+                f"{error.filename or path} can't be read ({error.strerror or error}): check it, or copy it again"
+            ) from error
     return listing.index(path, classes)
+
+
+def summary(ignored: Iterable[tuple[str, str]]) -> str:
+    """Return in words how many files of which kind were ignored: "10 .txt, 2 no suffix, 1 hidden"."""
+    return ", ".join(f"{number} {kind}" for kind, number in kinds(ignored).items())
+
+
+def kinds(ignored: Iterable[tuple[str, str]]) -> dict[str, int]:
+    """Count ignored files by suffix, where their name is the reason, else by the reason; most first."""
+    found = Counter((_suffix(name) or "no suffix") if reason == _NO_IMAGE else reason for name, reason in ignored)
+    return dict(found.most_common())
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """Return the suffixes, in small letters, of formats that Pillow decodes here, with what plugins are installed."""
+    Image.init()
+    return frozenset(
+        suffix
+        for suffix, format in Image.registered_extensions().items()
+        # MPO, several JPEGs in a file, is opened as JPEG. Stubs know a format, and need a decoder from elsewhere.
+        if format == "MPO" or (format in Image.OPEN and format not in _NOT_DECODED and not _is_stub(format))
+    )
+
+
+def _is_stub(format: str) -> bool:
+    factory = Image.OPEN[format][0]
+    return isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)
 
 
 class _Listing(FoundImages):
     """Collects images and what their classes may be."""
 
-    def __init__(self, reads_labels: bool) -> None:
+    def __init__(self, reads_labels: bool, inside: str = "") -> None:
         super().__init__()
         self.progress: Any = None
         self._reads_labels = reads_labels
+        self.inside = inside
         self._containers: list[Container] = []
         self._places = array("q")
-        self._folder_names: dict[str, str] = {}
+        self._hidden: dict[str, None] = {}
+        self._same: dict[str, str] = {}
 
-    def index(self, path: Path, classes: ClassMode) -> ImageIndex:
+    def index(self, path: Path, classes: ClassMode | None) -> ImageIndex:
         """Return the images that have a class, in order."""
-        class_names, labels = classify(path, self, classes)
-        places, numbers = np.array(self._places).view(_PLACE), labels.tolist()
-        offsets = places["offset"].tolist()
-        order = sorted(np.flatnonzero(labels >= 0).tolist(), key=lambda i: (numbers[i], self.names[i], offsets[i]))
+        self.ignored += [(name, _HIDDEN) for name in self._hidden]
+        if not self.names:
+            left = f" (it has {told})" if (told := summary(self.ignored)) else ""
+            raise DataError(f"{path} holds no images that can be decoded here{left}: check the path")
+        places = np.array(self._places).view(_PLACE)
+        if classes is None:
+            class_names, labels = classify(path, self, "one")
+            order = sorted(range(len(self.names)), key=lambda i: self.names[i].split("/"))
+        else:
+            class_names, labels = classify(path, self, classes)
+            numbers, offsets = labels.tolist(), places["offset"].tolist()
+            order = sorted(np.flatnonzero(labels >= 0).tolist(), key=lambda i: (numbers[i], self.names[i], offsets[i]))
+        lost = [
+            f"{name} {reason}"
+            for name, reason in self.ignored
+            if reason in (_ARCHIVE, _LINKED)
+            or (reason not in (_NO_IMAGE, _HIDDEN) and _suffix(name) in image_suffixes())
+        ]
+        if lost:
+            self.notes.append(f"{len(lost)} of the images and archives in {path} are left out: {some(lost, _NAMED)}")
         names = [self.names[i] for i in order]
-        return ImageIndex(class_names, labels[order], names, tuple(self._containers), places[order], self.ignored)
-
-    def _open(self, container: Container, archive: str = "") -> None:
-        """Begin a container, in which the images added from here on lie."""
-        self._containers.append(container)
-        self._archive = archive
-
-    def _add(self, name: str, folder: str, *, offset: int = 0, size: int = -1, crc: int = 0) -> None:
-        """Add an image of the last container; `folder` may be its class."""
-        self.names.append(name)
-        self.folders.append(self._folder_names.setdefault(folder, folder))  # the same string for all of a class
-        self.archives.append(self._archive)
-        self.labels.append(UNLABELLED)
-        self._places.extend((len(self._containers) - 1, offset, size, crc))
-        self.progress.update()
+        containers, notes = tuple(self._containers), tuple(map(one_line, self.notes))
+        return ImageIndex(class_names, labels[order], names, containers, places[order], self.ignored, notes)
 
     def add_folder(self, path: Path) -> None:
-        """Add a tree of class folders, or a folder of archives."""
-        entries = _entries(str(path))
-        folders = [entry.name for entry in entries if entry.is_dir()]
-        archives = [e for e in entries if e.name.lower().endswith((".tar", ".zip", *_COMPRESSED)) and not e.is_dir()]
+        """Add a tree of images, or a folder of archives."""
+        with os.scandir(path) as entries:
+            inside = sorted((entry.name, entry.is_dir()) for entry in entries)
+        hidden = dict.fromkeys(name for name, _ in inside if _hidden_part(name))
+        inside = [(name, folder) for name, folder in inside if name not in hidden]
+        archives = [name for name, folder in inside if name.lower().endswith(ARCHIVES) and not folder]
+        others = [name for name, folder in inside if folder or _suffix(name) in image_suffixes()]
         if not archives:
-            self._open(Container(str(path), "folder"))
-            self.class_folders = set(folders)
-            self._add_entries(entries, "", ())
+            self._add(Container(str(path), "folder"), "", self._walk(str(path)), functools.partial(_read_file, path))
             return
-        if folders:
+        if others:
             raise DataError(
-                f"{path} holds archives ({archives[0].name}, ...) beside folders ({folders[0]}, ...): give one or the "
-                "other"
+                f"{path} holds archives ({archives[0]}, ...) beside folders or images ({others[0]}, ...): give one or "
+                "the other"
             )
-        self.ignored += [(entry.name, "lies beside the archives") for entry in entries if entry not in archives]
-        self.add_archives([Path(entry.path) for entry in archives])
+        self._hidden |= hidden
+        self.ignored += [(name, "lies beside the archives") for name, _ in inside if name not in archives]
+        self.add_archives([path / name for name in archives])
 
-    def _add_entries(
-        self, entries: Sequence[os.DirEntry[str]], inside: str, above: tuple[tuple[int, int], ...]
-    ) -> None:
-        """Add what lies in a folder and below it. `inside`: its path in the tree, with a slash at the end."""
-        for entry in entries:
-            name = inside + entry.name
-            status = _status(entry)
-            if entry.is_dir():
+    def _walk(self, top: str) -> Iterator[Member]:
+        """Yield what lies in a folder tree, in order, without descending into hidden folders."""
+        seen: dict[tuple[int, int], str] = {}
+        twice: list[str] = []
+
+        def walk(folder: str, inside: str, above: tuple[tuple[int, int], ...]) -> Iterator[Member]:
+            with os.scandir(folder) as entries:
+                found = sorted(entries, key=lambda entry: entry.name)
+            for entry in found:
+                name = inside + entry.name
+                if _hidden_part(entry.name):
+                    yield Member(name, "hidden")
+                    continue
+                status = _status(entry)
+                if not entry.is_dir():
+                    odd = bool(status.st_mode) and not stat.S_ISREG(status.st_mode)
+                    yield Member(name, "odd", text="is no file") if odd else Member(name, size=status.st_size)
+                    continue
                 identity = (status.st_dev, status.st_ino)
                 if identity in above:
-                    self.ignored.append((name, "is a link to a folder above it"))
-                else:
-                    self._add_entries(_entries(entry.path), f"{name}/", (*above, identity))
-            elif name == LABELS_NAME and self._reads_labels:
-                self._read_dataset_json(Path(entry.path).read_bytes(), entry.path)
-            elif not _is_image(name):
-                self.ignored.append((name, "is no image by its name"))
-            elif status.st_mode and not stat.S_ISREG(status.st_mode):
-                self.ignored.append((name, "is no file"))
-            else:
-                self._add(name, inside.partition("/")[0], size=status.st_size)
+                    yield Member(name, "odd", text="is a link to a folder above it")
+                    continue
+                if seen.setdefault(identity, name) != name:
+                    twice.append(f"{name} is {seen[identity]}")
+                yield Member(name, "folder")
+                yield from walk(entry.path, f"{name}/", (*above, identity))
+
+        yield from walk(top, "", ())
+        if twice:
+            self.notes.append(
+                f"links lead to folders of {top} that are read anyway: their images count twice ({some(twice)})"
+            )
 
     def add_archives(self, paths: Sequence[Path]) -> None:
         """Add the images of tars and zips."""
         for path in paths:
             prefix = f"{path.name}/" if len(paths) > 1 else ""
-            try:
-                with open(path, "rb") as file:
-                    if path.name.lower().endswith(_COMPRESSED) or file.read(6).startswith(_GZIP_BZIP_XZ_ZSTD):
-                        raise DataError(
-                            f"{path} is compressed as a whole, so that no image in it can be read by itself: "
-                            "decompress it first"
-                        )
-                    if path.suffix.lower() == ".tar":
-                        self._add_tar(file, path, path.name, 0, file.seek(0, os.SEEK_END), prefix)
-                    elif path.suffix.lower() == ".zip" or is_zip(path):
-                        self._add_zip(path, prefix)
-                    else:
-                        raise DataError(f"{path} is neither a folder nor a .tar nor a .zip: give one of them")
-            except OSError as error:
-                raise DataError(
-                    f"{path} can't be read ({error.strerror or error}): check it, or copy it again"
-                ) from error
-        if self.dataset_labels is not None and len(paths) > 1:
-            raise DataError(f"{LABELS_NAME} lies in one of {len(paths)} archives: give them one by one")
-
-    def _add_zip(self, path: Path, prefix: str) -> None:
-        self._open(Container(str(path), "zip"), path.stem)
-        try:
-            with open_zip(path) as archive:
-                for member in archive.infolist():
-                    name = member.filename.removeprefix("./")
-                    if member.is_dir() or _is_hidden(name):
-                        continue
-                    if _is_image(name):
-                        folder, offset, size = _parent(name), member.header_offset, member.compress_size
-                        self._add(prefix + name, folder, offset=offset, size=size, crc=member.CRC)
-                    elif name == LABELS_NAME and self._reads_labels:
-                        self._read_dataset_json(archive.read(member), f"{path}/{name}")
-                    elif not name.lower().endswith(_LABEL_SUFFIXES):
-                        self.ignored.append((prefix + name, "is no image by its name"))
-        except DataError:
-            raise
-        except ZIP_DAMAGE as error:
-            raise DataError(f"{path} can't be read as a zip ({error}): it is damaged; copy it again") from error
+            if prefix:
+                self.archives[prefix] = path.stem
+            else:
+                self.stem = path.stem
+            with open(path, "rb") as file:
+                if archive_kind(path, file) == "tar":
+                    self._add_tar(file, path, path.name, 0, file.seek(0, os.SEEK_END), prefix)
+                else:
+                    read = functools.partial(_read_of_zip, file.fileno())
+                    self._add(Container(str(path), "zip"), prefix, zip_members(file, path), read)
 
     def _add_tar(self, file: IO[bytes], path: Path, shown: str, start: int, end: int, prefix: str) -> None:
-        """Add the images of the tar in these bytes of a file, and of the tars in it; messages call it `shown`.
+        """Add the images of the tar in these bytes of a file, and of the tars in it; messages call it `shown`."""
 
-        Only headers are read, and the files of labels.
-        """
-        self._open(Container(str(path), "tar"), PurePosixPath(shown).stem)
+        def read(member: Member) -> bytes:
+            file.seek(member.offset)
+            return file.read(member.size)
+
+        inner: list[tuple[str, Member]] | None = [] if start == 0 else None
+        self._add(Container(str(path), "tar"), prefix, tar_members(file, path, shown, start, end), read, inner)
+        for name, member in inner or ():
+            self.archives[f"{prefix}{name}/"] = Path(name).stem
+            self._add_tar(file, path, name, member.offset, member.offset + member.size, f"{prefix}{name}/")
+
+    def _add(
+        self,
+        container: Container,
+        prefix: str,
+        members: Iterable[Member],
+        read: Callable[[Member], bytes],
+        inner: list[tuple[str, Member]] | None = None,
+    ) -> None:
+        """Add the images among a container's members, their names behind `prefix`. Tars in it go into `inner`."""
+        self._containers.append(container)
         first = len(self.names)
-        labels: dict[str, int] = {}
-        inner: list[tuple[str, int, int]] = []
-        file.seek(start)
-        bounded: Any = _Bounded(file, end)
-        try:
-            with tarfile.open(fileobj=bounded, mode="r:") as archive:
-                headers: list[tarfile.TarInfo] = archive.members  # type: ignore[attr-defined]
-                while (member := archive.next()) is not None and member.offset < end:
-                    headers.clear()  # or it keeps them all
-                    if not 0 <= member.size <= end - member.offset_data:
-                        raise tarfile.ReadError(f"{member.name!r:.80} lies past its end")
-                    name = member.name.removeprefix("./")
-                    if member.isdir() or _is_hidden(name):
+        labels: dict[str, int | DataError] = {}
+        datasets: list[tuple[str, Member]] = []
+        links: dict[str, str] = {}
+        others: dict[str, Member] = {}
+        for member in members:
+            name = member.name if container.kind == "folder" else clean_name(member.name)
+            whole = f"{prefix}{name}/"
+            if not whole.startswith(self.inside) and not (inner is not None and self.inside.startswith(whole)):
+                continue
+            if hidden := _hidden_part(name):
+                self._hidden[prefix + hidden] = None
+                continue
+            suffix = _suffix(name)
+            if member.kind == "folder":
+                if whole.startswith(self.inside):
+                    self.all_folders.add(prefix + name)
+            elif member.kind == "link":
+                links[name] = member.text
+            elif member.kind == "odd":
+                self.ignored.append((prefix + name, member.text))
+            elif suffix in image_suffixes():
+                self._add_image(prefix + name, member)
+            elif suffix == ".tar" and inner is not None:
+                inner.append((name, member))
+            else:
+                if suffix in _LABEL_SUFFIXES and self._reads_labels:
+                    if name.rpartition("/")[2] == LABELS_NAME:
+                        datasets.append((name, member))
+                    elif 0 <= member.size <= _MOST_LABEL_BYTES and _read_label(
+                        read, member, name, f"{container.path}: {prefix}{name}", labels
+                    ):
                         continue
-                    if not member.isreg() or member.issparse():
-                        self.ignored.append((prefix + name, "is a link or no plain file"))
-                    elif _is_image(name):
-                        self._add(prefix + name, _parent(name), offset=member.offset_data, size=member.size)
-                    elif name.lower().endswith(_LABEL_SUFFIXES):
-                        if self._reads_labels and member.size <= _MOST_LABEL_BYTES:
-                            file.seek(member.offset_data)
-                            _read_label(file.read(member.size), name, f"{path}: {prefix}{name}", labels)
-                    elif name.lower().endswith(".tar") and start == 0:
-                        inner.append((name, member.offset_data, member.size))
-                    else:
-                        self.ignored.append((prefix + name, "is no image by its name"))
-                stopped = archive.offset
-        except DataError:
-            raise
-        except (tarfile.TarError, ValueError, OverflowError) as error:
-            raise DataError(
-                f"{path} can't be read as a tar ({shown}: {error}): it is damaged; copy it again"
-            ) from error
-        # tarfile takes a damaged header for the end; the end is a block of zeros, or the end of the file.
-        file.seek(min(stopped, end))
-        if file.read(min(tarfile.BLOCKSIZE, max(0, end - stopped))).strip(b"\0"):
-            raise DataError(f"{path} is damaged at byte {stopped}, where a header should be: copy it again")
-        self._apply_labels(path, first, len(prefix), labels)
-        for name, offset, size in inner:
-            self._add_tar(file, path, name, offset, offset + size, f"{prefix}{name}/")
+                others[name] = member
+        self._resolve(first, prefix, links, others)
+        self._drop_replaced(first)
+        for name, member in datasets:
+            folder = f"{prefix}{name.removesuffix(LABELS_NAME)}"
+            if all(image.startswith(folder) for image in self.names[first:]):
+                self._read_dataset_json(functools.partial(read, member), f"{container.path}/{name}", folder)
+                del others[name]
+        self.ignored += [(prefix + name, _ARCHIVE if name.lower().endswith(ARCHIVES) else _NO_IMAGE) for name in others]
+        self._apply_labels(Path(container.path), first, len(prefix), labels)
 
-    def _apply_labels(self, path: Path, first: int, prefix: int, labels: Mapping[str, int]) -> None:
+    def _add_image(self, name: str, member: Member) -> None:
+        # Classes go by a name's folders also where Windows' separators have come into names of a tree.
+        folder = name.replace("\\", "/").rpartition("/")[0]
+        self.names.append(name)
+        self.folders.append(self._same.setdefault(folder, folder))  # the same string for all of a class
+        self.labels.append(UNLABELLED)
+        self._places.extend((len(self._containers) - 1, member.offset, member.size, member.crc))
+        self.progress.update()
+
+    def _resolve(self, first: int, prefix: str, links: Mapping[str, str], others: Mapping[str, Member]) -> None:
+        """Add the images that an archive has as links to its members; `first`: of its images."""
+        if not links:
+            return
+        images = {name.removeprefix(prefix): 4 * index for index, name in enumerate(self.names[first:], first)}
+        folders = {
+            str(above)
+            for folder in {*self.folders[first:]}
+            for above in (PurePosixPath(folder), *PurePosixPath(folder).parents)
+        }
+        for name, target in links.items():
+            for _ in range(_MOST_LINKS):
+                if target not in links:
+                    break
+                target = links[target]
+            if prefix + target in folders:
+                self.ignored.append((prefix + name, _LINKED))
+            elif _suffix(name) not in image_suffixes():
+                self.ignored.append((prefix + name, _NO_IMAGE))
+            elif target in images:
+                _, offset, size, crc = self._places[images[target] : images[target] + 4]
+                self._add_image(prefix + name, Member(name, "file", offset, size, crc))
+            elif target in others:
+                self._add_image(prefix + name, others[target])
+            else:
+                self.ignored.append((prefix + name, "is a link to what its archive doesn't hold"))
+
+    def _drop_replaced(self, first: int) -> None:
+        """Leave out images, from `first` on, after which another of the same name comes: unpacking overwrites them."""
+        names = self.names[first:]
+        last = {name: index for index, name in enumerate(names)}
+        if len(last) == len(names):
+            return
+        kept = [index for index, name in enumerate(names) if last[name] == index]
+        self.ignored += [
+            (name, "is replaced by a later one of the same name")
+            for index, name in enumerate(names)
+            if last[name] != index
+        ]
+        places = self._places[4 * first :]
+        self.names[first:] = [names[index] for index in kept]
+        self.folders[first:] = [self.folders[first + index] for index in kept]
+        del self.labels[first + len(kept) :], self._places[4 * first :]
+        for index in kept:
+            self._places.extend(places[4 * index : 4 * index + 4])
+
+    def _apply_labels(self, path: Path, first: int, prefix: int, labels: Mapping[str, int | DataError]) -> None:
         """Give each image from `first` on the label of its key: its name up to the suffix, else up to the first dot.
 
         A key's label is of one image, KEY.jpg, as webdataset has it: others such as KEY.seg.png are ignored. DataError
@@ -372,57 +492,56 @@ class _Listing(FoundImages):
                     f"{path} has {len(images)} images of the key {key} ({self.names[images[0]]}, "
                     f"{self.names[images[1]]}, ...) and one label: leave one of them, or choose other classes"
                 )
+            label = labels[key]
+            if isinstance(label, DataError):
+                raise label
             for index in images:
-                self.labels[index] = labels[key] if index == meant[0] else IGNORED
+                self.labels[index] = label if index == meant[0] else IGNORED
                 if index != meant[0]:
                     reason = f"lies beside {self.names[meant[0]]}, the image of its key"
                     self.ignored.append((self.names[index], reason))
 
-    def _read_dataset_json(self, text: bytes, where: str) -> None:
-        """Note the label of each name; null where there are none, as of EDM's unlabelled sets."""
+    def _read_dataset_json(self, read: Callable[[], bytes], where: str, folder: str) -> None:
+        """Note the label of each name below a folder; null where there are none, as of EDM's unlabelled sets."""
         try:
-            pairs = json.loads(text)["labels"]
-            self.dataset_labels = None if pairs is None else dict(pairs)
-            self.unlabelled = pairs is None
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            pairs = json.loads(read())["labels"]
+            self.dataset_labels |= {folder + name: label for name, label in dict(pairs or ()).items()}
+            self.unlabelled |= pairs is None
+        except (ValueError, TypeError, KeyError, RecursionError, BrokenImage) as error:
             raise DataError(
                 f'{where} is no list of labels ({error}): it must hold {{"labels": [["folder/image.png", 5], ...]}}, '
                 "unless other classes are chosen than its"
             ) from error
 
 
-class _Bounded:
-    """Hands a file to tarfile, which would ask it for as many bytes as a damaged header says."""
+def _read_label(
+    read: Callable[[Member], bytes], member: Member, name: str, shown: str, labels: dict[str, int | DataError]
+) -> bool:
+    """Note the label that webdataset's KEY.cls or KEY.json holds, if it does, or what is wrong with it.
 
-    def __init__(self, file: IO[bytes], end: int) -> None:
-        self._file, self._end = file, end
-        self.tell, self.seek = file.tell, file.seek
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self._end - self._file.tell())
-        return self._file.read(left if size < 0 else min(size, left))
-
-
-def _read_label(text: bytes, name: str, shown: str, labels: dict[str, int]) -> None:
-    """Add the label that webdataset's KEY.cls or KEY.json holds, if it does; a .cls goes before a .json."""
+    A .cls goes before a .json. Whether it is wrong matters only if there is an image of that key.
+    """
     key, _, suffix = name.rpartition(".")
+    is_class = suffix.lower() == "cls"
     try:
-        if suffix.lower() == "cls":
-            labels[key] = as_label(int(text.decode(json.detect_encoding(text))))
-            return
-        document = json.loads(text)
+        text = read(member)
+        document = {"cls": int(text.decode(json.detect_encoding(text)))} if is_class else json.loads(text)
         value = document.get("label", document.get("cls")) if isinstance(document, dict) else None
-        if value is not None:
-            labels.setdefault(key, as_label(value))
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{shown} holds no label that can be used ({error}): mend it, or choose other classes"
-        ) from error
+        if value is None:
+            return False
+        label: int | DataError = as_label(value)
+    except (ValueError, RecursionError, OSError, BrokenImage) as error:
+        label = DataError(f"{shown} holds no label that can be used ({error}): mend it, or choose other classes")
+    labels[key] = label if is_class else labels.get(key, label)
+    return True
 
 
-def _entries(folder: str) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        return sorted((entry for entry in entries if not _is_hidden(entry.name)), key=lambda entry: entry.name)
+def _read_of_zip(descriptor: int, member: Member) -> bytes:
+    return _read_zip_member(descriptor, member.offset, member.size, member.crc)
+
+
+def _read_file(folder: Path, member: Member) -> bytes:
+    return (folder / member.name).read_bytes()
 
 
 def _status(entry: os.DirEntry[str]) -> os.stat_result:
@@ -433,16 +552,16 @@ def _status(entry: os.DirEntry[str]) -> os.stat_result:
         return os.stat_result((0, 0, 0, 0, 0, 0, -1, 0, 0, 0))
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES)
+def _suffix(name: str) -> str:
+    """Return what follows a name's last dot, with it, in small letters; "" without one."""
+    base = name.rpartition("/")[2]
+    return base[base.rfind(".") :].lower() if "." in base else ""
 
 
-def _is_hidden(name: str) -> bool:
-    """Return whether any part of the path is hidden, or made by macOS beside the real ones."""
+def _hidden_part(name: str) -> str:
+    """Return a path up to the first part that is hidden or not a user's; "" when there is none."""
     parts = name.split("/")
-    return "__MACOSX" in parts or any(part.startswith(".") and part not in (".", "..") for part in parts)
-
-
-def _parent(name: str) -> str:
-    """Return the name of the folder that a member of an archive lies in; "" for none."""
-    return name.rpartition("/")[0].rpartition("/")[2]
+    for index, part in enumerate(parts):
+        if (part[:1] == "." and part not in (".", "..")) or part.lower() in _SYSTEMS:
+            return "/".join(parts[: index + 1])
+    return ""

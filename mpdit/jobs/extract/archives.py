@@ -1,0 +1,234 @@
+"""Lists what tars and zips hold, by their headers alone, and refuses those whose bytes hold more than was listed."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import stat
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple
+
+import numpy as np
+
+from mpdit.core.errors import DataError
+from mpdit.core.zips import ZIP_DAMAGE, is_zip, open_zip, read_local_header
+
+COMPRESSED = (
+    ".tar.gz",
+    ".tgz",
+    ".tar.bz2",
+    ".tbz2",
+    ".tbz",
+    ".tar.xz",
+    ".txz",
+    ".tar.zst",
+    ".tzst",
+    ".tar.lz4",
+    ".tar.z",
+)
+ARCHIVES = (".tar", ".zip", *COMPRESSED, ".7z", ".rar", ".zipx")
+"""Suffixes of archives, in small letters; the first two can be read."""
+
+_GZIP_BZIP_XZ_ZSTD = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+_PIECE = 1 << 20
+_MOST_LINK_BYTES = 4096  # of where a link leads to: Linux's PATH_MAX
+_ENCRYPTED, _UTF8 = 1, 1 << 11  # bits of a zip member's flags: PKWARE's APPNOTE 4.4.4
+_HEADER, _TABLE_ENTRY, _END = 30, 46, 22  # bytes of a member's header, its entry in the table and the table's end
+_DESCRIPTOR = 24  # bytes at most of what may follow a member that was written as a stream
+_SLACK = 96  # bytes between members that need no look: an extra field, a descriptor; no image with its header fits
+
+
+class Member(NamedTuple):
+    """Describes what one name in a tree or an archive stands for."""
+
+    name: str
+    """As it is written there."""
+    kind: Literal["file", "folder", "link", "hidden", "odd"] = "file"
+    offset: int = 0
+    """In the archive; of a zip, of the member's header."""
+    size: int = -1
+    """Bytes as stored; of a link to nowhere -1."""
+    crc: int = 0
+    """Of a zip, the CRC-32 in its table of contents."""
+    text: str = ""
+    """Where a link leads, from the archive's top; of what is odd, why it can't be used."""
+
+
+def archive_kind(path: Path, file: IO[bytes]) -> Literal["tar", "zip"]:
+    """Return what a file is, by its suffix or, without one, by its contents. DataError for what can't be read."""
+    name = path.name.lower()
+    start = file.read(tarfile.BLOCKSIZE)
+    if name.endswith(COMPRESSED) or start.startswith(_GZIP_BZIP_XZ_ZSTD):
+        raise DataError(
+            f"{path} is compressed as a whole, so that no image in it can be read by itself: decompress it first"
+        )
+    if name.endswith(".tar") or start[257:262] == b"ustar":
+        return "tar"
+    if name.endswith(".zip") or is_zip(path):
+        return "zip"
+    raise DataError(f"{path} is neither a folder nor a .tar nor a .zip: give one of them, or unpack it")
+
+
+def tar_members(file: IO[bytes], path: Path, shown: str, start: int, end: int) -> Iterator[Member]:
+    """Yield the members of the tar in these bytes of a file; messages call it `shown`.
+
+    Every byte is accounted for: headers follow each other without a gap, and after the zeros that end a tar there may
+    be another tar, as `cat a.tar b.tar` makes one, and nothing else. DataError otherwise.
+    """
+    bounded: Any = _Bounded(file, end)
+    while True:
+        file.seek(start)
+        try:
+            with tarfile.open(fileobj=bounded, mode="r:") as archive:
+                headers: list[tarfile.TarInfo] = archive.members  # type: ignore[attr-defined]
+                while (member := archive.next()) is not None and member.offset < end:
+                    headers.clear()  # or it keeps them all
+                    sparse = member.issparse()  # whose size is not that of what is stored
+                    if not sparse and not 0 <= member.size <= end - member.offset_data:
+                        raise tarfile.ReadError(f"{member.name!r:.80} lies past its end")
+                    yield _tar_member(member, sparse)
+                stopped = min(archive.offset, end)
+        except DataError:
+            raise
+        except (tarfile.TarError, ValueError, OverflowError) as error:
+            raise DataError(
+                f"{path} can't be read as a tar ({shown}: {error}): it is damaged; copy it again"
+            ) from error
+        # tarfile takes a damaged header for the end, and so it does the end of the file.
+        start = _skip_zeros(file, stopped, end)
+        if start == end and end - stopped < tarfile.BLOCKSIZE:
+            raise DataError(
+                f"{path} stops at byte {end} without the zeros that end a tar: it was cut short, so copy it again; if "
+                f"nothing is missing, `truncate -s +1024 {path}` ends it"
+            )
+        if start < end and start - stopped < tarfile.BLOCKSIZE:
+            raise DataError(f"{path} is damaged at byte {stopped}, where a header should be: copy it again")
+        if start == end:
+            return
+
+
+def _tar_member(member: tarfile.TarInfo, sparse: bool) -> Member:
+    if member.isdir():
+        return Member(member.name, "folder")
+    if member.islnk():
+        return Member(member.name, "link", text=clean_name(member.linkname))
+    if member.issym():
+        return Member(member.name, "link", text=_link_target(member.name, member.linkname))
+    if sparse or not member.isreg():
+        return Member(member.name, "odd", text="is stored with holes" if sparse else "is no plain file")
+    return Member(member.name, offset=member.offset_data, size=member.size)
+
+
+def _skip_zeros(file: IO[bytes], start: int, end: int) -> int:
+    """Return where the first block from `start` on begins that isn't zeros; `end` when there is none."""
+    file.seek(start)
+    while start < end:
+        piece = file.read(min(_PIECE, end - start))
+        if rest := piece.lstrip(b"\0"):
+            return start + (len(piece) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+        start += len(piece) or end
+    return end
+
+
+class _Bounded:
+    """Hands a file to tarfile, which would ask it for as many bytes as a damaged header says."""
+
+    def __init__(self, file: IO[bytes], end: int) -> None:
+        self._file, self._end = file, end
+        self.tell, self.seek = file.tell, file.seek
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._end - self._file.tell())
+        return self._file.read(left if size < 0 else min(size, left))
+
+
+def zip_members(file: IO[bytes], path: Path) -> Iterator[Member]:
+    """Yield the members of a zip by its table of contents. DataError when it is damaged, or holds more than that."""
+    try:
+        with open_zip(path) as archive:
+            table = archive.infolist()
+            _check_table(file, path, archive, table)
+            for member in table:
+                yield _zip_member(archive, member)
+    except ZIP_DAMAGE as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} can't be read as a zip ({error}): it is damaged; copy it again") from error
+
+
+def _zip_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Member:
+    name = _zip_name(member)
+    mode = member.external_attr >> 16
+    if member.is_dir() or name.endswith("\\"):
+        return Member(name, "folder")
+    if stat.S_ISLNK(mode) and not member.flag_bits & _ENCRYPTED and member.file_size <= _MOST_LINK_BYTES:
+        return Member(name, "link", text=_link_target(name, os.fsdecode(archive.read(member))))
+    return Member(name, offset=member.header_offset, size=member.compress_size, crc=member.CRC)
+
+
+def _zip_name(member: zipfile.ZipInfo) -> str:
+    """Return a member's name; one that isn't marked as UTF-8 and yet is (macOS writes such) is not read as cp437."""
+    if member.filename.isascii() or member.flag_bits & _UTF8:
+        return member.filename
+    try:
+        return member.filename.encode("cp437").decode("utf-8")
+    except ValueError:
+        return member.filename
+
+
+def _check_table(file: IO[bytes], path: Path, archive: zipfile.ZipFile, table: list[zipfile.ZipInfo]) -> None:
+    """Raise DataError when a zip holds members that its table of contents doesn't have, or anything after its end.
+
+    So does `cat a.zip b.zip`, of which zipfile sees the last. Local headers are read where bytes are left over only.
+    """
+    if any(member.volume not in (0, 0xFFFF) for member in table):
+        raise DataError(f"{path} is one part of a split zip: join them first, with `zip -s 0 {path} --out NEW.zip`")
+    names = [len(m.orig_filename.encode("utf-8" if m.flag_bits & _UTF8 else "cp437")) for m in table]
+    first_table: int = archive.start_dir
+    end = first_table + sum(
+        _TABLE_ENTRY + name + len(member.extra) + len(member.comment) for name, member in zip(names, table, strict=True)
+    )
+    file.seek(end)
+    rest = file.read(_PIECE)
+    found = rest.find(b"PK\5\6")
+    comment = int.from_bytes(rest[found + 20 : found + _END], "little")
+    extra: int | None = None
+    if found >= 0 and rest[found + _END + comment :].strip(b"\0"):
+        extra = end + found + _END + comment
+    # Where each member must at least reach to, in the order of the bytes, and where the next one begins.
+    heads = [_HEADER + name for name in names]
+    sizes = {member.header_offset: (head, member.compress_size) for head, member in zip(heads, table, strict=True)}
+    starts = np.array(sorted(sizes), np.int64)
+    ends = starts + np.array([sum(sizes[start]) for start in starts.tolist()], np.int64)
+    nexts = np.append(starts[1:], first_table)
+    gaps = np.flatnonzero(nexts - ends > _SLACK)
+    descriptor = file.fileno()
+    if (not len(starts) or starts[0] > 0) and first_table and os.pread(descriptor, 4, 0) == b"PK\3\4":
+        extra = 0
+    for start, following in zip(starts[gaps].tolist(), nexts[gaps].tolist(), strict=True):
+        try:
+            end = read_local_header(descriptor, start).end + sizes[start][1]
+        except zipfile.BadZipFile:
+            continue  # one broken image, which is told when it is read
+        found = os.pread(descriptor, _DESCRIPTOR + 4, end).find(b"PK\3\4")
+        if found >= 0 and end + found < following:
+            extra = end + found
+    if extra is not None:
+        raise DataError(
+            f"{path} holds data at byte {extra} that its table of contents lacks, as two zips joined by cat do: give "
+            f"them one by one, or bring all back with `zip -FF {path} --out NEW.zip`"
+        )
+
+
+def clean_name(name: str) -> str:
+    """Return a member's name with slashes, as Windows' zips may not have them, without those at either end and "."."""
+    if "\\" in name or "./" in name or "//" in name or name[:1] == "/" or name[-1:] == "/":
+        return "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))
+    return name
+
+
+def _link_target(name: str, target: str) -> str:
+    return posixpath.normpath(posixpath.join(posixpath.dirname(clean_name(name)), target))

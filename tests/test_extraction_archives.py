@@ -1,0 +1,238 @@
+"""Whatever a tar or zip holds is listed, or counted and said, or the archive is refused in one line."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from extraction_data import encoded, pixels, tar_bytes, write_tree, write_zip
+from PIL import Image
+
+from mpdit.core.errors import DataError
+from mpdit.jobs.extract.sources import BrokenImage, ImageIndex, image_suffixes, list_images
+
+X, Y, Z = (encoded(pixels(seed, 12, 12)) for seed in range(3))
+BLOCK = tarfile.BLOCKSIZE
+
+
+def _files(images: ImageIndex) -> dict[str, bytes]:
+    return {name: images.read(i) for i, name in enumerate(images.names)}
+
+
+def _tar(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def test_tars_one_after_another_are_one(tmp_path: Path) -> None:
+    first, second = tar_bytes({"cat/0.png": X, "dog/0.png": Y}), tar_bytes({"owl/0.png": Z, "cat/0.png": Y})
+    for between in (b"", bytes(7 * BLOCK)):
+        images = list_images(_tar(tmp_path / "c.tar", first + between + second + second))
+        assert _files(images) == {
+            "cat/0.png": Y,
+            "dog/0.png": Y,
+            "owl/0.png": Z,
+        }  # the last of a name, as tar -x has it
+        assert sorted(name for name, _ in images.ignored) == ["cat/0.png", "cat/0.png", "owl/0.png"]
+    # An end of one block, and one of two, are ends.
+    lone = first[: first.index(Y) + -(-len(Y) // BLOCK) * BLOCK + BLOCK]
+    assert len(list_images(_tar(tmp_path / "c.tar", lone + second))) == 3
+    inner = tar_bytes({"n1.tar": first + second, "n2.tar": tar_bytes({"1.png": X})})
+    assert len(list_images(_tar(tmp_path / "outer.tar", inner), "one")) == 4
+    for rest, where in (
+        (b"signature", len(first)),
+        (b"\x1f\x8b" * BLOCK, len(first)),
+        (first[:700], len(first) + BLOCK),
+    ):
+        with pytest.raises(DataError, match=rf"at byte {where}|can't be read as a tar"):
+            list_images(_tar(tmp_path / "c.tar", first + rest))
+
+
+def test_tars_cut_short_are_refused_wherever_they_end(tmp_path: Path) -> None:
+    whole = tar_bytes({f"cat/{k}.png": data for k, data in enumerate((X, Y, Z))})
+    assert len(list_images(_tar(tmp_path / "t.tar", whole), "folder")) == 3
+    last = whole.index(Z) + len(Z)
+    ends = {
+        -(-last // BLOCK) * BLOCK,
+        last,
+        last + 1,
+        whole.index(Y),
+        whole.index(Y) + 5,
+        whole.index(Y) - BLOCK,
+        100,
+        BLOCK,
+    }
+    for end in ends:
+        for data in (whole[:end], tar_bytes({"n1.tar": whole[:end]})):
+            with pytest.raises(DataError, match=r"it was cut short|can't be read as a tar|is damaged at byte"):
+                list_images(_tar(tmp_path / "t.tar", data))
+    # With its end, as the message says, it is whole.
+    cut = _tar(tmp_path / "t.tar", whole[: -(-last // BLOCK) * BLOCK])
+    os.truncate(cut, cut.stat().st_size + 1024)
+    assert len(list_images(cut, "folder")) == 3
+
+
+def test_links_of_archives_lead_to_their_members(tmp_path: Path) -> None:
+    tree = write_tree(tmp_path / "t", {"cat/0.png": X, "dog/0.png": Y, "dog/blob": Z})
+    os.link(tree / "cat/0.png", tree / "cat/1.png")
+    os.link(tree / "dog/blob", tree / "dog/1.png")
+    for name, target in (("dog/2.png", "../cat/0.png"), ("dog/3.png", "2.png"), ("cat/9.png", "gone.png")):
+        os.symlink(target, tree / name)
+    with tarfile.open(tmp_path / "t.tar", "w") as archive:
+        archive.add(tree, "pets")
+    expected = {"cat/0.png": X, "cat/1.png": X, "dog/0.png": Y, "dog/1.png": Z, "dog/2.png": X, "dog/3.png": X}
+    images = list_images(tmp_path / "t.tar")
+    assert _files(images) == {f"pets/{name}": data for name, data in expected.items()}
+    assert images.class_names == ("cat", "dog")
+    assert any("cat/9.png is a link to what its archive doesn't hold" in note for note in images.notes)
+    as_tree = list_images(tree)
+    assert {name: as_tree.read(i) for i, name in enumerate(as_tree.names) if name != "cat/9.png"} == expected
+
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as packed:
+        packed.writestr("cat/0.png", X)
+        packed.writestr("dog/0.png", Y)
+        for name, target in (("dog/1.png", "../cat/0.png"), ("pool", "cat"), ("dog/2.png", "/etc/2.png")):
+            info = zipfile.ZipInfo(name)
+            info.create_system, info.external_attr = 3, 0o120777 << 16
+            packed.writestr(info, target)
+    images = list_images(tmp_path / "z.zip")
+    assert _files(images) == {"cat/0.png": X, "dog/0.png": Y, "dog/1.png": X}
+    assert dict(images.ignored)["pool"].startswith("is a link to a folder")
+    assert images.notes[0].startswith("2 of the images and archives in ")
+
+
+def test_odd_members_and_archives_within_are_counted_and_said(tmp_path: Path) -> None:
+    within = {"b/more.zip": X, "b/c.tar.gz": X, "b/d.rar": X}
+    stream = io.BytesIO(tar_bytes({"a/1.png": X, "b/2.png": Y} | within))
+    with tarfile.open(fileobj=stream, mode="a") as archive:
+        sparse = tarfile.TarInfo("b/holes.png")
+        sparse.type = tarfile.GNUTYPE_SPARSE
+        archive.addfile(sparse)
+    for source in (
+        _tar(tmp_path / "t.tar", stream.getvalue()),
+        write_tree(tmp_path / "tree", {"a/1.png": X, "b/2.png": Y} | within),
+        write_zip(tmp_path / "z.zip", {"a/1.png": X, "b/2.png": Y} | within),
+    ):
+        images = list_images(source)
+        assert len(images) == 2
+        (note,) = images.notes
+        assert note.startswith(
+            f"{4 if source.suffix == '.tar' else 3} of the images and archives in {source} are left out"
+        )
+        assert {name for name, reason in images.ignored if "archive" in reason} == within.keys()
+    assert "holes.png" in list_images(tmp_path / "t.tar").ignored[0][0]
+
+
+def test_names_of_every_kind(tmp_path: Path) -> None:
+    odd = {"/a/1.png": X, "./a//2.png": X, "b\\3.png": X, "b/../b/4.png": X, "é/5.png": X}
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", encoding="latin-1", format=tarfile.GNU_FORMAT) as archive:
+        for name, data in odd.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    images = list_images(_tar(tmp_path / "t.tar", stream.getvalue()), "top")
+    assert images.class_names == ("a", "b", "\udce9")
+    assert {*images.names} == {"a/1.png", "a/2.png", "b/3.png", "b/../b/4.png", "\udce9/5.png"}
+    write_tree(tmp_path / "tree", {"train\\cat\\1.png": X, "train\\dog\\2.png": Y})  # as unzip leaves Windows' zips
+    images = list_images(tmp_path / "tree")
+    assert images.class_names == ("cat", "dog") and images.read(1) == Y
+
+
+def test_zip_names_that_are_utf8_without_saying_so(tmp_path: Path) -> None:
+    write_zip(tmp_path / "z.zip", {"über/1.png": X, "dog/2.png": Y})
+    data = (tmp_path / "z.zip").read_bytes()
+    marked = struct.pack("<H", 1 << 11)
+    for header, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        at = data.index(header)
+        assert data[at + flags : at + flags + 2] == marked
+        data = data[: at + flags] + b"\0\0" + data[at + flags + 2 :]
+    (tmp_path / "z.zip").write_bytes(data)
+    assert list_images(tmp_path / "z.zip").class_names == ("dog", "über")
+    raw = data.replace("über".encode(), "\x81ber\0"[:4].encode("latin-1") + b"_")  # cp437's
+    (tmp_path / "z.zip").write_bytes(raw)
+    assert list_images(tmp_path / "z.zip").class_names == ("dog", "über_")
+
+
+def test_zips_that_hold_more_than_their_table_says_are_refused(tmp_path: Path) -> None:
+    one, two = (write_zip(tmp_path / f"{k}.zip", {f"{k}/{i}.png": data for i, data in enumerate((X, Y))}) for k in "ab")
+    path = tmp_path / "c.zip"
+
+    def refused(data: bytes, message: str = "its table of contents lacks") -> None:
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=message):
+            list_images(path)
+
+    refused(one.read_bytes() + two.read_bytes(), "at byte 0 that")
+    refused(two.read_bytes() + b"more", f"at byte {two.stat().st_size} that")
+    path.write_bytes(b"#!/bin/sh\n" * 30 + one.read_bytes() + bytes(3))  # unpacks itself; padded
+    assert _files(list_images(path)) == {"a/0.png": X, "a/1.png": Y}
+    refused(b"#!/bin/sh\n" * 30 + one.read_bytes()[:-30], "can't be read as a zip|neither a folder")
+    # A table that lacks a member in the middle, and one at the end.
+    for lost in (1, 2):
+        write_zip(path, {f"a/{i}.png": data for i, data in enumerate((X, Y, Z))})
+        with zipfile.ZipFile(path, "a") as archive:
+            del archive.filelist[lost]
+            archive._didModify = True  # type: ignore[attr-defined]
+        refused(path.read_bytes())
+    with zipfile.ZipFile(path, "w") as archive:  # extra fields between members are none
+        for i, data in enumerate((X, Y)):
+            info = zipfile.ZipInfo(f"a/{i}.png")
+            info.extra = struct.pack("<HH", 0x7777, 400) + bytes(400)
+            archive.writestr(info, data)
+        for info in archive.filelist:
+            info.extra = b""
+    assert len(list_images(path)) == 2
+
+
+def test_the_last_of_a_name_counts_in_a_zip(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
+        archive.writestr("a/1.png", X)
+        archive.writestr("b/2.png", Y)
+        with pytest.warns(UserWarning, match="Duplicate"):
+            archive.writestr("a/1.png", Z)
+    images = list_images(tmp_path / "z.zip")
+    assert _files(images) == {"a/1.png": Z, "b/2.png": Y} and images.places["container"].tolist() == [0, 0]
+    assert images.ignored == [("a/1.png", "is replaced by a later one of the same name")] and len(images.notes) == 1
+
+
+def test_split_and_encrypted_zips(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "z.zip", {"a/1.png": X, "a/2.png": Y})
+    data = path.read_bytes()
+    table = data.index(b"PK\1\2")
+    path.write_bytes(data[: table + 34] + b"\1\0" + data[table + 36 :])
+    with pytest.raises(DataError, match=r"one part of a split zip: .*zip -s 0"):
+        list_images(path)
+    path.write_bytes(data[:6] + b"\1\0" + data[8:])
+    with pytest.raises(BrokenImage, match="is encrypted"):
+        list_images(path, "folder").read(0)
+
+
+def test_archives_are_known_by_their_contents_without_a_suffix(tmp_path: Path) -> None:
+    _tar(tmp_path / "set", tar_bytes({"a/1.png": X, "b/2.png": Y}))
+    assert len(list_images(tmp_path / "set")) == 2
+    for names in (["a.tar", "b.7z"], ["a.tar", "1.png"], ["a.zip", "x/1.png"]):
+        root = write_tree(tmp_path / names[1].replace("/", "_"), {names[0]: tar_bytes({"a/1.png": X}), names[1]: X})
+        with pytest.raises(DataError, match=r"nor a \.tar nor a \.zip|beside folders or images"):
+            list_images(root)
+
+
+def test_suffixes_are_those_that_pillow_decodes_here(tmp_path: Path) -> None:
+    assert {".jpg", ".jfif", ".jpe", ".png", ".webp", ".tif", ".bmp", ".ppm", ".gif", ".mpo"} <= image_suffixes()
+    assert not {".h5", ".mpg", ".eps", ".pdf", ".txt", ".npz", ".heic", ""} & image_suffixes()
+    picture = Image.fromarray(pixels(0))
+    files = {f"a/{k}.{suffix.upper()}": encoded(picture, "JPEG") for k, suffix in enumerate(("jfif", "jpe", "jpg"))}
+    files |= {"a/raw.heic": X, "a/none": X, "b/q.png": X}
+    if ".avif" in image_suffixes():
+        files["a/x.avif"] = encoded(picture, "AVIF")
+    for source in (write_tree(tmp_path / "t", files), write_zip(tmp_path / "z.zip", files)):
+        images = list_images(source)
+        assert {*images.names} == files.keys() - {"a/raw.heic", "a/none"}
+        assert {name for name, _ in images.ignored} == {"a/raw.heic", "a/none"}
+    with pytest.raises(DataError, match=r"holds no images that can be decoded here \(it has 2 \.heic, 1 no suffix\)"):
+        list_images(write_tree(tmp_path / "none", {"a/1.heic": X, "a/2.HEIC": X, "b/3": X}))
