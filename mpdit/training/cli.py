@@ -153,6 +153,8 @@ def _output_that_cannot_fail() -> Iterator[None]:
         if not (type(failed.thread).__module__.startswith("tensorboard.") and issubclass(failed.exc_type, OSError)):
             before(failed)
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: names of files need not be text
     streams = _Output(sys.stdout), _Output(sys.stderr)
     threading.excepthook = report
     try:
@@ -174,9 +176,7 @@ class _Output:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        encoding = self._stream.encoding or "utf-8"
-        # A path may hold what no encoding has, and a terminal may know less than UTF-8.
-        self._attempt(self._stream.write, text.encode(encoding, "backslashreplace").decode(encoding))
+        self._attempt(self._stream.write, text)
         return len(text)
 
     def flush(self, last: bool = False) -> None:
