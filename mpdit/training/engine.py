@@ -116,7 +116,11 @@ def _deepspeed_errors(path: str) -> Iterator[None]:
     kinds = (AssertionError, ValueError, TypeError, KeyError, AttributeError, ImportError, NotImplementedError)
     try:
         yield
-    except (DeepSpeedConfigError, *kinds) as error:
+    except (Exception, SystemExit) as error:
+        # What its monitors are refused, by W&B or Comet, is of these services' own kinds.
+        theirs = type(error).__module__.startswith(("wandb", "comet_ml")) or isinstance(error, SystemExit)
+        if not theirs and not isinstance(error, (DeepSpeedConfigError, *kinds)):
+            raise
         reason = str(error) or type(error).__name__
         if isinstance(error, pydantic.ValidationError):
             first = error.errors()[0]

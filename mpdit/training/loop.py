@@ -25,7 +25,7 @@ from mpdit.training.checkpoint.deepspeed_state import gather_average, restore
 from mpdit.training.checkpoint.format import Checkpoint
 from mpdit.training.distributed import extend_timeouts, init_distributed
 from mpdit.training.engine import build_engine, check_deepspeed
-from mpdit.training.metrics import LossMean, MetricsLog, Stopwatch
+from mpdit.training.metrics import LossMean, MetricsLog, Stopwatch, WandbRun
 from mpdit.training.profiling import Profiler
 from mpdit.training.safety.guard import Guard
 from mpdit.training.safety.stop import StopRequests, reasons
@@ -78,7 +78,9 @@ def train(run: Run, stop: StopRequests) -> str:
             restore(engine, optimizer, resumed)
             # The order goes on where the samples taken so far end, also after a change of batch size.
             plan = replace(plan, start_step=resumed.step, start_position=resumed.position)
+        wandb = None
         if env.rank == 0:
+            wandb = stack.enter_context(WandbRun(run)) if config.wandb else None
             _open_folder(run, resumed)
         stop.hold()
         torch.distributed.barrier()
@@ -102,7 +104,7 @@ def train(run: Run, stop: StopRequests) -> str:
         extend_timeouts(config.hang_timeout)
         loss_mean, watch, images = LossMean(device), Stopwatch(), 0
         stack.enter_context(loader)
-        log = stack.enter_context(MetricsLog(run, plan.start_step))
+        log = stack.enter_context(MetricsLog(run, plan.start_step, wandb))
 
         for step in profile.steps(range(plan.start_step + 1, config.steps + 1)):
             watchdog.alive(f"step {step}")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import secrets
 import sys
 import time
 from collections.abc import Sequence
@@ -13,9 +16,10 @@ from typing import Any, Self
 import torch
 from tqdm import tqdm
 
+from mpdit.core.errors import ConfigError, one_line
 from mpdit.core.files import write_atomically
 from mpdit.core.progress import bar
-from mpdit.training.setup import Run
+from mpdit.training.setup import WANDB_NAME, Run
 
 PACE_STEPS = 20
 """Steps that are timed before a run says how long it will take. The one before them sets up what they find there."""
@@ -62,13 +66,90 @@ class Stopwatch:
         self._start += time.perf_counter() - self._paused
 
 
+class WandbRun:
+    """A run of Weights & Biases, which OUT/wandb.json names, so that a run that is continued goes on in it.
+
+    No other run has its id: a copy of the folder, beside the one it was made from, gets a new one.
+    """
+
+    def __init__(self, run: Run) -> None:
+        """Begin it, or go on with it. Raises ConfigError for whatever wandb refuses, from its import on."""
+        path, place = run.out / WANDB_NAME, str(run.out.resolve())
+        known = _wandb_names(path)
+        if not known or (known["out"] != place and _wandb_names(Path(known["out"], WANDB_NAME)) == known):
+            known = {"id": secrets.token_hex(8)}
+        # Names of files need not be text, and W&B's names are of 128 characters at most.
+        name, config = (
+            text.encode(errors="replace").decode()
+            for text in (Path(place).name, json.dumps(run.describe(), ensure_ascii=False))
+        )
+        # At the end W&B is waited for, and without a network it would be for days (wandb 0.31; before it always is).
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "600")
+        remedy = "install it again with pip install 'mpdit[wandb]'"
+        try:
+            import wandb
+
+            begin = wandb.init
+            remedy = (
+                "log in with `wandb login` or WANDB_API_KEY, correct WANDB_ENTITY or WANDB_BASE_URL if they are set, "
+                "set WANDB_MODE=offline to keep the figures here for `wandb sync`"
+            )
+            self._run: Any = begin(
+                project="mpdit", name=name[:128], id=known["id"], resume="allow", config=json.loads(config)
+            )
+        except (Exception, SystemExit) as error:  # of its own kinds, of its network's and of its service's
+            raise ConfigError(
+                f"Weights & Biases can't be used ({_reason(error)}): {remedy}, or leave --wandb out"
+            ) from error
+        write_atomically(path, json.dumps({"id": known["id"], "out": place}) + "\n")
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        """Log what a step has; once that fails, say so and log nothing more. metrics.jsonl has it all."""
+        try:
+            if self._run is not None:
+                self._run.log(values, step=step)
+        except (Exception, SystemExit) as error:
+            self._lose(f"takes no more from step {step} on, which metrics.jsonl has", error)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if self._run is not None:
+                self._run.finish(exit_code=0 if kind is None else 1)
+        except (Exception, SystemExit) as error:
+            self._lose("may not have taken all, which metrics.jsonl has", error)
+
+    def _lose(self, what: str, error: BaseException) -> None:
+        """Say what went wrong, and end wandb's service, or what is left of it, which it would do with a traceback."""
+        self._run = None
+        tqdm.write(f"warning: Weights & Biases {what} ({_reason(error)})", file=sys.stderr)
+        with contextlib.suppress(Exception, SystemExit):
+            import wandb
+
+            wandb.teardown(1)
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+def _wandb_names(path: Path) -> dict[str, str]:
+    """Return the id of the run in W&B and the folder that it is of, as a file keeps them; nothing where it is none."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        kept = json.loads(path.read_bytes())
+        return {"id": str(kept["id"]), "out": str(kept["out"])}
+    return {}
+
+
 class MetricsLog:
     """Writes each logged step wherever the run wants it; on ranks other than 0 it does nothing.
 
     Lines of metrics.jsonl past the step the run continues from are dropped, so that no step is there twice.
     """
 
-    def __init__(self, run: Run, start_step: int) -> None:
+    def __init__(self, run: Run, start_step: int, wandb: WandbRun | None = None) -> None:
         self._active = run.env.rank == 0
         if not self._active:
             return
@@ -86,12 +167,7 @@ class MetricsLog:
 
             purge = start_step + 1 if start_step else None
             self._tensorboard = SummaryWriter(str(run.out / "tensorboard"), purge_step=purge)
-        self._wandb: Any = None
-        if config.wandb:
-            import wandb
-
-            name = run.out.name
-            self._wandb = wandb.init(project="mpdit", name=name, id=name, resume="allow", config=run.describe())
+        self._wandb = wandb
 
     def advance(self) -> None:
         """Move the progress bar on by a step. Once, when it has been measured, say how long the run will take."""
@@ -127,19 +203,17 @@ class MetricsLog:
                 if value is not None:
                     self._tensorboard.add_scalar(f"train/{name}", value, step)
         if self._wandb is not None:
-            self._wandb.log(finite, step=step)
+            self._wandb.log(finite, step)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._active:
             self._bar.close()
             self._file.close()
             if self._tensorboard is not None:
                 self._tensorboard.close()
-            if self._wandb is not None:
-                self._wandb.finish(exit_code=0 if kind is None else 1)
 
 
 def keep_lines_until(path: Path, step: int) -> list[dict[str, Any]]:

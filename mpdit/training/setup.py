@@ -45,7 +45,10 @@ MAY_CHANGE_ON_RESUME = {
 """Fields of TrainConfig that may differ when a run is resumed: they don't decide what is learnt (model, data and
 initial weights are compared whole)."""
 
-_BEFORE_A_RUN = {"hang", "profile", ".config.json.partial"}
+WANDB_NAME = "wandb.json"
+"""The file in a run's folder that names its run in Weights & Biases."""
+
+_BEFORE_A_RUN = {"hang", "profile", ".config.json.partial", WANDB_NAME, f".{WANDB_NAME}.partial"}
 """What an attempt that ended before it was a run may have left in its folder."""
 
 
