@@ -1,6 +1,7 @@
 """Weights folders: round trip, every way to name one, and what is refused."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import mpdit
 from mpdit.core.errors import CheckpointError, ConfigError
-from mpdit.model.weights import check_flow, check_values
+from mpdit.model.weights import check_flow, check_values, load_tensors
 
 
 @pytest.fixture
@@ -37,6 +38,15 @@ def test_round_trip(model, saved):
 def test_a_run_a_folder_and_a_file_are_the_same(saved):
     for path in (saved, saved.parent, saved / "model.safetensors", str(saved)):
         assert mpdit.load_weights(path)[1] == {"data": {"kind": "digits"}}
+
+
+def test_a_path_need_not_be_utf8(model, saved):
+    folder = saved.with_name(os.fsdecode(b"caf\xe9"))
+    saved.rename(folder)
+    loaded, _ = mpdit.load_weights(folder)
+    assert torch.equal(loaded.final.weight, model.final.weight)
+    torch.save({"a": torch.ones(3)}, folder / "x.pt")
+    assert torch.equal(load_tensors(folder / "x.pt")["a"], torch.ones(3))
 
 
 def edit_config(saved, **changes):

@@ -54,6 +54,11 @@ def as_path(path: str | Path) -> Path:
     return Path(expand_path(path)) if isinstance(path, str) else path
 
 
+def is_utf8(path: str | Path) -> bool:
+    """Return whether a path is text in UTF-8; others safetensors and torch's memory maps (0.8, 2.13) can't open."""
+    return str(path) == str(path).encode(errors="replace").decode()
+
+
 def read_bytes(path: str | Path) -> bytes:
     """Read a file whole. Raises OSError, also for a device, and for a pipe into which nothing is written."""
     with open(path, "rb", opener=_open_at_once) as file:

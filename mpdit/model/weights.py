@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor
 
 from mpdit.core.errors import CheckpointError, ConfigError
 from mpdit.core.file_kind import explain_kind
-from mpdit.core.files import as_path, new_file
+from mpdit.core.files import as_path, is_utf8, new_file
 from mpdit.core.tensor_file import digest_of, write_tensors
 from mpdit.core.zips import find_damaged, is_zip
 from mpdit.model.config import ModelConfig
@@ -144,9 +144,8 @@ def load_tensors(path: str | Path) -> Any:
                 return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # whatever torch finds odd: it is read, or refused below
-            name = os.fspath(path)
-            utf8 = name == name.encode(errors="replace").decode()  # torch (2.13) maps no other file into memory
-            return torch.load(name, map_location="cpu", weights_only=True, mmap=zipped and utf8)
+            mapped = zipped and is_utf8(path)
+            return torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=mapped)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
     except CheckpointError:
@@ -187,9 +186,9 @@ def read_weights(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor], dict
     config, metadata = read_description(path)
     weights = weights_folder(as_path(path)) / "model.safetensors"
     try:
-        with safe_open(weights, "pt") as file:
+        with safe_open(weights, "np") as file:  # opens any path, which "pt" does not
             stated = (file.metadata() or {}).get("sha256")
-        tensors = load_file(weights)
+        tensors = load_file(weights) if is_utf8(weights) else load(weights.read_bytes())
     except (SafetensorError, OSError) as error:
         what = explain_kind(weights) or f"can't be read as safetensors: {error}; export the weights again"
         raise CheckpointError(f"{weights} {what}") from error

@@ -19,6 +19,7 @@ from mpdit_kernels.hardware import GPUS, Gpu, find_gpu
 
 from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import CheckpointError, ConfigError, DataError
+from mpdit.core.files import is_utf8
 from mpdit.data.digits import VERSION, build_digits
 from mpdit.data.latents import LatentDataset
 from mpdit.data.loaders import BatchPlan
@@ -152,8 +153,7 @@ def _prepare(arguments: Sequence[str], env: DistEnv) -> Run:
         identity["init_from"] = known or weights_digest(config.init_from)
     out = Path(config.out or _default_folder(config, identity))
     for name, path in {"out": out, "resume": out if config.resume in ("auto", "never") else config.resume}.items():
-        whole = os.path.abspath(path)
-        if whole != whole.encode(errors="replace").decode():
+        if not is_utf8(whole := os.path.abspath(path)):
             raise ConfigError(f"{name} {whole!a} is not UTF-8, and safetensors opens no such path: give another")
     check_folder(out, identity, config.resume, config.force)
 
