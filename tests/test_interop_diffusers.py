@@ -12,9 +12,12 @@ import torch
 from shared import made_once
 
 import mpdit
+from mpdit import cli
 from mpdit.core.errors import CheckpointError, ConfigError
 from mpdit.diffusion.images import denormalize
 from mpdit.interop.diffusers_folder import save_diffusers
+from mpdit.interop.official import read_official
+from mpdit.model.weights import save_weights
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -251,3 +254,64 @@ def test_a_transformer_that_its_file_does_not_fill(exported, tmp_path):
     save_file(state | {"another": torch.zeros(1)}, tmp_path / name)
     with pytest.raises(CheckpointError, match=f"lacks {gone} and has unexpected another: export the pipeline again"):
         MPDiTTransformer2DModel.from_pretrained(tmp_path)
+
+
+def test_an_exported_pipeline_comes_back_exactly(model, tmp_path):
+    """All that was exported, from the folder, its transformer, or the file in it."""
+    metadata = {"data": DATA | {"kind": "x"}, "training": {"step": 3, "class_dropout": 0.1}}
+    save_weights(tmp_path / "run", model.state_dict(), model.config, metadata)
+    assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / "pipe"), "--to", "diffusers"]) == 0
+    places = ("pipe", "pipe/transformer", "pipe/transformer/diffusion_pytorch_model.safetensors")
+    for number, place in enumerate(places):
+        assert cli.main(["convert", str(tmp_path / place), str(tmp_path / f"back{number}")]) == 0
+        back, run = tmp_path / f"back{number}", tmp_path / "run"
+        assert (back / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
+        assert json.loads((back / "config.json").read_text()) == json.loads((run / "config.json").read_text())
+
+
+def test_a_pipeline_from_before_the_metadata_was_kept_comes_back(model, tmp_path):
+    save_diffusers(tmp_path / "pipe", model, {"data": DATA})
+    file = tmp_path / "pipe" / "transformer" / "config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "metadata"}))
+    loaded, metadata = read_official(tmp_path / "pipe")
+    assert metadata == {"data": DATA} and loaded.config == model.config
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def dit():
+    """diffusers' DiT of two blocks that share their embedders, as those made of facebookresearch/DiT's do."""
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8, "patch_size": 2}
+    model = diffusers.DiTTransformer2DModel(in_channels=4, out_channels=8, num_embeds_ada_norm=5, **sizes).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    first, second = (block.norm1.emb for block in model.transformer_blocks)
+    second.load_state_dict(first.state_dict())
+    return model
+
+
+def test_diffusers_dit_is_read(dit, tmp_path):
+    dit.save_pretrained(tmp_path / "dit" / "transformer")
+    (tmp_path / "dit" / "model_index.json").write_text('{"_class_name": "DiTPipeline"}')
+    loaded, metadata = read_official(tmp_path / "dit")
+    for block in dit.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0  # as DiT's frequencies are; diffusers' differ a little
+    x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([0.0, 17.0, 900.0]), torch.tensor([0, 4, 5])
+    with torch.no_grad():
+        expected = dit(x, timestep=t, class_labels=y).sample[:, :4]
+        torch.testing.assert_close(loaded.eval()(x, t, y), expected, rtol=1e-4, atol=1e-5)
+    assert loaded.config.num_classes == 5 and metadata["training"]["objective"] == "noise"
+    assert metadata["training"]["official"] == "diffusers' DiT"
+
+
+def test_a_dit_trained_in_diffusers_is_no_dit(dit, tmp_path):
+    again = type(dit)(**dit.config)
+    again.load_state_dict(dit.state_dict())
+    torch.nn.init.ones_(again.transformer_blocks[1].norm1.emb.class_embedder.embedding_table.weight)
+    again.save_pretrained(tmp_path / "dit")
+    with pytest.raises(CheckpointError, match=r"transformer_blocks\.1\.norm1\.emb\..* differs from block 0's"):
+        read_official(tmp_path / "dit")
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    with pytest.raises(CheckpointError, match="is diffusers' AutoencoderKL"):
+        read_official(tmp_path / "vae")

@@ -248,11 +248,16 @@ def sample(
     only the first k channels are guided and the others are c's: forward_with_cfg of the official DiT and SiT does so
     with k = 3, and their published figures were drawn with it.
 
-    progress(done, steps) is called after each step. Raises ConfigError for an argument out of range or shapes that
-    don't fit.
+    progress(done, steps) is called after each step. Raises ConfigError for an argument out of range, shapes that
+    don't fit, and a model whose `metadata` says that it predicts something else or was never trained without a class.
     """
     import torch
 
+    from mpdit.model.weights import check_flow, check_guidance
+
+    metadata = getattr(model, "metadata", {})
+    check_flow(metadata)
+    check_guidance(metadata, guidance)
     sampler = entry_of(SAMPLERS, "method", method)
     if not isinstance(steps, int) or not sampler.least_steps <= steps <= MOST_STEPS:
         raise ConfigError(

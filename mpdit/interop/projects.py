@@ -180,7 +180,7 @@ def find_model(checkpoint: Any, which: str, path: object) -> FoundModel:
     tensors: dict[str, Tensor] = {}
     beside = set()
     for place, name, value in held:
-        if place != entry or not isinstance(value, Tensor):
+        if place != entry or not isinstance(value, Tensor) or not value.ndim:  # counters, as an average's
             continue
         if not name.startswith(prefix):
             beside.add(name.partition(".")[0])

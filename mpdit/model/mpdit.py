@@ -485,10 +485,12 @@ def load_weights(path: str | Path) -> tuple[MPDiT, dict[str, Any]]:
     """Load the model of a weights folder, of a run's folder (its EMA) or of a model.safetensors with its config.json.
 
     Returns:
-        The model in evaluation mode on the CPU, and config.json without the model's part.
+        The model in evaluation mode on the CPU, and config.json without the model's part, which is its `metadata` too.
 
     Raises:
         CheckpointError: nothing there, or a file that is damaged, not finite, of another format, or not of this model.
     """
     config, tensors, metadata = read_weights(path)
-    return MPDiT.from_tensors(config, tensors, path), metadata
+    model = MPDiT.from_tensors(config, tensors, path)
+    model.metadata = metadata
+    return model, metadata

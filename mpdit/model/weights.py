@@ -137,15 +137,21 @@ def load_tensors(path: str | Path) -> Any:
     path = as_path(path)
     try:
         zipped = is_zip(path)
+        if zipped and (kind := explain_kind(path)):
+            raise CheckpointError(f"{path} {kind}")
         if zipped and (damaged := find_damaged(path)):  # torch compares no checksums
             raise CheckpointError(f"{path} is damaged: {damaged} does not have its CRC-32; copy or save it again")
-        with Path(path).open("rb") as file:
+        with (
+            path.open("rb") as file,
+            torch.serialization.safe_globals([argparse.Namespace]),
+            warnings.catch_warnings(action="ignore"),  # whatever torch finds odd: it is read, or refused below
+        ):
             if file.read(9)[8:] == b"{":  # whatever its name: a safetensors header, behind its length in 8 bytes
-                return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # whatever torch finds odd: it is read, or refused below
-            mapped = zipped and is_utf8(path)
-            return torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=mapped)
+                return _load_safetensors(path)
+            file.seek(0)
+            named = path.suffix != ".safetensors" and is_utf8(path)  # torch (2.13) would believe the name
+            source = os.fspath(path) if named else file
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=zipped and named)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
     except CheckpointError:
@@ -161,6 +167,10 @@ def load_tensors(path: str | Path) -> Any:
         raise CheckpointError(
             f"{path} {kind}" if kind else f"{path} is no checkpoint of tensors, or is truncated or damaged"
         ) from error
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    return load_file(path) if is_utf8(path) else load(path.read_bytes())
 
 
 def read_description(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -188,7 +198,7 @@ def read_weights(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor], dict
     try:
         with safe_open(weights, "np") as file:  # opens any path, which "pt" does not
             stated = (file.metadata() or {}).get("sha256")
-        tensors = load_file(weights) if is_utf8(weights) else load(weights.read_bytes())
+        tensors = _load_safetensors(weights)
     except (SafetensorError, OSError) as error:
         what = explain_kind(weights) or f"can't be read as safetensors: {error}; export the weights again"
         raise CheckpointError(f"{weights} {what}") from error

@@ -152,7 +152,7 @@ class TrainConfig:
     sample_steps: int = _option(
         25, "Euler steps of a sample grid", imagenet_default=50, minimum=1, below=MOST_STEPS + 1
     )
-    sample_guidance: float = _option(1.5, "guidance of a sample grid")
+    sample_guidance: float = _option(1.5, "guidance of a sample grid; none with a class_dropout of 0")
     checkpoint_every: int = _option(400, "steps between checkpoints; 0 saves at the end only", imagenet_default=5000)
     keep: int = _option(2, "newest checkpoints kept", minimum=1)
     hang_timeout: float = _option(

@@ -238,7 +238,8 @@ def _draw_grid(run: Run, average: dict[str, Tensor], step: int, device: torch.de
     classes = (positions % columns) * run.manifest.num_classes // columns
     shape = (run.model.channels, run.model.input_size, run.model.input_size)
     noise = rng.normal(run.config.seed, rng.Stream.SAMPLE_NOISE, positions, shape)
+    guidance = run.config.sample_guidance if run.config.class_dropout else 1.0  # which needs samples without a class
     with torch.autocast(device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
-        latents = sample(model, noise, classes, run.config.sample_steps, guidance=run.config.sample_guidance)
+        latents = sample(model, noise, classes, run.config.sample_steps, guidance=guidance)
     path = run.out / "samples" / f"step-{step:08d}.png"
     save_sample_grid(path, latents.float().cpu(), run.manifest.metadata(), columns=columns, classes=classes.cpu())

@@ -41,7 +41,7 @@ from mpdit.jobs.sample.drawing import (
     sha256_of,
 )
 from mpdit.jobs.workers import begin, choose_devices, run_parts
-from mpdit.model.weights import check_flow, read_description
+from mpdit.model.weights import check_flow, check_guidance, read_description
 
 _NPZ, _PNGS, _PROTOCOL, _LATENTS = "samples.npz", "images", "protocol.json", "latents.npy"
 _FORMAT = "mpdit-samples-1"
@@ -138,6 +138,7 @@ def _plan(
     sampler = dataclasses.replace(options.sampler, precision=choose_precision(options.sampler.precision, device))
     config, metadata = read_description(weights)
     check_flow(metadata)
+    check_guidance(metadata, sampler.guidance)
     data = metadata.get("data", {})
     labels = Labels.choose(config.num_classes, options.classes, options.labels, sampler.seed)
     vae, remarks = load_vae(options, data), []
@@ -151,7 +152,9 @@ def _plan(
             f"these are linear previews at latent resolution ({shape[0]} x {shape[1]}), not the model's images: give "
             f"--vae PATH_OR_HUB_ID{f' (the weights name {named})' if named else ''} to decode them"
         )
-    origin = (metadata.get("training") or {}).get("official")
+    training = metadata.get("training") or {}
+    remarks += training.get("notes", ())
+    origin = training.get("official")
     if sampler.guidance != 1 and sampler.guidance_channels is None and origin in _GUIDE_THREE:
         remarks.append(
             f"guidance acts on all {config.channels} channels, and {origin}'s published figures were drawn with three "

@@ -159,6 +159,7 @@ def _metadata(run: Run, saved: Checkpoint) -> dict[str, Any]:
         "samples": saved.position,
         "seed": run.config.seed,
         "ema_decay": run.config.ema_decay,
+        "class_dropout": run.config.class_dropout,
         "weights": "ema",
     }
     return {"data": run.manifest.metadata(), "training": training}

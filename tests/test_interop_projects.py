@@ -1,0 +1,450 @@
+"""Models from elsewhere: whose they are and what follows, which tensors are theirs, and what is no model at all."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import io
+import json
+import pickle
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import mpdit
+from mpdit import cli
+from mpdit.core.errors import CheckpointError, ConfigError
+from mpdit.interop.official import load_official, official_names, read_official
+from mpdit.interop.projects import PROJECTS
+from mpdit.model.config import ModelConfig, StageSpec
+from mpdit.model.layers import sincos_position
+from mpdit.model.weights import check_flow, load_tensors, save_weights
+
+DIT: dict[str, Any] = {"class_conditioning": "added", "modulation": "per_block", "time_embedding": "sinusoidal"}
+CONFIG = ModelConfig((StageSpec(2, 3),), 16, 2, input_size=8, num_classes=6, class_tokens=1, time_layers=2, **DIT)
+TABLE = "y_embedder.embedding_table.weight"
+X, T, Y = torch.linspace(-1, 1, 3 * 256).reshape(3, 4, 8, 8), torch.tensor([0.1, 0.5, 0.8]), torch.tensor([1, 2, 5])
+
+
+@pytest.fixture(scope="module")
+def model() -> mpdit.MPDiT:
+    torch.manual_seed(0)
+    model = mpdit.MPDiT(CONFIG)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+@pytest.fixture
+def state(model: mpdit.MPDiT) -> dict[str, Tensor]:
+    return mpdit.to_official(model)
+
+
+def read(path: Path, content: Any, *arguments: Any, **options: Any) -> tuple[mpdit.MPDiT, dict[str, Any]]:
+    torch.save(content, path / "x.pt")
+    return read_official(path / "x.pt", *arguments, **options)
+
+
+def said(**fields: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{"model": "SiT-XL/2", "num_heads": 2, "num_classes": 6} | fields)
+
+
+REPA = {"path_type": "linear", "prediction": "v", "enc_type": "dinov2-vit-b", "proj_coeff": 0.5, "encoder_depth": 2}
+WHOSE = {
+    "REPA": ({"args": said(**REPA)}, "REPA", "mpdit", None),
+    "a fork of REPA": ({"args": said(path_type="linear")}, "REPA", "mpdit", None),
+    "REPA's cosine path": ({"args": said(path_type="cosine")}, "REPA", "mpdit", "a velocity on the cosine path"),
+    "REPA-E": ({"args": said(**REPA, vae_align_proj_coeff=1.5)}, "REPA-E", "mpdit", None),
+    "SiT": ({"args": said()}, "SiT", "sit", None),
+    "SiT's train.py on a DiT": (
+        {"args": said(model="DiT-S/2", prediction="velocity", path_type="Linear")},
+        *("SiT", "sit", None),
+    ),
+    "SiT's noise": ({"args": said(prediction="noise")}, "SiT", "sit", "noise"),
+    "SiT's score": ({"args": said(prediction="score", path_type="VP")}, "SiT", "sit", "score on the VP path"),
+    "SiT's GVP": ({"args": said(path_type="GVP")}, "SiT", "sit", "a velocity on the GVP path"),
+    "DiT": ({"args": said(model="DiT-XL/2")}, "DiT", "mpdit", "noise"),
+    "LightningDiT": (
+        {
+            "config": {
+                "model": {"model_type": "LightningDiT-B/1", "num_heads": 2},
+                "transport": {"path_type": "Linear", "prediction": "velocity"},
+                "data": {"num_classes": 6, "latent_norm": False, "latent_multiplier": 0.5},
+            }
+        },
+        *("LightningDiT", "sit", None),
+    ),
+    "nothing": ({"args": said(model=None)}, "DiT", "mpdit", "noise"),
+}
+
+
+@pytest.mark.parametrize(("beside", "name", "convention", "objective"), WHOSE.values(), ids=WHOSE)
+def test_whose_it_is_and_what_follows(
+    tmp_path: Path, state: dict[str, Tensor], beside: dict[str, Any], name: str, convention: str, objective: str | None
+) -> None:
+    loaded, metadata = read(tmp_path, {"ema": state, "model": {}, "opt": {"param_groups": []}, "steps": 70} | beside)
+    training = metadata["training"]
+    assert (training["official"], loaded.config.convention) == (name, convention)
+    assert (training.get("objective"), training["step"], training["weights"]) == (objective, 70, "ema")
+    assert {project.name: project.convention for project in PROJECTS}[name] == convention
+    if objective:
+        with pytest.raises(ConfigError, match=f"predict {objective}, not the velocity"):
+            check_flow(metadata)
+        with pytest.raises(ConfigError, match="fine-tuned with --init-from, not sampled or exported"):
+            mpdit.save_official(tmp_path / "back.pt", loaded, metadata=metadata)
+    assert not (tmp_path / "back.pt").exists()
+
+
+def test_the_first_version_of_repa_is_the_same_model(
+    tmp_path: Path, state: dict[str, Tensor], model: mpdit.MPDiT
+) -> None:
+    """Without any arguments: projectors, and the blocks behind them counted anew."""
+    old = {name.replace("blocks.2.", "decoder_blocks.0."): value for name, value in state.items()}
+    old |= {f"projectors.0.{i}.weight": torch.ones(4, 4) for i in (0, 2, 4)}
+    loaded, metadata = read(tmp_path, old, 2)
+    assert torch.equal(loaded.eval()(X, T, Y), model(X, T, Y))
+    assert "left out, as sampling doesn't need them: projectors" in metadata["training"]["notes"]
+    assert metadata["data"]["decoder"]["vae"] == "stabilityai/sd-vae-ft-mse"
+    with pytest.raises(CheckpointError, match="its encoder_depth is 2, but it has 1 blocks: not whole"):
+        read(tmp_path, {"ema": {n: v for n, v in old.items() if "blocks.1." not in n}, "args": said(**REPA)})
+
+
+def test_sits_velocity_is_that_of_reversed_time(tmp_path: Path, state: dict[str, Tensor], model: mpdit.MPDiT) -> None:
+    loaded, _ = read(tmp_path, {"ema": state, "args": said(path_type="Linear")})
+    torch.testing.assert_close(loaded.eval()(X, T, Y), -model(X, 1 - T, Y))
+
+
+def test_latents_are_as_the_project_has_them(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    bn = {"bn.running_mean": torch.tensor([0.5, -1.0, 0.0, 2.0]), "bn.running_var": torch.tensor([4.0, 1.0, 0.25, 9.0])}
+    data = read(tmp_path, {"ema": state | bn | {"bn.num_batches_tracked": torch.tensor(7)}}, 2)[1]["data"]
+    assert data["normalization"] == {"mean": [0.5, -1.0, 0.0, 2.0], "std": [2.0, 1.0, 0.5, 3.0]}
+    assert "vae" not in data["decoder"]  # its own
+    lightning = WHOSE["LightningDiT"][0]
+    assert read(tmp_path, {"ema": state} | lightning)[1]["data"]["normalization"]["std"] == [2.0] * 4
+    lightning["config"]["data"]["latent_norm"] = True
+    assert "data" not in read(tmp_path, {"ema": state} | lightning)[1]
+    assert read(tmp_path, {"ema": state, "args": said(vae="mse")})[1]["data"]["decoder"]["vae"].endswith("mse")
+
+
+def test_what_is_given_goes_before_what_is_assumed_but_not_before_what_is_said(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    bare = read(tmp_path, state, 2, convention="sit")
+    assert bare[0].config.convention == "sit" and "objective" not in bare[1]["training"]
+    noise = read(tmp_path, {"ema": state, "args": said(prediction="noise")}, convention="sit")[1]["training"]
+    assert noise["objective"] == "noise"
+    repa = read(tmp_path, {"ema": state, "args": said(**REPA)}, convention="sit")
+    assert repa[0].config.convention == "sit"
+    assert "but --convention sit was given, against its project's mpdit" in repa[1]["training"]["notes"][0]
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.warns(UserWarning, match=r"x\.pt: nothing in it says whose it is: taken to be DiT's"):
+        loaded = load_official(tmp_path / "x.pt", 2)
+    with pytest.raises(ConfigError, match="predict noise"):
+        mpdit.sample(loaded, X, Y, 1)
+
+
+# Classes
+
+COUNTS = [
+    (7, 6, None, 6, True),
+    (7, None, None, 6, True),
+    (6, 6, None, 6, False),
+    (6, None, 6, 6, False),
+    (6, None, 5, 5, True),
+    (6, None, None, 5, True),
+    (1, None, None, 1, False),
+    (10, 10, None, 10, False),
+    (11, None, None, 10, True),
+]
+
+
+@pytest.mark.parametrize(("rows", "stated", "given", "classes", "has_row"), COUNTS)
+def test_no_class_is_lost(
+    tmp_path: Path,
+    state: dict[str, Tensor],
+    rows: int,
+    stated: int | None,
+    given: int | None,
+    classes: int,
+    has_row: bool,
+) -> None:
+    table = torch.arange(rows * 16.0).reshape(rows, 16)
+    args = said(num_classes=stated) if stated else said(num_classes="?")
+    loaded, metadata = read(tmp_path, {"ema": state | {TABLE: table}, "args": args}, num_classes=given)
+    found = loaded.state_dict()["classes.table.weight"]
+    assert loaded.config.num_classes == classes and len(found) == classes + 1
+    assert torch.equal(found[:classes], table[:classes])
+    assert torch.equal(found[-1], table[-1] if has_row else table.mean(0))
+    assert metadata["training"].get("class_dropout") == (None if has_row else 0.0)
+    told = " ".join(metadata["training"]["notes"])
+    assert ("trained without dropped classes" in told) == (not has_row)
+    assert ("are taken for" in told) == (stated is None and given is None and classes % 10 != 0 and rows > 1)
+
+
+def test_what_the_table_leaves_open_is_asked(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    ten = {"ema": state | {TABLE: torch.ones(10, 16)}}
+    with pytest.raises(CheckpointError, match=r"10 rows, which may be 10 classes .* or 9 and that row: give --num-cl"):
+        read(tmp_path, ten, 2)
+    with pytest.raises(CheckpointError, match="has 10 rows, which are not those of 6 classes"):
+        read(tmp_path, ten | {"args": said()})
+    with pytest.raises(CheckpointError, match="has 10 rows, which are not those of 8 classes"):
+        read(tmp_path, ten, 2, num_classes=8)
+    assert read(tmp_path, ten, otherwise=CONFIG.replace(num_classes=10))[0].config.num_classes == 10
+    with pytest.raises(CheckpointError, match="may be 10 classes"):
+        mpdit.from_official(ten["ema"], 2)
+    assert mpdit.from_official(ten["ema"], 2, num_classes=10).config.num_classes == 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "share"),
+    [
+        *[({"class_dropout_prob": 0.0}, 0.0), ({"class_dropout_prob": 0.2}, 0.2), ({"cfg_prob": 0.1} | REPA, 0.1)],
+        # REPA's model drops a tenth of the classes even then.
+        *[({"cfg_prob": 0.0} | REPA, None), ({}, None)],
+    ],
+)
+def test_dropped_classes_are_kept_on_record(
+    tmp_path: Path, state: dict[str, Tensor], arguments: dict[str, Any], share: float | None
+) -> None:
+    loaded, metadata = read(tmp_path, {"ema": state, "args": said(**arguments)})
+    assert metadata["training"].get("class_dropout") == share
+    save_weights(tmp_path / "weights", loaded.state_dict(), loaded.config, metadata)
+    found, _ = mpdit.load_weights(tmp_path / "weights")
+    assert mpdit.sample(found, X, Y, 1).shape == X.shape
+    if share == 0:
+        with pytest.raises(ConfigError, match=r"guidance is 1\.5, but .* trained with class_dropout 0"):
+            mpdit.sample(found, X, Y, 1, guidance=1.5)
+    else:
+        mpdit.sample(found, X, Y, 1, guidance=1.5)
+
+
+# Nesting and prefixes
+
+
+def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in tensors.items()}
+
+
+def test_the_model_is_found_however_it_is_nested(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    other = {name: value + 1 for name, value in state.items() if name != "pos_embed"} | {
+        "pos_embed": state["pos_embed"]
+    }
+    vae = {"vae.decoder.conv_in.weight": torch.ones(2)}
+    lightning = {
+        "epoch": 3,
+        "global_step": 90,
+        "pytorch-lightning_version": "2.4",
+        "hyper_parameters": {"num_heads": 2},
+    }
+    lightning |= {"optimizer_states": [{"state": {0: {"exp_avg": torch.ones(2)}}}]}
+    both = prefixed("ema_model.", state) | prefixed("model.", other) | vae
+    contents = {
+        "ema a": {"ema_model": prefixed("module.", state), "model": other},
+        "ema b": {"state_dict": both} | lightning,
+        "ema c": prefixed("net_ema.", state) | prefixed("net.", other),
+        "ema d": {"state_dict": prefixed("net._orig_mod.", state)} | lightning,
+        "ema e": {"module": state, "ds_config": {"x": 1}},
+        "ema f": {name.replace("blocks.1.", "blocks.1._orig_mod."): value for name, value in state.items()},
+        "ema g": {"n_averaged": torch.tensor(3), **prefixed("module.", state)},
+        "model a": {"ema": other, "model": {"module": state}},
+        "model b": {"state_dict": prefixed("ema_model.", other) | prefixed("model.", state)},
+    }
+    notes = {}
+    for which, content in contents.items():
+        loaded, metadata = read(tmp_path, content, 2, which.split()[0])
+        assert torch.equal(loaded.final.bias, state["final_layer.linear.bias"]), which
+        assert which not in ("ema b", "ema d") or metadata["training"]["step"] == 90
+        notes[which] = " ".join(metadata["training"]["notes"])
+    assert "those under ema_model. are read; left out: model, vae" in notes["ema b"]
+    assert "its weights are those of state_dict, which it doesn't call an average" in notes["ema d"]
+    assert "left out" not in notes["ema a"] + notes["ema g"] and "average" not in notes["ema a"] + notes["model a"]
+    with pytest.raises(CheckpointError, match="has no entry 'ema': it holds a, b; ask for that"):
+        read(tmp_path, {"a": state, "b": other}, 2)
+    with pytest.raises(CheckpointError, match="has no entry 'model': it holds ema"):
+        read(tmp_path, {"ema": state}, 2, "model")
+    with pytest.raises(CheckpointError, match=r"holds final_layer\.linear\.bias twice"):
+        read(tmp_path, state | {"module.final_layer.linear.bias": torch.zeros(16)}, 2)
+
+
+def test_safetensors_are_read_whatever_they_are_called(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    save_file(state, tmp_path / "SiT-XL-2-256.safetensors")
+    save_file(state, tmp_path / "renamed.pt")
+    torch.save(state, tmp_path / "swapped.safetensors")
+    (tmp_path / "hub").mkdir()
+    save_file(state, tmp_path / "hub" / "model.safetensors")
+    (tmp_path / "hub" / "config.json").write_text(json.dumps({"num_heads": 2, "num_classes": 6, "model": "SiT-B/2"}))
+    for name in ("SiT-XL-2-256.safetensors", "renamed.pt", "swapped.safetensors"):
+        assert torch.equal(read_official(tmp_path / name, 2)[0].final.bias, state["final_layer.linear.bias"])
+    assert read_official(tmp_path / "hub")[0].config.convention == "sit"
+    assert read_official(tmp_path / "hub" / "model.safetensors")[0].config.heads == 2
+
+
+# Not whole, or another thing
+
+
+def test_a_part_of_a_model_is_refused(tmp_path: Path) -> None:
+    large = CONFIG.replace(width=384, heads=6, stages=((2, 12),), num_classes=3)
+    names = official_names(large)
+    state = {names[name]: torch.zeros(value.shape) for name, value in mpdit.MPDiT.on_meta(large).named_parameters()}
+    state["pos_embed"] = sincos_position(384, 4)[None]
+    short = {name: value for name, value in state.items() if not name.startswith(("blocks.10.", "blocks.11."))}
+    args = said(model="SiT-S/2", num_classes=3)
+    with pytest.raises(CheckpointError, match="names a SiT-S/2, of 12 blocks, and holds 10: the file is not whole"):
+        read(tmp_path, {"ema": short, "args": args})
+    for held in ({n: v for n, v in state.items() if n < "t"}, {n: v for n, v in state.items() if n > "blocks.3"}):
+        with pytest.raises(CheckpointError, match=r"lacks|tensors no official model has"):
+            read(tmp_path, {"ema": held, "args": args})
+    one = mpdit.MPDiT(large.replace(stages=((2, 1),)))
+    notes = read(tmp_path, mpdit.to_official(one), 6)[1]["training"]["notes"]
+    assert "no official model of width 384 has its blocks: if one was meant, it is not whole" in notes
+    mpdit.save_official(tmp_path / "ours.pt", mpdit.MPDiT(CONFIG))
+    ours = load_tensors(tmp_path / "ours.pt")
+    with pytest.raises(CheckpointError, match=r"lacks blocks\.2\."):
+        read(tmp_path, ours | {"ema": {n: v for n, v in ours["ema"].items() if not n.startswith("blocks.2.")}})
+
+
+NAMES = {
+    "a VAE": ["encoder.conv_in.weight", "decoder.conv_out.weight"],
+    "an Inception network": ["Mixed_5b.branch1x1.conv.weight"],
+    "a LoRA": ["transformer.blocks.0.attn.qkv.lora_A.weight"],
+    "a U-ViT": ["in_blocks.0.attn.qkv.weight", "pos_embed"],
+    "a U-Net": ["model.input_blocks.0.0.weight"],
+    "a DDT": ["ema_denoiser.x_embedder.proj.weight", "ema_denoiser.s_embedder.proj.weight"],
+    "a transformer with SwiGLU": ["x_embedder.proj.weight", "blocks.0.mlp.w12.weight"],
+    "a transformer with normalised queries": ["x_embedder.proj.weight", "blocks.3.attn.q_norm.weight"],
+    "an MMDiT": ["joint_blocks.0.x_block.attn.qkv.weight", "x_embedder.proj.weight"],
+    "a model of two times": ["x_embedder.proj.weight", "r_embedder.mlp.0.weight"],
+    "mpdit's own weights": ["stages.0.blocks.0.attention.qkv.weight"],
+    "latents": ["latents", "labels"],
+}
+
+
+@pytest.mark.parametrize(("what", "names"), NAMES.items())
+def test_another_model_is_named(tmp_path: Path, what: str, names: list[str]) -> None:
+    with pytest.raises(CheckpointError, match=rf"x\.pt holds {what}.*: .*\w") as error:
+        read(tmp_path, {name: torch.ones(2, 2) for name in names}, 2)
+    assert "\n" not in str(error.value)
+
+
+def test_an_optimisers_state_is_named(tmp_path: Path) -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
+    for content in (optimizer.state_dict(), {"optimizer": optimizer.state_dict(), "step": 3}):
+        with pytest.raises(CheckpointError, match=r"holds an optimiser's state .* give the file with the model"):
+            read(tmp_path, content)
+    with pytest.raises(CheckpointError, match="holds a int"):
+        read(tmp_path, 7)
+
+
+def _archive(write: Any) -> bytes:
+    stream = io.BytesIO()
+    write(stream)
+    return stream.getvalue()
+
+
+def _zip(stream: io.BytesIO) -> None:
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("notes.txt", "x")
+
+
+FILES = {
+    "an empty file": (b"", "is empty: download it again"),
+    "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git-lfs.*git lfs pull"),
+    "a page": (b"\n<!DOCTYPE html><html><body>Quota exceeded</body></html>", "is a web page: download the file itself"),
+    "an error of S3": (b"<?xml version='1.0'?><Error><Code>NoSuchKey</Code></Error>", "is XML"),
+    "GGUF": (b"GGUF\3\0\0\0" + bytes(100), "is a GGUF file"),
+    "gzip": (gzip.compress(b"x" * 99), "is a compressed archive: unpack it"),
+    "tar": (_archive(lambda s: tarfile.open(fileobj=s, mode="w").close()) or b"", "is no checkpoint|is a tar|zeros"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(99), "is an HDF5 file"),
+    "zeros": (bytes(5000), "begins with zeros"),
+    "an array": (_archive(lambda s: np.save(s, np.ones(3))), "is a NumPy array"),
+    "another zip": (_archive(_zip), r"is a zip archive that torch\.save did not write \(it holds notes\.txt\)"),
+    "an archive of arrays": (_archive(lambda s: np.savez(s, a=np.ones(3))), r"a zip archive .*a\.npy"),
+    "a script": (
+        _archive(lambda s: torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), s)),
+        "is a TorchScript program",
+    ),
+    "a pickle": (pickle.dumps({"ema": np.ones(3)}), "is a bare pickle, no checkpoint of tensors"),
+    "an index": (
+        json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}),
+        "is the index of a model in 2 files",
+    ),
+    "JSON": (json.dumps({"learning_rate": 1}), "is JSON, a description and not the weights"),
+    "text": (b"just words\n" * 9, "is no checkpoint of tensors, or is truncated or damaged"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize(("content", "message"), FILES.values(), ids=FILES)
+def test_a_file_without_tensors_is_named(tmp_path: Path, content: bytes | str, message: str, suffix: str) -> None:
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(CheckpointError, match=rf"x{suffix} .*({message})") as error:
+        load_tensors(path)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_that_are_pointers_are_named(tmp_path: Path, model: mpdit.MPDiT) -> None:
+    save_weights(tmp_path / "w", model.state_dict(), model.config, {})
+    (tmp_path / "w" / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(CheckpointError, match="git lfs pull"):
+        mpdit.load_weights(tmp_path / "w")
+
+
+def test_folders_are_read_or_named(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    unet, flux, shards = tmp_path / "unet", tmp_path / "flux", tmp_path / "shards"
+    for folder in (unet, flux / "transformer", shards):
+        folder.mkdir(parents=True)
+    (unet / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    (flux / "transformer" / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    save_file({"x": torch.ones(1)}, flux / "transformer" / "diffusion_pytorch_model.safetensors")
+    save_file(state, shards / "model-00001-of-00003.safetensors")
+    for path, message in (
+        (unet, "is diffusers' StableDiffusionPipeline, with no transformer"),
+        (flux, "is diffusers' FluxTransformer2DModel"),
+        (shards, "is one of 3 files of a model"),
+        (shards / "model-00001-of-00003.safetensors", "is one of 3 files of a model"),
+    ):
+        assert cli.main(["convert", str(path), str(tmp_path / "out")]) == 2
+        with pytest.raises(CheckpointError, match=message):
+            read_official(path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_commands_say_what_was_concluded(
+    tmp_path: Path, state: dict[str, Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"ema": state, "args": said(**REPA)}, tmp_path / "x.pt")
+    assert cli.main(["convert", str(tmp_path / "x.pt"), str(tmp_path / "w")]) == 0
+    note = (
+        "note: taken to be REPA's (sihyun-yu/REPA) by its enc_type 'dinov2-vit-b': t = 1 is noise and v = noise - data"
+    )
+    assert note in capsys.readouterr().out
+    draw = [
+        "sample",
+        str(tmp_path / "w"),
+        "--num",
+        "1",
+        "--steps",
+        "1",
+        "--out",
+        str(tmp_path / "s"),
+        "--device",
+        "cpu",
+    ]
+    assert cli.main(draw) == 0
+    assert note in capsys.readouterr().out
+    torch.save({"ema": state | {TABLE: state[TABLE][:6].clone()}, "args": said()}, tmp_path / "x.pt")
+    assert cli.main(["convert", str(tmp_path / "x.pt"), str(tmp_path / "no-null")]) == 0
+    draw[1], draw[7] = str(tmp_path / "no-null"), str(tmp_path / "t")
+    assert cli.main(draw) == 2
+    assert "trained with class_dropout 0" in capsys.readouterr().err and not (tmp_path / "t").exists()
+    assert cli.main([*draw, "--guidance", "1"]) == 0
+    assert cli.main(["sample", str(tmp_path / "x.pt"), "--out", str(tmp_path / "u")]) == 2
+    assert f"`mpdit convert {tmp_path / 'x.pt'} OUT` first" in capsys.readouterr().err
