@@ -113,7 +113,7 @@ def test_a_machine_without_names_plans_for_the_launchs_ranks(
         (["--plan-gpu", "abacus"], "plan_gpu 'abacus' is not one of a100-40gb"),
         (["--plan-gpus", "-1"], "plan_gpus is -1"),
         (["--plan-gpus", "7", "--global-batch", "64"], "for example 70 (the number of ranks is that of plan_gpus)"),
-        (["--model", "MPDiT-B/4-2"], "4x16x16"),
+        (["--override", "input_size=32"], "4x16x16"),
         (["--init-from", "nowhere"], "nowhere does not exist"),
     ],
 )
