@@ -103,5 +103,8 @@ def test_balanced_labels_and_classes_asked_for() -> None:
     assert Labels.choose(1000, None, "balanced", 0).of(0, 5000).bincount().tolist() == [5] * 1000
     assert Labels.choose(10, None, "auto", 0).of(8, 12).tolist() == [8, 9, 0, 1]
     assert Labels.choose(1000, [7, 3, 3], "auto", 0).of(1, 5).tolist() == [3, 3, 7, 3]
+    few = Labels.choose(1000, None, "auto", 0, present=[4, 9, 700])
+    assert few.of(0, 4).tolist() == [4, 9, 700, 4] and few.protocol()["classes"] == [4, 9, 700]
+    assert Labels.choose(1000, [5], "auto", 0, present=[4, 9, 700]).of(0, 2).tolist() == [5, 5], "those asked for"
     some = Labels.choose(1000, [7, 3], "random", 0)
     assert set(some.of(0, 100).tolist()) == {3, 7} and some.protocol() == {"order": "random", "classes": [7, 3]}

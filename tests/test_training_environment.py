@@ -216,5 +216,5 @@ def test_what_is_tried_when_more_micro_steps_are_not_enough(tmp_path: Path, monk
 
     assert "give --grad-accum-steps 8, which" in advice(_needed(run, 1, 8))
     assert "give --grad-accum-steps 8 --activation-checkpointing, which" in advice(_needed(run, 1, 8, True))
-    assert "give --grad-accum-steps 8 --ds_config launch/zero2.json, which" in advice(_needed(run, 2, 8))
+    assert "give --grad-accum-steps 8 --ds_config zero2, which" in advice(_needed(run, 2, 8))
     assert "nothing that leaves room fits: use a smaller model, more GPUs" in advice(2**30)

@@ -206,6 +206,34 @@ class TestFolder:
         assert base == folder(stage=3) == folder(env=DistEnv(size=2)), "and so do other ranks and stages"
         assert len({base, folder("--seed", "1"), folder("--steps", "9")}) == 3
         assert base.parent == Path("runs")
+        assert base == folder(env=DistEnv(size=3)) == folder(env=DistEnv(size=5)), (
+            "and ranks that can't share 64 samples"
+        )
+
+    @pytest.mark.parametrize("named", [True, False])
+    def test_what_nobody_chose_follows_the_run_that_is_there(
+        self, named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        given = ["--ds_config", ds_config(2), *(["--out", "run"] if named else [])]
+        begun = prepare([*given, "--precision", "bf16"], DistEnv())
+        begun.out.mkdir(parents=True)
+        (begun.out / "config.json").write_text(json.dumps(begun.describe()))
+        on = prepare(given, DistEnv(size=3))
+        assert (on.out, on.config.precision, on.config.global_batch) == (begun.out, "bf16", 66)
+        assert on.ds["torch_autocast"]["enabled"] and on.identity == begun.identity
+        assert [note.partition(",")[0] for note in on.notes] == ["global_batch is 66", "precision is bf16"]
+        with pytest.raises(ConfigError, match=r"another run .precision bf16 there, fp32 here"):
+            prepare(["--out", str(begun.out), "--precision", "fp32"], DistEnv())
+        with pytest.raises(ConfigError, match=r"another run .global_batch 64 there, 66 here"):
+            prepare(["--out", str(begun.out), "--global-batch", "66"], DistEnv(size=3))
+
+    def test_a_run_that_was_known_by_its_rounded_batch_goes_on(self, tmp_path: Path) -> None:
+        begun = _prepare(tmp_path / "run", "--global-batch", "66")
+        begun.out.mkdir(parents=True)
+        (begun.out / "config.json").write_text(json.dumps(begun.describe()))
+        assert _prepare(begun.out, env=DistEnv(size=3)).identity == begun.identity
 
 
 def test_a_forced_run_that_was_killed_at_once_goes_on_either_way(tmp_path: Path) -> None:

@@ -20,10 +20,11 @@ class DistEnv:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    hosts: int = 1
 
     @classmethod
     def from_environment(cls) -> DistEnv:
-        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE (DeepSpeed) or LOCAL_WORLD_SIZE (torchrun), or srun's.
+        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE, CROSS_SIZE (DeepSpeed), or torchrun's or srun's of these.
 
         Of SLURM's variables those of a job step of several tasks count, and only where no launcher has set its own: a
         plain command in a batch script or an interactive shell has only the job's, and is alone.
@@ -31,13 +32,15 @@ class DistEnv:
         if not {"RANK", "WORLD_SIZE"} & os.environ.keys() and _number("SLURM_STEP_NUM_TASKS", 1) > 1:
             size = _number("SLURM_STEP_NUM_TASKS", 1)
             nodes = max(1, _number("SLURM_STEP_NUM_NODES", 1))
-            return cls(_number("SLURM_PROCID", 0), size, _number("SLURM_LOCALID", 0), -(-size // nodes))
+            return cls(_number("SLURM_PROCID", 0), size, _number("SLURM_LOCALID", 0), -(-size // nodes), nodes)
         size = _number("WORLD_SIZE", 1)
+        local_size = _number("LOCAL_SIZE", _number("LOCAL_WORLD_SIZE", size))
         return cls(
             rank=_number("RANK", 0),
             size=size,
             local_rank=_number("LOCAL_RANK", 0),
-            local_size=_number("LOCAL_SIZE", _number("LOCAL_WORLD_SIZE", size)),
+            local_size=local_size,
+            hosts=_number("CROSS_SIZE", _number("GROUP_WORLD_SIZE", -(-size // max(1, local_size)))),
         )
 
 

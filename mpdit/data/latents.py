@@ -36,6 +36,8 @@ class LatentDataset(ABC):
     manifest: DatasetInfo
     digest: str = ""
     """SHA-256, in hex, of some of the samples and their labels; empty where the manifest has the files' own."""
+    labels: NDArray[np.int64] | None = None
+    """Of all samples, int64 [N]; None where they are read with the samples alone."""
 
     def __len__(self) -> int:
         return self.manifest.num_samples
@@ -75,6 +77,7 @@ class PackedLatents(LatentDataset):
     """
 
     manifest: Manifest
+    labels: NDArray[np.int64]
 
     def __init__(self, path: str | Path) -> None:
         self.path = as_path(path)

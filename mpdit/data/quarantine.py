@@ -49,7 +49,7 @@ class Quarantine(LatentDataset):
 
     def __init__(self, dataset: LatentDataset, limit: int, journal: Path, data: str, *, write: bool = True) -> None:
         self._dataset, self._limit = dataset, limit
-        self.path, self.manifest = dataset.path, dataset.manifest
+        self.path, self.manifest, self.labels = dataset.path, dataset.manifest, dataset.labels
         self._journal, self._data, self._write = journal, data, write
         self._bad = frozenset(self._replaced())
         self._before = len(self._bad)

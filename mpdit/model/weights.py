@@ -67,7 +67,7 @@ def parse_description(description: Any, where: str | Path) -> tuple[ModelConfig,
     if not isinstance(description.get("model"), dict):
         raise CheckpointError(f'{where} lacks the model\'s configuration under "model"')
     config = ModelConfig.from_dict(description["model"])
-    _check_metadata(where, description, config.channels)
+    _check_metadata(where, description, config)
     metadata = {name: value for name, value in description.items() if name not in ("format", "model")}
     return config, metadata
 
@@ -227,7 +227,7 @@ def weights_folder(path: Path) -> Path:
     )
 
 
-def _check_metadata(where: str | Path, description: Mapping[str, Any], channels: int) -> None:
+def _check_metadata(where: str | Path, description: Mapping[str, Any], config: ModelConfig) -> None:
     """Check the form of what samples are decoded by ("data") and of where weights come from ("training")."""
     if not isinstance(description.get("training") or {}, dict):
         raise CheckpointError(f'{where} has no valid "training": expected an object')
@@ -236,11 +236,18 @@ def _check_metadata(where: str | Path, description: Mapping[str, Any], channels:
     if valid and (constants := data.get("normalization", {})) != {}:
         valid = isinstance(constants, dict) and constants.keys() == {"mean", "std"}
         for values in constants.values() if valid else ():
-            valid = valid and isinstance(values, list) and len(values) == channels
+            valid = valid and isinstance(values, list) and len(values) == config.channels
             valid = valid and all(type(value) in (int, float) and abs(value) < _LARGEST for value in values)
         valid = valid and min(constants["std"]) > 0
     if not valid:
         raise CheckpointError(
             f'{where} has no valid "data": expected an object with "normalization" {{"mean", "std"}}, finite numbers '
-            f"of {channels} channels each, std above 0"
+            f"of {config.channels} channels each, std above 0"
         )
+    present = data.get("present_classes", [0])
+    if (
+        not isinstance(present, list)
+        or not present
+        or not all(type(label) is int and 0 <= label < config.num_classes for label in present)
+    ):
+        raise CheckpointError(f'{where} has no valid "present_classes": expected some of 0 .. {config.num_classes - 1}')

@@ -25,6 +25,9 @@ _BEYOND = 2**63  # what is counted, is counted in 64 bits
 RENAMED = {"accumulation": "grad_accum_steps", "checkpointing": "activation_checkpointing"}
 """Earlier names of fields: accepted as arguments and in YAML files, and the names in a run's config.json."""
 
+GRID = (8, 10)
+"""Most rows and columns of a sample grid."""
+
 DIGITS = "digits"
 """The value of `data` that stands for the embedded handwritten digits."""
 

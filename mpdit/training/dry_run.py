@@ -15,6 +15,7 @@ from mpdit.data.normalization import suits
 from mpdit.model.mpdit import MPDiT
 from mpdit.planning import account
 from mpdit.planning.plan import plan
+from mpdit.training.advice import advice
 from mpdit.training.arguments import show_setting
 from mpdit.training.checkpoint import resume
 from mpdit.training.engine import check_deepspeed
@@ -67,6 +68,9 @@ def sections(run: Run) -> Iterator[str]:
     elif config.init_from:
         start = "afresh, from weights that are still to be given: add --init-from"
     yield f"start\n  {start}"
+
+    if lines := advice(run):
+        yield "\n  ".join(["advice", *lines])
 
     batches = run.plan
     if resumed is not None:

@@ -15,14 +15,17 @@ from mpdit.core import rng
 from mpdit.core.dist_env import set_threads
 from mpdit.core.errors import ConfigError
 from mpdit.core.files import locked, write_atomically
+from mpdit.core.text import counted
 from mpdit.data.loaders import GlobalOrder, make_loader, to_latents
 from mpdit.diffusion.flow import flow_loss
 from mpdit.diffusion.images import save_sample_grid
 from mpdit.diffusion.sampling import sample
 from mpdit.model.mpdit import MPDiT
+from mpdit.training.advice import advice
 from mpdit.training.checkpoint import resume, save
 from mpdit.training.checkpoint.deepspeed_state import gather_average, restore
 from mpdit.training.checkpoint.format import Checkpoint
+from mpdit.training.config import GRID
 from mpdit.training.distributed import extend_timeouts, init_distributed
 from mpdit.training.engine import build_engine, check_deepspeed
 from mpdit.training.metrics import LossMean, MetricsLog, Stopwatch, WandbRun
@@ -31,9 +34,6 @@ from mpdit.training.safety.guard import Guard
 from mpdit.training.safety.stop import StopRequests, reasons
 from mpdit.training.safety.watchdog import PATIENCE, Watchdog
 from mpdit.training.setup import Run
-
-_COLUMNS, _ROWS = 10, 8
-"""Of a sample grid."""
 
 
 def train(run: Run, stop: StopRequests) -> str:
@@ -207,9 +207,10 @@ def _what_fits(run: Run) -> str:
 
 def _open_folder(run: Run, resumed: Checkpoint | None) -> None:
     """Make the run's folder what this run continues, and say what begins. For rank 0."""
+    described = run.describe() | {"advice": advice(run)}
     try:
         # First: a folder with anything else in it, but without this, would be taken for another's.
-        write_atomically(run.out / "config.json", json.dumps(run.describe(), indent=2) + "\n")
+        write_atomically(run.out / "config.json", json.dumps(described, indent=2) + "\n")
         (run.out / "checkpoints").mkdir(exist_ok=True)
     except OSError as error:
         raise ConfigError(f"out {run.out} can't be written ({error}): give another --out") from error
@@ -220,7 +221,10 @@ def _open_folder(run: Run, resumed: Checkpoint | None) -> None:
     config = run.config
     print(
         f"training {config.model} on {config.data} {begin} to step {config.steps}: batch {config.global_batch} over "
-        f"{run.env.size} ranks, {config.precision}, ZeRO stage {run.zero_stage}, in {run.out}",
+        f"{counted(run.env.size, 'rank')} on {counted(run.env.hosts, 'host')}, {config.precision}, ZeRO stage "
+        f"{run.zero_stage}, in {run.out}",
+        *(f"note: {line}" for line in described["advice"]),
+        sep="\n",
         file=sys.stderr,
         flush=True,
     )
@@ -233,9 +237,10 @@ def _draw_grid(run: Run, average: dict[str, Tensor], step: int, device: torch.de
     model = MPDiT(run.model)
     model.load_state_dict(average)
     model.to(device)
-    columns = min(_COLUMNS, run.manifest.num_classes)
-    positions = torch.arange(columns * _ROWS, device=device)
-    classes = (positions % columns) * run.manifest.num_classes // columns
+    present = torch.tensor(run.present_classes, device=device)
+    rows, columns = GRID[0], min(GRID[1], len(present))
+    positions = torch.arange(columns * rows, device=device)
+    classes = present[(positions % columns) * len(present) // columns]
     shape = (run.model.channels, run.model.input_size, run.model.input_size)
     noise = rng.normal(run.config.seed, rng.Stream.SAMPLE_NOISE, positions, shape)
     guidance = run.config.sample_guidance if run.config.class_dropout else 1.0  # which needs samples without a class

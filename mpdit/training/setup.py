@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mpdit_kernels import dispatch
 from mpdit_kernels.hardware import GPUS, Gpu, find_gpu
@@ -70,6 +73,8 @@ class Run:
     """What decides the weights, flat, in JSON types; a folder holds only one identity."""
     initial: InitialWeights | None = None
     """What a fresh start begins from, other than the seed's weights."""
+    notes: tuple[str, ...] = ()
+    """What nobody gave and was decided otherwise than by default, a line each."""
 
     @property
     def manifest(self) -> DatasetInfo:
@@ -78,6 +83,19 @@ class Run:
     @property
     def zero_stage(self) -> int:
         return int(self.ds["zero_optimization"].get("stage", 0))
+
+    @cached_property
+    def present_classes(self) -> list[int]:
+        """The data's classes that have samples; all of them where labels are read with the samples alone."""
+        labels = self.dataset.labels
+        return list(range(self.manifest.num_classes)) if labels is None else np.unique(labels).tolist()
+
+    def data_metadata(self) -> dict[str, Any]:
+        """Return what weights say of their data; with "present_classes" where others were never trained."""
+        metadata = self.manifest.metadata()
+        if "init_from" not in self.identity and len(self.present_classes) < self.model.num_classes:
+            metadata["present_classes"] = self.present_classes
+        return metadata
 
     def describe(self) -> dict[str, Any]:
         """Return the run's config.json."""
@@ -88,7 +106,7 @@ class Run:
             "identity": self.identity,
             "training": settings | {"out": str(self.out)},
             "model": self.model.to_dict(),
-            "data": self.manifest.metadata() | {"num_samples": self.manifest.num_samples},
+            "data": self.data_metadata() | {"num_samples": self.manifest.num_samples},
             "deepspeed": self.ds,
             "world_size": self.env.size,
             "kernels": dispatch.mode(),
@@ -117,9 +135,17 @@ def _prepare(arguments: Sequence[str], env: DistEnv) -> Run:
     ds = read_ds_config(given.get("ds_config", TrainConfig.ds_config))
     given |= arguments_from(ds, given, env.size)
     settings = with_defaults(given)
-    settings["precision"] = _precision(settings, env)
+    # What nobody gives and machines decide: a run that was begun on another goes on as it was.
+    decided: dict[str, list[Any]] = {}
+    precisions = _precisions(settings, env)
+    if settings["precision"] == "auto":
+        settings["precision"], decided["precision"] = precisions[0], precisions
+    if settings["precision"] not in precisions:
+        raise ConfigError("precision is bf16, which this GPU lacks: give --precision fp32")
     if not given.keys() & {"global_batch", "grad_accum_steps"}:  # a default must not refuse to run on, say, six GPUs
-        settings["global_batch"] = -(-settings["global_batch"] // env.size) * env.size
+        default = settings["global_batch"]
+        settings["global_batch"] = -(-default // env.size) * env.size
+        decided["global_batch"] = [default, settings["global_batch"]]  # before, a run was known by the latter
     config = TrainConfig(**settings)
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("--wandb needs the wandb package: pip install 'mpdit[wandb]', or leave --wandb out")
@@ -133,13 +159,11 @@ def _prepare(arguments: Sequence[str], env: DistEnv) -> Run:
         raise ConfigError(f"{error}{why}") from error
 
     # Data and the model that fits it
-    coarsest = (
-        config.model_config({}).stages[0].patch
-    )  # what is wrong with the model itself is said before data are read
+    alone = config.model_config({})  # what is wrong with the model itself is said before the data are read
     dataset = _open_data(config)
     manifest = dataset.manifest
     fields = {"channels": manifest.channels, "num_classes": manifest.num_classes}
-    if manifest.height == manifest.width and manifest.height % coarsest == 0:
+    if manifest.height == manifest.width and manifest.height % alone.stages[0].patch == 0:
         fields["input_size"] = manifest.height
     model = config.model_config(fields)
     manifest.check_model(model)
@@ -151,7 +175,8 @@ def _prepare(arguments: Sequence[str], env: DistEnv) -> Run:
         # What the weights were when the run began, where that is known.
         known = recorded_digest(Path(config.out), config.init_from) if goes_on else None
         identity["init_from"] = known or weights_digest(config.init_from)
-    out = Path(config.out or _default_folder(config, identity))
+    identity, out = _known_by(config, identity, decided)
+    config = replace(config, precision=identity["precision"])
     for name, path in {"out": out, "resume": out if config.resume in ("auto", "never") else config.resume}.items():
         if not is_utf8(whole := os.path.abspath(path)):
             raise ConfigError(f"{name} {whole!a} is not UTF-8, and safetensors opens no such path: give another")
@@ -162,7 +187,34 @@ def _prepare(arguments: Sequence[str], env: DistEnv) -> Run:
     initial = None
     if "init_from" in identity and _is_fresh(config, out):
         initial = load_initial(config.init_from, model, manifest)
-    return Run(config, model, complete(ds, config, env.size), sound, plan, env, out, identity, initial)
+    notes = []
+    if (batch := decided.get("global_batch")) and batch[0] != batch[1]:
+        notes.append(
+            f"global_batch is {batch[1]}, as {env.size} ranks can't share the default of {batch[0]}: give "
+            "--global-batch to have the same on any number of ranks"
+        )
+    if (precision := settings["precision"]) != config.precision:
+        notes.append(
+            f"precision is {config.precision}, as the run in {out} was begun; by default it were {precision} here"
+        )
+    if model.input_size != alone.input_size:
+        notes.append(
+            f"input_size is {model.input_size}, as the data's latents are; {config.model} has {alone.input_size}"
+        )
+    return Run(config, model, complete(ds, config, env.size), sound, plan, env, out, identity, initial, tuple(notes))
+
+
+def _known_by(
+    config: TrainConfig, identity: dict[str, Any], decided: Mapping[str, list[Any]]
+) -> tuple[dict[str, Any], Path]:
+    """Return the identity and folder of the run that is there under any of the values decided, else by the first."""
+    named = [identity | dict(zip(decided, values, strict=True)) for values in itertools.product(*decided.values())]
+    places = [Path(config.out or _default_folder(config, each)) for each in named]
+    for each, out in zip(named, places, strict=True):
+        theirs = _recorded_identity(out)
+        if theirs is not None and all(theirs.get(name) == each[name] for name in decided):
+            return each, out
+    return named[0], places[0]
 
 
 def _is_fresh(config: TrainConfig, out: Path) -> bool:
@@ -178,17 +230,13 @@ def planned_gpu(name: str) -> Gpu | None:
     return gpu
 
 
-def _precision(settings: Mapping[str, Any], env: DistEnv) -> str:
-    """Return what "auto" stands for on this GPU or the planned one. Raises ConfigError for bf16 on one without."""
-    asked, planned = settings["precision"], planned_gpu(settings["plan_gpu"]) if settings["dry_run"] else None
-    gpu = planned is not None or torch.cuda.is_available()
-    capability = planned.capability if planned else torch.cuda.get_device_capability(env.local_rank) if gpu else (0, 0)
-    supported = capability[0] >= 8
-    if asked == "auto":
-        return "bf16" if supported else "fp32"
-    if asked == "bf16" and gpu and not supported:
-        raise ConfigError("precision is bf16, which this GPU lacks: give --precision fp32")
-    return str(asked)
+def _precisions(settings: Mapping[str, Any], env: DistEnv) -> list[str]:
+    """Return what this GPU, the planned one or this CPU computes in, what "auto" stands for first."""
+    planned = planned_gpu(settings["plan_gpu"]) if settings["dry_run"] else None
+    if planned is None and not torch.cuda.is_available():
+        return ["fp32", "bf16"]
+    capability = planned.capability if planned else torch.cuda.get_device_capability(env.local_rank)
+    return ["bf16", "fp32"] if capability[0] >= 8 else ["fp32"]
 
 
 def _open_data(config: TrainConfig) -> LatentDataset:

@@ -66,6 +66,7 @@ class ForeignLatents(LatentDataset):
     `_describe`.
     """
 
+    labels: NDArray[np.int64]
     format: ClassVar[str]
     """As its users call it."""
     looked_for: ClassVar[str]
@@ -97,7 +98,7 @@ class ForeignLatents(LatentDataset):
 
     def _read_labels(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the labels of these samples, int64 [B], in 0 .. num_classes - 1."""
-        return self._labels[indices]
+        return self.labels[indices]
 
     @abstractmethod
     def _where(self, index: int) -> str:
@@ -113,7 +114,7 @@ class ForeignLatents(LatentDataset):
 
     def _keep_labels(self, labels: NDArray[np.int64], file: Path) -> int:
         """Set the labels of all samples, int64 [N], and return the number of classes; `file` is named in errors."""
-        self._labels = labels
+        self.labels = labels
         num_classes = self._options.num_classes or max(1, int(labels.max()) + 1)
         if bad := find_bad_label(labels, num_classes):
             raise DataError(f"{file}: sample {bad[0]} {bad[1]}")

@@ -82,8 +82,17 @@ class Labels:
     """Whether `classes` are all of the model's."""
 
     @classmethod
-    def choose(cls, num_classes: int, asked: Sequence[int] | None, order: str, seed: int) -> Labels:
+    def choose(
+        cls,
+        num_classes: int,
+        asked: Sequence[int] | None,
+        order: str,
+        seed: int,
+        present: Sequence[int] | None = None,
+    ) -> Labels:
         """Choose of a model's `num_classes`, or of those `asked` for, of which one may be named several times.
+
+        Where only the classes in `present` were trained, those of them.
 
         "auto" is balanced for classes asked for and for up to 16, random for all of more. ConfigError for a class that
         the model doesn't know, or a seed out of range.
@@ -92,10 +101,10 @@ class Labels:
         for label in asked or ():
             if not 0 <= label < num_classes:
                 raise ConfigError(f"--classes {label} is not one of the model's: choose from 0 .. {num_classes - 1}")
+        classes = tuple(asked or present or range(num_classes))
         if order == "auto":
-            order = "balanced" if asked or num_classes <= _FEW_CLASSES else "random"
-        classes = tuple(asked) if asked else tuple(range(num_classes))
-        return cls(classes, order, seed, not asked)
+            order = "balanced" if asked or len(classes) <= _FEW_CLASSES else "random"
+        return cls(classes, order, seed, not asked and not present)
 
     def of(self, first: int, last: int) -> Tensor:
         """Return the classes int64 [last - first] of images first .. last - 1."""

@@ -140,8 +140,14 @@ def _plan(
     check_flow(metadata)
     check_guidance(metadata, sampler.guidance)
     data = metadata.get("data", {})
-    labels = Labels.choose(config.num_classes, options.classes, options.labels, sampler.seed)
+    present = data.get("present_classes")
+    labels = Labels.choose(config.num_classes, options.classes, options.labels, sampler.seed, present)
     vae, remarks = load_vae(options, data), []
+    if present and not options.classes:
+        remarks.append(
+            f"{len(present)} of {config.num_classes} classes are drawn, those that had samples in training: --classes "
+            "draws others"
+        )
     if vae is not None and (remark := check_vae(vae, config, data)):
         remarks.append(remark)
     decoder = LatentDecoder(data, vae, options.decode_batch)

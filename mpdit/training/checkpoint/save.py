@@ -162,7 +162,7 @@ def _metadata(run: Run, saved: Checkpoint) -> dict[str, Any]:
         "class_dropout": run.config.class_dropout,
         "weights": "ema",
     }
-    return {"data": run.manifest.metadata(), "training": training}
+    return {"data": run.data_metadata(), "training": training}
 
 
 def _reason(error: Exception, place: Path) -> str:

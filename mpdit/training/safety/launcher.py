@@ -52,6 +52,20 @@ class Launcher:
         return self.orphaned or any(_parent(child) != parent for child, parent in self.parents.items())
 
 
+def missing_hostfile() -> str:
+    """Return the --hostfile of the `deepspeed` command above if it is no file: then one machine trains."""
+    process = os.getpid()
+    while process > 0 and not _is_runner(process):
+        process = _parent(process)
+    words = _command(process) if process > 0 else []
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == "-H" or (len(name) > 3 and "--hostfile".startswith(name)):
+            file = value if equals else "".join(words[i + 1 : i + 2])
+            return "" if Path(file).is_file() else file
+    return ""
+
+
 def _is_started_by_command(launch: int) -> bool:
     """Return whether launch.py was started by a `deepspeed` command on this node, which then waits for it.
 
