@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from mpdit.commands import COMMANDS
 from mpdit.core.cpu import settle_cpu
 from mpdit.core.errors import UserError, one_line
+from mpdit.core.files import settle_home
 from mpdit.core.parser import Parser
 from mpdit.core.version import __version__
 
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: names of files need not be text
     try:
+        settle_home()
         args = build_parser().parse_args(words)
         with contextlib.redirect_stdout(sys.stderr):
             outcome = COMMANDS[args.command].run(args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ import mpdit
 from mpdit import cli
 from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError
-from mpdit.core.files import expand_path, read_text
+from mpdit.core.files import expand_path, read_text, settle_home
 from mpdit.model.config import ModelConfig
 from mpdit.training.arguments import parse_arguments
 from mpdit.training.deepspeed_config import read_ds_config
@@ -117,6 +118,53 @@ def test_python_takes_text_as_the_command_line_does_and_a_path_as_it_is(tmp_path
     assert mpdit.load_weights("$HOME/weights")[0].config == config
     mpdit.save_weights(Path("~"), model.state_dict(), config, {})
     assert (tmp_path / "~/model.safetensors").is_file()
+
+
+def _unknown(user: int) -> None:
+    raise KeyError(f"getpwuid(): uid not found: {user}")
+
+
+@pytest.mark.parametrize("home", [None, "", "relative"])
+def test_a_user_whom_nobody_knows_gets_a_home_of_its_own(
+    home: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pwd.getpwuid", _unknown)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    if home is not None:
+        monkeypatch.setenv("HOME", home)
+    settle_home()
+    made = tmp_path / f"mpdit-{os.getuid()}"
+    assert (os.environ["HOME"], getpass.getuser()) == (str(made), str(os.getuid()))
+    assert made.stat().st_mode & 0o777 == 0o700
+    assert expand_path("~/.cache") == f"{made}/.cache"
+    monkeypatch.delenv("HOME")
+    settle_home()
+    assert os.environ["HOME"] == str(made)
+    made.rename(tmp_path / "other")
+    made.symlink_to(tmp_path / "other")
+    monkeypatch.delenv("HOME")
+    with pytest.raises(ConfigError, match=r"HOME is not set, and .* is another user's"):
+        settle_home()
+
+
+def test_a_home_that_is_known_stays(tmp_path: Path) -> None:
+    before = dict(os.environ)
+    settle_home()
+    assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [("~/c", "HOME/c"), ("/var/c", "/var/c"), ("cache", None), ("", None), ("$SCRATCH", "/scratch/me")],
+)
+def test_caches_are_where_an_absolute_path_says(
+    given: str, kept: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", given)
+    settle_home()
+    assert os.environ.get("XDG_CACHE_HOME") == (kept and kept.replace("HOME", str(tmp_path / "home")))
 
 
 MARKED = {

@@ -7,10 +7,12 @@ import errno
 import fcntl
 import json
 import os
+import pwd
 import re
 import select
 import shutil
 import stat
+import tempfile
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +49,33 @@ def expand_path(text: str) -> str:
     if path.startswith("~") and not os.path.lexists(home):
         raise ConfigError(f"{text}: no home folder is known for {home}: write the path out, or ./{home} for that name")
     return path
+
+
+def settle_home() -> None:
+    """Give a process that has no home folder, as one of an unknown user in a container, a private one that stays.
+
+    Libraries keep caches there, and else make a folder called "~" or fail; so they do for an XDG_CACHE_HOME that is no
+    absolute path, which is none by its specification. Raises ConfigError for a folder of another user, OSError where
+    none can be made.
+    """
+    user = os.getuid()
+    try:
+        pwd.getpwuid(user)
+    except KeyError:
+        os.environ.setdefault("USER", str(user))  # what getpass goes by, as torch's compiler does for its cache
+    if not os.environ.get("HOME"):
+        os.environ.pop("HOME", None)
+    if not os.path.isabs(os.path.expanduser("~")):
+        home = Path(tempfile.gettempdir(), f"mpdit-{user}")
+        home.mkdir(mode=0o700, exist_ok=True)
+        if home.is_symlink() or home.stat().st_uid != user:
+            raise ConfigError(
+                f"HOME is not set, and {home} is another user's: set HOME to a folder that can be written"
+            )
+        os.environ["HOME"] = str(home)
+    cache = expand_path(os.environ.pop("XDG_CACHE_HOME", ""))
+    if os.path.isabs(cache):
+        os.environ["XDG_CACHE_HOME"] = cache
 
 
 def as_path(path: str | Path) -> Path:

@@ -22,7 +22,7 @@ from mpdit_kernels.hardware import GPUS, Gpu, find_gpu
 
 from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import CheckpointError, ConfigError, DataError
-from mpdit.core.files import is_utf8
+from mpdit.core.files import expand_path, is_utf8
 from mpdit.data.digits import VERSION, build_digits
 from mpdit.data.latents import LatentDataset
 from mpdit.data.loaders import BatchPlan
@@ -244,7 +244,7 @@ def _open_data(config: TrainConfig) -> LatentDataset:
         classes = config.model_overrides.get("num_classes")
         scale, normalization = config.data_scale, config.normalization
         return open_latents(config.data, scale=scale, normalization=normalization, num_classes=classes)
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mpdit", f"digits-{VERSION}")
+    folder = Path(expand_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "mpdit", f"digits-{VERSION}")
     try:
         return build_digits(folder)
     except OSError as error:
