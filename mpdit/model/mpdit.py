@@ -231,11 +231,11 @@ class Skip(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = (0, 0, self.num_class_tokens, 0)  # zeros for the class tokens
-        position = self.position(grid_of(x, self.patch))
+        position = self.position(grid_of(x, self.patch))  # [n, D]
         if not self.enabled:
             return pad(position, rows)
         if not self.exact_fusions:
-            embedded = linear(patchify(x, self.patch), self.embed_weight.flatten(1), self.embed_bias)
+            embedded = linear(patchify(x, self.patch), self.embed_weight.flatten(1), self.embed_bias)  # [B, n, D]
             return pad(linear(embedded, self.linear_weight, self.linear_bias) + position, rows)
         patches, weight, bias = self.composed(x)  # type: ignore[misc]
         return linear(pad(patches, rows), weight) + pad(position + bias, rows)
@@ -300,7 +300,7 @@ class FinalLayer(nn.Module):
         # Rows are (i, j, channel); with learn_sigma the channels after the first C predict a variance nobody reads.
         weight = self.weight.unflatten(0, (self.patch**2, -1))[:, : self.channels].flatten(0, 1)  # [p*p*C, D]
         bias = self.bias.unflatten(0, (self.patch**2, -1))[:, : self.channels].flatten()
-        _, modulated = stream.modulate(shift, scale)
+        _, modulated = stream.modulate(shift, scale)  # [B, n, D]
         return linear(modulated, weight, bias)
 
 
