@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from extraction_data import write_zip
 from inception_weights import remember_features, weights_file
 from PIL import Image
 from torch import Tensor
@@ -121,6 +122,27 @@ def test_a_set_against_itself_and_against_its_reference(tmp_path: Path) -> None:
     assert statistics == ["of the images", "stored"]
     assert results[0].protocol["reference"]["sha256"] == results[0].protocol["samples"]["pixels_sha256"]
     assert results[1].protocol["reference"]["sha256"] == figures["sha256"]
+
+
+@pytest.mark.usefixtures("narrow")
+def test_broken_images_are_no_part_of_a_reference(tmp_path: Path) -> None:
+    expected = pictures(40)
+    folder = write_folder(tmp_path / "set", expected)
+    for name in ("00003.png", "00039.png"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:45])  # found on decoding
+    packed = write_zip(tmp_path / "set.zip", {file.name: file.read_bytes() for file in folder.iterdir()})
+    for source in (folder, packed):
+        figures = write_reference(open_images(source), tmp_path / "ref.npz", KnownFeatures(), batch=16)
+        assert figures["images"] == figures["kept_images"] == 38 and "2 broken images" in figures["warnings"][0]
+        with np.load(tmp_path / "ref.npz", allow_pickle=False) as file:
+            np.testing.assert_array_equal(file["arr_0"], np.delete(expected, (3, 39), axis=0))
+        result = evaluate_images(open_images(packed), Reference(source), KnownFeatures(), batch=9)
+        assert result.fid == pytest.approx(0, abs=1e-6) and result.samples == 38
+        reference = result.protocol["reference"]
+        assert reference["images"] == reference["precision_recall_images"] == 38
+        assert reference["sha256"] == figures["source_sha256"]
+        assert sum("2 broken images" in warning for warning in result.warnings) == 2
+        (tmp_path / "ref.npz").unlink()
 
 
 def test_the_reference_written_is_adms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +336,7 @@ MISTAKES = {
     "other size": (["DRAWN", "--reference", "LARGE.npz"], "4 x 4 pixels and the reference's images"),
     "too few": (["FEW.npz", "--reference", "REF.npz"], "precision and recall with k = 3 need at least 4"),
     "damaged": (["RUBBISH.npz", "--reference", "REF.npz"], "RUBBISH.npz is damaged or no npz"),
-    "broken image": (["BROKEN", "--reference", "REF.npz"], "1 image in"),
+    "broken images": (["BROKEN", "--reference", "REF.npz"], "6 of 6 images in"),
     "no weights": (["DRAWN", "--reference", "REF.npz", "--inception", "NOWHERE"], "NOWHERE can't be read"),
     "weights rubbish": (["DRAWN", "--reference", "REF.npz", "--inception", "RUBBISH.npz"], "is no checkpoint"),
     "device": (["DRAWN", "--reference", "REF.npz", "--device", "abacus"], "device 'abacus'"),
@@ -343,7 +365,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("places")
     write_folder(folder / "DRAWN", pictures(6, side=4))
     write_folder(folder / "BROKEN", pictures(6, side=4))
-    (folder / "BROKEN" / "00003.png").write_bytes(b"")
+    for file in (folder / "BROKEN").iterdir():
+        file.write_bytes(b"")
     write_folder(folder / "MIXED", pictures(2, side=4))
     Image.fromarray(pictures(1, side=9)[0]).save(folder / "MIXED" / "other.png")
     write_npz(folder / "REF.npz", pictures(6, side=4))

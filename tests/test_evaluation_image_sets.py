@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from extraction_data import tar_bytes, write_tree, write_zip
 from PIL import Image
 
 import mpdit
 from mpdit import cli
 from mpdit.core.errors import DataError
-from mpdit.jobs.evaluate.image_sets import ImageSet, list_images, open_images
+from mpdit.jobs.evaluate import image_sets
+from mpdit.jobs.evaluate.image_sets import ImageSet, open_images
 from mpdit.jobs.extract.decode import decode_image
 from mpdit.jobs.npz import NpzReader, new_npz
 from mpdit.model.weights import save_weights
@@ -74,8 +76,10 @@ def test_a_tree_in_the_order_of_its_paths(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "b" / "loop").symlink_to(tmp_path)
     (tmp_path / "evaluation.json").write_text("{}")
-    assert [str(file.relative_to(tmp_path)) for file in list_images(tmp_path)] == list(names)
-    np.testing.assert_array_equal(read(open_images(tmp_path)), expected)
+    images = open_images(tmp_path)
+    np.testing.assert_array_equal(read(images), expected)
+    (note,) = images.notes
+    assert note == f"not taken for images in {tmp_path}: 1 is a link to a folder above it, 1 .txt"
 
 
 def test_linked_class_folders_are_read(tmp_path: Path) -> None:
@@ -97,7 +101,10 @@ def test_grey_palette_and_alpha_become_rgb(tmp_path: Path) -> None:
     np.testing.assert_array_equal(pixels[0], np.repeat(grey[..., None], 3, axis=2))
     np.testing.assert_array_equal(pixels[1], colour)
     assert len(np.unique(pixels[2].reshape(-1, 3), axis=0)) <= 4
-    assert images.notes == (f"1 of 3 images in {tmp_path} have an alpha channel, which is ignored",)
+    (note,) = images.notes
+    assert (
+        note.startswith(f"of 3 images in {tmp_path} are 1 with transparency, which is dropped") and "1 of grey" in note
+    )
 
     np.savez(tmp_path / "grey.npz", images=np.stack([grey] * 3))
     np.savez(tmp_path / "one.npz", arr_0=np.stack([grey] * 3)[..., None])
@@ -113,20 +120,59 @@ def test_jpegs_are_decoded_as_pil_decodes_them(tmp_path: Path) -> None:
         np.testing.assert_array_equal(image, np.asarray(Image.open(tmp_path / name).convert("RGB")))
 
 
-def test_all_broken_images_are_counted_and_the_first_named(tmp_path: Path) -> None:
-    write_folder(tmp_path, pictures(12))
-    for index in (1, 5, 6, 7, 8, 9, 10):
-        file = tmp_path / f"{index:06d}.png"
+def test_broken_images_are_left_out_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = pictures(12)
+    write_folder(tmp_path / "set", expected)
+    for index in (1, 5, 6, 11):
+        file = tmp_path / "set" / f"{index:06d}.png"
         file.write_bytes(file.read_bytes()[:60])  # the header is whole
-    images = open_images(tmp_path)
-    seen = []
-    with pytest.raises(DataError, match=r"7 images in .* \(000001\.png, .*000008\.png, \.\.\.\) can't be decoded"):
-        seen.extend(images.batches(2))
-    assert seen == []
-    for index in (0, 3):
-        (tmp_path / f"{index:06d}.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"2 images in .* \(000000\.png, 000003\.png\) can't be read as images"):
-        open_images(tmp_path)
+    (tmp_path / "set" / "000003.png").write_bytes(b"")
+    sound = np.delete(expected, (1, 3, 5, 6, 11), axis=0)
+    write_zip(tmp_path / "set.zip", {file.name: file.read_bytes() for file in (tmp_path / "set").iterdir()})
+    for path in (tmp_path / "set", tmp_path / "set.zip"):
+        images = open_images(path)
+        assert images.count == 12 and len(images) == 11 and list(images.broken) == ["000003.png"]
+        for _ in range(2):
+            np.testing.assert_array_equal(read(images, 2), sound)
+            assert len(images) == 7
+        (note,) = images.notes
+        assert note.startswith(f"5 broken images of {path} left out: 000003.png ") and "; ..." not in note
+        assert "000011.png can't be decoded: " in note
+    monkeypatch.setattr(image_sets, "MOST_SKIPPED", 3)
+    images = open_images(tmp_path / "set")
+    batches = images.batches(1)
+    assert len([next(batches), next(batches)]) == 2  # the fourth is met when some are still to come
+    with pytest.raises(DataError, match=r"4 of 12 images in .* can't be used \(000003\.png .*3 at most are left out"):
+        list(batches)
+    for file in (tmp_path / "set").iterdir():
+        file.write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"4 of 12 images in .*000000\.png is no image that can be decoded"):
+        open_images(tmp_path / "set")
+    write_folder(tmp_path / "one", pictures(1))
+    (tmp_path / "one" / "000000.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match="1 of 1 image in "):
+        open_images(tmp_path / "one")
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip", "shards", "inside"])
+def test_archives_give_what_their_folder_does(kind: str, tmp_path: Path) -> None:
+    expected = pictures(7)
+    files = {}
+    for index, image in enumerate(expected):
+        stream = io.BytesIO()
+        Image.fromarray(image).save(stream, "PNG")
+        files[f"set/{index % 2}/{index}.png"] = stream.getvalue()
+    path = tmp_path / f"x.{kind}"
+    if kind == "tar":
+        path.write_bytes(tar_bytes(files))
+    elif kind == "shards":
+        write_tree(path, {f"{k}.tar": tar_bytes({f"{k}.png": data}) for k, data in enumerate(files.values())})
+    else:
+        path = write_zip(tmp_path / "x.zip", files | {"other/1.txt": b"x"})
+    images = open_images(path / "set" if kind == "inside" else path)
+    order = range(7) if kind == "shards" else (0, 2, 4, 6, 1, 3, 5)
+    np.testing.assert_array_equal(read(images), expected[list(order)])
+    assert len(images.notes) == (kind == "zip")
 
 
 def test_images_of_two_sizes(tmp_path: Path) -> None:
@@ -141,8 +187,8 @@ def test_sixteen_bits_keep_their_upper_eight_and_unknown_ranges_are_refused(tmp_
     assert (read(open_images(tmp_path)) == 40_000 >> 8).all()
     Image.fromarray(np.full((6, 6), 0.5, np.float32)).save(tmp_path / "float.tiff", "TIFF")
     (tmp_path / "float.tiff").rename(tmp_path / "float.png")
-    with pytest.raises(DataError, match=r"1 image in .* \(float\.png\) can't be decoded"):
-        read(open_images(tmp_path))
+    images = open_images(tmp_path)
+    assert len(read(images)) == 1 and "float.png has floating-point pixels" in images.notes[0]
 
 
 def test_cropping_is_that_of_extraction(tmp_path: Path) -> None:

@@ -35,13 +35,13 @@ DESCRIPTION = (
 )
 
 _HELP = {
-    "weights": "images: a folder that `mpdit sample` wrote, a folder of images (any depth), or an npz with arr_0. Or a "
-    "model of the digits: a training run's folder (its EMA weights), a folder with model.safetensors and config.json, "
-    "or the model.safetensors itself",
+    "weights": "images: a folder that `mpdit sample` wrote, images as `mpdit extract` takes them (a folder, a tar, a "
+    "zip), or an npz with arr_0. Or a model of the digits: a training run's folder (its EMA weights), a folder with "
+    "model.safetensors and config.json, or the model.safetensors itself",
     "out": "where to write figures and protocol as JSON (default: evaluation.json in the folder given or beside "
     "model.safetensors, X.evaluation.json beside X.npz)",
-    "reference": "what to measure images against: ADM's reference npz (mu, sigma, mu_s, sigma_s, arr_0), a folder of "
-    "images, or an npz of them (default: none)",
+    "reference": "what to measure images against: ADM's reference npz (mu, sigma, mu_s, sigma_s, arr_0), images "
+    "as `mpdit extract` takes them, or an npz of them (default: none)",
     "write_reference": "make ADM's reference npz of the images instead of measuring them (default: none)",
     "image_size": "crop the images of a reference's folder to N x N pixels, as `mpdit extract` does (default: none is "
     "cropped, they must be of one size)",
@@ -157,6 +157,8 @@ def _is_model(path: Path) -> bool:
 def _out(args: argparse.Namespace) -> Path:
     """Return where the figures go, checked before the work."""
     given: Path = args.weights
+    while not given.exists() and given != given.parent:  # a folder in an archive
+        given = given.parent
     if given.is_dir():
         default = given / "evaluation.json"
     elif given.suffix == ".npz":

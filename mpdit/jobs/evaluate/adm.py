@@ -28,7 +28,7 @@ from mpdit.core.files import as_path
 from mpdit.core.progress import bar
 from mpdit.core.text import counted
 from mpdit.core.version import __version__
-from mpdit.jobs.evaluate.image_sets import NPZ_KEYS, ImageSet, open_images
+from mpdit.jobs.evaluate.image_sets import NPZ_KEYS, ImageSet, is_archive, open_images
 from mpdit.jobs.evaluate.inception import POOL_FEATURES, SPATIAL_FEATURES, Inception
 from mpdit.jobs.evaluate.statistics import (
     NEIGHBOURS,
@@ -113,11 +113,11 @@ class Reference:
 
     def __init__(self, path: str | Path, crop: int | None = None) -> None:
         self.path = as_path(path)
-        self._is_file = self.path.is_file()
+        self._is_npz = self.path.is_file() and not is_archive(self.path)
         self._stored: dict[str, Gaussian] = {}
         """Statistics by the names of Features' fields."""
         has_images = True
-        if self._is_file:
+        if self._is_npz:
             reader = NpzReader(self.path)
             for name, (mu, sigma, size) in _STORED.items():
                 if {mu, sigma} & {*reader.keys}:
@@ -130,7 +130,7 @@ class Reference:
                 )
         self.images = open_images(self.path, crop) if has_images else None
         count = len(self.images or ())
-        self._kept = evenly(count, count if self._is_file else REFERENCE_IMAGES)
+        self._kept = evenly(count, count if self._is_npz else REFERENCE_IMAGES)
         """Numbers of the images for precision and recall."""
 
     @property
@@ -154,10 +154,11 @@ class Reference:
             features = Features(None, None, torch.empty(0, POOL_FEATURES), "")
         else:
             features = extract_features(self.images, inception, batch=batch, keep=self._kept, label="reference")
+            self._kept = self._kept[: len(features.kept)]  # fewer where broken ones were found
         if self._stored:
             pool, spatial = (self._stored.get(name) for name in _STORED)
             features = dataclasses.replace(features, pool=pool, spatial=spatial)
-        return dataclasses.replace(features, sha256=_file_hash(self.path)) if self._is_file else features
+        return dataclasses.replace(features, sha256=_file_hash(self.path)) if self._is_npz else features
 
     def protocol(self) -> dict[str, Any]:
         """Return plain JSON types, to be kept beside the figures."""
@@ -185,13 +186,18 @@ def write_reference(images: ImageSet, path: str | Path, inception: Inception, *,
     if len(images) < 2:
         raise DataError(f"{len(images)} image in {images.path}: statistics need at least 2")
     keep = evenly(len(images), REFERENCE_IMAGES)
-    with disk(Path(path)), new_npz(path) as npz:
-        with npz.rows("arr_0", (len(keep), *images.size, 3), np.uint8) as write:
-            features = extract_features(images, inception, batch=batch, keep=keep, label="reference", on_kept=write)
-        for name, (mu_key, sigma_key, _) in _STORED.items():
-            mu, sigma = getattr(features, name)
-            npz.array(mu_key, mu)
-            npz.array(sigma_key, sigma)
+    try:
+        with disk(Path(path)), new_npz(path) as npz:
+            with npz.rows("arr_0", (len(keep), *images.size, 3), np.uint8) as write:
+                features = extract_features(images, inception, batch=batch, keep=keep, label="reference", on_kept=write)
+                if len(features.kept) < len(keep):
+                    raise _Fewer
+            for name, (mu_key, sigma_key, _) in _STORED.items():
+                mu, sigma = getattr(features, name)
+                npz.array(mu_key, mu)
+                npz.array(sigma_key, sigma)
+    except _Fewer:  # an array's length comes before its rows; the images that turned out to be broken are known now
+        return write_reference(images, path, inception, batch=batch)
     return {
         "reference": str(path),
         "images": len(images),
@@ -204,6 +210,10 @@ def write_reference(images: ImageSet, path: str | Path, inception: Inception, *,
         "inception": inception.protocol(),
         "warnings": [*images.notes, *inception.notes],
     }
+
+
+class _Fewer(Exception):
+    """There are fewer images than were counted."""
 
 
 @dataclass(frozen=True)

@@ -1,35 +1,37 @@
-"""Reads images to be judged, in order and in little memory: files in a folder, an npz, or what `mpdit sample` wrote."""
+"""Reads images to be judged, in order and in little memory: what `mpdit extract` reads, an npz, what was sampled."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mpdit.core.errors import DataError
+from mpdit.core.errors import DataError, one_line
 from mpdit.core.files import as_path
 from mpdit.core.progress import bar
 from mpdit.core.read_ahead import read_ahead
 from mpdit.core.text import counted
-from mpdit.jobs.extract.decode import decode_image, to_rgb
+from mpdit.jobs.extract.archives import ARCHIVES
+from mpdit.jobs.extract.decode import FACTS, decode_ahead
+from mpdit.jobs.extract.sources import HIDDEN, MOST_SKIPPED, BrokenImage, ImageIndex, list_images, summary
 from mpdit.jobs.npz import NpzReader
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-"""Of the files that count as images, in small letters."""
 
 NPZ_KEYS = ("arr_0", "images")
 """Of images in an npz: ADM's name, and that of an array saved by keyword."""
 
 _UNFINISHED = ".parts"  # what `mpdit sample` leaves while it isn't done
+_OURS = ("evaluation.json", "protocol.json")  # which we write beside images
 _AHEAD = 3  # batches decoded before they are asked for
 _NAMED = 5  # of many files, as many are named in a message
 
@@ -41,6 +43,7 @@ class ImageSet:
     path: Path
     """As given by the user."""
     count: int
+    """Of all that were found."""
     size: tuple[int, int]
     """Height and width, in pixels."""
     protocol: dict[str, Any] | None
@@ -48,37 +51,55 @@ class ImageSet:
     batches: Callable[[int], Iterator[NDArray[np.uint8]]]
     """Yields uint8 RGB [n, H, W, 3] in order, so many images at a time, read ahead in threads.
 
-    DataError for images that can't be decoded: all are tried, counted, and the first ones named.
+    Broken images are left out and added to `broken`. DataError when more than MOST_SKIPPED or all are.
     """
     cropped: bool = False
     """Whether they are cropped to that size on reading."""
-    notes: tuple[str, ...] = ()
-    """What is odd about them without being wrong."""
+    remarks: tuple[str, ...] = ()
+    """What is odd about their files without being wrong."""
+    broken: dict[str, str] = field(default_factory=dict)
+    """Images left out, and why: those whose header can't be read, and any more that are found on reading."""
+    facts: Counter[str] = field(default_factory=Counter)
+    """How many of those read last are odd in which way of decode.FACTS."""
 
     def __len__(self) -> int:
-        return self.count
+        """Return how many are sound, as far as is known."""
+        return self.count - len(self.broken)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Return what is odd about them without being wrong, of their pixels once they have been read."""
+        notes = self.remarks
+        if self.broken:
+            notes += (f"{counted(len(self.broken), 'broken image')} of {self.path} left out: {_first(self.broken)}",)
+        if facts := "; ".join(f"{self.facts[name]} {words}" for name, words in FACTS.items() if self.facts[name]):
+            notes += (f"of {counted(len(self), 'image')} in {self.path} are {facts}",)
+        return notes
 
 
 def open_images(path: str | Path, crop: int | None = None) -> ImageSet:
-    """Open the images of a folder (any depth), of an npz, or of a folder that `mpdit sample` wrote.
+    """Open an npz, a folder that `mpdit sample` wrote, or images wherever `mpdit extract` finds them (list_images).
 
-    Grey and palette images become RGB, and alpha is dropped with a note, as PIL's convert("RGB") has it, which ADM
-    and DiT read images by. With `crop` the files of a folder are cropped to squares of that side, as `mpdit extract`
-    crops them; without, they must be of one size. DataError when there are none, sizes differ, they aren't as many as
-    their protocol says, or a file is no image; every file's header is read before that is said.
+    They are decoded as for `mpdit extract`. With `crop` files are cropped to squares of that side; without, they must
+    be of one size. Broken ones are left out and told, as many as `mpdit extract` leaves out by default. DataError when
+    there are none, too many are broken, sizes differ, or they aren't as many as their protocol says; every file's
+    header is read before that is said.
     """
     path = as_path(path)
-    if not path.exists():
-        raise DataError(f"{path} does not exist: give a folder of images or an npz")
-    file = path if path.is_file() else path / "samples.npz"
-    images = _open_npz(path, file, crop) if file.is_file() else _open_folder(path, crop)
+    file = path if path.is_file() and not is_archive(path) else path / "samples.npz"
+    images = _open_npz(path, file, crop) if file.is_file() else _open_files(path, crop)
     wanted = (images.protocol or {}).get("images")
-    if isinstance(wanted, int) and wanted != len(images):
+    if isinstance(wanted, int) and wanted != images.count:
         raise DataError(
-            f"{path} holds {counted(len(images), 'image')}, and their protocol says {wanted}: "
+            f"{path} holds {counted(images.count, 'image')}, and their protocol says {wanted}: "
             "repeat the `mpdit sample` command that drew them"
         )
     return images
+
+
+def is_archive(path: Path) -> bool:
+    """Return whether a file is a tar or zip, or another archive, by its name; an npz isn't called one."""
+    return path.name.lower().endswith(ARCHIVES)
 
 
 def _open_npz(path: Path, file: Path, crop: int | None) -> ImageSet:
@@ -111,87 +132,80 @@ def _open_npz(path: Path, file: Path, crop: int | None) -> ImageSet:
     return ImageSet(path, shape[0], (shape[1], shape[2]), protocol, batches)
 
 
-def _open_folder(path: Path, crop: int | None) -> ImageSet:
+def _open_files(path: Path, crop: int | None) -> ImageSet:
     protocol = _protocol_beside(path)
     if protocol is None and (path / _UNFINISHED).is_dir():
         raise DataError(f"{path} holds unfinished samples: repeat the `mpdit sample` command that draws them")
-    folder = path / "images" if protocol is not None and (path / "images").is_dir() else path
-    files = list_images(folder)
-    if not files:
-        raise DataError(f"{folder} holds no images ({', '.join(SUFFIXES)}): give another folder")
+    images = list_images(path / "images" if protocol is not None and (path / "images").is_dir() else path, None)
+    others = [(name, why) for name, why in images.ignored if why != HIDDEN and name not in _OURS]
+    remarks = images.notes + ((f"not taken for images in {path}: {summary(others)}",) if others else ())
+    broken: dict[str, str] = {}
+    facts: Counter[str] = Counter()
 
-    def refuse(broken: Sequence[Path], why: str) -> NoReturn:
-        names = ", ".join(str(file.relative_to(path)) for file in broken[:_NAMED])
-        more = ", ..." if len(broken) > _NAMED else ""
-        raise DataError(f"{counted(len(broken), 'image')} in {path} ({names}{more}) {why}: replace or delete them")
+    def leave_out(number: int, why: str) -> None:
+        broken[images.names[number]] = why
+        if len(broken) > MOST_SKIPPED or len(broken) == len(images):
+            raise DataError(
+                f"{len(broken)} of {counted(len(images), 'image')} in {path} can't be used ({_first(broken)}): replace "
+                f"or delete them, {MOST_SKIPPED} at most are left out"
+            )
 
-    with bar("checking images", len(files)) as progress, ThreadPoolExecutor(_workers()) as pool:
-        headers = []
-        for header in read_ahead(pool, (functools.partial(_read_header, file) for file in files), 1000):
-            headers.append(header)
+    sizes: dict[int, tuple[int, int]] = {}
+    with bar("checking images", len(images)) as progress, ThreadPoolExecutor(_workers()) as pool:
+        headers = (functools.partial(_read_size, images, number) for number in range(len(images)))
+        for number, found in enumerate(read_ahead(pool, headers, 1000)):
+            if isinstance(found, str):
+                leave_out(number, found)
+            else:
+                sizes[number] = found
             progress.update()
-    if broken := [file for file, header in zip(files, headers, strict=True) if header is None]:
-        refuse(broken, "can't be read as images")
-    sizes = [header[0] for header in headers if header]
-    other = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
+    first = next(iter(sizes))
+    other = next((number for number, size in sizes.items() if size != sizes[first]), None)
     if crop is None and other is not None:
-        shown = [f"{files[i].relative_to(path)} {sizes[i][1]} x {sizes[i][0]}" for i in (0, other)]
+        shown = [f"{images.names[i]} {sizes[i][1]} x {sizes[i][0]}" for i in (first, other)]
         raise DataError(
             f"images in {path} differ in size (width x height): {' and '.join(shown)}: crop them to one size "
             "(a reference's with --image-size)"
         )
-    alpha = sum(header[1] for header in headers if header)
-    notes = (f"{alpha} of {len(files)} images in {path} have an alpha channel, which is ignored",) if alpha else ()
 
     def batches(count: int) -> Iterator[NDArray[np.uint8]]:
-        broken: list[Path] = []
-        with ThreadPoolExecutor(_workers()) as pool:
-            decoded = read_ahead(pool, (functools.partial(_decode, file, crop) for file in files), _AHEAD * count)
-            for start in range(0, len(files), count):
-                found = [(file, next(decoded)) for file in files[start : start + count]]
-                broken += [file for file, image in found if image is None]
-                if not broken:
-                    yield np.stack([image for _, image in found if image is not None])
-        if broken:
-            refuse(broken, "can't be decoded")
+        facts.clear()
+        numbers = [number for number in sizes if images.names[number] not in broken]
+        results = decode_ahead(images, numbers, size=crop, bits=None, workers=_workers(), ahead=_AHEAD * count)
+        held = []
+        with contextlib.closing(results) as decoded:
+            for number, (result, _) in zip(numbers, decoded, strict=True):
+                if isinstance(result, str):
+                    leave_out(number, result)
+                    continue
+                facts.update(result.facts)
+                held.append(result.pixels)
+                if len(held) == count:
+                    yield np.stack(held)
+                    held = []
+        if held:
+            yield np.stack(held)
 
-    size = sizes[0] if crop is None else (crop, crop)
-    return ImageSet(path, len(files), size, protocol, batches, cropped=crop is not None, notes=notes)
-
-
-def list_images(folder: Path) -> list[Path]:
-    """List image files below a folder by their suffix, sorted by path; hidden ones are left out, links are followed."""
-    found: list[Path] = []
-    seen: set[tuple[int, int]] = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        status = os.stat(root)
-        if (status.st_dev, status.st_ino) in seen:  # a link to a folder above it
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(root, n) for n in files if n.lower().endswith(SUFFIXES) and not n.startswith(".")]
-    return sorted(found, key=lambda file: file.relative_to(folder).parts)
+    size = sizes[first] if crop is None else (crop, crop)
+    return ImageSet(path, len(images), size, protocol, batches, crop is not None, remarks, broken, facts)
 
 
-def _read_header(file: Path) -> tuple[tuple[int, int], bool] | None:
-    """Return height and width of an image file, and whether it has alpha; None when it can't be read."""
+def _read_size(images: ImageIndex, number: int) -> tuple[int, int] | str:
+    """Return height and width of an image, by its header; or why it can't be read."""
     try:
-        with Image.open(file) as image:
-            return (image.height, image.width), image.has_transparency_data
+        with images.open(number) as file, Image.open(file) as image:
+            return image.height, image.width
+    except DataError:
+        raise
+    except BrokenImage as error:
+        return str(error)
     except Exception:  # whatever PIL raises for foreign bytes: OSError, SyntaxError, DecompressionBombError, ...
-        return None
+        return "is no image that can be decoded"
 
 
-def _decode(file: Path, crop: int | None) -> NDArray[np.uint8] | None:
-    """Return uint8 RGB [H, W, 3]; None when it is broken."""
-    try:
-        if crop is not None:
-            return decode_image(file.read_bytes(), crop)
-        with Image.open(file) as image:
-            return np.asarray(to_rgb(image))
-    except Exception:
-        return None
+def _first(broken: dict[str, str]) -> str:
+    shown = "; ".join(f"{name} {why}" for name, why in list(broken.items())[:_NAMED])
+    return one_line(f"{shown}; ..." if len(broken) > _NAMED else shown)
 
 
 def _workers() -> int:

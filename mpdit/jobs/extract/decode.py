@@ -7,7 +7,7 @@ import functools
 import io
 import re
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -47,7 +47,7 @@ class Decoded(NamedTuple):
     """An image as it is encoded, and what was odd of its file."""
 
     pixels: NDArray[np.uint8]
-    """RGB [size, size, 3]."""
+    """RGB [H, W, 3]."""
     facts: tuple[str, ...]
     """Of FACTS."""
 
@@ -57,8 +57,8 @@ def decode_image(data: bytes, size: int, bits: int | None = None) -> NDArray[np.
     return examine_image(data, size, bits).pixels
 
 
-def examine_image(data: bytes, size: int, bits: int | None = None) -> Decoded:
-    """Decode an image file to a square of pixels. BrokenImage, saying why, when it can't be decoded.
+def examine_image(data: bytes, size: int | None, bits: int | None = None) -> Decoded:
+    """Decode an image file to a square of pixels, or all of it for None. BrokenImage, saying why, when it can't be.
 
     EXIF's orientation and colour profiles are not applied, as the loaders of ADM, DiT and MPDiT don't; of several
     frames the first is taken. `bits` is to_rgb's.
@@ -67,7 +67,9 @@ def examine_image(data: bytes, size: int, bits: int | None = None) -> Decoded:
         with Image.open(io.BytesIO(data)) as image:
             several, deep = _has_frames(image), _is_deep(image)
             rgb = to_rgb(image, bits)
-            return Decoded(center_crop(rgb, size), tuple(_facts(image, several, deep)))
+            return Decoded(
+                np.asarray(rgb) if size is None else center_crop(rgb, size), tuple(_facts(image, several, deep))
+            )
     except UnidentifiedImageError as error:
         raise BrokenImage("is no image that can be decoded") from error
     except BrokenImage:
@@ -172,7 +174,7 @@ def center_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
 
 
 def decode_ahead(
-    images: ImageIndex, numbers: range, *, size: int, bits: int | None, workers: int, ahead: int
+    images: ImageIndex, numbers: Sequence[int], *, size: int | None, bits: int | None, workers: int, ahead: int
 ) -> Generator[tuple[Decoded | str, float]]:
     """Decode and crop images in threads, at least `ahead` of them before they are asked for.
 

@@ -56,7 +56,7 @@ from mpdit.data.writer import PartialFile
 from mpdit.diffusion.inference import computing
 from mpdit.jobs.extract.classes import ClassMode
 from mpdit.jobs.extract.decode import CROP, FACTS, decode_ahead
-from mpdit.jobs.extract.sources import ImageIndex, kinds, list_images
+from mpdit.jobs.extract.sources import MOST_SKIPPED, ImageIndex, kinds, list_images
 from mpdit.jobs.npz import disk
 from mpdit.jobs.workers import DoPart, Job, Report, begin, choose_devices, run_parts
 from mpdit.model.vae import SIGNED, VAE, PixelRange, VAEDtype
@@ -84,7 +84,7 @@ class ExtractOptions:
     normalization: NormalizationMode = "auto"
     kind: str | None = None
     """The data set's; None: "images256", with the image size."""
-    max_skipped: int = 100
+    max_skipped: int = MOST_SKIPPED
     """Broken images that may be left out."""
     part_images: int = 8192
     """Images of a part, and records of a shard; the unit that is lost when a job is killed."""

@@ -7,6 +7,7 @@ import errno
 import functools
 import hashlib
 import importlib
+import io
 import json
 import os
 import stat
@@ -62,13 +63,21 @@ _NAMED = 3  # of many files, as many are named in a message
 # What is wrong with one file alone; any other error of the system would strike the next ones too.
 _OF_ONE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
-_NO_IMAGE, _HIDDEN = "is no image by its name", "hidden or the system's"
+MOST_SKIPPED = 100
+"""Broken images that are left out, unless it is said otherwise."""
+HIDDEN = "hidden or the system's"
+"""Why a file is ignored that isn't told of by its name."""
+_NO_IMAGE = "is no image by its name"
 _ARCHIVE = "is an archive, which isn't looked into here"
 _LINKED = "is a link to a folder, whose images aren't taken again"
 
 _PLACE = np.dtype([("container", np.int64), ("offset", np.int64), ("size", np.int64), ("crc", np.int64)])
 """Of an image: number of its container; offset in it (of a zip, of the member's header); bytes as stored, which of a
 link to nowhere are -1; CRC-32 of the file by a zip's table of contents, 0 elsewhere."""
+
+
+_Labels = dict[tuple[str, bool], int | DataError]
+"""The label of a key, or what is wrong with it, and whether a .cls says so, which goes before a .json."""
 
 
 class BrokenImage(Exception):
@@ -113,6 +122,13 @@ class ImageIndex:
             digest.update(f"\n{label}\0{name}\0{size}\0{crc}".encode(errors="surrogatepass"))
         return digest.hexdigest()
 
+    def open(self, index: int) -> IO[bytes]:
+        """Open an image's file, to read its header alone where it lies in a folder. Raises as `read`, and OSError."""
+        container = self.containers[int(self.places[index]["container"])]
+        if container.kind == "folder":
+            return open(os.path.join(container.path, self.names[index]), "rb")
+        return io.BytesIO(self.read(index))
+
     def read(self, index: int) -> bytes:
         """Return an image's file. BrokenImage when it is missing or damaged, DataError when nothing can be read there.
 
@@ -124,7 +140,8 @@ class ImageIndex:
         try:
             with open(path, "rb", buffering=0) as file:
                 if container.kind == "folder":
-                    return _limited(file.read(_MOST_BYTES + 1))
+                    _check_size(os.fstat(file.fileno()).st_size)
+                    return _limited(file.readall())
                 if container.kind == "tar":
                     return _read_exactly(file.fileno(), size, offset)
                 return _read_zip_member(file.fileno(), offset, size, crc)
@@ -139,14 +156,17 @@ class ImageIndex:
 def _limited(data: bytes) -> bytes:
     if not data:
         raise BrokenImage("is empty")
-    if len(data) > _MOST_BYTES:
-        raise BrokenImage(f"is larger than {_MOST_BYTES >> 20} MiB")
+    _check_size(len(data))
     return data
 
 
-def _read_exactly(descriptor: int, size: int, offset: int) -> bytes:
+def _check_size(size: int) -> None:
     if size > _MOST_BYTES:
         raise BrokenImage(f"is larger than {_MOST_BYTES >> 20} MiB")
+
+
+def _read_exactly(descriptor: int, size: int, offset: int) -> bytes:
+    _check_size(size)
     data = os.pread(descriptor, size, offset)
     while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
         data += more
@@ -256,7 +276,7 @@ class _Listing(FoundImages):
 
     def index(self, path: Path, classes: ClassMode | None) -> ImageIndex:
         """Return the images that have a class, in order."""
-        self.ignored += [(name, _HIDDEN) for name in self._hidden]
+        self.ignored += [(name, HIDDEN) for name in self._hidden]
         if not self.names:
             left = f" (it has {told})" if (told := summary(self.ignored)) else ""
             raise DataError(f"{path} holds no images that can be decoded here{left}: check the path")
@@ -272,7 +292,7 @@ class _Listing(FoundImages):
             f"{name} {reason}"
             for name, reason in self.ignored
             if reason in (_ARCHIVE, _LINKED)
-            or (reason not in (_NO_IMAGE, _HIDDEN) and _suffix(name) in image_suffixes())
+            or (reason not in (_NO_IMAGE, HIDDEN) and _suffix(name) in image_suffixes())
         ]
         if lost:
             self.notes.append(f"{len(lost)} of the images and archives in {path} are left out: {some(lost, _NAMED)}")
@@ -327,7 +347,8 @@ class _Listing(FoundImages):
                 yield Member(name, "folder")
                 yield from walk(entry.path, f"{name}/", (*above, identity))
 
-        yield from walk(top, "", ())
+        status = os.stat(top)
+        yield from walk(top, "", ((status.st_dev, status.st_ino),))
         if twice:
             self.notes.append(
                 f"links lead to folders of {top} that are read anyway: their images count twice ({some(twice)})"
@@ -372,7 +393,7 @@ class _Listing(FoundImages):
         """Add the images among a container's members, their names behind `prefix`. Tars in it go into `inner`."""
         self._containers.append(container)
         first = len(self.names)
-        labels: dict[str, int | DataError] = {}
+        labels: _Labels = {}
         datasets: list[tuple[str, Member]] = []
         links: dict[str, str] = {}
         others: dict[str, Member] = {}
@@ -470,7 +491,7 @@ class _Listing(FoundImages):
         for index in kept:
             self._places.extend(places[4 * index : 4 * index + 4])
 
-    def _apply_labels(self, path: Path, first: int, prefix: int, labels: Mapping[str, int | DataError]) -> None:
+    def _apply_labels(self, path: Path, first: int, prefix: int, labels: _Labels) -> None:
         """Give each image from `first` on the label of its key: its name up to the suffix, else up to the first dot.
 
         A key's label is of one image, KEY.jpg, as webdataset has it: others such as KEY.seg.png are ignored. DataError
@@ -481,7 +502,7 @@ class _Listing(FoundImages):
             name = self.names[index][prefix:]
             folder, slash, base = name.rpartition("/")
             for key in (name.rpartition(".")[0], folder + slash + base.partition(".")[0]):
-                if key in labels:
+                if (key, True) in labels or (key, False) in labels:
                     samples.setdefault(key, []).append(index)
                     break
         for key, images in samples.items():
@@ -492,7 +513,7 @@ class _Listing(FoundImages):
                     f"{path} has {len(images)} images of the key {key} ({self.names[images[0]]}, "
                     f"{self.names[images[1]]}, ...) and one label: leave one of them, or choose other classes"
                 )
-            label = labels[key]
+            label = labels.get((key, True), labels.get((key, False), UNLABELLED))
             if isinstance(label, DataError):
                 raise label
             for index in images:
@@ -514,12 +535,10 @@ class _Listing(FoundImages):
             ) from error
 
 
-def _read_label(
-    read: Callable[[Member], bytes], member: Member, name: str, shown: str, labels: dict[str, int | DataError]
-) -> bool:
-    """Note the label that webdataset's KEY.cls or KEY.json holds, if it does, or what is wrong with it.
+def _read_label(read: Callable[[Member], bytes], member: Member, name: str, shown: str, labels: _Labels) -> bool:
+    """Note the label that webdataset's KEY.cls or KEY.json holds, or what is wrong with it; return whether it does.
 
-    A .cls goes before a .json. Whether it is wrong matters only if there is an image of that key.
+    Whether it is wrong matters only if there is an image of that key.
     """
     key, _, suffix = name.rpartition(".")
     is_class = suffix.lower() == "cls"
@@ -532,7 +551,7 @@ def _read_label(
         label: int | DataError = as_label(value)
     except (ValueError, RecursionError, OSError, BrokenImage) as error:
         label = DataError(f"{shown} holds no label that can be used ({error}): mend it, or choose other classes")
-    labels[key] = label if is_class else labels.get(key, label)
+    labels[key, is_class] = label
     return True
 
 
