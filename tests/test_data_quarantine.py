@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -326,6 +327,8 @@ def test_files_of_other_formats_give_way_too(tmp_path: Path, damage: Callable[[P
     with pytest.raises(RecordError, match=r"5.npy") as error:
         dataset.read(np.arange(24))
     assert error.value.sample == 5
+    sent = pickle.loads(pickle.dumps(error.value))  # as from a worker of DataLoader or of a pool
+    assert (type(sent), str(sent), vars(sent)) == (RecordError, str(error.value), vars(error.value))
     sound = Quarantine(dataset, 1, tmp_path / QUARANTINE_NAME, "pairs")
     moments, labels = sound.read(np.array([5, 6]))
     assert np.array_equal(moments[0], moments[1])

@@ -1,6 +1,8 @@
 """Errors a user can mend. Entry points print their message on one line and exit with code 2."""
 
 import errno
+import functools
+from typing import Any
 
 _LONGEST = 1000
 """Characters of a line that says what went wrong, however long what it quotes."""
@@ -30,6 +32,10 @@ class RecordError(DataError):
         self.offset = offset
         """Where in the file it begins, in bytes; None where files hold one record each or aren't ours."""
         self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Name all arguments: from its message alone, another process could not make it, and would wait for ever."""
+        return functools.partial(type(self), *self.args, **vars(self)), ()
 
 
 class CheckpointError(UserError):

@@ -94,7 +94,7 @@ def _parent(process: int) -> int:
         return os.getppid()
     try:
         # "PID (COMMAND) STATE PARENT ...", where COMMAND may hold anything.
-        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+        return int(Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[1])
     except (OSError, ValueError, IndexError):
         return 0
 

@@ -100,7 +100,7 @@ class Watchdog:
         message = f"rank {self._rank} hangs: nothing was finished in {limit:g} s, at {doing}{self._place()}"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with path.open("w") as file:
+            with path.open("w", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S %z')} {message}\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
