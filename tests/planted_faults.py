@@ -168,6 +168,8 @@ FAULTS = tuple(Fault(*row) for row in (
      "return memory.copy_(values, non_blocking=True)", "return values", "test_training_resume.py -k goes_on_while"),
     (T + "checkpoint/format.py", "raw weights are exported for the average", 'reader.read("ema", name, 0,',
      'reader.read("weight", name, 0,', "test_training_checkpoint.py"),
+    (T + "config.py", "data can't lie where names are not UTF-8", "os.fsencode(value)", "value.encode()",
+     "test_training_prepare.py -k utf8"),
     (T + "loop.py", "a resumed run sees its last batch again", "samples = plan.samples_after(step)",
      "samples = plan.samples_after(step - 1)", "test_training_runs.py -k bit_for_bit"),
     (T + "safety/guard.py", "one more step may be skipped than --max-skips says",
