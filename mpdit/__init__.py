@@ -13,7 +13,8 @@ from mpdit.core.version import __version__
 if TYPE_CHECKING:
     from mpdit.diffusion.sampling import sample
     from mpdit.interop.diffusers_folder import save_diffusers
-    from mpdit.interop.official import from_official, load_official, save_official, to_official
+    from mpdit.interop.official import load_official, save_official
+    from mpdit.interop.state_dict import from_official, to_official
     from mpdit.model.config import ModelConfig, StageSpec
     from mpdit.model.mpdit import MPDiT, create_model, load_weights
     from mpdit.model.presets import PRESETS
@@ -25,8 +26,8 @@ _HOME = {
     "PRESETS": "mpdit.model.presets",
     "MPDiT": "mpdit.model.mpdit",
     "create_model": "mpdit.model.mpdit",
-    "from_official": "mpdit.interop.official",
-    "to_official": "mpdit.interop.official",
+    "from_official": "mpdit.interop.state_dict",
+    "to_official": "mpdit.interop.state_dict",
     "save_diffusers": "mpdit.interop.diffusers_folder",
     "load_official": "mpdit.interop.official",
     "save_official": "mpdit.interop.official",

@@ -8,7 +8,7 @@ from goldens import NAMES, Golden, relative_error
 
 import mpdit
 from mpdit.core.errors import CheckpointError
-from mpdit.interop.official import official_names
+from mpdit.interop.state_dict import official_names
 from mpdit.model.layers import sincos_position
 
 
@@ -58,12 +58,12 @@ def test_everything_but_the_head_count_is_inferred(preset, overrides):
 
 @pytest.mark.parametrize("name", ["MPDiT-XL/4-2", "MPDiT-XL/8-4-2", "DiT-XL/2"])
 def test_full_size_configurations_are_inferred_from_shapes(name):
-    from mpdit.interop.official import _infer_config
+    from mpdit.interop.state_dict import infer_config
 
     config = mpdit.PRESETS[name]
     with torch.device("meta"):
         state, _ = official(config)
-    inferred = _infer_config(state, config.heads, "mpdit", config.num_classes)
+    inferred = infer_config(state, config.heads, "mpdit", config.num_classes)
     assert inferred.replace(class_tokens=config.class_tokens) == config
 
 

@@ -177,7 +177,7 @@ BAD = {
     "an empty entry": (lambda state: {"ema": None, "model": state}, "has no entry 'ema': it holds model"),
     "no such entry": (lambda state: {"model": state}, "has no entry 'ema': it holds model"),
     "a list": (lambda state: [state], "holds a list"),
-    "nothing": (lambda state: {}, "empty"),
+    "nothing": (lambda state: {}, "holds no tensors"),
     "numbers as names": (lambda state: {1: torch.ones(1), **state}, "no official model has: 1"),
     "a description of something else": (
         lambda state: {"ema": state, "mpdit": 3},

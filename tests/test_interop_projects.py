@@ -21,8 +21,9 @@ from torch import Tensor
 import mpdit
 from mpdit import cli
 from mpdit.core.errors import CheckpointError, ConfigError
-from mpdit.interop.official import load_official, official_names, read_official
+from mpdit.interop.official import load_official, read_official
 from mpdit.interop.projects import PROJECTS
+from mpdit.interop.state_dict import official_names
 from mpdit.model.config import ModelConfig, StageSpec
 from mpdit.model.layers import sincos_position
 from mpdit.model.weights import check_flow, load_tensors, save_weights
@@ -83,6 +84,14 @@ WHOSE = {
     ),
     "nothing": ({"args": said(model=None)}, "DiT", "mpdit", "noise"),
 }
+
+
+def test_the_page_on_checkpoints_lists_what_is_read() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text()
+    for project in PROJECTS:
+        time = "noise" if project.convention == "mpdit" else "data"
+        row = next(line for line in page.splitlines() if line.startswith(f"| {project.name} ({project.repository})"))
+        assert row.split("|")[3].strip() == time
 
 
 @pytest.mark.parametrize(("beside", "name", "convention", "objective"), WHOSE.values(), ids=WHOSE)

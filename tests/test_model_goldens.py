@@ -7,7 +7,7 @@ from goldens import MULTI_STAGE, NAMES, Golden, relative_error
 from interpreter import few_programs
 
 import mpdit
-from mpdit.interop.official import official_names
+from mpdit.interop.state_dict import official_names
 
 TOLERANCE = 1e-5
 

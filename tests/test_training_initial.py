@@ -18,7 +18,8 @@ from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import UserError
 from mpdit.data.latents import PackedLatents
 from mpdit.data.writer import write_packed
-from mpdit.interop.official import save_official, to_official
+from mpdit.interop.official import save_official
+from mpdit.interop.state_dict import to_official
 from mpdit.model.config import ModelConfig
 from mpdit.model.mpdit import MPDiT, load_weights
 from mpdit.model.presets import preset

@@ -44,6 +44,8 @@ _OPTIONS = {
 }
 """The options by the kinds of conversion that read them."""
 
+_CHECKPOINTS = (".pt", ".pth", ".ckpt", ".pkl")
+
 _HELP = {
     "source": "another project's checkpoint or diffusers folder, a training run's or weights folder, or latents",
     "out": "folder to write, new or empty; with --to official also a new file that ends in .pt or .pth",
@@ -94,6 +96,12 @@ def _deduce(source: Path, theirs: bool) -> str:
         return "weights"
     if source.name == "model.safetensors" or any((source / sub / "model.safetensors").is_file() for sub in ("", "ema")):
         raise ConfigError(f"{source} holds a model's weights: say what to make of them, --to official or diffusers")
+    from mpdit.data.open import READERS
+
+    if not any(reader.find(source) for reader in READERS):
+        held = [file for depth in ("*", "*/*") for file in source.glob(depth) if file.suffix in _CHECKPOINTS]
+        if held:
+            raise ConfigError(f"{source} holds checkpoints: give one of them, such as {max(held)}")
     return "latents"
 
 

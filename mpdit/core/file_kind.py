@@ -26,9 +26,8 @@ _BEGINNINGS = (
     # Torch's own old format is a pickle too, of this number first.
     (
         rb"\x80[\x02-\x05](?!(\x95.{8})?\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19)",
-        "is a bare pickle, no checkpoint of tensors, as EDM, EDM2 and SiD save their networks with their code: it was "
-        "not unpickled, as that could run any code",
-        "in its own project save the state dict alone, by torch.save or as safetensors",
+        "is a bare pickle, no checkpoint of tensors, as EDM, EDM2 and SiD save their networks with their code",
+        "it was not unpickled, as that could run any code; in its own project save the state dict alone",
     ),
 )
 """Patterns of a file's beginning, what such a file is, and what to do."""

@@ -88,7 +88,7 @@ PROJECTS = (
 
 _ARGUMENTS = ("args", "config", "hyper_parameters", "hparams", "cfg")
 _STEPS = ("train_steps", "steps", "global_step", "step")
-_STRAIGHT, _VELOCITY = ("linear", "Linear"), ("v", "velocity")
+_VELOCITY = ("v", "velocity")
 _WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _ANCHOR = re.compile(r"(|.*\.)(x_embedder|pos_embed)\.proj\.weight")
 _ELSEWHERE = "only DiT, SiT, REPA, MPDiT and models of their shape are read"
@@ -173,7 +173,7 @@ def find_model(checkpoint: Any, which: str, path: object) -> FoundModel:
         some = ", ".join([name for _, name, value in held if isinstance(value, Tensor)][:3])
         raise CheckpointError(
             f"{path} lacks x_embedder.proj.weight: is this an official MPDiT, DiT or SiT state dict? It "
-            + (f"holds {some}" if some else "is empty, of tensors")
+            + (f"holds {some}" if some else "holds no tensors")
         )
     entry, prefix, weights = _choose(found, which, path)
     others = tuple(p for e, p in found if e == entry and p != prefix and p.startswith(prefix))
@@ -226,8 +226,8 @@ def model_name(arguments: Mapping[str, Any]) -> str:
 def _objective(project: Project, arguments: Mapping[str, Any]) -> tuple[str | None, bool]:
     """Return what the model predicts, None for the velocity of a straight path, and whether its arguments say so."""
     said, path = arguments.get("prediction"), arguments.get("path_type")
-    predicts = said if isinstance(said, str) else project.predicts
-    straight = not isinstance(path, str) or path in _STRAIGHT
+    predicts = said.lower() if isinstance(said, str) else project.predicts
+    straight = not isinstance(path, str) or path.lower() == "linear"
     if straight and predicts in _VELOCITY:
         return None, isinstance(said, str)
     what = "a velocity" if predicts in _VELOCITY else predicts

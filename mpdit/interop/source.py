@@ -16,7 +16,7 @@ _FILES = (
     *("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.bin"),
     *("model.safetensors", "model*-of-*.safetensors", "pytorch_model.bin"),
 )
-_SHARD = re.compile(r".*-\d+-of-0*([2-9]|\d{2,})\..*")
+_SHARD = re.compile(r".*-\d+-of-(?!0*1\.)0*(\d+)\..*")
 
 
 def is_foreign(path: Path) -> bool:
