@@ -28,7 +28,8 @@ def save_model(folder: Path, decoder: dict[str, Any] | None = None, **fields: An
     return folder
 
 
-def save_vae(folder: Path, channels: int = 4) -> Path:
+def save_vae(folder: Path, channels: int = 4, scaling_factor: float = 0.85) -> Path:
+    """Save a random one, set for latents of the models' std of 1.17 unless given another factor."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(1)
@@ -38,6 +39,7 @@ def save_vae(folder: Path, channels: int = 4) -> Path:
         up_block_types=("UpDecoderBlock2D",) * 2,
         norm_num_groups=4,
         latent_channels=channels,
+        scaling_factor=scaling_factor,
     ).save_pretrained(folder)
     return folder
 

@@ -118,6 +118,9 @@ def test_a_run_to_official_and_back(run, tmp_path, capsys, name):
 def test_a_run_and_a_checkpoint_to_diffusers(run, checkpoint, tmp_path, capsys):
     pytest.importorskip("diffusers")
     convert(capsys, run, tmp_path / "a", "--to", "diffusers")
+    convert(capsys, run, tmp_path / "c", "--to", "diffusers", "--data-scale", "0.5,1")
+    transformer = json.loads((tmp_path / "c/transformer/config.json").read_text())
+    assert (transformer["latents_mean"], transformer["latents_std"]) == ([2.0] * 4, [4.0] * 4)
     convert(capsys, checkpoint, tmp_path / "b", "--to", "diffusers")
     for name, mean in (("a", DATA["normalization"]["mean"]), ("b", list(PAPER.mean))):
         config = json.loads((tmp_path / name / "transformer" / "config.json").read_text())

@@ -167,7 +167,7 @@ def test_verify_tells_of_empty_and_of_small_classes_and_of_unsuitable_constants(
     out = capsys.readouterr().out
     assert "classes: 7, of 0 to 15 samples, in the median 0\nempty classes: 4 (1, 3, 4, 6)\n" in out
     assert "imbalanced: 15.0 times as many samples in the largest class as in the smallest" in out
-    assert "warning: the normalisation in use does not suit these latents" in out
+    assert "note: by the normalisation in use a model sees mean " in out and "does not suit these latents" in out
     assert cli.main(["verify", str(path), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["normalization"] == report["statistics"], "auto measures what the paper's constants don't suit"

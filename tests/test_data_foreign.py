@@ -33,7 +33,7 @@ from mpdit.data import (
     write_packed,
 )
 from mpdit.data.latents import LatentDataset
-from mpdit.data.normalization import PAPER, choose_normalization
+from mpdit.data.normalization import PAPER, apart, choose_normalization, seen
 from mpdit.data.readers import base, npy
 from mpdit.data.records import ChannelStatistics
 
@@ -211,25 +211,75 @@ def test_constants_are_the_datas_the_papers_or_the_measured(tmp_path: Path) -> N
         open_latents(path, normalization="mine")  # type: ignore[arg-type]
 
 
-def test_the_papers_constants_suit_up_to_twice_the_spread_and_two_stds_away() -> None:
-    for spread, away in itertools.product((0.49, 0.51, 1.99, 2.01), (-2.01, -1.99, 1.99, 2.01)):
+def test_the_papers_constants_suit_up_to_one_and_a_half_times_the_spread_and_stds_away() -> None:
+    for spread, away in itertools.product((0.66, 0.67, 1.49, 1.51), (-1.51, -1.49, 1.49, 1.51)):
         mean, std = PAPER.mean, np.array(PAPER.std)
         measured = Normalization((mean[0] + away * std[0], *mean[1:]), (std[0], spread * std[1], *std[2:]))
-        suits = 0.5 < spread < 2 and abs(away) < 2
+        suits = 1 / 1.5 < spread < 1.5 and abs(away) < 1.5
         assert choose_normalization("auto", measured) == (PAPER if suits else measured)
 
 
 def test_the_scale_is_measured_or_given_or_refused(tmp_path: Path) -> None:
     ambiguous = formats.write_pairs(tmp_path / "data", LATENTS * np.float32(0.5), LABELS)
-    with pytest.raises(DataError, match=r"std is 1\.9\d*, neither about 4.*--data-scale"):
+    with pytest.raises(DataError, match=r"std is 1\.9\d* of 4 channels, not of 4 and about 4.*--data-scale .*FLUX"):
         open_latents(ambiguous)
     for given in (0.5, "0.5"):
         dataset = open_latents(ambiguous, scale=given)
         assert dataset.manifest.source["scale"] == 0.5
         assert np.array_equal(_bits(dataset.read(np.arange(COUNT))[0]), _bits(_drawn(LATENTS)))
-    for given in ("many", "0", -1.0, float("nan"), "inf", True):
+    for given in ("many", "0", -1.0, float("nan"), "inf", True, "1,2,3", "0.5,", "0.5,inf"):
         with pytest.raises(ConfigError, match="--data-scale is"):
             open_latents(ambiguous, scale=given)
+
+
+@pytest.mark.parametrize("channels", [3, 16])
+def test_the_scale_of_other_vaes_is_asked_for(channels: int, tmp_path: Path) -> None:
+    values = np.resize(LATENTS, (COUNT, channels, 8, 8))
+    path = formats.write_pairs(tmp_path / "data", (values - 0.1159) * 0.3611, LABELS)
+    for factor in (1, 0.5):  # whatever their std is
+        with pytest.raises(DataError, match=f"of {channels} channels, not of 4 .*FLUX 0.3611,0.1159"):
+            open_latents(formats.write_pairs(tmp_path / f"times {factor}", values * factor, LABELS))
+    dataset = open_latents(path, scale="0.3611,0.1159")
+    assert np.abs(dataset.read(np.arange(COUNT))[0][:, 0, :channels] - values).max() < 0.01
+    assert (dataset.manifest.source["scale"], dataset.manifest.source["shift"]) == (0.3611, 0.1159)
+    assert "latents divided by 0.3611, plus 0.1159 (given)" in dataset.manifest.describe_source()
+    assert dataset.manifest.remarks() == []
+
+
+def test_constants_beside_the_data_are_shifted_with_them(tmp_path: Path) -> None:
+    path = formats.write_lightningdit(tmp_path / "data", LATENTS, None, LABELS)
+    own, shifted = open_latents(path).manifest, open_latents(path, scale="0.5,3").manifest
+    assert np.allclose(shifted.normalization.mean, 2 * np.array(own.normalization.mean) + 3)
+    assert np.allclose(shifted.normalization.std, 2 * np.array(own.normalization.std))
+
+
+def test_latents_that_may_have_been_multiplied_are_remarked_on(tmp_path: Path) -> None:
+    scaled = MOMENTS * np.float32(0.18215)
+    files = formats.write_edm2(tmp_path / "edm2", scaled, LABELS)
+    packed = write_packed(tmp_path / "packed", scaled[:, :4], LABELS).manifest
+    for manifest in (open_latents(files).manifest, packed):
+        (remark,) = manifest.remarks()
+        assert "std is 0.7" in remark and "--data-scale FACTOR[,SHIFT]" in remark
+    found = formats.write_pairs(tmp_path / "pairs", LATENTS * np.float32(0.18215), LABELS)
+    (remark,) = open_latents(found).manifest.remarks()
+    assert "divided by 0.18215 (found by their std)" in remark and "by --data-scale" in remark
+    for manifest in (open_latents(files, scale=1).manifest, open_latents(found, scale=0.18215).manifest):
+        assert manifest.remarks() == []
+    assert open_latents(formats.write_edm2(tmp_path / "raw", MOMENTS, LABELS)).manifest.remarks() == []
+
+
+def test_the_measure_of_how_far_constants_are_off() -> None:
+    one = Normalization((0.0, 0.0), (1.0, 1.0))
+    for mean, std, expected in (
+        ((0, 0), (1, 1), 1),
+        ((0, -3), (1, 2), 3),
+        ((0, 0), (1, 0.25), 4),
+        ((0, 0), (0, 1), np.inf),
+    ):
+        assert apart(one, Normalization(mean, std)) == expected
+    assert apart(Normalization((0.0,), (1.0,)), one) == np.inf
+    found = seen(Normalization((2.0, 1.0), (4.0, 0.5)), Normalization((0.0, 2.0), (2.0, 1.0)))
+    assert found == Normalization((-0.5, 2.0), (0.5, 2.0))
 
 
 @pytest.mark.parametrize("write", [formats.write_edm2, formats.write_edm2_zip])
@@ -503,7 +553,7 @@ def test_packed_data_have_no_scale_and_may_get_other_constants(tmp_path: Path) -
     assert open_latents(tmp_path, normalization="paper").manifest.normalization == PAPER
     measured = open_latents(tmp_path, normalization="measured").manifest
     assert measured.normalization == measured.statistics
-    with pytest.raises(ConfigError, match="is packed, and packed latents are multiplied by no factor"):
+    with pytest.raises(ConfigError, match="is packed, and packed latents are taken as the encoder makes them"):
         open_latents(tmp_path, scale="0.18215")
 
 

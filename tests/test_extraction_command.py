@@ -105,7 +105,8 @@ def test_manifest_says_where_the_latents_come_from(whole: Path, vae: str) -> Non
     expected = {"images": "pets", "count": 18, "image_size": 32, "crop": "adm_center", "dtype": "fp32", "flip": True}
     assert expected.items() <= source.items() and source["vae_sha256"] == sha256 and source["pixel_range"] == [-1, 1]
     assert {"mpdit", "torch", "diffusers", "pillow"} == source["versions"].keys()
-    assert manifest.decoder == {"kind": "diffusers_vae", "vae": vae, "sha256": sha256, "factor": 8, "range": [-1, 1]}
+    decoder = {"kind": "diffusers_vae", "vae": vae, "sha256": sha256, "factor": 8, "range": [-1, 1]}
+    assert manifest.decoder == decoder | {"usual_std": pytest.approx(1 / 0.18215)}
     assert verify(whole)["class_counts"] == [5, 7, 6]
     assert sorted(path.name for path in whole.iterdir()) == [
         "extraction.json",
@@ -449,7 +450,7 @@ def test_values_beyond_fp16_name_the_image(images: Path, tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"image ant/0.jpg can't be stored as fp16 moments: .*beyond fp16"):
         extract(images, tmp_path / "out", loud, OPTIONS)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match=r"NaN or infinite; check the VAE$"):
+    with pytest.raises(ValueError, match=r"beyond fp16, of 65504 at most; check the VAE$"):
         extract(images, tmp_path / "out", loud, OPTIONS)
     with pytest.raises(ValueError, match=r"or encode in fp32$"):
         extract(images, tmp_path / "bf16", loud, ExtractOptions(**{**vars(OPTIONS), "dtype": "bf16"}))

@@ -42,11 +42,29 @@ def test_how_a_published_model_was_guided_is_said(
     assert not np.array_equal(everything, three)
 
 
+def test_latents_that_were_multiplied_are_given_to_the_vae_as_the_encoder_made_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(tmp_path / "weights")  # of latents with std 1.2
+    save_vae(tmp_path / "vae", scaling_factor=0.18215)  # diffusers' default
+    assert draw(tmp_path, tmp_path / "as they are", "--num", "2") == 0
+    done = capsys.readouterr()
+    for told in (done.err, done.out):
+        assert "the model's latents have std 1.17, and vae " in told and "give --data-scale 0.18215, or" in told
+    assert draw(tmp_path, tmp_path / "divided", "--num", "2", "--data-scale", "0.25,3") == 0
+    assert "note:" not in capsys.readouterr().out
+    stored, made = (np.load(tmp_path / name / "latents.npy") for name in ("as they are", "divided"))
+    np.testing.assert_allclose(made, stored / 0.25 + 3, rtol=1e-5, atol=1e-5)
+    protocol = json.loads((tmp_path / "divided/protocol.json").read_text())
+    assert protocol["decoder"]["normalization"] == {"mean": [5.0, 1.0, 3.4, 3.0], "std": [6.0, 4.8, 3.6, 4.0]}
+
+
 MISTAKES = {
     "channels": ({"channels": 3}, None, [], "has 3 latent channels and the model 4"),
     "factor": ({}, {"kind": "diffusers_vae", "vae": "a/b", "factor": 8}, [], "enlarges latents 2 times"),
     "no vae": (None, None, [], "does not exist: give a folder"),
     "guided channels": ({}, None, ["--guidance-channels", "5"], "guidance_channels is 5: give a whole number of"),
+    "scale": ({}, None, ["--data-scale", "0"], "--data-scale is '0': give 'auto'"),
     "class": ({}, None, ["--classes", "40"], "--classes 40 is not one of the model's"),
     "device": ({}, None, ["--device", "abacus"], "device 'abacus' can't be used"),
     "graph": ({}, None, ["--cuda-graph", "on"], "CUDA graphs need a GPU"),

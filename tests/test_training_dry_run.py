@@ -155,11 +155,16 @@ def test_normalisation_by_another_datas_constants_is_said(
     shutil.copytree(imagenet[32].path, here / "data")
     manifest = here / "data" / "manifest.json"
     document = json.loads(manifest.read_text()) | {"version": 1}
-    document["normalization"]["std"] = [0.18215] * 4
-    manifest.write_text(json.dumps(document))
-    code, out, _ = _main(capsys, "--config", "launch/custom.yaml", "--data", "data")
-    assert code == 0
-    assert "of another scale or offset than the data" in out
+    for std, expected in ((1.0, 0), (0.18215, 2)):
+        document["normalization"]["std"] = [std] * 4
+        manifest.write_text(json.dumps(document))
+        code, out, error = _main(capsys, "--config", "launch/custom.yaml", "--data", "data")
+        assert code == expected
+        told = error if code else out
+        assert "by the normalisation in use a model " in told and "--normalization measured, or " in told
+    again = ["--config", "launch/custom.yaml", "--data", "data", "--normalization", "measured"]
+    code, out, _ = _main(capsys, *again)
+    assert code == 0 and "by the normalisation in use" not in out
 
 
 def test_what_would_be_continued_is_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

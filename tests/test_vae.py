@@ -140,13 +140,37 @@ def test_a_file_of_more_than_the_vae(folder: Path, tmp_path: Path, capfd: pytest
 
 def test_what_does_not_fit(folder: Path) -> None:
     vae = VAE.load(str(folder))
-    vae.check_channels(3)
+    assert vae.check_latents(3, {}) == []
     with pytest.raises(ConfigError, match="has 3 latent channels and the model 4"):
-        vae.check_channels(4)
+        vae.check_latents(4, {})
     with pytest.raises(ConfigError, match="image size 15 is not a multiple of 2"):
         vae.latent_side(15)
     with pytest.raises(ConfigError, match="fp32, bf16"):
         VAE.load(str(folder), dtype="fp8")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "std", "scale"),
+    [
+        ({}, 4.2, None),  # diffusers' default is 0.18215
+        ({}, 0.8, "0.18215"),
+        ({}, 12.0, "0.18215"),
+        ({"scaling_factor": 0.3611, "shift_factor": 0.1159}, 2.5, None),
+        ({"scaling_factor": 0.3611, "shift_factor": 0.1159}, 0.95, "0.3611,0.1159"),
+        ({"scaling_factor": 0.5, "latents_std": [8.5, 5.9, 6.5]}, 7.0, None),
+        ({"scaling_factor": 0.5, "latents_std": [8.5, 5.9, 6.5]}, 2.0, "0.5"),
+    ],
+)
+def test_latents_of_another_scale_than_the_vaes_are_remarked_on(
+    folder: Path, fields: dict[str, Any], std: float, scale: str | None
+) -> None:
+    vae = VAE.load(str(folder))
+    vae.module.register_to_config(**fields)
+    data: dict[str, Any] = {"normalization": {"mean": [0.0] * 3, "std": [std] * 3}}
+    remarks = vae.check_latents(3, data)
+    assert len(remarks) == (scale is not None)
+    assert scale is None or f"give --data-scale {scale}, or images" in remarks[0]
+    assert vae.check_latents(3, data | {"decoder": vae.decoder_metadata()}) == []  # which made them
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,8 +76,8 @@ _HELP = {
     "input_size": "side of the latent: 32 for 256 px, 64 for 512 px (default: the preset's)",
     "override": "a field of the model's configuration, as in training; may be repeated: --override class_tokens=4 "
     "(default: none)",
-    "data_scale": "what latents of another project's files were multiplied by: 1, 0.18215, ... or auto: as the format "
-    "has it, or by the std measured (default: auto)",
+    "data_scale": "what latents of another project's files were multiplied by: 1, 0.18215, ..., FACTOR,SHIFT where "
+    "SHIFT was subtracted before, or auto: as the format has it, or by the std measured (default: auto)",
     "normalization": "constants to train with; auto: those that come with the data, else the paper's where they suit "
     "it (default: auto)",
     "num_classes": "classes of another project's files (default: one more than the highest label)",
@@ -216,13 +216,15 @@ def given_fields(args: argparse.Namespace, options: type) -> dict[str, Any]:
 
 
 def channels_lines(measured: Normalization, used: Normalization) -> list[str]:
-    """Return the statistics of latents beside the constants in use, as text."""
-    from mpdit.data.normalization import channels_text
+    """Return the statistics of latents beside the constants in use, and what a model sees by these, as text."""
+    from mpdit.data.normalization import channels_text, seen
 
-    return [
-        f"{name} of the channels: {channels_text(getattr(measured, name))}; in use {channels_text(getattr(used, name))}"
-        for name in ("mean", "std")
-    ]
+    found = seen(used, measured)
+    lines = []
+    for name in ("mean", "std"):
+        told = [channels_text(getattr(constants, name)) for constants in (measured, used, found)]
+        lines.append(f"{name} of the channels: {told[0]}; in use {told[1]}; seen by a model {told[2]}")
+    return lines
 
 
 def check_new_folder(out: Path, option: str = "--out") -> None:

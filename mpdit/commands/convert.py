@@ -37,7 +37,8 @@ DESCRIPTION = (
 
 _THEIRS = "another project's model as SOURCE"
 _OPTIONS = {
-    "--to latents": ("data_scale", "normalization", "shard_records"),
+    "--to latents": ("normalization", "shard_records"),
+    "--to latents and --to diffusers": ("data_scale",),
     "--to diffusers": ("vae",),
     _THEIRS: ("num_heads", "which", "convention"),
     f"{_THEIRS} and --to latents": ("num_classes",),
@@ -106,6 +107,8 @@ def _deduce(source: Path, theirs: bool) -> str:
 
 
 def _convert_model(args: argparse.Namespace, theirs: bool, target: str) -> Outcome:
+    from mpdit.data.normalization import Scale, parse_scale
+    from mpdit.diffusion.images import unscaled
     from mpdit.interop.diffusers_folder import save_diffusers
     from mpdit.interop.official import official_model_name, read_official, save_official
     from mpdit.model.mpdit import load_weights
@@ -120,7 +123,8 @@ def _convert_model(args: argparse.Namespace, theirs: bool, target: str) -> Outco
         model, metadata = read_official(args.source, *said)
     else:
         model, metadata = load_weights(args.source)
-    made = args.out
+    made: Path = args.out
+    remarks: list[str] = []
     if target == "weights":
         with new_folder(args.out) as partial:
             save_weights(partial, model.state_dict(), model.config, metadata)
@@ -128,7 +132,9 @@ def _convert_model(args: argparse.Namespace, theirs: bool, target: str) -> Outco
         made = args.out if to_file else args.out / "official.pt"
         save_official(made, model, metadata=metadata)
     else:
-        save_diffusers(args.out, model, metadata, args.vae)
+        scale = parse_scale(args.data_scale or "auto") or Scale()
+        metadata = {**metadata, "data": unscaled(metadata.get("data") or {}, scale)}
+        remarks = save_diffusers(args.out, model, metadata, args.vae)
     figures = {
         "source": str(args.source),
         "to": target,
@@ -138,8 +144,9 @@ def _convert_model(args: argparse.Namespace, theirs: bool, target: str) -> Outco
         "model": model.config.to_dict(),
         "data": metadata.get("data"),
         "training": metadata.get("training"),
+        "notes": remarks,
     }
-    return Outcome("\n".join(_lines(model, figures)), figures)
+    return Outcome("\n".join([*_lines(model, figures), *(f"note: {remark}" for remark in remarks)]), figures)
 
 
 def _lines(model: MPDiT, figures: dict[str, Any]) -> Iterator[str]:
@@ -172,7 +179,7 @@ def _pack(args: argparse.Namespace) -> Outcome:
     dataset = open_data(args, args.source)
     with contextlib.closing(dataset), bar("packing", len(dataset), "rec") as shown:
         packed = convert_latents(dataset, args.out, shard_records=args.shard_records, progress=shown.update)
-    manifest = packed.manifest
+    manifest, remarks = packed.manifest, dataset.manifest.remarks()
     packed.close()
     figures = {
         "source": str(args.source),
@@ -187,11 +194,13 @@ def _pack(args: argparse.Namespace) -> Outcome:
         "data": manifest.metadata(),
         "statistics": dataclasses.asdict(manifest.statistics),
         "origin": dict(manifest.source),
+        "notes": remarks,
     }
     lines = [
         f"latents: {args.out}",
         f"samples: {manifest.num_samples} of {manifest.num_classes} classes in {len(manifest.shards)} shard(s)",
         f"source: {manifest.describe_source()}",
         *channels_lines(manifest.statistics, manifest.normalization),
+        *(f"note: {remark}" for remark in remarks),
     ]
     return Outcome("\n".join(lines), figures)

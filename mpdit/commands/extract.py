@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> Outcome:
         "skipped_images": report.skipped[:_SHOWN],
         "ignored": report.ignored,
         "ignored_kinds": report.ignored_kinds,
-        "notes": report.notes,
+        "notes": [*report.notes, *report.manifest.remarks()],
         "empty_classes": report.empty_classes,
         "pixels": report.pixels,
         "statistics": dataclasses.asdict(report.manifest.statistics),
@@ -113,6 +113,7 @@ def run(args: argparse.Namespace) -> Outcome:
 
 
 def _lines(report: ExtractReport, rates: dict[str, Any] | None) -> Iterator[str]:
+    from mpdit.data.normalization import overall_std
     from mpdit.jobs.extract.decode import FACTS
 
     manifest = report.manifest
@@ -135,6 +136,9 @@ def _lines(report: ExtractReport, rates: dict[str, Any] | None) -> Iterator[str]
         some = ", ".join(empty[:_SHOWN]) + (", ..." if len(empty) > _SHOWN else "")
         yield f"warning: {counted(len(empty), 'class is', 'classes are')} without a sample ({some})"
     yield from channels_lines(manifest.statistics, manifest.normalization)
+    if usual := manifest.decoder.get("usual_std"):
+        yield f"std of all channels: {overall_std(manifest.statistics.std):.4g}; by the VAE's config.json {usual:.4g}"
+    yield from (f"note: {remark}" for remark in manifest.remarks())
     if rates is None or report.timing is None:
         yield "it was finished before: nothing was done"
         return

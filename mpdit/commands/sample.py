@@ -45,6 +45,8 @@ _HELP = {
     "and up to 16 classes, else random",
     "vae": "AutoencoderKL that decodes the latents, such as stabilityai/sd-vae-ft-ema (default: none)",
     "vae_dtype": "what it computes in (default: fp32)",
+    "data_scale": "what the model's latents were multiplied by before they were packed: 1, 0.18215, ..., or "
+    "FACTOR,SHIFT where SHIFT was subtracted before; auto: by nothing, and said where that looks wrong",
     "decode_batch": "images it decodes at a time (default: 16)",
     "format": "how images are written",
     "latents": "also write latents.npy, fp32 [N, C, S, S], as the encoder makes them (default: no)",
@@ -63,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     of_images = adder(parser.add_argument_group("images"), _HELP)
     of_images("--vae", type=path_text, metavar="PATH_OR_HUB_ID")
     of_images("--vae-dtype", choices=("fp32", "bf16"))
+    of_images("--data-scale", default="auto", metavar="FACTOR")
     of_images("--decode-batch", type=whole(1), metavar="N")
     of_images("--format", choices=("npz", "png", "both"), default="npz")
     of_images("--latents", action="store_true")

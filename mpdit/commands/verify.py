@@ -58,10 +58,6 @@ def _lines(data: Path, report: dict[str, Any]) -> Iterator[str]:
     if ratio > _IMBALANCED:
         yield f"imbalanced: {ratio:.1f} times as many samples in the largest class as in the smallest"
     yield from channels_lines(Normalization(**report["statistics"]), Normalization(**report["normalization"]))
-    if not report["normalization_suits"]:
-        yield (
-            "warning: the normalisation in use does not suit these latents: train with --normalization measured, or "
-            "check their scale and encoder"
-        )
+    yield from (f"note: {remark}" for remark in report["remarks"])
     if not report["checksums"]:
         yield "checksums: the format has none; `mpdit convert` packs the data with them"

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from mpdit.core.errors import DataError
-from mpdit.data.normalization import Normalization
+from mpdit.data.normalization import ABSURD, Normalization, apart, overall_std, seen, suits
 from mpdit.data.records import INDEX_DTYPE, VALUE_DTYPE
 from mpdit.model.config import MOST_CLASSES, ModelConfig
 from mpdit.model.vae import stated_pixel_range
@@ -37,6 +37,11 @@ JOB_NAME = "job.json"
 """Of the folder in which an extraction keeps what is not yet put together, and of its note on the job."""
 ORIGINAL = ("original",)
 ORIGINAL_AND_FLIPPED = ("original", "flipped")
+
+
+_SCALED_STD = (0.55, 1.45)
+"""Where the std of latents lies that were multiplied by a VAE's scaling_factor, which is about 1 / std: 0.73 to 1 for
+Stable Diffusion's on photographs."""
 
 
 @dataclass(frozen=True)
@@ -134,10 +139,45 @@ class DatasetInfo(LatentSpec):
         scale = self.source.get("scale")
         if type(scale) in (int, float):
             factor = "latents multiplied by no factor" if scale == 1 else f"latents divided by {scale:g}"
+            if type(shift := self.source.get("shift")) in (int, float):
+                factor += f", plus {shift:g}"
             origin = self.source.get("scale_origin")
             words.append(f"{factor} ({origin})" if origin else factor)
         words.append("pixels in {:g}..{:g}".format(*self.pixel_range) if self.pixel_range else "pixel range not stated")
         return ", ".join(words)
+
+    def remarks(self) -> list[str]:
+        """Return, a line each, what is measured of the latents and isn't what they are taken for."""
+        found = []
+        if not suits(self.normalization, self.statistics):
+            found.append(
+                f"by the normalisation in use a model sees {seen(self.normalization, self.statistics)}, not 0 "
+                "and 1, so it does not suit these latents: give --normalization measured, or check scale and encoder"
+            )
+        std, origin = overall_std(self.statistics.std), self.source.get("scale_origin")
+        if self.kind == "digits" or origin == "given" or "vae_sha256" in self.source:
+            return found
+        if self.source.get("scale", 1) != 1:
+            if "path" not in self.source:  # of the files that were packed
+                found.append(
+                    f"{self.describe_source()}: where they are of another VAE than Stable Diffusion's, say by "
+                    "--data-scale what they were multiplied by"
+                )
+        elif _SCALED_STD[0] < std < _SCALED_STD[1]:
+            found.append(
+                f"the latents are taken as the encoder makes them, and their std is {std:.3g}, as if multiplied "
+                "by a VAE's scaling_factor: if they were, say so by --data-scale FACTOR[,SHIFT] (of packed latents to "
+                "`mpdit sample`), or images come out at another contrast"
+            )
+        return found
+
+    def check_normalization(self) -> None:
+        """Raise DataError for constants that bring the latents nowhere near zero mean and unit std."""
+        if ABSURD < apart(self.normalization, self.statistics) < math.inf:  # a channel may be constant, and meant
+            raise DataError(
+                f"by the normalisation in use a model would see {seen(self.normalization, self.statistics)}, which is "
+                f"more than {ABSURD:g} times or stds off 0 and 1: give --normalization measured, or paper to insist"
+            )
 
     def metadata(self) -> dict[str, Any]:
         """Return, in JSON types, what a weight file must carry about its data to decode samples without it."""

@@ -9,8 +9,8 @@ from mpdit.core.errors import ConfigError, DataError
 from mpdit.core.files import as_path
 from mpdit.data.latents import LatentDataset, PackedLatents
 from mpdit.data.manifest import JOB_NAME, MANIFEST_NAME, PARTS_NAME
-from mpdit.data.normalization import NormalizationMode, choose_normalization
-from mpdit.data.readers.base import ForeignLatents, Options, parse_scale
+from mpdit.data.normalization import NormalizationMode, choose_normalization, parse_scale
+from mpdit.data.readers.base import ForeignLatents, Options
 from mpdit.data.readers.edm2 import EDM2Latents
 from mpdit.data.readers.lightningdit import LightningDiTLatents
 from mpdit.data.readers.npy import NpyPairs
@@ -28,8 +28,9 @@ def open_latents(
 ) -> LatentDataset:
     """Open the data set at `path`: packed, npy pairs (MPDiT, fast-DiT), EDM2 or REPA, LightningDiT, known by its files.
 
-    scale: what the stored latents of a foreign format were multiplied by, a number or its text; "auto" takes what the
-        format has, and measures where it is open (npy pairs).
+    scale: what the stored latents of a foreign format were multiplied by, a number or its text, or the text
+        "FACTOR,SHIFT" for (latent - SHIFT) * FACTOR; "auto" takes what the format has, and measures where it is open
+        (npy pairs).
     normalization: "auto" takes the constants that come with the data (packed, LightningDiT) or else
         `choose_normalization`'s choice, "paper" and "measured" replace them.
     num_classes: of a foreign format, where it is more than the highest label says. Packed data know theirs.
@@ -42,8 +43,8 @@ def open_latents(
     if (path / MANIFEST_NAME).is_file():
         if options.scale is not None:
             raise ConfigError(
-                f"--data-scale is {options.scale:g}, but {path} is packed, and packed latents are multiplied by no "
-                "factor: leave --data-scale out"
+                f"--data-scale is {options.scale}, but {path} is packed, and packed latents are taken as the encoder "
+                "makes them: leave --data-scale out, or give it to `mpdit sample` where they were multiplied before"
             )
         dataset = PackedLatents(path)
         if normalization != "auto":

@@ -29,8 +29,8 @@ def verify(data: str | Path | LatentDataset, progress: Callable[[int], object] |
         format, num_samples, bytes (of all records as they are read); checksums, whether there are any; shards, 0 for
         formats without; class_counts, the samples of each class, empty_classes and median_count; statistics, measured
         on every record, the normalization in use for training, and normalization_suits, whether it brings these
-        latents near zero mean and unit std; source, pixel_range (None where it isn't stated) and origin, the same in
-        words.
+        latents near zero mean and unit std, and remarks on what doesn't look like what it is taken for; source,
+        pixel_range (None where it isn't stated) and origin, the same in words.
 
     Raises:
         DataError: the first thing wrong.
@@ -76,6 +76,7 @@ def verify(data: str | Path | LatentDataset, progress: Callable[[int], object] |
         "empty_classes": np.flatnonzero(counts == 0).tolist(),
         "median_count": statistics.median(counts.tolist()),
         "normalization_suits": suits(info.normalization, found),
+        "remarks": dataclasses.replace(info, statistics=found).remarks(),
     }
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mpdit.core.errors import DataError
 from mpdit.data.digits import decode_digits
+from mpdit.data.normalization import Scale
 
 # Linear fit of Stable Diffusion's decoder, one row per latent channel, RGB in -1..1 from latents times 0.18215:
 # https://discuss.huggingface.co/t/decoding-latents-to-rgb-without-upscaling/23204 (fitted to v1.4).
@@ -46,6 +47,19 @@ def denormalize(latents: Tensor, data: Mapping[str, Any]) -> Tensor:
         )
     column = (1, -1, 1, 1)
     return latents.float() * std.view(column).to(latents.device) + mean.view(column).to(latents.device)
+
+
+def unscaled(data: Mapping[str, Any], scale: Scale) -> Mapping[str, Any]:
+    """Return `data` for weights whose latents were changed by `scale` before they were packed.
+
+    With stored = (latent - shift) * factor, a normalised latent x is the encoder's latent
+    (x * std + mean) / factor + shift, so only the constants that denormalise differ.
+    """
+    constants = data.get("normalization")
+    if not constants:
+        return data
+    means = [value / scale.factor + scale.shift for value in constants["mean"]]
+    return {**data, "normalization": {"mean": means, "std": [value / scale.factor for value in constants["std"]]}}
 
 
 def decode(latents: Tensor, data: Mapping[str, Any]) -> NDArray[np.uint8]:

@@ -48,7 +48,7 @@ images = pipeline(class_labels=[0, 1], guidance_scale=1.5, num_inference_steps=2
 
 def save_diffusers(
     folder: str | Path, model: MPDiT, metadata: Mapping[str, Any], vae: str | Path | None = None
-) -> None:
+) -> list[str]:
     """Write a pipeline folder that gives the images of `mpdit.sample` with method "euler".
 
     Args:
@@ -57,6 +57,9 @@ def save_diffusers(
         metadata: as `mpdit.load_weights` returns it, with the constants that latents are normalised by.
         vae: folder or hub id of the AutoencoderKL to put in; without one the pipeline makes latents, or is given a VAE
             by who loads it.
+
+    Returns:
+        Remarks on the VAE, a line each: other weights than those that made the latents, or set for another scale.
 
     Raises:
         ConfigError: diffusers is missing, the weights predict noise, the folder is not empty, or the VAE can't be
@@ -86,10 +89,10 @@ def save_diffusers(
         model.config.to_dict(), mean, std, list(pixel_range_of(data)), json.loads(json.dumps(dict(metadata)))
     )
     transformer.mpdit = model
-    autoencoder = None
+    autoencoder, remarks = None, []
     if vae is not None:
         loaded = VAE.load(str(vae), pixel_range=pixel_range_of(data))
-        loaded.check_channels(channels)
+        remarks = loaded.check_latents(channels, data)
         autoencoder = loaded.module
     scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
     try:
@@ -98,6 +101,7 @@ def save_diffusers(
             (partial / "README.md").write_text(_CARD)
     except SafetensorError as error:  # what it makes of a full disk
         raise CheckpointError(f"{folder} can't be written: {error}") from error
+    return remarks
 
 
 def from_pipeline(checkpoint: Mapping[str, Any], path: Path) -> tuple[MPDiT, dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -29,6 +30,9 @@ UNIT: PixelRange = (0.0, 1.0)
 _LARGEST_PIXEL = 1e6
 """What black and white stay below; a larger one is damage."""
 DECODER_KIND = "diffusers_vae"
+_SCALE_BOUND = 2.0
+"""Latents whose std differs by more from what the VAE was set for are remarked on, not refused: VAEs are saved with
+diffusers' default of 0.18215 whatever their latents (config.json of GLM-Image's, of std 2 to 5, and of many's own)."""
 _RGB = 3
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -151,13 +155,51 @@ class VAE:
         signed = (pixels - low) * (2 / (high - low)) - 1
         return (127.5 * signed + 128).nan_to_num(0.0).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
-    def check_channels(self, channels: int) -> None:
-        """Raise ConfigError unless its latents have so many channels."""
+    def check_latents(self, channels: int, data: Mapping[str, Any]) -> list[str]:
+        """Return remarks on decoding latents of so many channels, of weights with this "data", a line each.
+
+        ConfigError where it can't: other channels, or another factor than the VAE's that the weights name.
+        """
         if channels != self.channels:
             raise ConfigError(
                 f"vae {self.name!r} has {self.channels} latent channels and the model {channels}: "
                 "give the VAE that the model's latents were made with"
             )
+        named = named_vae(data)
+        if named.get("factor") not in (None, self.factor):
+            raise ConfigError(
+                f"vae {self.name!r} enlarges latents {self.factor} times, and the model's were made by one of factor "
+                f"{named['factor']} ({named.get('vae')}): give that one"
+            )
+        if named.get("sha256") == self.sha256:
+            return []
+        remarks = []
+        if named.get("sha256"):
+            made_by = f"the one the latents were made with ({named.get('vae')})"
+            remarks.append(f"vae {self.name!r} has other weights than {made_by}")
+        stds = (data.get("normalization") or {}).get("std") or [0.0]
+        std = math.sqrt(sum(value**2 for value in stds) / len(stds))
+        if std and self.usual_std and not 1 / _SCALE_BOUND <= std / self.usual_std <= _SCALE_BOUND:
+            remarks.append(
+                f"the model's latents have std {std:.3g}, and vae {self.name!r} was set for {self.usual_std:.3g} by "
+                f"its config.json (scaling_factor {self.scale}): if they were multiplied before they were packed, give "
+                f"--data-scale {self.scale}, or images come out at another contrast"
+            )
+        return remarks
+
+    @property
+    def scale(self) -> str:
+        """Return scaling_factor of its config.json, and shift_factor where there is one, as --data-scale takes them."""
+        config: Any = self.module.config
+        return f"{config.scaling_factor:g}" + (f",{config.shift_factor:g}" if config.shift_factor else "")
+
+    @property
+    def usual_std(self) -> float:
+        """Return the std of the latents its config.json was written for; 0 where that doesn't say."""
+        config: Any = self.module.config
+        if config.latents_std:
+            return math.sqrt(sum(value**2 for value in config.latents_std) / len(config.latents_std))
+        return 1 / config.scaling_factor if config.scaling_factor else 0.0
 
     def decoder_metadata(self) -> dict[str, Any]:
         """Return the "decoder" entry of a data set's manifest: what decodes its latents; plain JSON types."""
@@ -167,7 +209,14 @@ class VAE:
             "sha256": self.sha256,
             "factor": self.factor,
             "range": list(self.pixel_range),
+            "usual_std": self.usual_std,
         }
+
+
+def named_vae(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the "decoder" entry of the weights' data when it is of an AutoencoderKL, else an empty one."""
+    entry = data.get("decoder")
+    return entry if isinstance(entry, Mapping) and entry.get("kind") == DECODER_KIND else {}
 
 
 def stated_pixel_range(decoder: Any) -> PixelRange | None:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from mpdit.core.text import counted, readable_bytes
-from mpdit.data.normalization import suits
 from mpdit.planning.account import account
 from mpdit.training.checkpoint.format import KINDS, committed_folders
 from mpdit.training.config import GRID, with_defaults
@@ -53,8 +52,7 @@ def _data(run: Run) -> Iterator[str]:
         named = ", ".join(map(str, empty[:_SHOWN])) + (", ..." if len(empty) > _SHOWN else "")
         so = "not trained here" if "init_from" in run.identity else "not trained, and drawn only on request"
         yield f"{len(empty)} of {run.model.num_classes} classes are empty ({named}): they are {so}"
-    if not suits(info.normalization, info.statistics):
-        yield "the latents are normalised by constants of another scale or offset than their own: see --normalization"
+    yield from info.remarks()
     if config.global_batch > info.num_samples:
         yield f"a step takes {config.global_batch} samples of {info.num_samples}: each comes several times a step"
     if (seen := config.steps * config.global_batch) < info.num_samples:

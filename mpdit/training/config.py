@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mpdit.core.errors import ConfigError
-from mpdit.data.normalization import NormalizationMode
-from mpdit.data.readers.base import parse_scale
+from mpdit.data.normalization import NormalizationMode, parse_scale
 from mpdit.diffusion.flow import FlowConfig, LossWeight, TimeSampler
 from mpdit.diffusion.sampling import MOST_STEPS
 from mpdit.model.config import ModelConfig
@@ -66,8 +65,8 @@ class TrainConfig:
     )
     data_scale: str = _option(
         "auto",
-        "what the latents of another project's files were multiplied by, as in 0.18215; auto: what the format has, or "
-        "for npy pairs what their std says",
+        "what the latents of another project's files were multiplied by, as in 0.18215, or FACTOR,SHIFT where SHIFT "
+        "was subtracted before; auto: what the format has, or for npy pairs of 4 channels what their std says",
     )
     normalization: NormalizationMode = _option(
         "auto",

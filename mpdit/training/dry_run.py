@@ -11,7 +11,7 @@ from mpdit.core.errors import ConfigError
 from mpdit.core.text import aligned
 from mpdit.data.loaders import BatchPlan, GlobalOrder, make_loader, to_latents
 from mpdit.data.manifest import Normalization
-from mpdit.data.normalization import suits
+from mpdit.data.normalization import seen
 from mpdit.model.mpdit import MPDiT
 from mpdit.planning import account
 from mpdit.planning.plan import plan
@@ -90,7 +90,6 @@ def sections(run: Run) -> Iterator[str]:
 
 def _data(run: Run) -> str:
     info = run.manifest
-    alike = suits(info.normalization, info.statistics)
     noise = "posterior noise" if info.posterior_noise else "no posterior noise"
     rows = [
         ("samples", f"{info.num_samples:,} of {info.num_classes} classes, kind {info.kind}"),
@@ -98,7 +97,7 @@ def _data(run: Run) -> str:
         ("source", info.describe_source()),
         ("measured", show_constants(info.statistics)),
         ("normalised by", show_constants(info.normalization)),
-        ("", "alike" if alike else "of another scale or offset than the data: is it the right one?"),
+        ("seen by a model", show_constants(seen(info.normalization, info.statistics))),
     ]
     return _section(f"data {run.config.data}", rows)
 

@@ -167,6 +167,8 @@ def _prepare(arguments: Sequence[str], env: DistEnv) -> Run:
         fields["input_size"] = manifest.height
     model = config.model_config(fields)
     manifest.check_model(model)
+    if config.normalization == "auto" and not (config.out and not _is_fresh(config, Path(config.out))):
+        manifest.check_normalization()
 
     # The run's folder: new, or of a run that may be continued
     identity = fingerprint(config, model, dataset)

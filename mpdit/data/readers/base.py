@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mpdit.core.errors import ConfigError, DataError, RecordError
+from mpdit.core.errors import DataError, RecordError
 from mpdit.data.latents import LatentDataset, Samples
 from mpdit.data.manifest import ORIGINAL, ORIGINAL_AND_FLIPPED, DatasetInfo
-from mpdit.data.normalization import Normalization, NormalizationMode, choose_normalization, suits
+from mpdit.data.normalization import FAR, Normalization, NormalizationMode, Scale, apart, choose_normalization
 from mpdit.data.records import VALUE_DTYPE, ChannelStatistics, find_bad_label, find_defect
 from mpdit.model.vae import DECODER_KIND, SIGNED, PixelRange
 
@@ -34,27 +33,11 @@ _STATISTICS_BATCH = 64
 class Options:
     """Settings by which the user may describe data that don't describe themselves."""
 
-    scale: float | None = None
-    """The factor the stored latents were multiplied by; None: what the format has, or what is measured."""
+    scale: Scale | None = None
+    """By which the stored latents were changed; None: what the format has, or what is measured."""
     normalization: NormalizationMode = "auto"
     num_classes: int | None = None
     """None: one more than the highest label."""
-
-
-def parse_scale(value: str | float) -> float | None:
-    """Return a factor given as text or number, None for "auto". ConfigError unless it is finite and above zero."""
-    if value == "auto":
-        return None
-    try:
-        scale = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        scale = math.nan
-    if not 0 < scale < math.inf:
-        raise ConfigError(
-            f"--data-scale is {value!r}: give 'auto', or the factor that the stored latents were multiplied by, "
-            "for example 1 or 0.18215"
-        )
-    return scale
 
 
 class ForeignLatents(LatentDataset):
@@ -77,7 +60,7 @@ class ForeignLatents(LatentDataset):
     def __init__(self, path: Path, options: Options) -> None:
         self.path = path
         self._options = options
-        self._scale = 1.0  # what stored latents are divided by as they are read
+        self._scale = Scale()  # undone as stored latents are read
 
     def close(self) -> None:
         """Do nothing: a reader that keeps files open closes them here."""
@@ -104,9 +87,9 @@ class ForeignLatents(LatentDataset):
     def _where(self, index: int) -> str:
         """Return the file a sample lies in, and where in the file."""
 
-    def _scale_of(self, stored: Normalization) -> float:
-        """Return the factor that latents of these statistics were multiplied by; asked where the user gives none."""
-        return 1.0
+    def _scale_of(self, stored: Normalization) -> Scale:
+        """Return how latents of these statistics were changed; asked where the user doesn't say."""
+        return Scale()
 
     def _pixel_range(self, measured: Normalization) -> PixelRange:
         """Return the range of pixels that the encoder took black and white as."""
@@ -142,9 +125,9 @@ class ForeignLatents(LatentDataset):
         sample = np.unique(np.linspace(0, num_samples - 1, min(num_samples, STATISTICS_SAMPLES)).astype(np.int64))
         record_shape = (variants, 2 * channels, height, width)
         given = self._options.scale
-        self._scale = given or 1.0
+        self._scale = given or Scale()
         measured = self._measure(sample, record_shape)
-        if given is None and (scale := self._scale_of(measured)) != 1:
+        if given is None and (scale := self._scale_of(measured)) != Scale():
             self._scale = scale
             measured = self._measure(sample, record_shape)
         whole = len(sample) == num_samples
@@ -156,7 +139,8 @@ class ForeignLatents(LatentDataset):
             variants=ORIGINAL if variants == 1 else ORIGINAL_AND_FLIPPED,
             source={
                 "format": self.format,
-                "scale": self._scale,
+                "scale": self._scale.factor,
+                **({"shift": self._scale.shift} if self._scale.shift else {}),
                 "scale_origin": self._scale_origin if given is None else "given",
                 "statistics": "of every sample" if whole else f"of {len(sample)} samples, evenly spread",
                 **(source or {}),
@@ -191,8 +175,9 @@ class ForeignLatents(LatentDataset):
                 return choose_normalization(self._options.normalization, measured)
             except DataError as error:
                 raise DataError(f"{self.path}: {error}") from None
-        constants = Normalization(*(tuple(v / self._scale for v in values) for values in (own.mean, own.std)))
-        if not suits(constants, measured):
+        factor, shift = self._scale
+        constants = Normalization(tuple(v / factor + shift for v in own.mean), tuple(v / factor for v in own.std))
+        if apart(constants, measured) > FAR:
             raise DataError(
                 f"{self.path}: the constants that come with the latents ({own}) don't suit them (measured: "
                 f"{measured}): replace the file that holds them, or choose normalization measured"
@@ -216,8 +201,11 @@ class ForeignLatents(LatentDataset):
         if values.shape != self._stored_shape:
             raise self._error(index, f"has shape {values.shape[1:]}, the first sample {self._stored_shape[1:]}")
         values = values.astype(np.result_type(values.dtype, np.float32))
-        if self._scale != 1:
-            values /= self._scale
+        factor, shift = self._scale
+        if factor != 1:
+            values /= factor
+        if shift:
+            values += shift
         planes = values.shape[1]
         if values.dtype == np.float32:  # torch's cast is several times faster than numpy's, and rounds the same
             torch.from_numpy(record[:, :planes]).copy_(torch.from_numpy(values))

@@ -7,7 +7,6 @@ import io
 import math
 import os
 import re
-import statistics
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,15 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdit.core.errors import DataError
-from mpdit.data.normalization import Normalization
+from mpdit.data.normalization import KNOWN_SCALES, Normalization, Scale, overall_std
 from mpdit.data.readers.base import ForeignLatents, Options
 from mpdit.data.records import find_bad_label
 
 SD_SCALE = 0.18215
 """The factor of Stable Diffusion's VAE, by which fast-DiT multiplies and MPDiT does not."""
 
-_SD_STD = (3.0, 5.2)
-"""Where the std of latents of Stable Diffusion's VAE lies: about 4, so about 0.8 with the factor."""
+_SD_CHANNELS, _SD_STD = 4, (3.0, 5.2)
+"""Of latents of Stable Diffusion's VAE: their std is about 4, so about 0.8 with the factor."""
 
 _FEATURES, _LABELS = "features", "labels"
 
@@ -36,7 +35,7 @@ class NpyPairs(ForeignLatents):
     number of classes is given: then each is read, and its range checked, together with its latent.
 
     The official MPDiT stores latents as its VAE draws them, fast-DiT multiplies them by 0.18215, in the same files.
-    When the factor isn't given it is known by the std of the latents, or else opening is refused.
+    When the factor isn't given it is known by the std of latents of four channels, or else opening is refused.
     """
 
     format: ClassVar[str] = "npy pairs"
@@ -93,14 +92,15 @@ class NpyPairs(ForeignLatents):
     def _path(self, index: int, folder: Path | None = None) -> str:
         return os.path.join(folder or self.path, os.fsdecode(self._names[index]))
 
-    def _scale_of(self, stored: Normalization) -> float:
-        std = math.sqrt(statistics.fmean(std**2 for std in stored.std))
-        for scale in (1.0, SD_SCALE):
-            if _SD_STD[0] <= std / scale <= _SD_STD[1]:
-                return scale
+    def _scale_of(self, stored: Normalization) -> Scale:
+        std, channels = overall_std(stored.std), len(stored.std)
+        for factor in (1.0, SD_SCALE) if channels == _SD_CHANNELS else ():
+            if _SD_STD[0] <= std / factor <= _SD_STD[1]:
+                return Scale(factor)
         raise DataError(
-            f"{self.path}: the latents' std is {std:.3g}, neither about 4, as of Stable Diffusion's VAE, nor about "
-            f"0.8, as times {SD_SCALE}: give the factor they were multiplied by with --data-scale (1 if by none)"
+            f"{self.path}: the latents' std is {std:.3g} of {channels} channels, not of {_SD_CHANNELS} and about 4, as "
+            f"of Stable Diffusion's VAE, or about 0.8, as times {SD_SCALE}: give what they were multiplied by with "
+            f"--data-scale (1 if by nothing; {KNOWN_SCALES})"
         )
 
 

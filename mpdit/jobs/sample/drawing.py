@@ -28,7 +28,7 @@ from mpdit.jobs.npz import NpzReader, disk, new_npz
 from mpdit.jobs.workers import DoPart, Job, Report
 from mpdit.model.config import ModelConfig
 from mpdit.model.mpdit import load_weights
-from mpdit.model.vae import DECODER_KIND, VAE, VAEDtype, pixel_range_of
+from mpdit.model.vae import VAE, VAEDtype, pixel_range_of
 from mpdit.model.weights import weights_folder
 
 Files = Literal["npz", "png", "both"]
@@ -55,6 +55,8 @@ class DrawOptions:
     vae_dtype: VAEDtype = "fp32"
     decode_batch: int = 16
     """Images the VAE decodes at a time."""
+    data_scale: str | float = "auto"
+    """What the model's latents were multiplied by before they were packed, as parse_scale takes it; "auto": nothing."""
     files: Files = "npz"
     latents: bool = False
     """Whether the latents, as the encoder makes them, are written too."""
@@ -170,28 +172,6 @@ def load_vae(options: DrawOptions, data: Mapping[str, Any], device: torch.device
     if options.vae is None:
         return None
     return VAE.load(options.vae, device=device, dtype=options.vae_dtype, pixel_range=pixel_range_of(data))
-
-
-def check_vae(vae: VAE, config: ModelConfig, data: Mapping[str, Any]) -> str | None:
-    """Return a remark where it isn't the VAE that the weights name. ConfigError where it can't decode the latents."""
-    if data.get("kind") == "digits":
-        raise ConfigError("the model is of the embedded digits, which are decoded without a VAE: leave --vae out")
-    vae.check_channels(config.channels)
-    named = named_vae(data)
-    if named.get("factor") not in (None, vae.factor):
-        raise ConfigError(
-            f"vae {vae.name!r} enlarges latents {vae.factor} times, and the model's were made by one of factor "
-            f"{named['factor']} ({named.get('vae')}): give that one"
-        )
-    if named.get("sha256") not in (None, vae.sha256):
-        return f"vae {vae.name!r} has other weights than the one the latents were made with ({named.get('vae')})"
-    return None
-
-
-def named_vae(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the "decoder" entry of the weights' data when it is of an AutoencoderKL, else an empty one."""
-    entry = data.get("decoder")
-    return entry if isinstance(entry, Mapping) and entry.get("kind") == DECODER_KIND else {}
 
 
 @dataclass(kw_only=True)

@@ -26,7 +26,8 @@ from mpdit.core.files import as_path, check_room, new_file, write_atomically
 from mpdit.core.progress import bar
 from mpdit.core.text import counted, differences
 from mpdit.data.manifest import PARTS_NAME
-from mpdit.diffusion.images import grid
+from mpdit.data.normalization import Scale, parse_scale
+from mpdit.diffusion.images import grid, unscaled
 from mpdit.diffusion.inference import choose_precision
 from mpdit.jobs.npz import NpzReader, NpzWriter, disk, new_npz, npy_rows
 from mpdit.jobs.sample.drawing import (
@@ -35,12 +36,11 @@ from mpdit.jobs.sample.drawing import (
     Labels,
     LatentDecoder,
     SampleJob,
-    check_vae,
     load_vae,
-    named_vae,
     sha256_of,
 )
 from mpdit.jobs.workers import begin, choose_devices, run_parts
+from mpdit.model.vae import named_vae
 from mpdit.model.weights import check_flow, check_guidance, read_description
 
 _NPZ, _PNGS, _PROTOCOL, _LATENTS = "samples.npz", "images", "protocol.json", "latents.npy"
@@ -118,6 +118,8 @@ def draw(weights: str | Path, out: str | Path, options: DrawOptions | None = Non
         if env.rank and not job.parts_folder.is_dir():
             return None  # rank 0 has put all together meanwhile
         left = sum(job.size(part) for part in job.todo())
+        for remark in remarks if env.rank == 0 else ():  # before hours of work, which they may spare
+            print(f"note: {remark}", file=sys.stderr)
         started = time.perf_counter()
         try:
             last = run_parts(job, devices, "samples")
@@ -140,6 +142,10 @@ def _plan(
     check_flow(metadata)
     check_guidance(metadata, sampler.guidance)
     data = metadata.get("data", {})
+    scale, digits = parse_scale(options.data_scale), data.get("kind") == "digits"
+    if digits and (unread := "--vae" if options.vae else "--data-scale" if scale else ""):
+        raise ConfigError(f"the model is of the embedded digits, which are decoded without a VAE: leave {unread} out")
+    data = unscaled(data, scale or Scale())
     present = data.get("present_classes")
     labels = Labels.choose(config.num_classes, options.classes, options.labels, sampler.seed, present)
     vae, remarks = load_vae(options, data), []
@@ -148,8 +154,8 @@ def _plan(
             f"{len(present)} of {config.num_classes} classes are drawn, those that had samples in training: --classes "
             "draws others"
         )
-    if vae is not None and (remark := check_vae(vae, config, data)):
-        remarks.append(remark)
+    if vae:
+        remarks += vae.check_latents(config.channels, data)
     decoder = LatentDecoder(data, vae, options.decode_batch)
     shape = decoder.image_shape(config)
     if decoder.kind == PREVIEW:
