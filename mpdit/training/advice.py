@@ -47,12 +47,12 @@ def _launch(run: Run) -> Iterator[str]:
 
 def _data(run: Run) -> Iterator[str]:
     config, info = run.config, run.manifest
+    yield from info.remarks()
     empty = np.setdiff1d(np.arange(run.model.num_classes), run.present_classes).tolist()
     if empty:
         named = ", ".join(map(str, empty[:_SHOWN])) + (", ..." if len(empty) > _SHOWN else "")
         so = "not trained here" if "init_from" in run.identity else "not trained, and drawn only on request"
         yield f"{len(empty)} of {run.model.num_classes} classes are empty ({named}): they are {so}"
-    yield from info.remarks()
     if config.global_batch > info.num_samples:
         yield f"a step takes {config.global_batch} samples of {info.num_samples}: each comes several times a step"
     if (seen := config.steps * config.global_batch) < info.num_samples:
