@@ -312,10 +312,10 @@ def test_a_flag_that_a_message_names_can_be_given() -> None:
     ours = {option for command in commands for action in command._actions for option in action.option_strings}
     training = {option for action in arguments._parser()._actions for option in action.option_strings}
     # Beginnings, examples, one of all commands, of `mpdit plan` and `mpdit report`; those of deepspeed, torchrun,
-    # SiT, `mpdit sample` and pytest.
+    # SiT, `mpdit sample`, `convert` and pytest.
     others = {"--no", "--option", "--global_batch", "--version", "--gpu", "--num_accelerators", "--master_port"}
     others |= {"--master_addr", "--node_rank", "--local_rank", "--world_info", "--log_level"}
-    others |= {"--hostfile", "--module", "--nproc-per-node", "--cfg-prob", "--guidance", "--weights"}
+    others |= {"--hostfile", "--module", "--nproc-per-node", "--cfg-prob", "--guidance", "--weights", "--to"}
     others |= {"--benchmark-only", "--benchmark-json", "--trace"}
     for path in Path(mpdit.__file__).parent.rglob("*.py"):
         known = training | others if "training" in path.parts else ours | training | others

@@ -20,7 +20,7 @@ from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import CheckpointError, ConfigError
 from mpdit.core.files import write_atomically
 from mpdit.training.checkpoint import format, resume
-from mpdit.training.checkpoint.format import KINDS, Checkpoint, ShardReader, read_average
+from mpdit.training.checkpoint.format import KINDS, Checkpoint, ShardReader, read_values
 from mpdit.training.setup import Run, prepare
 
 
@@ -74,7 +74,7 @@ def _names(run: Run) -> list[str]:
 def test_the_newest_is_found_with_all_that_was_written(run: Run) -> None:
     found = _found(run)
     assert (found.step, found.position, found.optimizer_steps) == (6, 6 * run.config.global_batch, 6)
-    average = read_average(found)
+    average = read_values(found, "ema")
     assert torch.equal(average["a"], torch.arange(6.0).add(6).view(2, 3))
 
 
@@ -312,9 +312,9 @@ def test_values_that_no_shard_holds_are_missed(run: Run) -> None:
     found = _found(run)
     half = replace(found, files=dict(list(found.files.items())[:1]))
     with pytest.raises(CheckpointError, match="3 of 6 values of ema a"):
-        read_average(half)
+        read_values(half, "ema")
     with pytest.raises(CheckpointError, match="0 of 4 values of ema b"):
-        read_average(replace(found, shapes={"b": [4]}))
+        read_values(replace(found, shapes={"b": [4]}), "ema")
 
 
 def test_any_stretch_of_values_is_read_from_the_shards_that_hold_it(run: Run) -> None:

@@ -81,6 +81,8 @@ _HELP = {
     "normalization": "constants to train with; auto: those that come with the data, else the paper's where they suit "
     "it (default: auto)",
     "num_classes": "classes of another project's files (default: one more than the highest label)",
+    "weights": "of a run or one of its checkpoints: ema, the average, or raw, those of its last step, which are better "
+    "after a short run; what is made of a checkpoint is kept in RUN/weights (default: ema)",
     "device": "cpu, cuda, cuda:1, ...; auto is cuda where there is one",
     "gpus": "processes, each with a GPU of its own; without GPUs processes on the CPU",
     "method": "; ".join(f"{name}: {entry.help}" for name, entry in SAMPLERS.items()),
@@ -138,6 +140,11 @@ def model_config(args: argparse.Namespace) -> ModelConfig:
             raise ConfigError(f"--input-size {args.input_size} and --override input_size differ: give one of them")
         overrides["input_size"] = args.input_size
     return preset(args.model, **overrides)
+
+
+def add_weights(parser: argparse._ActionsContainer) -> None:
+    """Add which of a run's weights are taken, for `mpdit.training.checkpoint.weights`."""
+    adder(parser, _HELP)("--weights", choices=("ema", "raw"))
 
 
 def add_data(parser: argparse._ActionsContainer) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mpdit.commands.common import (
     Outcome,
     add_data,
+    add_weights,
     adder,
     channels_lines,
     check_file,
@@ -36,12 +37,14 @@ DESCRIPTION = (
 )
 
 _THEIRS = "another project's model as SOURCE"
+_RUN = "a run or a checkpoint as SOURCE"
 _OPTIONS = {
     "--to latents": ("normalization", "shard_records"),
     "--to latents and --to diffusers": ("data_scale",),
     "--to diffusers": ("vae",),
     _THEIRS: ("num_heads", "which", "convention"),
     f"{_THEIRS} and --to latents": ("num_classes",),
+    _RUN: ("weights",),
 }
 """The options by the kinds of conversion that read them."""
 
@@ -66,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = adder(parser, _HELP)
     add("source", metavar="SOURCE", type=to_path)
     add("out", metavar="OUT", type=to_path)
+    add_weights(parser)
     add("--to", choices=("weights", "official", "diffusers", "latents"))
     of_official = adder(parser.add_argument_group(_THEIRS), _HELP)
     of_official("--num-heads", type=whole(1), metavar="N")
@@ -79,21 +83,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Outcome:
     from mpdit.interop.source import is_foreign
+    from mpdit.training.checkpoint.weights import is_checkpoint
 
     if not args.source.exists():
         raise ConfigError(f"{args.source} does not exist: give a checkpoint, a run, a weights folder or latents")
     latents = args.to == "latents" or args.source.suffix.lower() == ".zip"  # EDM2's may be
     theirs = not latents and is_foreign(args.source)
-    target = args.to or _deduce(args.source, theirs)
-    read = {f"--to {target}", *[_THEIRS] * theirs}
+    target = args.to or _deduce(args.source, theirs or args.weights == "raw" or is_checkpoint(args.source))
+    read = {f"--to {target}", _THEIRS if theirs else _RUN if target != "latents" else ""}
     for kinds, names in _OPTIONS.items():
-        if not any(kind in kinds for kind in read):
+        if not any(kind and kind in kinds for kind in read):
             refuse(args, names, f"has no effect on {args.source} --to {target}: it is for {kinds}, leave it out")
     return _pack(args) if target == "latents" else _convert_model(args, theirs, target)
 
 
-def _deduce(source: Path, theirs: bool) -> str:
-    if theirs:
+def _deduce(source: Path, to_weights: bool) -> str:
+    if to_weights:
         return "weights"
     if source.name == "model.safetensors" or any((source / sub / "model.safetensors").is_file() for sub in ("", "ema")):
         raise ConfigError(f"{source} holds a model's weights: say what to make of them, --to official or diffusers")
@@ -111,8 +116,9 @@ def _convert_model(args: argparse.Namespace, theirs: bool, target: str) -> Outco
     from mpdit.diffusion.images import unscaled
     from mpdit.interop.diffusers_folder import save_diffusers
     from mpdit.interop.official import official_model_name, read_official, save_official
-    from mpdit.model.mpdit import load_weights
+    from mpdit.model.mpdit import MPDiT, load_weights
     from mpdit.model.weights import save_weights
+    from mpdit.training.checkpoint.weights import is_checkpoint, read_checkpoint
 
     to_file = target == "official" and args.out.suffix.lower() in (".pt", ".pth")
     if to_file and args.out.exists():
@@ -121,6 +127,9 @@ def _convert_model(args: argparse.Namespace, theirs: bool, target: str) -> Outco
     if theirs:
         said = (args.num_heads, args.which or "ema", args.convention, args.num_classes)
         model, metadata = read_official(args.source, *said)
+    elif args.weights == "raw" or is_checkpoint(args.source):
+        config, tensors, metadata = read_checkpoint(args.source, args.weights or "ema")
+        model = MPDiT.from_tensors(config, tensors, args.source)
     else:
         model, metadata = load_weights(args.source)
     made: Path = args.out

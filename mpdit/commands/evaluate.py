@@ -12,6 +12,7 @@ from mpdit.commands.common import (
     Outcome,
     add_device,
     add_sampler,
+    add_weights,
     adder,
     check_file,
     flag,
@@ -35,7 +36,7 @@ DESCRIPTION = (
 )
 
 _HELP = {
-    "weights": "images: a folder that `mpdit sample` wrote, images as `mpdit extract` takes them (a folder, a tar, a "
+    "source": "images: a folder that `mpdit sample` wrote, images as `mpdit extract` takes them (a folder, a tar, a "
     "zip), or an npz with arr_0. Or a model of the digits: a training run's folder (its EMA weights), a folder with "
     "model.safetensors and config.json, or the model.safetensors itself",
     "out": "where to write figures and protocol as JSON (default: evaluation.json in the folder given or beside "
@@ -51,7 +52,8 @@ _HELP = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = adder(parser, _HELP)
-    add("weights", metavar="RUN_OR_WEIGHTS_OR_SAMPLES", type=to_path)
+    add("source", metavar="RUN_OR_WEIGHTS_OR_SAMPLES", type=to_path)
+    add_weights(parser)
     add_device(parser)
     add("--out", type=to_path, metavar="FILE")
     of_images = adder(parser.add_argument_group("images"), _HELP)
@@ -63,7 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    if _is_model(args.weights):
+    from mpdit.training.checkpoint.weights import weights_of
+
+    args.source = weights_of(args.source, args.weights)
+    if _is_model(args.source):
         return _measure_model(args)
     if args.write_reference is not None:
         return _write_reference(args)
@@ -78,11 +83,11 @@ def _measure_model(args: argparse.Namespace) -> Outcome:
     refuse(
         args,
         ("reference", "write_reference", "image_size", "inception"),
-        f"is for images, and {args.weights} is a model: draw images from it first, `mpdit sample {args.weights} --out "
+        f"is for images, and {args.source} is a model: draw images from it first, `mpdit sample {args.source} --out "
         "DIR`, then evaluate DIR",
     )
     device = pick_device(args.device)
-    model, metadata = load_weights(args.weights)
+    model, metadata = load_weights(args.source)
     out = _out(args)
     result = evaluate_digits(model.to(device), metadata, settings)
     figures = dataclasses.asdict(result)
@@ -97,15 +102,15 @@ def _measure_images(args: argparse.Namespace) -> Outcome:
     from mpdit.jobs.evaluate.inception import Inception
 
     if args.reference is None:
-        if not args.weights.exists():
-            raise ConfigError(f"{args.weights} does not exist: give images, a run's folder or a folder of weights")
+        if not args.source.exists():
+            raise ConfigError(f"{args.source} does not exist: give images, a run's folder or a folder of weights")
         raise ConfigError(
-            f"{args.weights} holds no weights: to measure images give --reference REF.npz as well, to measure a model "
+            f"{args.source} holds no weights: to measure images give --reference REF.npz as well, to measure a model "
             "a run's folder or a folder with model.safetensors and config.json"
         )
     _refuse_sampler(args)
     out, device = _out(args), pick_device(args.device)
-    samples, reference = open_images(args.weights), Reference(args.reference, args.image_size)
+    samples, reference = open_images(args.source), Reference(args.reference, args.image_size)
     check_comparable(samples, reference)
     inception = Inception(args.inception, device)
     result = evaluate_images(samples, reference, inception, batch=args.batch)
@@ -127,7 +132,7 @@ def _write_reference(args: argparse.Namespace) -> Outcome:
         reason = "exists: nothing is overwritten, so give a new name" if path.exists() else "must end in .npz"
         raise ConfigError(f"--write-reference {path} {reason}")
     device = pick_device(args.device)
-    images = open_images(args.weights, args.image_size)
+    images = open_images(args.source, args.image_size)
     inception = Inception(args.inception, device)
     path.parent.mkdir(parents=True, exist_ok=True)
     figures = write_reference(images, path, inception, batch=args.batch)
@@ -156,7 +161,7 @@ def _is_model(path: Path) -> bool:
 
 def _out(args: argparse.Namespace) -> Path:
     """Return where the figures go, checked before the work."""
-    given: Path = args.weights
+    given: Path = args.source
     while not given.exists() and given != given.parent:  # a folder in an archive
         given = given.parent
     if given.is_dir():
@@ -176,5 +181,5 @@ def _refuse_sampler(args: argparse.Namespace) -> None:
     for field in dataclasses.fields(asked):
         if field.name != "batch" and getattr(asked, field.name) != getattr(DIGITS_SAMPLER, field.name):
             raise ConfigError(
-                f"{flag(field.name)} is for models, and {args.weights} holds images, drawn already: leave it out"
+                f"{flag(field.name)} is for models, and {args.source} holds images, drawn already: leave it out"
             )

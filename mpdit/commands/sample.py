@@ -9,6 +9,7 @@ from mpdit.commands.common import (
     Outcome,
     add_device,
     add_sampler,
+    add_weights,
     adder,
     check_writable,
     given_fields,
@@ -35,8 +36,8 @@ DESCRIPTION = (
 )
 
 _HELP = {
-    "weights": "a training run's folder (its EMA weights), a folder with model.safetensors and config.json, or the "
-    "model.safetensors itself",
+    "source": "a training run's folder (its EMA weights), a checkpoint's, a folder with model.safetensors and "
+    "config.json, or the model.safetensors itself",
     "out": "folder to write: new, empty, or holding the samples of this very protocol to go on with (required)",
     "num": "number of images",
     "classes": "classes to draw (default: all of the model's)",
@@ -56,11 +57,12 @@ _HELP = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = adder(parser, _HELP)
-    add("weights", metavar="RUN_OR_WEIGHTS", type=to_path)
+    add("source", metavar="RUN_OR_WEIGHTS", type=to_path)
     add("--out", type=to_path, required=True, metavar="DIR")
     add("--num", type=whole(1), default=100)
     add("--classes", type=whole(0), nargs="+", metavar="CLASS")
     add("--labels", choices=("auto", "random", "balanced"), default="auto")
+    add_weights(parser)
     add_device(parser, gpus=True)
     of_images = adder(parser.add_argument_group("images"), _HELP)
     of_images("--vae", type=path_text, metavar="PATH_OR_HUB_ID")
@@ -76,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Outcome:
     from mpdit.jobs.sample.drawing import DrawOptions
     from mpdit.jobs.sample.sample_set import draw
+    from mpdit.training.checkpoint.weights import weights_of
 
     check_writable(args.out)
     if args.vae is None:
@@ -89,7 +92,7 @@ def run(args: argparse.Namespace) -> Outcome:
         "processes": args.gpus,
         "cuda_graph": {"auto": None, "on": True, "off": False}[args.cuda_graph],
     }
-    report = draw(args.weights, args.out, DrawOptions(**options))
+    report = draw(weights_of(args.source, args.weights), args.out, DrawOptions(**options))
     if report is None:  # another rank's report is printed
         return Outcome(f"this rank's part of {args.out} is done", {"out": str(args.out)})
     figures = {

@@ -32,7 +32,7 @@ from hypothesis import example, given
 from mpdit.core.dist_env import DistEnv
 from mpdit.jobs.evaluate.image_sets import open_images
 from mpdit.training.checkpoint import format, resume
-from mpdit.training.checkpoint.format import KINDS, Checkpoint, read_average
+from mpdit.training.checkpoint.format import KINDS, Checkpoint, read_values
 from mpdit.training.setup import Run, prepare
 
 REPOSITORY = Path(__file__).parents[2]
@@ -76,7 +76,7 @@ def _found() -> Checkpoint | None:
 
 def _newest() -> tuple[int, torch.Tensor] | None:
     found = _found()
-    return None if found is None else (found.step, read_average(found)["a"])
+    return None if found is None else (found.step, read_values(found, "ema")["a"])
 
 
 def _check_checkpoints(files: Files) -> None:

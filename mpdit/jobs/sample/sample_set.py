@@ -166,6 +166,10 @@ def _plan(
         )
     training = metadata.get("training") or {}
     remarks += training.get("notes", ())
+    decay, steps = training.get("ema_decay"), training.get("step")
+    kept = decay ** max(1, steps) if isinstance(decay, float) and isinstance(steps, int) and 0 < decay < 1 else 0
+    if kept > 0.1 and training.get("weights") == "ema":
+        remarks.append(f"the average is {kept:.0%} what training began with: --weights raw draws from its last weights")
     origin = training.get("official")
     if sampler.guidance != 1 and sampler.guidance_channels is None and origin in _GUIDE_THREE:
         remarks.append(

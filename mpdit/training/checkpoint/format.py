@@ -108,8 +108,9 @@ class Checkpoint:
 
 
 def committed_folders(out: Path) -> list[Path]:
-    """Return the checkpoints' folders of a run, oldest first; whether they are sound is not looked at."""
-    folder = out / "checkpoints"
+    """Return the checkpoints' folders of OUT or OUT/checkpoints, oldest first, sound or not."""
+    inside = (out / "checkpoints").is_dir() or out.name != "checkpoints"
+    folder = out / "checkpoints" if inside else out
     found = folder.iterdir() if folder.is_dir() else iter(())
     named = (path for path in found if CHECKPOINT_NAME.fullmatch(path.name) and (path / MARKER).is_file())
     return sorted(named, key=step_of)
@@ -214,10 +215,10 @@ class ShardReader:
             )
 
 
-def read_average(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Read the averaged weights, fp32 on the CPU, put together from all shards. Raises CheckpointError."""
+def read_values(checkpoint: Checkpoint, kind: str) -> dict[str, Tensor]:
+    """Read one of KINDS of all parameters, fp32 on the CPU, put together from all shards. Raises CheckpointError."""
     reader = ShardReader(checkpoint.shards)
-    average = {name: torch.empty(shape) for name, shape in checkpoint.shapes.items()}
-    for name, value in average.items():
-        reader.read("ema", name, 0, value.view(-1))
-    return average
+    values = {name: torch.empty(shape) for name, shape in checkpoint.shapes.items()}
+    for name, value in values.items():
+        reader.read(kind, name, 0, value.view(-1))
+    return values

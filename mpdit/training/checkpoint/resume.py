@@ -71,8 +71,7 @@ def _named(run: Run, folders: list[Path]) -> tuple[Checkpoint | None, list[Path]
     counts only until this run has its own.
     """
     resume = run.config.resume
-    given = Path(resume)
-    if theirs := gather(committed_folders(given.parent if given.name == "checkpoints" else given))[0]:
+    if theirs := gather(committed_folders(Path(resume)))[0]:
         if folders:
             return None, folders
         resume = str(theirs[-1])

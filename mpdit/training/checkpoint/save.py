@@ -19,7 +19,8 @@ from mpdit.core.files import sync_to_disk
 from mpdit.model.weights import read_weights, save_weights
 from mpdit.training.checkpoint import format
 from mpdit.training.checkpoint.deepspeed_state import fragments, optimizer_steps, parameter_shapes
-from mpdit.training.checkpoint.format import Checkpoint, read_average
+from mpdit.training.checkpoint.format import Checkpoint, read_values
+from mpdit.training.checkpoint.weights import metadata_of
 
 if TYPE_CHECKING:
     from mpdit.training.setup import Run
@@ -141,7 +142,7 @@ def finish(run: Run, whole: Checkpoint) -> str:
 
 def export(run: Run, saved: Checkpoint) -> None:
     """Write OUT/ema, the weights that `mpdit sample` and `mpdit evaluate` read, from a committed checkpoint."""
-    save_weights(run.out / "ema", read_average(saved), run.model, _metadata(run, saved))
+    save_weights(run.out / "ema", read_values(saved, "ema"), run.model, metadata_of(saved, run.data_metadata(), "ema"))
 
 
 def is_exported(run: Run, saved: Checkpoint) -> bool:
@@ -150,19 +151,7 @@ def is_exported(run: Run, saved: Checkpoint) -> bool:
         model, _, metadata = read_weights(run.out / "ema")
     except UserError:
         return False
-    return model == run.model and metadata == json.loads(json.dumps(_metadata(run, saved)))
-
-
-def _metadata(run: Run, saved: Checkpoint) -> dict[str, Any]:
-    training = {
-        "step": saved.step,
-        "samples": saved.position,
-        "seed": run.config.seed,
-        "ema_decay": run.config.ema_decay,
-        "class_dropout": run.config.class_dropout,
-        "weights": "ema",
-    }
-    return {"data": run.data_metadata(), "training": training}
+    return model == run.model and metadata == json.loads(json.dumps(metadata_of(saved, run.data_metadata(), "ema")))
 
 
 def _reason(error: Exception, place: Path) -> str:
