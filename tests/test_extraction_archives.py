@@ -168,8 +168,8 @@ def test_zips_that_hold_more_than_their_table_says_are_refused(tmp_path: Path) -
         with pytest.raises(DataError, match=message):
             list_images(path)
 
-    refused(one.read_bytes() + two.read_bytes(), "at byte 0 that")
-    refused(two.read_bytes() + b"more", f"at byte {two.stat().st_size} that")
+    refused(one.read_bytes() + two.read_bytes(), "from byte 0 on it holds data")
+    refused(two.read_bytes() + b"more", f"from byte {two.stat().st_size} on")
     path.write_bytes(b"#!/bin/sh\n" * 30 + one.read_bytes() + bytes(3))  # unpacks itself; padded
     assert _files(list_images(path)) == {"a/0.png": X, "a/1.png": Y}
     refused(b"#!/bin/sh\n" * 30 + one.read_bytes()[:-30], "can't be read as a zip|neither a folder")
@@ -206,7 +206,7 @@ def test_split_and_encrypted_zips(tmp_path: Path) -> None:
     data = path.read_bytes()
     table = data.index(b"PK\1\2")
     path.write_bytes(data[: table + 34] + b"\1\0" + data[table + 36 :])
-    with pytest.raises(DataError, match=r"one part of a split zip: .*zip -s 0"):
+    with pytest.raises(DataError, match=r"one part of a split zip, which `zip -s 0` joins"):
         list_images(path)
     path.write_bytes(data[:6] + b"\1\0" + data[8:])
     with pytest.raises(BrokenImage, match="is encrypted"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 import zipfile
@@ -15,9 +16,14 @@ except ImportError:
     from zlib import crc32
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of a member, before its name and extra field: PKWARE's APPNOTE 4.3.7
+_HEADER, _TABLE_ENTRY, _END = 30, 46, 22  # bytes of a member's header, its entry in the table and the table's end
+_DESCRIPTOR = 24  # bytes at most of what may follow a member that was written as a stream
+_SLACK = 96  # bytes between members that need no look: extra fields, a descriptor; hardly an image with its header
 _MOST_DEFLATED = 1032  # times its size is what deflate can stand for
 _PIECE = 1 << 22
 
+ENCRYPTED, UTF8 = 1, 1 << 11
+"""Bits of a member's flags: PKWARE's APPNOTE 4.4.4."""
 ZIP_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError, struct.error)
 """What zipfile raises for damaged files, beside OSError; RuntimeError for encrypted ones."""
 
@@ -31,19 +37,67 @@ def is_zip(path: str | Path) -> bool:
 
 
 def open_zip(path: str | Path) -> zipfile.ZipFile:
-    """Open a zip to read. Raises one of ZIP_DAMAGE when it is none, or a member lies outside or can't be so large.
+    """Open a zip to read. Raises one of ZIP_DAMAGE when it is none, or its table of contents can't be right.
 
-    zipfile itself asks for as much memory as the table says.
+    A member lies outside or can't be so large, for which zipfile itself would ask for as much memory; or there is more
+    in the file than the table has.
     """
     archive = zipfile.ZipFile(path)
-    end = os.path.getsize(path)
-    for member in archive.infolist():
-        inside = 0 <= member.header_offset <= end - member.compress_size
-        bounded = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-        if not inside or (bounded and member.file_size > _MOST_DEFLATED * (member.compress_size + 1)):
-            archive.close()
-            raise zipfile.BadZipFile(f"{member.filename} lies past the end of the file, or says it is too large")
+    try:
+        end = os.path.getsize(path)
+        for member in archive.infolist():
+            inside = 0 <= member.header_offset <= end - member.compress_size
+            bounded = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+            if not inside or (bounded and member.file_size > _MOST_DEFLATED * (member.compress_size + 1)):
+                raise zipfile.BadZipFile(f"{member.filename} lies past the end of the file, or says it is too large")
+        with open(path, "rb") as file:
+            if (place := _find_unlisted(archive, file.fileno())) is not None:
+                raise zipfile.BadZipFile(
+                    f"from byte {place} on it holds data that its table of contents lacks, as zips joined by cat do; "
+                    f"`zip -FF {path} --out NEW.zip` finds all members"
+                )
+    except BaseException:
+        archive.close()
+        raise
     return archive
+
+
+def _find_unlisted(archive: zipfile.ZipFile, descriptor: int) -> int | None:
+    """Return where a zip holds members that its table of contents doesn't have, or anything after its end.
+
+    Members' own headers are read only where more bytes lie between them than the table accounts for.
+    """
+    table = archive.infolist()
+    if any(member.volume not in (0, 0xFFFF) for member in table):
+        raise zipfile.BadZipFile("it is one part of a split zip, which `zip -s 0` joins")
+    # cp437, which names are in that aren't marked as UTF-8, has a byte a letter.
+    names = [len(m.orig_filename.encode() if m.flag_bits & UTF8 else m.orig_filename) for m in table]
+    first = archive.start_dir
+    end = first + sum(
+        _TABLE_ENTRY + name + len(member.extra) + len(member.comment) for name, member in zip(names, table, strict=True)
+    )
+    rest = os.pread(descriptor, _PIECE, end)
+    found = rest.find(b"PK\5\6")
+    after = found + _END + int.from_bytes(rest[found + 20 : found + _END], "little")  # with the zip's comment
+    if found >= 0 and rest[after:].strip(b"\0"):
+        return end + after
+    sizes = {
+        member.header_offset: (_HEADER + name, member.compress_size) for name, member in zip(names, table, strict=True)
+    }
+    starts = sorted(sizes)
+    if (not starts or starts[0] > 0) and first and os.pread(descriptor, 4, 0) == b"PK\3\4":
+        return 0
+    for start, following in itertools.pairwise([*starts, first]):
+        if following - start - sum(sizes[start]) <= _SLACK:
+            continue
+        try:
+            end = read_local_header(descriptor, start).end + sizes[start][1]
+        except zipfile.BadZipFile:
+            continue  # a broken member, which is told when it is read
+        found = os.pread(descriptor, _DESCRIPTOR + 4, end).find(b"PK\3\4")
+        if 0 <= found < following - end:
+            return end + found
+    return None
 
 
 class LocalHeader(NamedTuple):

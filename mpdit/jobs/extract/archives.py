@@ -11,10 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
-import numpy as np
-
 from mpdit.core.errors import DataError
-from mpdit.core.zips import ZIP_DAMAGE, is_zip, open_zip, read_local_header
+from mpdit.core.zips import ENCRYPTED, UTF8, ZIP_DAMAGE, is_zip, open_zip
 
 COMPRESSED = (
     ".tar.gz",
@@ -35,10 +33,6 @@ ARCHIVES = (".tar", ".zip", *COMPRESSED, ".7z", ".rar", ".zipx")
 _GZIP_BZIP_XZ_ZSTD = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 _PIECE = 1 << 20
 _MOST_LINK_BYTES = 4096  # of where a link leads to: Linux's PATH_MAX
-_ENCRYPTED, _UTF8 = 1, 1 << 11  # bits of a zip member's flags: PKWARE's APPNOTE 4.4.4
-_HEADER, _TABLE_ENTRY, _END = 30, 46, 22  # bytes of a member's header, its entry in the table and the table's end
-_DESCRIPTOR = 24  # bytes at most of what may follow a member that was written as a stream
-_SLACK = 96  # bytes between members that need no look: an extra field, a descriptor; no image with its header fits
 
 
 class Member(NamedTuple):
@@ -80,6 +74,7 @@ def tar_members(file: IO[bytes], path: Path, shown: str, start: int, end: int) -
     """
     bounded: Any = _Bounded(file, end)
     while True:
+        began = start
         file.seek(start)
         try:
             with tarfile.open(fileobj=bounded, mode="r:") as archive:
@@ -105,7 +100,8 @@ def tar_members(file: IO[bytes], path: Path, shown: str, start: int, end: int) -
                 f"nothing is missing, `truncate -s +1024 {path}` ends it"
             )
         if start < end and start - stopped < tarfile.BLOCKSIZE:
-            raise DataError(f"{path} is damaged at byte {stopped}, where a header should be: copy it again")
+            where = "after its end, where there is no other tar" if stopped == began else "where a header should be"
+            raise DataError(f"{path} is damaged at byte {stopped}, {where}: copy it again")
         if start == end:
             return
 
@@ -145,17 +141,15 @@ class _Bounded:
         return self._file.read(left if size < 0 else min(size, left))
 
 
-def zip_members(file: IO[bytes], path: Path) -> Iterator[Member]:
+def zip_members(path: Path) -> Iterator[Member]:
     """Yield the members of a zip by its table of contents. DataError when it is damaged, or holds more than that."""
     try:
         with open_zip(path) as archive:
-            table = archive.infolist()
-            _check_table(file, path, archive, table)
-            for member in table:
+            for member in archive.infolist():
                 yield _zip_member(archive, member)
+    except DataError:
+        raise
     except ZIP_DAMAGE as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"{path} can't be read as a zip ({error}): it is damaged; copy it again") from error
 
 
@@ -164,63 +158,19 @@ def _zip_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Member:
     mode = member.external_attr >> 16
     if member.is_dir() or name.endswith("\\"):
         return Member(name, "folder")
-    if stat.S_ISLNK(mode) and not member.flag_bits & _ENCRYPTED and member.file_size <= _MOST_LINK_BYTES:
+    if stat.S_ISLNK(mode) and not member.flag_bits & ENCRYPTED and member.file_size <= _MOST_LINK_BYTES:
         return Member(name, "link", text=_link_target(name, os.fsdecode(archive.read(member))))
     return Member(name, offset=member.header_offset, size=member.compress_size, crc=member.CRC)
 
 
 def _zip_name(member: zipfile.ZipInfo) -> str:
     """Return a member's name; one that isn't marked as UTF-8 and yet is (macOS writes such) is not read as cp437."""
-    if member.filename.isascii() or member.flag_bits & _UTF8:
+    if member.filename.isascii() or member.flag_bits & UTF8:
         return member.filename
     try:
         return member.filename.encode("cp437").decode("utf-8")
     except ValueError:
         return member.filename
-
-
-def _check_table(file: IO[bytes], path: Path, archive: zipfile.ZipFile, table: list[zipfile.ZipInfo]) -> None:
-    """Raise DataError when a zip holds members that its table of contents doesn't have, or anything after its end.
-
-    So does `cat a.zip b.zip`, of which zipfile sees the last. Local headers are read where bytes are left over only.
-    """
-    if any(member.volume not in (0, 0xFFFF) for member in table):
-        raise DataError(f"{path} is one part of a split zip: join them first, with `zip -s 0 {path} --out NEW.zip`")
-    names = [len(m.orig_filename.encode("utf-8" if m.flag_bits & _UTF8 else "cp437")) for m in table]
-    first_table: int = archive.start_dir
-    end = first_table + sum(
-        _TABLE_ENTRY + name + len(member.extra) + len(member.comment) for name, member in zip(names, table, strict=True)
-    )
-    file.seek(end)
-    rest = file.read(_PIECE)
-    found = rest.find(b"PK\5\6")
-    comment = int.from_bytes(rest[found + 20 : found + _END], "little")
-    extra: int | None = None
-    if found >= 0 and rest[found + _END + comment :].strip(b"\0"):
-        extra = end + found + _END + comment
-    # Where each member must at least reach to, in the order of the bytes, and where the next one begins.
-    heads = [_HEADER + name for name in names]
-    sizes = {member.header_offset: (head, member.compress_size) for head, member in zip(heads, table, strict=True)}
-    starts = np.array(sorted(sizes), np.int64)
-    ends = starts + np.array([sum(sizes[start]) for start in starts.tolist()], np.int64)
-    nexts = np.append(starts[1:], first_table)
-    gaps = np.flatnonzero(nexts - ends > _SLACK)
-    descriptor = file.fileno()
-    if (not len(starts) or starts[0] > 0) and first_table and os.pread(descriptor, 4, 0) == b"PK\3\4":
-        extra = 0
-    for start, following in zip(starts[gaps].tolist(), nexts[gaps].tolist(), strict=True):
-        try:
-            end = read_local_header(descriptor, start).end + sizes[start][1]
-        except zipfile.BadZipFile:
-            continue  # one broken image, which is told when it is read
-        found = os.pread(descriptor, _DESCRIPTOR + 4, end).find(b"PK\3\4")
-        if found >= 0 and end + found < following:
-            extra = end + found
-    if extra is not None:
-        raise DataError(
-            f"{path} holds data at byte {extra} that its table of contents lacks, as two zips joined by cat do: give "
-            f"them one by one, or bring all back with `zip -FF {path} --out NEW.zip`"
-        )
 
 
 def clean_name(name: str) -> str:

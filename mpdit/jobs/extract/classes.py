@@ -27,13 +27,13 @@ UNLABELLED, IGNORED = -1, -2
 _MOST_CLASSES = 1 << 20
 _ONE_CLASS = "all"
 _NAMED = 5
+_WORD = "(?:train(?:ing|val)?|val(?:id|idation)?|test(?:ing)?|dev|eval(?:uation)?|holdout|(?:un)?labell?ed)"
 _SPLIT = re.compile(
-    r"(train(ing|val)?|val(id|idation)?|test(ing)?|dev|eval(uation)?|holdout)"
-    r"([-_. ]?(set|data|images|split))?[-_. ]?\d*|images?|imgs?|jpegimages",
+    rf"{_WORD}s?([-_. ]?(set|data|images|split))?[-_. ]?(\d+|[a-z])?|images?|imgs?|jpegimages",
     re.IGNORECASE,
 )
 """Names of folders that are parts of a data set, and of those that hold the images of one; neither is a class."""
-_SPLIT_AT_END = re.compile(rf".+[-_. ]({_SPLIT.pattern})", re.IGNORECASE)
+_WITH_SPLIT = re.compile(rf"(?<![a-z]){_WORD}(?![a-z])", re.IGNORECASE)  # in a name of more words
 _PART = re.compile(r"(?<![a-z])(train|val|test)(?:ing|id|idation)?(?![a-z])", re.IGNORECASE)
 _WNID = re.compile(r"n\d{8}")  # WordNet's ids, ImageNet's names of classes
 
@@ -214,7 +214,7 @@ def _by_folder(path: Path, found: FoundImages, mode: ClassMode) -> dict[str, str
         raise DataError(f"{path} {why}; say what the classes are: {', '.join(readings)}, or one (all images)")
 
     splits = {name for name in classes if _SPLIT.fullmatch(name)}
-    if splits or all(_SPLIT_AT_END.fullmatch(name) for name in classes):
+    if splits or all(map(_WITH_SPLIT.search, classes)):
         likely = max(sorted(splits or classes), key=lambda name: "train" in name.lower())
         example = "" if found.archives else f", such as {path}/{'/'.join((*top, likely))}"
         refuse(f"holds {some(splits or classes)}, parts of a data set and no classes: give one of them{example}")

@@ -68,7 +68,7 @@ MOST_SKIPPED = 100
 HIDDEN = "hidden or the system's"
 """Why a file is ignored that isn't told of by its name."""
 _NO_IMAGE = "is no image by its name"
-_ARCHIVE = "is an archive, which isn't looked into here"
+_ARCHIVE = "is an archive in a folder or another, not looked into"
 _LINKED = "is a link to a folder, whose images aren't taken again"
 
 _PLACE = np.dtype([("container", np.int64), ("offset", np.int64), ("size", np.int64), ("crc", np.int64)])
@@ -367,7 +367,7 @@ class _Listing(FoundImages):
                     self._add_tar(file, path, path.name, 0, file.seek(0, os.SEEK_END), prefix)
                 else:
                     read = functools.partial(_read_of_zip, file.fileno())
-                    self._add(Container(str(path), "zip"), prefix, zip_members(file, path), read)
+                    self._add(Container(str(path), "zip"), prefix, zip_members(path), read)
 
     def _add_tar(self, file: IO[bytes], path: Path, shown: str, start: int, end: int, prefix: str) -> None:
         """Add the images of the tar in these bytes of a file, and of the tars in it; messages call it `shown`."""
@@ -579,8 +579,16 @@ def _suffix(name: str) -> str:
 
 def _hidden_part(name: str) -> str:
     """Return a path up to the first part that is hidden or not a user's; "" when there is none."""
-    parts = name.split("/")
-    for index, part in enumerate(parts):
-        if (part[:1] == "." and part not in (".", "..")) or part.lower() in _SYSTEMS:
-            return "/".join(parts[: index + 1])
-    return ""
+    folder, _, base = name.rpartition("/")
+    return _hidden_folder(folder) or (name if _is_hidden(base) else "")
+
+
+@functools.lru_cache(1 << 16)
+def _hidden_folder(folder: str) -> str:
+    parts = folder.split("/")
+    first = next((index for index, part in enumerate(parts) if _is_hidden(part)), None)
+    return "" if first is None else "/".join(parts[: first + 1])
+
+
+def _is_hidden(part: str) -> bool:
+    return (part[:1] == "." and part not in (".", "..")) or part.lower() in _SYSTEMS
