@@ -126,6 +126,17 @@ def test_odd_members_and_archives_within_are_counted_and_said(tmp_path: Path) ->
         )
         assert {name for name, reason in images.ignored if "archive" in reason} == within.keys()
     assert "holes.png" in list_images(tmp_path / "t.tar").ignored[0][0]
+    with pytest.raises(DataError, match=r"holds no images .*not looked into: 1\): check the path"):
+        list_images(write_tree(tmp_path / "none", {"a/b.zip": X}))
+    with tarfile.open(tmp_path / "t.tar", mode="a") as archive:
+        folder = tarfile.TarInfo("c")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+    with pytest.raises(DataError, match=r"without an image \(c\).* left out: b/c.tar.gz is an archive"):
+        list_images(tmp_path / "t.tar")
+    beside = {"s-0.tar": tar_bytes({"a/1.png": X}), "s-1.tar.part": X, "dataset.json": X, "README.md": X}
+    (note,) = list_images(write_tree(tmp_path / "shards", beside)).notes
+    assert note.startswith("2 of the images and archives in ") and "s-1.tar.part lies beside the archives" in note
 
 
 def test_names_of_every_kind(tmp_path: Path) -> None:
@@ -234,5 +245,5 @@ def test_suffixes_are_those_that_pillow_decodes_here(tmp_path: Path) -> None:
         images = list_images(source)
         assert {*images.names} == files.keys() - {"a/raw.heic", "a/none"}
         assert {name for name, _ in images.ignored} == {"a/raw.heic", "a/none"}
-    with pytest.raises(DataError, match=r"holds no images that can be decoded here \(it has 2 \.heic, 1 no suffix\)"):
+    with pytest.raises(DataError, match=r"holds no images that can be decoded here \(it has \.heic: 2; no suffix: 1\)"):
         list_images(write_tree(tmp_path / "none", {"a/1.heic": X, "a/2.HEIC": X, "b/3": X}))

@@ -177,6 +177,8 @@ def test_numbered_folders_are_in_text_order_and_that_is_told(tmp_path: Path) -> 
 
     (note,) = notes(*map(str, range(12)))
     assert "in text order" in note and "10 has the label 2" in note and "leading zeros" in note
+    (note,) = notes("1", "2", "10", "cat")
+    assert "10 has the label 1" in note
     (note,) = notes("class2", "class10")
     assert "class10 has the label 0" in note
     (note,) = notes("00000", "00001")

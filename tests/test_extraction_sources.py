@@ -69,7 +69,7 @@ def test_what_is_no_image_is_counted_and_named(tmp_path: Path) -> None:
         assert dict(images.ignored)["stray.png"] == "lies outside the class folders"
         hidden_parts = {"a/.DS_Store", "__MACOSX", ".git", "a/Thumbs.db"}
         assert {name for name, _ in images.ignored} == odd.keys() | hidden_parts and len(images.ignored) == 7
-        assert summary(images.ignored).startswith("4 hidden or the system's, 1 .")
+        assert summary(images.ignored).startswith("hidden or the system's: 4; .")
         (note,) = images.notes
         assert note.startswith("1 of the images and archives") and "stray.png lies outside the class folders" in note
 

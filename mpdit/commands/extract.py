@@ -128,7 +128,7 @@ def _lines(report: ExtractReport, rates: dict[str, Any] | None) -> Iterator[str]
         yield from (f"  {name} {reason}" for name, reason in report.skipped[:_SHOWN])
         yield from ["  ..."] * (len(report.skipped) > _SHOWN)
     if report.ignored:
-        told = ", ".join(f"{count} {kind}" for kind, count in report.ignored_kinds.items())
+        told = "; ".join(f"{kind}: {count}" for kind, count in report.ignored_kinds.items())
         yield f"ignored: {counted(report.ignored, 'other file')} ({told}), the first listed in {notes}"
     for name, count in report.pixels.items():
         yield f"note: {counted(count, 'image')} {FACTS[name]}"

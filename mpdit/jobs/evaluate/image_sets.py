@@ -24,14 +24,14 @@ from mpdit.core.read_ahead import read_ahead
 from mpdit.core.text import counted
 from mpdit.jobs.extract.archives import ARCHIVES
 from mpdit.jobs.extract.decode import FACTS, decode_ahead
-from mpdit.jobs.extract.sources import HIDDEN, MOST_SKIPPED, BrokenImage, ImageIndex, list_images, summary
+from mpdit.jobs.extract.sources import HIDDEN, MOST_SKIPPED, BrokenImage, ImageIndex, is_lost, list_images, summary
 from mpdit.jobs.npz import NpzReader
 
 NPZ_KEYS = ("arr_0", "images")
 """Of images in an npz: ADM's name, and that of an array saved by keyword."""
 
 _UNFINISHED = ".parts"  # what `mpdit sample` leaves while it isn't done
-_OURS = ("evaluation.json", "protocol.json")  # which we write beside images
+_OURS = ("evaluation.json", "protocol.json", "dataset.json")  # which lie beside images
 _AHEAD = 3  # batches decoded before they are asked for
 _NAMED = 5  # of many files, as many are named in a message
 
@@ -137,7 +137,7 @@ def _open_files(path: Path, crop: int | None) -> ImageSet:
     if protocol is None and (path / _UNFINISHED).is_dir():
         raise DataError(f"{path} holds unfinished samples: repeat the `mpdit sample` command that draws them")
     images = list_images(path / "images" if protocol is not None and (path / "images").is_dir() else path, None)
-    others = [(name, why) for name, why in images.ignored if why != HIDDEN and name not in _OURS]
+    others = [each for each in images.ignored if each[1] != HIDDEN and each[0] not in _OURS and not is_lost(*each)]
     remarks = images.notes + ((f"not taken for images in {path}: {summary(others)}",) if others else ())
     broken: dict[str, str] = {}
     facts: Counter[str] = Counter()

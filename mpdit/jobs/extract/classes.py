@@ -254,24 +254,27 @@ def _by_name(path: Path, found: FoundImages, names: Iterable[str], values: Seque
     """Number classes in the order of their names, and images by the name of each."""
     classes = tuple(sorted(names))
     numbers = {name: number for number, name in enumerate(classes)}
-    by_number = sorted(classes, key=lambda name: [(len(part), part) for part in re.findall(r"0*(\d+)", name)])
-    numbered = len({re.sub(r"\d+", "#", name) for name in classes}) == 1 < len(classes)
-    if numbered and list(classes) != by_number:
-        place = next(i for i in range(len(classes)) if classes[i] != by_number[i])
-        found.notes.append(
-            f"numbered classes of {path} are in text order, as torchvision's ImageFolder has them: {classes[place]} "
-            f"has the label {place}; for their numbers' order give them leading zeros, or a dataset.json"
-        )
-    elif numbered and classes[0].isdecimal() and len(classes[0]) > 2:
+    forms = defaultdict(list)
+    for name in classes:
+        forms[re.sub(r"\d+", "#", name)].append(name)
+    for alike in forms.values():
+        by_number = sorted(alike, key=lambda name: [(len(part), part) for part in re.findall(r"0*(\d+)", name)])
+        if later := next((name for name, other in zip(alike, by_number, strict=True) if name != other), None):
+            found.notes.append(
+                f"numbered classes of {path} are in text order, as torchvision's ImageFolder has them: {later} has the "
+                f"label {numbers[later]}; for their numbers' order give them leading zeros, or a dataset.json"
+            )
+            break
+    if len(classes) > 1 and len(forms["#"]) == len(classes) and len(classes[0]) == len(classes[-1]) > 2:
         found.notes.append(
             f"the numbered folders {classes[0]} .. {classes[-1]} of {path} are taken for classes: if they only divide "
             "the files, choose one (all images), or give a dataset.json"
         )
-    alike = defaultdict(list)
+    twins = defaultdict(list)
     for name in classes:
-        alike[unicodedata.normalize("NFKC", name).casefold().strip()].append(name)
-    if twins := [ascii(" and ".join(same)) for same in alike.values() if len(same) > 1]:
-        found.notes.append(f"classes of {path} that look the same are different ones: {some(twins)}")
+        twins[unicodedata.normalize("NFKC", name).casefold().strip()].append(name)
+    if same := [ascii(" and ".join(names)) for names in twins.values() if len(names) > 1]:
+        found.notes.append(f"classes of {path} that look the same are different ones: {some(same)}")
     return classes, np.array([numbers.get(value, -1) for value in values], np.int32)
 
 

@@ -69,6 +69,7 @@ HIDDEN = "hidden or the system's"
 """Why a file is ignored that isn't told of by its name."""
 _NO_IMAGE = "is no image by its name"
 _ARCHIVE = "is an archive in a folder or another, not looked into"
+_BESIDE = "lies beside the archives"
 _LINKED = "is a link to a folder, whose images aren't taken again"
 
 _PLACE = np.dtype([("container", np.int64), ("offset", np.int64), ("size", np.int64), ("crc", np.int64)])
@@ -234,8 +235,15 @@ def list_images(path: str | Path, classes: ClassMode | None = "auto") -> ImageIn
 
 
 def summary(ignored: Iterable[tuple[str, str]]) -> str:
-    """Return in words how many files of which kind were ignored: "10 .txt, 2 no suffix, 1 hidden"."""
-    return ", ".join(f"{number} {kind}" for kind, number in kinds(ignored).items())
+    """Return in words how many files of which kind were ignored: ".txt: 10; no suffix: 2"."""
+    return "; ".join(f"{kind}: {number}" for kind, number in kinds(ignored).items())
+
+
+def is_lost(name: str, reason: str) -> bool:
+    """Return whether an ignored file is, or may hold, images that are missed: a line warns of those."""
+    if reason == _BESIDE:  # EDM's labels, or archives that are still being copied
+        return name == LABELS_NAME or any(suffix in name.lower() for suffix in ARCHIVES)
+    return reason in (_ARCHIVE, _LINKED) or (reason not in (_NO_IMAGE, HIDDEN) and _suffix(name) in image_suffixes())
 
 
 def kinds(ignored: Iterable[tuple[str, str]]) -> dict[str, int]:
@@ -281,24 +289,24 @@ class _Listing(FoundImages):
             left = f" (it has {told})" if (told := summary(self.ignored)) else ""
             raise DataError(f"{path} holds no images that can be decoded here{left}: check the path")
         places = np.array(self._places).view(_PLACE)
+        try:
+            class_names, labels = classify(path, self, classes or "one")
+        except DataError as error:
+            raise DataError(f"{error}; {told}" if (told := self._told_lost(path)) else str(error)) from None
         if classes is None:
-            class_names, labels = classify(path, self, "one")
             order = sorted(range(len(self.names)), key=lambda i: self.names[i].split("/"))
         else:
-            class_names, labels = classify(path, self, classes)
             numbers, offsets = labels.tolist(), places["offset"].tolist()
             order = sorted(np.flatnonzero(labels >= 0).tolist(), key=lambda i: (numbers[i], self.names[i], offsets[i]))
-        lost = [
-            f"{name} {reason}"
-            for name, reason in self.ignored
-            if reason in (_ARCHIVE, _LINKED)
-            or (reason not in (_NO_IMAGE, HIDDEN) and _suffix(name) in image_suffixes())
-        ]
-        if lost:
-            self.notes.append(f"{len(lost)} of the images and archives in {path} are left out: {some(lost, _NAMED)}")
+        if told := self._told_lost(path):
+            self.notes.append(told)
         names = [self.names[i] for i in order]
         containers, notes = tuple(self._containers), tuple(map(one_line, self.notes))
         return ImageIndex(class_names, labels[order], names, containers, places[order], self.ignored, notes)
+
+    def _told_lost(self, path: Path) -> str:
+        lost = [f"{name} {reason}" for name, reason in self.ignored if is_lost(name, reason)]
+        return f"{len(lost)} of the images and archives in {path} are left out: {some(lost, _NAMED)}" if lost else ""
 
     def add_folder(self, path: Path) -> None:
         """Add a tree of images, or a folder of archives."""
@@ -317,7 +325,7 @@ class _Listing(FoundImages):
                 "the other"
             )
         self._hidden |= hidden
-        self.ignored += [(name, "lies beside the archives") for name, _ in inside if name not in archives]
+        self.ignored += [(name, _BESIDE) for name, _ in inside if name not in archives]
         self.add_archives([path / name for name in archives])
 
     def _walk(self, top: str) -> Iterator[Member]:
