@@ -331,6 +331,8 @@ def test_pixels_in_0_1_are_known_by_their_brightness(tmp_path: Path, write: Any)
     shifted[:, :4] += np.array(PAPER.mean, np.float32)[:, None, None]  # EDM2's, which encodes pixels in 0..1
     info = open_latents(write(tmp_path / "data.zip", shifted, LABELS)).manifest
     assert info.decoder["range"] == [0.0, 1.0]
+    assert "pixels in 0..1 (found by a brightness of 0.5" in info.describe_source()
+    assert "brightness" not in info.to_json()  # by which a run is known
     assert info.normalization == PAPER
 
 

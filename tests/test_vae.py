@@ -159,6 +159,9 @@ def test_what_does_not_fit(folder: Path) -> None:
         ({"scaling_factor": 0.3611, "shift_factor": 0.1159}, 0.95, "0.3611,0.1159"),
         ({"scaling_factor": 0.5, "latents_std": [8.5, 5.9, 6.5]}, 7.0, None),
         ({"scaling_factor": 0.5, "latents_std": [8.5, 5.9, 6.5]}, 2.0, "0.5"),
+        ({"scaling_factor": None, "latents_std": [8.5, 5.9, 6.5]}, 2.0, "1"),
+        ({"scaling_factor": "a fifth"}, 0.8, None),
+        ({"scaling_factor": 0}, 0.8, None),
     ],
 )
 def test_latents_of_another_scale_than_the_vaes_are_remarked_on(

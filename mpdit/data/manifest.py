@@ -144,6 +144,8 @@ class DatasetInfo(LatentSpec):
             origin = self.source.get("scale_origin")
             words.append(f"{factor} ({origin})" if origin else factor)
         words.append("pixels in {:g}..{:g}".format(*self.pixel_range) if self.pixel_range else "pixel range not stated")
+        if found := self.source.get("range_origin"):
+            words[-1] += f" ({found})"
         return ", ".join(words)
 
     def remarks(self) -> list[str]:
@@ -209,7 +211,7 @@ class DatasetInfo(LatentSpec):
 
     def to_json(self) -> str:
         """Return all fields as one JSON object, the same for the same data, whether its scale was given or found."""
-        source = {name: value for name, value in self.source.items() if name != "scale_origin"}
+        source = {name: value for name, value in self.source.items() if not name.endswith("_origin")}
         return json.dumps(dataclasses.asdict(self) | {"source": source}, indent=1) + "\n"
 
 

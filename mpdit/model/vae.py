@@ -190,16 +190,17 @@ class VAE:
     @property
     def scale(self) -> str:
         """Return scaling_factor of its config.json, and shift_factor where there is one, as --data-scale takes them."""
-        config: Any = self.module.config
-        return f"{config.scaling_factor:g}" + (f",{config.shift_factor:g}" if config.shift_factor else "")
+        factor, shift = (self.module.config.get(name) for name in ("scaling_factor", "shift_factor"))
+        return f"{_positive(factor) or 1.0:g}" + (f",{shift:g}" if type(shift) is float and shift else "")
 
     @property
     def usual_std(self) -> float:
         """Return the std of the latents its config.json was written for; 0 where that doesn't say."""
-        config: Any = self.module.config
-        if config.latents_std:
-            return math.sqrt(sum(value**2 for value in config.latents_std) / len(config.latents_std))
-        return 1 / config.scaling_factor if config.scaling_factor else 0.0
+        config = self.module.config
+        if stds := [_positive(value) for value in config.get("latents_std") or ()]:
+            return math.sqrt(sum(value**2 for value in stds) / len(stds))
+        factor = _positive(config.get("scaling_factor"))
+        return 1 / factor if factor else 0.0
 
     def decoder_metadata(self) -> dict[str, Any]:
         """Return the "decoder" entry of a data set's manifest: what decodes its latents; plain JSON types."""
@@ -248,6 +249,11 @@ def _check_folder(path: Path, name: str) -> None:
         ) from error
     if kind != "AutoencoderKL":
         raise ConfigError(f"vae {name!r} holds a {kind}: only diffusers' AutoencoderKL can be used")
+
+
+def _positive(value: Any) -> float:
+    """Return a number of somebody's config.json, 0 for anything but a finite one above zero."""
+    return float(value) if type(value) in (int, float) and 0 < value < math.inf else 0.0
 
 
 def _check_dtypes(folder: Path, where: str) -> None:

@@ -91,9 +91,9 @@ class ForeignLatents(LatentDataset):
         """Return how latents of these statistics were changed; asked where the user doesn't say."""
         return Scale()
 
-    def _pixel_range(self, measured: Normalization) -> PixelRange:
-        """Return the range of pixels that the encoder took black and white as."""
-        return SIGNED
+    def _pixel_range(self, measured: Normalization) -> tuple[PixelRange, str]:
+        """Return the range of pixels that the encoder took black and white as, and how it was found, if it was."""
+        return SIGNED, ""
 
     def _keep_labels(self, labels: NDArray[np.int64], file: Path) -> int:
         """Set the labels of all samples, int64 [N], and return the number of classes; `file` is named in errors."""
@@ -131,6 +131,7 @@ class ForeignLatents(LatentDataset):
             self._scale = scale
             measured = self._measure(sample, record_shape)
         whole = len(sample) == num_samples
+        pixel_range, range_origin = self._pixel_range(measured)
         self.manifest = DatasetInfo(
             channels=channels,
             height=height,
@@ -143,9 +144,10 @@ class ForeignLatents(LatentDataset):
                 **({"shift": self._scale.shift} if self._scale.shift else {}),
                 "scale_origin": self._scale_origin if given is None else "given",
                 "statistics": "of every sample" if whole else f"of {len(sample)} samples, evenly spread",
+                **({"range_origin": range_origin} if range_origin else {}),
                 **(source or {}),
             },
-            decoder={"kind": DECODER_KIND, "vae": None, "range": list(self._pixel_range(measured))},
+            decoder={"kind": DECODER_KIND, "vae": None, "range": list(pixel_range)},
             num_samples=num_samples,
             posterior_noise=posterior_noise,
             normalization=self._choose(measured, normalization),

@@ -80,10 +80,13 @@ class EDM2Latents(ForeignLatents):
     def _where(self, index: int) -> str:
         return str(self.path / os.fsdecode(self._names[index]))
 
-    def _pixel_range(self, measured: Normalization) -> PixelRange:
+    def _pixel_range(self, measured: Normalization) -> tuple[PixelRange, str]:
         if len(measured.mean) != len(_BRIGHTNESS):
-            return SIGNED
-        return UNIT if float(_BRIGHTNESS @ np.array(measured.mean)) > _BRIGHT else SIGNED
+            return SIGNED, ""
+        bright = float(_BRIGHTNESS @ np.array(measured.mean))
+        return (
+            UNIT if bright > _BRIGHT else SIGNED
+        ), f"found by a brightness of {bright:.2f}, above {_BRIGHT} being 0..1"
 
 
 class _Zip:
