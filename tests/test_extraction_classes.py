@@ -216,6 +216,7 @@ def test_labels_beside_images_are_read_in_every_container(tmp_path: Path) -> Non
         }
         (note,) = images.notes
         assert note.endswith("are the labels beside its images, not its folders (a, b, c)")
+        assert {name for name, _ in images.ignored} == other.keys()
         assert list_images(source, "folder").class_names == ("a", "b", "c")
 
 

@@ -53,8 +53,8 @@ def open_zip(path: str | Path) -> zipfile.ZipFile:
         with open(path, "rb") as file:
             if (place := _find_unlisted(archive, file.fileno())) is not None:
                 raise zipfile.BadZipFile(
-                    f"from byte {place} on it holds data that its table of contents lacks, as zips joined by cat do; "
-                    f"`zip -FF {path} --out NEW.zip` finds all members"
+                    f"from byte {place} on it holds data that its table of contents lacks, as zips joined by cat do, "
+                    f"and those above 4 GiB of macOS' Finder; `zip -FF {path} --out NEW.zip` finds all members"
                 )
     except BaseException:
         archive.close()

@@ -442,7 +442,7 @@ class _Listing(FoundImages):
                 self._read_dataset_json(functools.partial(read, member), f"{container.path}/{name}", folder)
                 del others[name]
         self.ignored += [(prefix + name, _ARCHIVE if name.lower().endswith(ARCHIVES) else _NO_IMAGE) for name in others]
-        self._apply_labels(Path(container.path), first, len(prefix), labels)
+        self._apply_labels(container.path, first, prefix, labels)
 
     def _add_image(self, name: str, member: Member) -> None:
         # Classes go by a name's folders also where Windows' separators have come into names of a tree.
@@ -499,7 +499,7 @@ class _Listing(FoundImages):
         for index in kept:
             self._places.extend(places[4 * index : 4 * index + 4])
 
-    def _apply_labels(self, path: Path, first: int, prefix: int, labels: _Labels) -> None:
+    def _apply_labels(self, path: str, first: int, prefix: str, labels: _Labels) -> None:
         """Give each image from `first` on the label of its key: its name up to the suffix, else up to the first dot.
 
         A key's label is of one image, KEY.jpg, as webdataset has it: others such as KEY.seg.png are ignored. DataError
@@ -507,14 +507,19 @@ class _Listing(FoundImages):
         """
         samples: dict[str, list[int]] = {}
         for index in range(first, len(self.names) if labels else first):
-            name = self.names[index][prefix:]
+            name = self.names[index].removeprefix(prefix)
             folder, slash, base = name.rpartition("/")
             for key in (name.rpartition(".")[0], folder + slash + base.partition(".")[0]):
                 if (key, True) in labels or (key, False) in labels:
                     samples.setdefault(key, []).append(index)
                     break
+        self.ignored += [
+            (f"{prefix}{key}{_LABEL_SUFFIXES[not is_class]}", _NO_IMAGE)
+            for key, is_class in labels
+            if key not in samples
+        ]
         for key, images in samples.items():
-            plain = [index for index in images if self.names[index][prefix:].rpartition(".")[0] == key]
+            plain = [index for index in images if self.names[index].removeprefix(prefix).rpartition(".")[0] == key]
             meant = images if len(images) == 1 else plain
             if len(meant) != 1:
                 raise DataError(
