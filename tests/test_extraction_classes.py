@@ -66,6 +66,7 @@ def test_classes_do_not_depend_on_the_container(names: list[str], classes: str, 
         (["photo/cat/1.png", "sketch/cat/2.png", "photo/dog/3.png"], "photo, sketch", "cat, dog"),
         (["a/1.png", "a/x/2.png", "b/3.png"], "a, b", "a, b, x"),
         (["a/1.png", "a/x/2.png", "a/x/3.png"], "a", "a, x"),
+        (["day1/cat/1.png", "day2/dog/2.png", "day3/cat/3.png"], "day1, day2, day3", "cat, dog"),
         (["a/x/m/1.png", "a/y/m/2.png", "b/z/m/3.png"], "a, b", "m"),
         (["1.png", "2.png", "thumbs/3.png"], "thumbs", "thumbs"),
         (["1.png", "2.png", "3.png", "4.png", "a/5.png", "b/6.png"], "a, b", "a, b"),
@@ -161,6 +162,14 @@ def test_archives_of_splits_and_of_folders_are_not_taken_for_classes(tmp_path: P
             list_images(tmp_path / root)
         images = list_images(tmp_path / root, "folder")
         assert images.class_names == ("cat", "dog") and len(images) == 4
+    for stem in ("first", "second"):
+        write_zip(tmp_path / "halves" / f"{stem}.zip", {"cat/1.png": X})
+    with pytest.raises(DataError, match=r"archive \(2 classes: first, second\), top \(1 class: cat\)"):
+        list_images(tmp_path / "halves")
+    for stem in ("first", "second"):
+        write_zip(tmp_path / "own" / f"{stem}.zip", {f"{stem}/1.png": X, f"{stem}/images/2.png": X})
+    (note,) = list_images(tmp_path / "own").notes
+    assert note.endswith("are its 2 archives (first, second)")
     shards = {
         f"{part}-{k:03d}.tar": tar_bytes({f"{k}.png": X, f"{k}.cls": b"0"}) for part in ("train", "val") for k in (0, 1)
     }

@@ -29,7 +29,7 @@ _ONE_CLASS = "all"
 _NAMED = 5
 _WORD = "(?:train(?:ing|val)?|val(?:id|idation)?|test(?:ing)?|dev|eval(?:uation)?|holdout|(?:un)?labell?ed)"
 _SPLIT = re.compile(
-    rf"{_WORD}s?([-_. ]?(set|data|images|split))?[-_. ]?(\d+|[a-z])?|images?|imgs?|jpegimages",
+    rf"{_WORD}s?([-_. ]?(set|data|images|split))?([-_. ]?\d+|[-_. ][a-z]|(?-i:[A-D]))?|images?|imgs?|jpegimages",
     re.IGNORECASE,
 )
 """Names of folders that are parts of a data set, and of those that hold the images of one; neither is a class."""
@@ -100,8 +100,9 @@ def classify(path: Path, found: FoundImages, mode: ClassMode) -> Classes:
         return (_ONE_CLASS,), np.zeros(len(found.names), np.int32)
     if mode == "label" and not has_label:
         raise DataError(f"{path} holds no labels: no KEY.cls or KEY.json beside the images, and no dataset.json")
-    if mode == "label" or (mode == "auto" and has_label):
+    if mode == "auto" and has_label and not found.dataset_labels:
         _note_folders(path, found)
+    if mode == "label" or (mode == "auto" and has_label):
         return _by_labels(path, found)
     named: Mapping[str, str] = {}
     if mode in ("archive", "top", "parent"):
@@ -133,7 +134,7 @@ def _note_folders(path: Path, found: FoundImages) -> None:
     named = _read_as(found, "top")
     pairs = {(named[folder], label) for folder, label in zip(found.folders, found.labels, strict=True) if label >= 0}
     tops = {top for top, _ in pairs}
-    if not found.dataset_labels and len(tops) > 1 and not len(pairs) == len(tops) == len({label for _, label in pairs}):
+    if len(tops) > 1 and not len(pairs) == len(tops) == len({label for _, label in pairs}):
         found.notes.append(f"the classes of {path} are the labels beside its images, not its folders ({some(tops)})")
 
 
@@ -232,11 +233,17 @@ def _by_folder(path: Path, found: FoundImages, mode: ClassMode) -> dict[str, str
         for folder in folders
         if named[folder]
     }
-    if len(leaves) > len(classes):
+    levels = itertools.zip_longest(*leaves)
+    merging = any(1 < len({*level} - {None}) < len(classes) for level in levels)
+    archives = classes & {found.archives[inside] for inside, single in _of_classes(found).items() if single}
+    inner = mode == "auto" and any(leaf[0] in archives and leaf[1:2] not in ((), leaf[:1]) for leaf in leaves)
+    if len(leaves) > len(classes) or merging or inner:
         example = "/".join((*top, *max(leaves, key=lambda leaf: (len(leaf), leaf))))
-        refuse(f"has images in folders within folders ({example}), of which either may be the classes")
+        refuse(f"has images in folders within folders ({example}), and either may be the classes")
     found.ignored += [(name, "lies outside the class folders") for name in outside]
-    if top:
+    if archives and mode == "auto":
+        found.notes.append(f"the classes of {path} are its {counted(len(classes), 'archive')} ({some(classes)})")
+    elif top:
         found.notes.append(f"the classes of {path} are the {counted(len(classes), 'folder')} in {'/'.join(top)}")
     return named
 

@@ -284,15 +284,16 @@ class _Listing(FoundImages):
 
     def index(self, path: Path, classes: ClassMode | None) -> ImageIndex:
         """Return the images that have a class, in order."""
-        self.ignored += [(name, HIDDEN) for name in self._hidden]
+        hidden = [(name, HIDDEN) for name in self._hidden]
         if not self.names:
-            left = f" (it has {told})" if (told := summary(self.ignored)) else ""
+            left = f" (it has {told})" if (told := summary(self.ignored + hidden)) else ""
             raise DataError(f"{path} holds no images that can be decoded here{left}: check the path")
         places = np.array(self._places).view(_PLACE)
         try:
             class_names, labels = classify(path, self, classes or "one")
         except DataError as error:
             raise DataError(f"{error}; {told}" if (told := self._told_lost(path)) else str(error)) from None
+        self.ignored += hidden
         if classes is None:
             order = sorted(range(len(self.names)), key=lambda i: self.names[i].split("/"))
         else:
@@ -379,11 +380,7 @@ class _Listing(FoundImages):
 
     def _add_tar(self, file: IO[bytes], path: Path, shown: str, start: int, end: int, prefix: str) -> None:
         """Add the images of the tar in these bytes of a file, and of the tars in it; messages call it `shown`."""
-
-        def read(member: Member) -> bytes:
-            file.seek(member.offset)
-            return file.read(member.size)
-
+        read = functools.partial(_read_of_tar, file.fileno())
         inner: list[tuple[str, Member]] | None = [] if start == 0 else None
         self._add(Container(str(path), "tar"), prefix, tar_members(file, path, shown, start, end), read, inner)
         for name, member in inner or ():
@@ -570,6 +567,10 @@ def _read_label(read: Callable[[Member], bytes], member: Member, name: str, show
 
 def _read_of_zip(descriptor: int, member: Member) -> bytes:
     return _read_zip_member(descriptor, member.offset, member.size, member.crc)
+
+
+def _read_of_tar(descriptor: int, member: Member) -> bytes:
+    return _read_exactly(descriptor, member.size, member.offset)
 
 
 def _read_file(folder: Path, member: Member) -> bytes:
