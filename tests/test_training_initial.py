@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from mpdit.model.config import ModelConfig
 from mpdit.model.mpdit import MPDiT, load_weights
 from mpdit.model.presets import preset
 from mpdit.model.weights import save_weights
+from mpdit.training import loop
+from mpdit.training.checkpoint import save
 from mpdit.training.cli import main
 from mpdit.training.setup import Run, prepare
 
@@ -213,6 +216,42 @@ def test_a_dry_run_reads_the_weights_or_does_without(tmp_path: Path, capsys: pyt
     other = _save(tmp_path / "other", _model(width=64))
     assert main([*_arguments(tmp_path / "out", other), "--dry-run"]) == 2
     assert not (tmp_path / "out").exists()
+
+
+DIT = {"class_conditioning": "added", "modulation": "per_block", "time_embedding": "sinusoidal", "time_layers": 2}
+
+
+def test_what_is_no_velocity_is_a_start_and_is_said(tmp_path: Path) -> None:
+    fields = {**DIT, "stages": [[2, 1]], "learn_sigma": True, "convention": "sit"}
+    state = to_official(_model(**fields))
+    args = argparse.Namespace(model="SiT-B/2", num_heads=2, num_classes=10, prediction="score")
+    torch.save({"ema": state, "args": args}, tmp_path / "sit.pt")
+    overrides = [word for name, value in fields.items() for word in ("--override", f"{name}={json.dumps(value)}")]
+    run = _prepare(tmp_path / "out", tmp_path / "sit.pt", *overrides)
+    assert run.initial is not None
+    assert "sit.pt: taken to be SiT's" in run.initial.notes[0] and "predicts score" in run.initial.notes[0]
+    # The same as a weights folder, with notes and without.
+    description = {"training": {"objective": "noise"}}
+    model = _model(**fields)
+    save_weights(tmp_path / "weights", model.state_dict(), model.config, description)
+    again = _prepare(tmp_path / "out", tmp_path / "weights", *overrides).initial
+    assert again is not None
+    assert again.notes[0].endswith("was trained to predict noise: its structure is a start, no more")
+
+
+def test_a_run_without_dropped_classes_says_so_and_draws_without_guidance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    monkeypatch.setattr(loop, "sample", lambda model, noise, *args, guidance: drawn.append(guidance) or noise)
+    source = _save(tmp_path / "weights", _model())
+    for share, guidance in (("0", 1.0), ("0.1", 1.5)):
+        run = _prepare(tmp_path / f"out{share}", source, "--class-dropout", share)
+        average = {name: value.detach() for name, value in MPDiT(run.model).named_parameters()}
+        loop._draw_grid(run, average, 1, torch.device("cpu"))
+        assert drawn.pop() == guidance
+        saved: Any = SimpleNamespace(step=3, position=96)
+        assert save._metadata(run, saved)["training"]["class_dropout"] == float(share)
 
 
 def test_runs_from_other_weights_are_other_runs(tmp_path: Path) -> None:

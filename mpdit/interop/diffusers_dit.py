@@ -59,6 +59,8 @@ def from_diffusers(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
                 if changed:
                     break
             official[renamed if changed else name] = value
+    if "sample_size" not in config and "pos_embed" not in official:
+        raise CheckpointError("it is diffusers' DiT without its config.json: put that beside it")
     patches = official.get("x_embedder.proj.weight")
     side = config.get("sample_size")
     if "pos_embed" not in official and patches is not None and patches.ndim == 4 and isinstance(side, int):

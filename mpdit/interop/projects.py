@@ -94,7 +94,7 @@ _ANCHOR = re.compile(r"(|.*\.)(x_embedder|pos_embed)\.proj\.weight")
 _ELSEWHERE = "only DiT, SiT, REPA, MPDiT and models of their shape are read"
 _OTHERS = (
     (r".*lora", "a LoRA", "merge it into its model where it was trained, and give that"),
-    (r"stages\.\d+\.", "mpdit's own weights", "put its config.json beside it, and name it model.safetensors"),
+    (r"(mpdit\.)?stages\.\d+\.", "mpdit's own weights", "put the config.json that was written with it beside it"),
     (r"param_groups|exp_avg|optimizer", "an optimiser's state", "give the file with the model"),
     (r"(.*\.)?(encoder|decoder)\.(conv_in|conv_out|mid|mid_block|down|up)\b", "a VAE", "give its folder as --vae"),
     (r"(.*\.)?(Mixed_5b|Conv2d_1a_3x3)\.", "an Inception network", "evaluate takes it, as --inception"),
@@ -141,7 +141,7 @@ class Identity:
 
     def describe(self, convention: Convention | None, objective: str | None) -> str:
         """Say in a line what was concluded from what; convention is the one given, objective the one chosen."""
-        means = {"mpdit": "t = 1 is noise and v = noise - data", "sit": "t = 1 is data and v = data - noise"}
+        means = {"mpdit": ("t = 1 is noise", "v = noise - data"), "sit": ("t = 1 is data", "v = data - noise")}
         of = self.project
         if not self.known_by and not convention:
             return (
@@ -154,7 +154,8 @@ class Identity:
         said = f"--convention {convention} was given" if convention and convention != of.convention else ""
         if said and self.known_by and (of.predicts == "velocity" or self.stated):
             said = f"but {said}, against its project's {of.convention}"
-        return taken + "; ".join(filter(None, (what, said, means[convention or of.convention])))
+        time, velocity = means[convention or of.convention]
+        return taken + "; ".join(filter(None, (what, said, time if objective else f"{time} and {velocity}")))
 
 
 def find_model(checkpoint: Any, which: str, path: object) -> FoundModel:

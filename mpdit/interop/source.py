@@ -33,7 +33,8 @@ def weights_file(path: Path) -> Path:
     found = _files(path)
     if not found:
         kind = _config(path, "model_index.json").get("_class_name")
-        raise CheckpointError(f"{path} is diffusers' {kind}, with no transformer: DiTPipeline and mpdit's are read")
+        name = kind[-1] if isinstance(kind, list) and kind else kind
+        raise CheckpointError(f"{path} is diffusers' {name}, with no transformer: DiTPipeline and mpdit's are read")
     return min(found, key=lambda file: (len(file.name), file.name))  # before its fp16 variant
 
 
