@@ -311,8 +311,11 @@ def test_a_part_of_a_model_is_refused(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"lacks|tensors no official model has"):
             read(tmp_path, {"ema": held, "args": args})
     one = mpdit.MPDiT(large.replace(stages=((2, 1),)))
+    with torch.no_grad():
+        one.stages[0].blocks[0].attention.qkv.weight.zero_()
     notes = read(tmp_path, mpdit.to_official(one), 6)[1]["training"]["notes"]
     assert "no official model of width 384 has its blocks: if one was meant, it is not whole" in notes
+    assert "warning: 1 matrix, such as blocks.0.attn.qkv.weight: all zero, so is the file whole?" in notes
     mpdit.save_official(tmp_path / "ours.pt", mpdit.MPDiT(CONFIG))
     ours = load_tensors(tmp_path / "ours.pt")
     with pytest.raises(CheckpointError, match=r"lacks blocks\.2\."):
@@ -385,7 +388,8 @@ FILES = {
         "is the index of a model in 2 files",
     ),
     "JSON": (json.dumps({"learning_rate": 1}), "is JSON, a description and not the weights"),
-    "text": (b"just words\n" * 9, "is no checkpoint of tensors, or is truncated or damaged"),
+    "text": (b"Entry not found\n", r"is no checkpoint of tensors but text \('Entry not found'\): download the file"),
+    "noise": (bytes(range(7, 250)), "is no checkpoint of tensors, or is truncated or damaged"),
 }
 
 

@@ -46,7 +46,12 @@ def explain_kind(path: str | Path) -> str | None:
         for pattern, kind, remedy in _BEGINNINGS:
             if re.match(pattern, start, re.DOTALL):
                 return f"{kind}: {remedy}"
-        return _explain_json(path) if start.lstrip()[:1] in (b"{", b"[") else None
+        if start.lstrip()[:1] in (b"{", b"["):
+            return _explain_json(path)
+        text = start.decode("latin-1").strip()
+        if start.isascii() and all(character.isprintable() or character.isspace() for character in text):
+            return f"is no checkpoint of tensors but text ({text[:40]!r}): {_ITSELF}"
+        return None
     except (OSError, RecursionError, *ZIP_DAMAGE):  # whatever it is, it is damaged too
         return None
 

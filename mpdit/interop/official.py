@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mpdit.core.errors import CheckpointError, first_line
 from mpdit.core.files import as_path, new_file
+from mpdit.core.text import counted
 from mpdit.data.normalization import PAPER
 from mpdit.data.readers.npy import SD_SCALE
 from mpdit.interop.diffusers_folder import from_pipeline
@@ -53,6 +54,8 @@ _MPDIT_DEPTHS = {
     "MPDiTv2-L": ((8, 14), (4, 6), (2, 4)),
     "MPDiTv2-XL": ((8, 14), (4, 8), (2, 6)),
 }
+_NEVER_ZERO = re.compile(r".*blocks.*\.\d+\.(attn\.qkv|mlp\.fc1)\.weight")
+"""As a download leaves them whose room was made before it was cut short; others begin as zeros."""
 _NAME = re.compile(r"(?:MPDiT|MPDiTv2|LightningDiT|DiT|SiT)-(S|B|L|XL)(?:/(\w+))?")
 
 
@@ -140,6 +143,11 @@ def read_official(
     ]
     if official_model_name(config) is None and config.width in {width for width, _ in _SIZES.values()}:
         notes.append(f"no official model of width {config.width} has its blocks: if one was meant, it is not whole")
+    empty = [name for name in sorted(tensors) if _NEVER_ZERO.fullmatch(name) and not tensors[name].any()]
+    if empty:
+        notes.append(
+            f"warning: {counted(len(empty), 'matrix', 'matrices')}, such as {empty[0]}: all zero, so is the file whole?"
+        )
     training: dict[str, Any] = {"official": identity.project.name, "weights": found.weights, "step": found.step}
     training |= {"objective": objective, "class_dropout": dropout, "notes": notes}
     training = {name: value for name, value in training.items() if value is not None}
