@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-from mpdit.commands import COMMANDS
 from mpdit.core.cpu import settle_cpu
 from mpdit.core.errors import UserError, one_line
 from mpdit.core.files import settle_home
@@ -29,6 +28,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     With --json stdout holds one JSON object and nothing else; progress and what libraries print go to stderr.
     `mpdit train` has output, arguments and exit codes of its own: see mpdit/training/cli.py.
     """
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    """Do as `main`, but for Ctrl-C; what takes time to import is imported here, where that is one line too."""
     settle_cpu()
     words = sys.argv[1:] if argv is None else list(argv)
     if words and words[0].startswith(("--local_rank=", "--local-rank=")):  # launchers put it before all that was given
@@ -37,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from mpdit.training.cli import main as train
 
         return train(words[1:], last=argv is None)
+    from mpdit.commands import COMMANDS
+
     if argv is None:
         atexit.register(gc.freeze)  # or Python searches all that was imported for garbage as it ends: half a second
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -56,14 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return _INTERRUPTED
     return outcome.code
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line, without importing what the commands need to run."""
+    from mpdit.commands import COMMANDS
+
     parser = Parser(
         prog="mpdit",
         description="Multi-patch diffusion transformers: train them, sample from them, evaluate them, check data.",

@@ -189,7 +189,7 @@ def test_what_is_no_text_is_told_in_one_line() -> None:
     os.mkfifo("pipe")
     with pytest.raises(ConfigError, match="config latin can't be read: 'utf-8' codec"):
         parse_arguments(["--config", "latin"])
-    for path, reason in (("/dev/zero", "is a device"), (".", "Is a directory"), ("gone", "No such file")):
+    for path, reason in (("/dev/zero", "is no regular file"), (".", "Is a directory"), ("gone", "No such file")):
         with pytest.raises(ConfigError, match=f"config {path} can't be read: .*{reason}"):
             parse_arguments(["--config", path])
 

@@ -90,13 +90,13 @@ def is_utf8(path: str | Path) -> bool:
 
 def read_bytes(path: str | Path) -> bytes:
     """Read a file whole. Raises OSError, also for a device, and for a pipe into which nothing is written."""
-    with open(path, "rb", opener=_open_at_once) as file:
-        mode = os.fstat(file.fileno()).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
-            raise OSError(errno.EINVAL, "is a device, not a file", str(path))
-        if not stat.S_ISREG(mode) and not select.select([file], [], [], _PIPE_SECONDS)[0]:
-            raise OSError(errno.ETIMEDOUT, "is a pipe into which nothing is written", str(path))
-        os.set_blocking(file.fileno(), True)
+    with open(path, "rb", buffering=0, opener=_open_at_once) as file:
+        if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
+            if not select.select([file], [], [], _PIPE_SECONDS)[0]:
+                raise OSError(errno.ETIMEDOUT, "is a pipe into which nothing is written", str(path))
+            os.set_blocking(file.fileno(), True)
+        else:
+            check_regular(path)
         return file.read()
 
 
@@ -181,11 +181,18 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
         os.close(descriptor)
 
 
+def check_regular(path: str | Path) -> None:
+    """Raise OSError for what has no end or is waited for, a device or a pipe, and for a folder."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+
+
 class OpenFile:
     """A file open for positioned reads by any thread, which is closed when it is no longer used. Raises OSError."""
 
     def __init__(self, path: str | Path) -> None:
         self._path = os.path.abspath(path)
+        check_regular(self._path)
         self.descriptor = _open_at_once(self._path, os.O_RDONLY)
         self._close = weakref.finalize(self, os.close, self.descriptor)
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mpdit.core.errors import CheckpointError, ConfigError, first_line
-from mpdit.core.files import expand_path
+from mpdit.core.files import expand_path, read_bytes
 from mpdit.model.config import one_of
 from mpdit.model.pretrained import is_hub_id
 from mpdit.model.weights import check_filled, check_values
@@ -241,7 +241,7 @@ def _check_folder(path: Path, name: str) -> None:
             return
         raise ConfigError(f"vae {name!r} does not exist: give a folder that diffusers saved, or a hub id owner/name")
     try:
-        kind = json.loads((path / "config.json").read_bytes()).get("_class_name")
+        kind = json.loads(read_bytes(path / "config.json")).get("_class_name")
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"vae {name!r} is no folder of an AutoencoderKL ({path / 'config.json'}: {error}): give one that diffusers "

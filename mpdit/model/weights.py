@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mpdit.core.errors import CheckpointError, ConfigError
 from mpdit.core.file_kind import explain_kind
-from mpdit.core.files import as_path, is_utf8, new_file
+from mpdit.core.files import as_path, check_regular, is_utf8, new_file, read_bytes
 from mpdit.core.tensor_file import digest_of, write_tensors
 from mpdit.core.zips import find_damaged, is_zip
 from mpdit.model.config import ModelConfig
@@ -136,6 +136,7 @@ def load_tensors(path: str | Path) -> Any:
     """
     path = as_path(path)
     try:
+        check_regular(path)
         zipped = is_zip(path)
         if zipped and (kind := explain_kind(path)):
             raise CheckpointError(f"{path} {kind}")
@@ -152,8 +153,8 @@ def load_tensors(path: str | Path) -> Any:
             named = path.suffix != ".safetensors" and is_utf8(path)  # torch (2.13) would believe the name
             source = os.fspath(path) if named else file
             return torch.load(source, map_location="cpu", weights_only=True, mmap=zipped and named)
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror or error}") from error
     except CheckpointError:
         raise
     except Exception as error:  # an unpickler that is fed foreign bytes raises almost anything
@@ -177,7 +178,7 @@ def read_description(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     """Read the configuration and metadata of weights, as `read_weights`, without the tensors."""
     file = weights_folder(as_path(path)) / "config.json"
     try:
-        description = json.loads(file.read_bytes())
+        description = json.loads(read_bytes(file))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} can't be read as JSON: {error}") from error
     return parse_description(description, file)

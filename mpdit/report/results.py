@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mpdit.core.errors import DataError
+from mpdit.core.files import read_bytes
 from mpdit.model.presets import PRESETS
 
 FORMAT = "mpdit-bench-1"
@@ -218,7 +219,7 @@ def read_results(path: str | Path) -> Results:
     """Read a results file; DataError names file, row, fault and remedy when it is none, damaged, or another format."""
     path = Path(path)
     try:
-        content = json.loads(path.read_bytes(), parse_constant=_refuse)
+        content = json.loads(read_bytes(path), parse_constant=_refuse)
     except FileNotFoundError:
         raise DataError(f"{path}: no such results file; give JSON from benchmarks/results") from None
     except IsADirectoryError:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from mpdit.core.errors import DataError
+from mpdit.core.files import read_bytes
 from mpdit.core.text import aligned
 
 RangeName = Literal["data", "h2d", "forward", "backward", "optimizer", "ema", "checkpoint", "sample"]
@@ -129,7 +130,7 @@ def trace_text(report: Json) -> str:
 
 def _spans(path: str | Path) -> list[_Span]:
     try:
-        content = Path(path).read_bytes()
+        content = read_bytes(path)
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
         document = json.loads(content.decode("utf-8-sig", errors="replace"))

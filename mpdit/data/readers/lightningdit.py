@@ -106,8 +106,9 @@ class LightningDiTLatents(ForeignLatents):
     def _open(self, path: Path) -> dict[str, _Tensor]:
         """Return where the tensors of a file lie, once its header is sound and fits the file."""
         try:
+            self._files.append(OpenFile(path))
             with safe_open(path, "np"):  # checks shapes, dtypes and places of all tensors, and the file's size
-                self._files.append(OpenFile(path))
+                pass
             length = int.from_bytes(os.pread(self._files[-1].descriptor, 8, 0), "little")
             header = json.loads(os.pread(self._files[-1].descriptor, length, 8))
         except (OSError, SafetensorError) as error:

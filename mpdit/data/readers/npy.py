@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdit.core.errors import DataError
+from mpdit.core.files import read_bytes
 from mpdit.data.normalization import KNOWN_SCALES, Normalization, Scale, overall_std
 from mpdit.data.readers.base import ForeignLatents, Options
 from mpdit.data.records import find_bad_label
@@ -131,8 +132,7 @@ def parse_npy(content: bytes, where: str) -> NDArray[Any]:
 def read_file(path: str) -> bytes:
     """Read a file. Raises DataError when it can't be read."""
     try:
-        with open(path, "rb", buffering=0) as file:
-            return file.read()
+        return read_bytes(path)
     except OSError as error:
         raise DataError(f"can't read {path} ({error.strerror}): copy or write it again") from error
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mpdit.core.errors import CheckpointError, ConfigError
+from mpdit.core.files import check_regular
 from mpdit.model.weights import check_filled, check_values, load_tensors
 
 FILE_NAME = "weights-inception-2015-12-05-6726825d.pth"
@@ -164,6 +165,7 @@ def _find_weights(url: str) -> Path:
 
 def _sha256(path: Path) -> str:
     try:
+        check_regular(path)
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
