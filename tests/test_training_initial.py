@@ -26,7 +26,7 @@ from mpdit.model.mpdit import MPDiT, load_weights
 from mpdit.model.presets import preset
 from mpdit.model.weights import save_weights
 from mpdit.training import loop
-from mpdit.training.checkpoint import save
+from mpdit.training.checkpoint.weights import metadata_of
 from mpdit.training.cli import main
 from mpdit.training.setup import Run, prepare
 
@@ -250,8 +250,8 @@ def test_a_run_without_dropped_classes_says_so_and_draws_without_guidance(
         average = {name: value.detach() for name, value in MPDiT(run.model).named_parameters()}
         loop._draw_grid(run, average, 1, torch.device("cpu"))
         assert drawn.pop() == guidance
-        saved: Any = SimpleNamespace(step=3, position=96)
-        assert save._metadata(run, saved)["training"]["class_dropout"] == float(share)
+        saved: Any = SimpleNamespace(step=3, position=96, identity=json.loads(json.dumps(run.identity)))
+        assert metadata_of(saved, {}, "ema")["training"]["class_dropout"] == float(share)
 
 
 def test_runs_from_other_weights_are_other_runs(tmp_path: Path) -> None:
