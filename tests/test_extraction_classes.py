@@ -242,9 +242,23 @@ def test_dataset_json_counts_from_where_it_lies(tmp_path: Path) -> None:
     assert list_images(tmp_path / "both").labels.tolist() == [0, 0, 1, 1]
 
 
-def test_folders_linked_twice_are_told(tmp_path: Path) -> None:
+def test_what_links_lead_to_is_told_when_it_is_read_twice(tmp_path: Path) -> None:
+    elsewhere = write_tree(tmp_path / "elsewhere", {"4.png": X})
     tree = write_tree(tmp_path / "tree", {"a/1.png": X, "b/2.png": X})
+    os.symlink(elsewhere / "4.png", tree / "b" / "4.png")
+    os.symlink("loop.png", tree / "b" / "loop.png")
+    assert len(list_images(tree)) == 4  # a link to itself is one broken image
     os.symlink(tree / "a", tree / "c")
+    os.symlink("../a/1.png", tree / "b" / "3.png")
     images = list_images(tree)
     assert images.class_names == ("a", "b", "c")
-    assert any("their images count twice (c is a)" in note for note in images.notes)
+    assert any(note.endswith("it counts twice: b/3.png is a/1.png, c is a") for note in images.notes)
+
+
+def test_names_that_only_resemble_splits_are_classes_with_a_note(tmp_path: Path) -> None:
+    images = list_images(
+        write_tree(tmp_path, {f"{name}/1.png": X for name in ("bullet_train", "bus", "vale", "testbed")})
+    )
+    assert images.class_names == ("bullet_train", "bus", "testbed", "vale")
+    (note,) = images.notes
+    assert note.endswith("parts of a data set by their names: bullet_train")

@@ -116,12 +116,16 @@ def test_manifest_says_where_the_latents_come_from(whole: Path, vae: str) -> Non
     ]
 
 
-def test_archives_give_the_same_records_as_a_tree(whole: Path, vae: str, tmp_path: Path) -> None:
+def test_archives_give_the_same_records_as_a_tree(
+    whole: Path, vae: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     records = {name: data for name, data in _bytes(whole).items() if name.endswith(".bin")}
     (tmp_path / "t.tar").write_bytes(tar_bytes(dict(reversed(FILES.items()))))
-    for source in (tmp_path / "t.tar", write_zip(tmp_path / "z.zip", FILES)):
+    packed = write_zip(tmp_path / "z.zip", {f"pets/train/{name}": data for name, data in FILES.items()})
+    for source, notes in ((tmp_path / "t.tar", 0), (packed, 1), (packed / "pets" / "train", 0)):
         out = tmp_path / f"of_{source.name}"
-        assert extract(source, out, vae, OPTIONS)
+        report = extract(source, out, vae, OPTIONS)
+        assert report and len(report.notes) == notes == capsys.readouterr().err.count("warning: ")
         assert {name: data for name, data in _bytes(out).items() if name.endswith(".bin")} == records
 
 
@@ -293,6 +297,7 @@ def test_broken_images_are_listed_and_left_out(
 
     assert cli.main(command) == 0  # again: nothing to do, and the same told
     text = capsys.readouterr().out
+    assert "ignored: 1 other file (.txt: 1), the first listed in " in text
     assert "skipped: 5 broken images" in text and "dog/a.png is no image" in text and "finished before" in text
     assert "\nwarning: 1 class is without a sample (dog)\n" in text
 

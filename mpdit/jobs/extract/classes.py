@@ -241,6 +241,8 @@ def _by_folder(path: Path, found: FoundImages, mode: ClassMode) -> dict[str, str
         example = "/".join((*top, *max(leaves, key=lambda leaf: (len(leaf), leaf))))
         refuse(f"has images in folders within folders ({example}), and either may be the classes")
     found.ignored += [(name, "lies outside the class folders") for name in outside]
+    if odd := [name for name in classes if _WITH_SPLIT.search(name)]:
+        found.notes.append(f"classes of {path} that may be parts of a data set by their names: {some(odd)}")
     if archives and mode == "auto":
         found.notes.append(f"the classes of {path} are its {counted(len(classes), 'archive')} ({some(classes)})")
     elif top:

@@ -286,7 +286,7 @@ class _Listing(FoundImages):
         """Return the images that have a class, in order."""
         hidden = [(name, HIDDEN) for name in self._hidden]
         if not self.names:
-            left = f" (it has {told})" if (told := summary(self.ignored + hidden)) else ""
+            left = f" (ignored: {told})" if (told := summary(self.ignored + hidden)) else ""
             raise DataError(f"{path} holds no images that can be decoded here{left}: check the path")
         places = np.array(self._places).view(_PLACE)
         try:
@@ -312,8 +312,8 @@ class _Listing(FoundImages):
     def add_folder(self, path: Path) -> None:
         """Add a tree of images, or a folder of archives."""
         with os.scandir(path) as entries:
-            inside = sorted((entry.name, entry.is_dir()) for entry in entries)
-        hidden = dict.fromkeys(name for name, _ in inside if _hidden_part(name))
+            inside = sorted((entry.name, stat.S_ISDIR(_status(entry).st_mode)) for entry in entries)
+        hidden = dict.fromkeys(name for name, _ in inside if _is_hidden(name))
         inside = [(name, folder) for name, folder in inside if name not in hidden]
         archives = [name for name, folder in inside if name.lower().endswith(ARCHIVES) and not folder]
         others = [name for name, folder in inside if folder or _suffix(name) in image_suffixes()]
@@ -330,38 +330,36 @@ class _Listing(FoundImages):
         self.add_archives([path / name for name in archives])
 
     def _walk(self, top: str) -> Iterator[Member]:
-        """Yield what lies in a folder tree, in order, without descending into hidden folders."""
+        """Yield what lies in a folder tree without descending into hidden folders; links are followed."""
+        status = os.stat(top)
+        pending: list[tuple[str, str, tuple[tuple[int, int], ...]]] = [(top, "", ((status.st_dev, status.st_ino),))]
         seen: dict[tuple[int, int], str] = {}
         twice: list[str] = []
-
-        def walk(folder: str, inside: str, above: tuple[tuple[int, int], ...]) -> Iterator[Member]:
+        whole = os.path.join(os.path.abspath(top), "")
+        while pending:
+            folder, inside, above = pending.pop()
             with os.scandir(folder) as entries:
                 found = sorted(entries, key=lambda entry: entry.name)
             for entry in found:
-                name = inside + entry.name
-                if _hidden_part(entry.name):
+                name, status = inside + entry.name, _status(entry)
+                identity = (status.st_dev, status.st_ino)
+                if _is_hidden(entry.name):
                     yield Member(name, "hidden")
-                    continue
-                status = _status(entry)
-                if not entry.is_dir():
+                elif not stat.S_ISDIR(status.st_mode):
                     odd = bool(status.st_mode) and not stat.S_ISREG(status.st_mode)
                     yield Member(name, "odd", text="is no file") if odd else Member(name, size=status.st_size)
-                    continue
-                identity = (status.st_dev, status.st_ino)
-                if identity in above:
+                    if status.st_mode and entry.is_symlink():
+                        target = os.path.abspath(os.path.join(folder, os.readlink(entry.path)))
+                        twice += [f"{name} is {target.removeprefix(whole)}"] * target.startswith(whole)
+                elif identity in above:
                     yield Member(name, "odd", text="is a link to a folder above it")
-                    continue
-                if seen.setdefault(identity, name) != name:
-                    twice.append(f"{name} is {seen[identity]}")
-                yield Member(name, "folder")
-                yield from walk(entry.path, f"{name}/", (*above, identity))
-
-        status = os.stat(top)
-        yield from walk(top, "", ((status.st_dev, status.st_ino),))
+                else:
+                    if seen.setdefault(identity, name) != name:
+                        twice.append(f"{name} is {seen[identity]}")
+                    yield Member(name, "folder")
+                    pending.append((entry.path, f"{name}/", (*above, identity)))
         if twice:
-            self.notes.append(
-                f"links lead to folders of {top} that are read anyway: their images count twice ({some(twice)})"
-            )
+            self.notes.append(f"links in {top} lead to what is read there anyway, and it counts twice: {some(twice)}")
 
     def add_archives(self, paths: Sequence[Path]) -> None:
         """Add the images of tars and zips."""
