@@ -226,7 +226,7 @@ def test_values_that_fp16_would_blur_are_refused(tmp_path, offset, std, lost):
     constants = Normalization((0.0, offset), (1.0, std))
     labels = np.zeros(64, int)
     with pytest.raises(
-        DataError, match=f"channel 1 .* fp16 would lose {lost}\\.[0-9]%, more than 1%: store them minus"
+        DataError, match=f"channel 1 .* fp16 would lose {lost}\\.[0-9]%, more than 1%: store .latents - OFFSET"
     ):
         write_packed(tmp_path / "data", values, labels, normalization=constants)
     assert list((tmp_path / "data").iterdir()) == []

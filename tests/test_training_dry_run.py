@@ -155,7 +155,7 @@ def test_normalisation_by_another_datas_constants_is_said(
     shutil.copytree(imagenet[32].path, here / "data")
     manifest = here / "data" / "manifest.json"
     document = json.loads(manifest.read_text()) | {"version": 1}
-    for std, expected in ((1.0, 0), (0.18215, 2)):
+    for std, expected in ((2.0, 0), (0.18215, 2)):
         document["normalization"]["std"] = [std] * 4
         manifest.write_text(json.dumps(document))
         code, out, error = _main(capsys, "--config", "launch/custom.yaml", "--data", "data")

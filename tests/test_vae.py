@@ -129,6 +129,19 @@ def test_files_that_do_not_fill_the_vae(folder: Path, tmp_path: Path, change: An
         VAE.load(str(tmp_path))
 
 
+def test_quantised_numbers_in_either_of_diffusers_files(folder: Path, tmp_path: Path) -> None:
+    state = load_file(folder / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    quantised = {name: value.char() for name, value in state.items()}
+    torch.save(state, tmp_path / "diffusion_pytorch_model.bin")
+    save_file(quantised, tmp_path / "diffusion_pytorch_model.q.safetensors")  # a variant, which nobody reads
+    (tmp_path / "notes.safetensors").write_bytes(b"")
+    assert VAE.load(str(tmp_path)).sha256 == VAE.load(str(folder)).sha256
+    torch.save(quantised, tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"of torch\.int8: weights are fp16"):
+        VAE.load(str(tmp_path))
+
+
 def test_a_file_of_more_than_the_vae(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = "diffusion_pytorch_model.safetensors"
     save_file(load_file(folder / file) | {"loss.logvar": torch.zeros(1)}, tmp_path / file)

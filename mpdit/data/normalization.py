@@ -50,8 +50,11 @@ playground-v2.5), up to 2.04 times as large.
 """
 FAR = 2.0
 """Beyond it constants that lie beside the data are taken to be of other data."""
-ABSURD = 10.0
-"""Beyond it a run is refused unless its constants are asked for: they are of another scale or encoder."""
+ABSURD = 4.0
+"""Beyond it a new run is refused unless its constants are asked for: they are of another scale or encoder.
+
+The paper's constants are 4.5 to 5.5 times off Stable Diffusion's latents that were multiplied by 0.18215.
+"""
 
 
 class Scale(NamedTuple):

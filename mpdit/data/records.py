@@ -125,8 +125,8 @@ class ChannelStatistics:
             if share > MOST_LOST:
                 raise DataError(
                     f"channel {channel} of the latents has mean {mean:.4g} and std {std:.4g}, of which fp16 would lose "
-                    f"{share:.1%}, more than {MOST_LOST:.0%}: store them minus an offset, which `mpdit sample "
-                    "--data-scale 1,OFFSET` adds again"
+                    f"{share:.1%}, more than {MOST_LOST:.0%}: store (latents - OFFSET) * FACTOR, which `mpdit sample "
+                    "--data-scale FACTOR,OFFSET` undoes"
                 )
 
     def result(self) -> Normalization:

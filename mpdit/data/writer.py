@@ -129,7 +129,7 @@ class PackedWriter:
             values = np.ascontiguousarray(exact, dtype=VALUE_DTYPE)
         if defect := find_defect(values, exact.__getitem__):
             record = self.num_samples + defect[0]
-            raise DataError(f"record {record} can't be stored as fp16 moments: {defect[1]}; leave it out")
+            raise DataError(f"record {record} can't be stored as fp16 moments: {defect[1]}; mend it or leave it out")
         self._statistics.add(values, exact)
         entries = index_entries(values, labels_B)
         done = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,7 +18,7 @@ from mpdit.core.errors import CheckpointError, ConfigError, first_line
 from mpdit.core.files import expand_path, read_bytes
 from mpdit.model.config import one_of
 from mpdit.model.pretrained import is_hub_id
-from mpdit.model.weights import check_filled, check_values
+from mpdit.model.weights import check_filled, check_values, load_tensors
 
 VAEDtype = Literal["fp32", "bf16"]
 PixelRange = tuple[float, float]
@@ -34,6 +35,8 @@ _SCALE_BOUND = 2.0
 """Latents whose std differs by more from what the VAE was set for are remarked on, not refused: VAEs are saved with
 diffusers' default of 0.18215 whatever their latents (config.json of GLM-Image's, of std 2 to 5, and of many's own)."""
 _RGB = 3
+_WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")
+"""Matches the files that diffusers reads; beside them may lie variants."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -258,11 +261,14 @@ def _positive(value: Any) -> float:
 
 def _check_dtypes(folder: Path, where: str) -> None:
     """Raise CheckpointError for weights that diffusers would take for plain numbers though they are quantised."""
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
+    read = sorted(path for path in folder.glob("*.safetensors") if _WEIGHTS.fullmatch(path.name))
+    for path in read:
+        with safe_open(path, "np") as file:
             for name in file.keys():  # noqa: SIM118 (no mapping)
                 if (dtype := file.get_slice(name).get_dtype()) not in ("F64", "F32", "F16", "BF16"):
                     raise CheckpointError(f"{where} holds {name} of {dtype}: weights are fp16, bf16, fp32 or fp64")
+    if not read and (older := folder / "diffusion_pytorch_model.bin").is_file():
+        check_values(load_tensors(older), where)
 
 
 def _digest(module: nn.Module) -> str:

@@ -167,8 +167,6 @@ def _prepare(arguments: Sequence[str], env: DistEnv) -> Run:
         fields["input_size"] = manifest.height
     model = config.model_config(fields)
     manifest.check_model(model)
-    if config.normalization == "auto" and not (config.out and not _is_fresh(config, Path(config.out))):
-        manifest.check_normalization()
 
     # The run's folder: new, or of a run that may be continued
     identity = fingerprint(config, model, dataset)
@@ -187,6 +185,8 @@ def _prepare(arguments: Sequence[str], env: DistEnv) -> Run:
     # Reads as `dataset` does, but a damaged record becomes the next sound one, up to --bad-records of them.
     sound = Quarantine(dataset, config.bad_records, out / QUARANTINE_NAME, identity["data"], write=not config.dry_run)
     initial = None
+    if config.normalization == "auto" and _is_fresh(config, out):
+        manifest.check_normalization()
     if "init_from" in identity and _is_fresh(config, out):
         initial = load_initial(config.init_from, model, manifest)
     notes = []
