@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpdit.core import rng
-from mpdit.core.errors import ConfigError
+from mpdit.core.errors import ConfigError, first_line
 from mpdit.core.read_ahead import read_ahead
 from mpdit.data.latents import LatentDataset
 from mpdit.data.manifest import DatasetInfo
@@ -343,9 +343,9 @@ def _pipeline(source: Any, device: torch.device | None) -> Any:
     os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", str(1 << 16))
     try:
         from nvidia.dali import fn, pipeline_def
-    except ImportError as error:
+    except Exception as error:  # not of ImportErrors alone: under `python -OO` DALI 2.4 adds to docstrings of None
         raise ConfigError(
-            f"loader dali needs NVIDIA DALI ({error}): pip install nvidia-dali-cuda130 "
+            f"loader dali needs NVIDIA DALI ({first_line(error)}): pip install nvidia-dali-cuda130 "
             "(nvidia-dali-cuda120 for CUDA 12 drivers), or choose --loader torch"
         ) from error
 
