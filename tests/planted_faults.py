@@ -111,6 +111,8 @@ FAULTS = tuple(Fault(*row) for row in (
      "tl.store(steps, done + (1 - tl.load(skip)), mask=mask)", "tl.store(steps, done + 1, mask=mask)",
      "kernels/test_adamw_ema.py -k skips"),
     # what a run tells, and the planner's guess
+    (M + "core/progress.py", "a bar starts a process on Python 3.14", "tqdm.set_lock(threading.RLock())",
+     "tqdm.get_lock()", "test_startup.py -k step_of"),
     (T + "metrics.py", "a continued run's clock starts anew", "elapsed = self._elapsed + time", "elapsed = time",
      "test_training_metrics.py"),
     (T + "metrics.py", "TensorBoard loses the last step that was kept", "purge = start_step + 1 if",

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import sys
+import threading
 from typing import Any
 
 from tqdm import tqdm
+
+# tqdm 4.70 would make a lock for several processes, and since Python 3.14 that starts a process for each of ours, which
+# complains of a leak where ours ends at once. No bar of ours is written by several processes.
+tqdm.set_lock(threading.RLock())
 
 _LINE_SECONDS = 60.0
 _LINE = "{desc}: {n_fmt}/{total_fmt} {unit}, {rate_fmt}, {remaining} left{postfix}"
