@@ -352,6 +352,11 @@ def _save(path: Path, values: Any) -> None:
     np.save(path, values)
 
 
+def _repeat(path: Path, name: str) -> None:
+    with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings(action="ignore"):
+        archive.writestr(name, archive.read(name))
+
+
 def _replace(path: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
     save_file({name: value.contiguous() for name, value in change(load_file(path)).items()}, path)
 
@@ -416,6 +421,16 @@ DEFECTS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         "edm2 zip",
         lambda p: formats.write_edm2_zip(p, MOMENTS, LABELS, zipfile.ZIP_DEFLATED),
         r"\.npy is compressed",
+    ),
+    "zip with a file twice": (
+        "edm2 zip",
+        lambda p: _repeat(p, NAME),
+        "holds 1 file more than once",
+    ),
+    "two zips in one": (
+        "edm2 zip",
+        lambda p: p.write_bytes(p.read_bytes() * 2),
+        "data that its table of contents lacks",
     ),
     "zip without labels": ("edm2 zip", lambda p: zipfile.ZipFile(p, "w").close(), r"holds no dataset\.json"),
     "no latents": ("lightningdit", lambda p: _replace(p / SHARD, lambda t: {"w": t["labels"]}), "no tensor 'latents'"),

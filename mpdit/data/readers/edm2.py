@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from mpdit.core.errors import DataError
 from mpdit.core.files import OpenFile
+from mpdit.core.text import counted
 from mpdit.core.zips import ZIP_DAMAGE, crc32, open_zip, read_local_header
 from mpdit.data.normalization import Normalization
 from mpdit.data.readers.base import ForeignLatents, Options
@@ -96,9 +97,13 @@ class _Zip:
         self._path = path
         try:
             with open_zip(path) as archive:
-                members = sorted((os.fsencode(m.filename), m) for m in archive.infolist() if not m.is_dir())
+                files = [member for member in archive.infolist() if not member.is_dir()]
         except (OSError, *ZIP_DAMAGE) as error:
             raise DataError(f"{path} can't be read as a zip ({error}): copy or write it again") from error
+        members = sorted({os.fsencode(member.filename): member for member in files}.items())
+        if len(members) < len(files):
+            repeated = counted(len(files) - len(members), "file")
+            raise DataError(f"{path} holds {repeated} more than once: write it again, each name once")
         compressed = [member.filename for _, member in members if member.compress_type != zipfile.ZIP_STORED]
         if compressed:
             raise DataError(f"{path}: {compressed[0]} is compressed: write the zip with stored members, as EDM2 does")
