@@ -137,7 +137,7 @@ def _lines(report: ExtractReport, rates: dict[str, Any] | None) -> Iterator[str]
         yield f"warning: {counted(len(empty), 'class is', 'classes are')} without a sample ({some})"
     yield from channels_lines(manifest.statistics, manifest.normalization)
     if usual := manifest.decoder.get("usual_std"):
-        yield f"std of all channels: {overall_std(manifest.statistics.std):.4g}; by the VAE's config.json {usual:.4g}"
+        yield f"std of all channels: {overall_std(manifest.statistics.std):.4g}; the VAE is set for {usual:.4g}"
     yield from (f"note: {remark}" for remark in manifest.remarks())
     if rates is None or report.timing is None:
         yield "it was finished before: nothing was done"

@@ -33,6 +33,7 @@ _ADDRESS = re.compile(r"<_io\.\w+ object at 0x[0-9a-f]+>")  # in messages that a
 FACTS = {
     "transparent": "with transparency, which is dropped, not blended: what lies under it is encoded",
     "rotated": "with an EXIF orientation, which is not applied",
+    "turned": "of TIFF with an orientation, which Pillow applies",
     "frames": "of several frames, of which the first is taken",
     "sixteen_bits": "of 16 bits a value, of which the upper 8 are taken",
     "profile": "with a colour profile other than sRGB, which is not applied",
@@ -60,15 +61,17 @@ def decode_image(data: bytes, size: int, bits: int | None = None) -> NDArray[np.
 def examine_image(data: bytes, size: int | None, bits: int | None = None) -> Decoded:
     """Decode an image file to a square of pixels, or all of it for None. BrokenImage, saying why, when it can't be.
 
-    EXIF's orientation and colour profiles are not applied, as the loaders of ADM, DiT and MPDiT don't; of several
-    frames the first is taken. `bits` is to_rgb's.
+    EXIF's orientation and colour profiles are not applied, as the loaders of ADM, DiT and MPDiT don't (of TIFF Pillow
+    applies the orientation itself, to theirs too); of several frames the first is taken. `bits` is to_rgb's.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
             several, deep = _has_frames(image), _is_deep(image)
+            turned = image.format == "TIFF" and _orientation(image) != 1  # which Pillow undoes as it loads
             rgb = to_rgb(image, bits)
             return Decoded(
-                np.asarray(rgb) if size is None else center_crop(rgb, size), tuple(_facts(image, several, deep))
+                np.asarray(rgb) if size is None else center_crop(rgb, size),
+                (*_facts(image, several, deep), *["turned"] * turned),
             )
     except UnidentifiedImageError as error:
         raise BrokenImage("is no image that can be decoded") from error
@@ -97,17 +100,19 @@ def to_rgb(image: Image.Image, bits: int | None = None) -> Image.Image:
         used = bits or (12 if twelve else 16)
         if values.min() < 0 or values.max() >> used:
             raise BrokenImage(f"has {'16' if ';' in image.mode else '32'}-bit pixels, beyond the {used} bits expected")
-        image = Image.fromarray((values >> (used - 8)).astype(np.uint8))
         unclear, brightest = bits is None and not twelve, int(values.max())
+        image, remedy = (
+            Image.fromarray((values >> (used - 8)).astype(np.uint8)),
+            "say which to `mpdit extract` by --bits",
+        )
     else:
         image = image.convert("RGB")
-        # PIL has cut them to the upper 8 bits already.
-        unclear = deep and bits != 16
+        unclear, remedy = deep and bits != 16, "of colours Pillow keeps the upper 8 bits alone: --bits 16 takes these"
         brightest = max(high for _, high in image.getextrema()) << 8 | 0xFF if unclear else 0  # type: ignore[misc]
     if unclear and 0 < brightest < _UNCLEAR:
         raise BrokenImage(
-            f"has 16-bit pixels of at most {brightest} of 65535, which are of fewer bits, or a dark picture: say which "
-            "to `mpdit extract` by --bits, or store it in 8 bits"
+            f"has 16-bit pixels of at most {brightest} of 65535, which are of fewer bits, or a dark picture: store it "
+            f"in 8 bits, or {remedy}"
         )
     return image.convert("RGB")
 
