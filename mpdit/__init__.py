@@ -6,6 +6,7 @@ The public names load on first use, so that `import mpdit` and `mpdit --help` do
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from mpdit.core.version import __version__
@@ -52,6 +53,15 @@ __all__ = [
     "save_weights",
     "to_official",
 ]
+
+
+_RUNNABLE = {"mpdit.cli", "mpdit.training", "mpdit.training.cli", "mpdit.planning.calibrate"}
+# Python runs any module by -m, and one that only defines something would exit with 0 and have done nothing. What is
+# asked for is not yet in sys.argv while its package is imported.
+_asked = [word.removeprefix("-m") for word in sys.orig_argv] if sys.argv[:1] == ["-m"] else []
+if _nothing := [word for word in _asked if word.startswith("mpdit.") and word not in _RUNNABLE][:1]:
+    print(f"error: {_nothing[0]} is no command: `python -m mpdit --help` lists them", file=sys.stderr)
+    sys.exit(2)
 
 
 def __getattr__(name: str) -> Any:

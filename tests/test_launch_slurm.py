@@ -223,7 +223,7 @@ def test_ranks_are_those_of_the_step(cluster: Path, monkeypatch: pytest.MonkeyPa
     for name, value in {"STEP_NUM_TASKS": "15", "STEP_NUM_NODES": "2", "PROCID": "9", "LOCALID": "1"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     env = DistEnv.from_environment()
-    assert env == DistEnv(rank=9, size=15, local_rank=1, local_size=8)
+    assert env == DistEnv(rank=9, size=15, local_rank=1, local_size=8, hosts=2)
     with pytest.raises(ConfigError, match="MASTER_ADDR is not set: use launch/slurm"):
         init_distributed(env)
     monkeypatch.setenv("MASTER_ADDR", "node-7")

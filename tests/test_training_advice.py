@@ -53,7 +53,7 @@ def test_a_run_as_it_should_be_is_told_nothing(tmp_path: Path) -> None:
     [
         (
             "--ema-decay 0.9999 --steps 600",
-            "the average of the weights (EMA) stays 94% what it starts with, 0.9999 ** 600: give --ema-decay 0.992",
+            "the average of the weights (EMA) keeps 94% of what it starts with, 0.9999 ** 600: give --ema-decay 0.992",
         ),
         ("--warmup 900", "the warm-up of 900 steps is as long as the run of 900"),
         ("--global-batch 8", "lr 0.004 is the default, made for a global batch of 64, and this one is 8"),

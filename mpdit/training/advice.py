@@ -64,7 +64,7 @@ def _learning(run: Run) -> Iterator[str]:
     if (kept := config.ema_decay**config.steps) > 0.1:
         better = 1 - float(f"{1 - 0.01 ** (1 / config.steps):.1g}")  # leaves about a hundredth
         yield (
-            f"the average of the weights (EMA) stays {kept:.0%} what it starts with, {config.ema_decay:g} ** "
+            f"the average of the weights (EMA) keeps {kept:.0%} of what it starts with, {config.ema_decay:g} ** "
             f"{config.steps}: give --ema-decay {better:g} or more steps, or draw with `mpdit sample --weights raw`"
         )
     if config.warmup >= config.steps > 1:

@@ -142,9 +142,10 @@ def _prepare(arguments: Sequence[str], env: DistEnv) -> Run:
         settings["precision"], decided["precision"] = precisions[0], precisions
     if settings["precision"] not in precisions:
         raise ConfigError("precision is bf16, which this GPU lacks: give --precision fp32")
-    if not given.keys() & {"global_batch", "grad_accum_steps"}:  # a default must not refuse to run on, say, six GPUs
+    if "global_batch" not in given:  # a default must not refuse to run on, say, six GPUs
         default = settings["global_batch"]
-        settings["global_batch"] = -(-default // env.size) * env.size
+        parts = env.size * max(1, settings["grad_accum_steps"])
+        settings["global_batch"] = -(-default // parts) * parts
         decided["global_batch"] = [default, settings["global_batch"]]  # before, a run was known by the latter
     config = TrainConfig(**settings)
     if config.wandb and importlib.util.find_spec("wandb") is None:
@@ -192,12 +193,12 @@ def _prepare(arguments: Sequence[str], env: DistEnv) -> Run:
     notes = []
     if (batch := decided.get("global_batch")) and batch[0] != batch[1]:
         notes.append(
-            f"global_batch is {batch[1]}, as {env.size} ranks can't share the default of {batch[0]}: give "
-            "--global-batch to have the same on any number of ranks"
+            f"global_batch is {batch[1]}, as {env.size} ranks x {config.grad_accum_steps} micro steps can't share the "
+            f"default of {batch[0]}: give --global-batch to have the same on any number of ranks"
         )
-    if (precision := settings["precision"]) != config.precision:
+    if (default_precision := settings["precision"]) != config.precision:
         notes.append(
-            f"precision is {config.precision}, as the run in {out} was begun; by default it were {precision} here"
+            f"precision is {config.precision}, as the run in {out} has it; the default here is {default_precision}"
         )
     if model.input_size != alone.input_size:
         notes.append(
