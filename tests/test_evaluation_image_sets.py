@@ -136,7 +136,7 @@ def test_broken_images_are_left_out_and_told(tmp_path: Path, monkeypatch: pytest
             np.testing.assert_array_equal(read(images, 2), sound)
             assert len(images) == 7
         (note,) = images.notes
-        assert note.startswith(f"5 broken images of {path} left out: 000003.png ") and "; ..." not in note
+        assert note.startswith(f"5 broken images of {path} left out: 000003.png is empty; ") and "; ..." not in note
         assert "000011.png can't be decoded: " in note
     monkeypatch.setattr(image_sets, "MOST_SKIPPED", 3)
     images = open_images(tmp_path / "set")

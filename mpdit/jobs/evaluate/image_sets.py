@@ -23,7 +23,7 @@ from mpdit.core.progress import bar
 from mpdit.core.read_ahead import read_ahead
 from mpdit.core.text import counted
 from mpdit.jobs.extract.archives import ARCHIVES
-from mpdit.jobs.extract.decode import FACTS, decode_ahead
+from mpdit.jobs.extract.decode import FACTS, decode_ahead, examine_image
 from mpdit.jobs.extract.sources import HIDDEN, MOST_SKIPPED, BrokenImage, ImageIndex, is_lost, list_images, summary
 from mpdit.jobs.npz import NpzReader
 
@@ -191,16 +191,15 @@ def _open_files(path: Path, crop: int | None) -> ImageSet:
 
 
 def _read_size(images: ImageIndex, number: int) -> tuple[int, int] | str:
-    """Return height and width of an image, by its header; or why it can't be read."""
+    """Return height and width of an image, by its header; or why it is broken, as extraction says it."""
+    # PIL raises what it likes for foreign bytes: OSError, SyntaxError, ...
+    with contextlib.suppress(Exception), images.open(number) as file, Image.open(file) as image:
+        return image.height, image.width
     try:
-        with images.open(number) as file, Image.open(file) as image:
-            return image.height, image.width
-    except DataError:
-        raise
+        height, width, _ = examine_image(images.read(number), None).pixels.shape
     except BrokenImage as error:
         return str(error)
-    except Exception:  # whatever PIL raises for foreign bytes: OSError, SyntaxError, DecompressionBombError, ...
-        return "is no image that can be decoded"
+    return height, width
 
 
 def _first(broken: dict[str, str]) -> str:
