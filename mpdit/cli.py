@@ -6,15 +6,14 @@ import argparse
 import atexit
 import contextlib
 import gc
-import io
 import json
-import os
 import sys
 from collections.abc import Sequence
 
 from mpdit.core.cpu import settle_cpu
 from mpdit.core.errors import UserError, one_line
 from mpdit.core.files import settle_home
+from mpdit.core.output import Output, settle_streams
 from mpdit.core.parser import Parser
 from mpdit.core.version import __version__
 
@@ -28,8 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     With --json stdout holds one JSON object and nothing else; progress and what libraries print go to stderr.
     `mpdit train` has output, arguments and exit codes of its own: see mpdit/training/cli.py.
     """
+    settle_streams()
     try:
-        return _run(argv)
+        with contextlib.redirect_stderr(Output(sys.stderr)):
+            return _run(argv)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED
@@ -49,8 +50,6 @@ def _run(argv: Sequence[str] | None) -> int:
 
     if argv is None:
         atexit.register(gc.freeze)  # or Python searches all that was imported for garbage as it ends: half a second
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: names of files need not be text
     try:
         settle_home()
         args = build_parser().parse_args(words)
@@ -62,9 +61,10 @@ def _run(argv: Sequence[str] | None) -> int:
     except UserError as error:
         return _fail(str(error))
     except BrokenPipeError:  # the reader of our output has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        Output(sys.stdout).flush(last=True)
         return 0
     except OSError as error:
+        Output(sys.stdout).flush(last=True)
         return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
     return outcome.code
 

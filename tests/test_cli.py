@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -321,3 +323,38 @@ def test_a_flag_that_a_message_names_can_be_given() -> None:
         known = training | others if "training" in path.parts else ours | training | others
         named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*[a-z0-9]", path.read_text()))
         assert named <= known, path
+
+
+CLOSED = """
+import contextlib, os, sys
+from mpdit.cli import main
+code = main(["nothing"])
+file = os.open("opened", os.O_WRONLY | os.O_CREAT)
+for number in (1, 2):
+    with contextlib.suppress(OSError):
+        os.write(number, b"to nobody")
+os._exit(code if file > 2 and os.path.getsize("opened") == 0 else 3)
+"""
+
+
+@pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&- <&-", "> /dev/full 2> /dev/full"])
+def test_output_that_is_closed_or_full_costs_nothing_and_no_file_takes_its_place(streams: str, tmp_path: Path) -> None:
+    line = ["bash", "-c", f'exec "$0" -c "$1" {streams}', sys.executable, CLOSED]
+    done = subprocess.run(line, cwd=tmp_path, check=False, capture_output=True)
+    assert done.returncode == 2
+    assert b"Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "command", ["sample RUN --out LINK", "extract FULL LINK --vae a/b", "convert RUN LINK --to official"]
+)
+@pytest.mark.parametrize("kind", ["dangling", "loop"])
+def test_a_link_to_nothing_is_no_place_to_write_to(
+    command: str, kind: str, places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link = tmp_path / kind
+    link.symlink_to(tmp_path / ("gone" if kind == "dangling" else kind))
+    names = {"LINK": link, "RUN": places / "RUN", "FULL": places / "FULL"}
+    assert cli.main([str(names.get(word, word)) for word in command.split()]) == 2
+    assert f"{link} is a link to nothing" in capsys.readouterr().err
+    assert link.is_symlink() and not (tmp_path / "gone").exists()

@@ -250,7 +250,8 @@ def check_file(out: Path, option: str = "--out") -> None:
 
 def check_writable(folder: Path, option: str = "--out") -> None:
     """Raise ConfigError unless `folder`, or the nearest of its parents that exists, can be written to."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        reason = "can't be written to" if existing.is_dir() else "is a file"
+        reason = "is a file" if existing.exists() else "is a link to nothing"
+        reason = "can't be written to" if existing.is_dir() else reason
         raise ConfigError(f"{option} {folder} can't be written, because {existing} {reason}: give another place")

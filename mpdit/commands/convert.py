@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,7 +184,7 @@ def _pack(args: argparse.Namespace) -> Outcome:
     from mpdit.core.progress import bar
     from mpdit.data.convert import convert_latents
 
-    if args.out.resolve().is_relative_to(args.source.resolve()):
+    if Path(os.path.realpath(args.out)).is_relative_to(os.path.realpath(args.source)):
         raise ConfigError(f"OUT {args.out} is inside {args.source}, which is being read: give a folder elsewhere")
     dataset = open_data(args, args.source)
     with contextlib.closing(dataset), bar("packing", len(dataset), "rec") as shown:

@@ -146,7 +146,7 @@ def new_file(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Do as `new_file` for a folder that does not exist or is empty; what a killed attempt left is cleared first."""
-    path = path.resolve()
+    path = Path(os.path.realpath(path))  # Path's own fails at a loop of links, up to Python 3.12
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import errno
 import gc
 import io
 import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from mpdit.core.cpu import settle_cpu
 from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import UserError, explain_os_error, one_line
 from mpdit.core.files import settle_home
+from mpdit.core.output import Output, settle_streams
 from mpdit.training.safety.stop import STOPPED, StopRequests
 
 BAD_INPUT, FAILED = 2, 1
@@ -78,6 +77,7 @@ def _run(arguments: Sequence[str], stop: StopRequests) -> int:
         # Only rank 0 answers --help.
         with contextlib.redirect_stdout(io.StringIO()) if env.rank else contextlib.nullcontext():
             run = prepare(arguments, env)
+        out = run.out
         if run.config.dry_run:
             from mpdit.training.dry_run import sections
 
@@ -87,7 +87,6 @@ def _run(arguments: Sequence[str], stop: StopRequests) -> int:
             return 0
         from mpdit.training.loop import train
 
-        out = run.out
         stopped = train(run, stop)
         if stopped and env.rank == 0:
             print(f"\n{stopped}", file=sys.stderr, flush=True)
@@ -155,9 +154,8 @@ def _output_that_cannot_fail() -> Iterator[None]:
         if not (type(failed.thread).__module__.startswith("tensorboard.") and issubclass(failed.exc_type, OSError)):
             before(failed)
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: names of files need not be text
-    streams = _Output(sys.stdout), _Output(sys.stderr)
+    settle_streams()
+    streams = Output(sys.stdout), Output(sys.stderr)
     threading.excepthook = report
     try:
         with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
@@ -166,35 +164,6 @@ def _output_that_cannot_fail() -> Iterator[None]:
         threading.excepthook = before
         for stream in streams:
             stream.flush(last=True)
-
-
-class _Output:
-    """A text stream whose writing never fails."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        self._attempt(self._stream.write, text)
-        return len(text)
-
-    def flush(self, last: bool = False) -> None:
-        self._attempt(self._stream.flush, last=last)
-
-    def _attempt(self, act: Callable[..., object], *arguments: str, last: bool = False) -> None:
-        try:
-            act(*arguments)
-        except OSError as error:
-            # Of a full disk the next line may be written. Where nobody will read again, neither we nor libraries that
-            # print should try; and at the end Python would fail to write what is left, and change the exit code.
-            if last or error.errno in (errno.EPIPE, errno.EIO):
-                with contextlib.suppress(OSError, ValueError):  # no file beneath
-                    nowhere = os.open(os.devnull, os.O_WRONLY)
-                    os.dup2(nowhere, self._stream.fileno())
-                    os.close(nowhere)
 
 
 if __name__ == "__main__":

@@ -267,7 +267,7 @@ def _default_folder(config: TrainConfig, identity: Mapping[str, Any]) -> str:
 
 def check_folder(out: Path, identity: Mapping[str, Any], resume: str, force: bool = False) -> None:
     """Raise ConfigError unless `out` is new, empty, or holds a run to be continued: of this identity, or by force."""
-    at = next(path for path in (out, *out.absolute().parents) if path.exists())
+    at = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
     if not at.is_dir() or not os.access(at, os.W_OK | os.X_OK):
         raise ConfigError(f"out {out} can't be written: {at} is not a folder we may write to; give another --out")
     if not out.exists() or all(path.name in _BEFORE_A_RUN for path in out.iterdir()):

@@ -154,7 +154,7 @@ def extract(
     options = options or ExtractOptions()
     source, folder = as_path(images), as_path(out)
     devices = choose_devices(options.device, options.processes)
-    if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
+    if source.is_dir() and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(source)):
         raise ConfigError(f"{folder} lies inside {source}, where it would be taken for images: give another folder")
     job = _plan(source, folder, vae, options)
     _begun(job)
@@ -206,7 +206,7 @@ def _plan(source: Path, out: Path, name: str, options: ExtractOptions) -> Extrac
         class_names=tuple(printable(name) for name in images.class_names),
         variants=ORIGINAL_AND_FLIPPED if options.flip else ORIGINAL,
         kind=kind,
-        source={"images": source.resolve().name, **recorded, "vae": name},
+        source={"images": os.path.basename(os.path.realpath(source)), **recorded, "vae": name},
         decoder=vae.decoder_metadata(),
     )
     made_by = {"part_images": options.part_images, "kind": kind, "normalization": options.normalization}

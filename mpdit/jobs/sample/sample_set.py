@@ -239,7 +239,8 @@ def _identity_of(protocol: Mapping[str, Any]) -> dict[str, Any]:
     noted with each environment.
     """
     identity = {name: value for name, value in protocol.items() if name not in _NOT_COMPARED}
-    identity["decoder"] = {name: value for name, value in identity["decoder"].items() if name != "vae"}
+    if isinstance(decoder := identity.get("decoder"), dict):
+        identity["decoder"] = {name: value for name, value in decoder.items() if name != "vae"}
     return json.loads(json.dumps(identity))
 
 

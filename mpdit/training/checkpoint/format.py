@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mpdit.core.errors import CheckpointError
-from mpdit.core.files import sync_to_disk, write_atomically
+from mpdit.core.files import read_bytes, sync_to_disk, write_atomically
 from mpdit.core.tensor_file import write_tensors
 
 FORMAT = "mpdit-checkpoint-2"
@@ -64,13 +64,14 @@ class Checkpoint:
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
         """Read the manifest and check that all files are there in full. Raises CheckpointError."""
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise CheckpointError(
-                f"checkpoint {folder} does not exist: give a folder like OUT/checkpoints/step-00000500"
+                f"checkpoint {folder} does not exist, or may not be read: give a folder like "
+                "OUT/checkpoints/step-00000500"
             )
         path, marker = folder / "manifest.json", folder / MARKER
         try:
-            text, committed = path.read_bytes(), marker.read_bytes().strip()
+            text, committed = read_bytes(path), read_bytes(marker).strip()
         except OSError as error:
             raise CheckpointError(
                 f"{folder} is not a complete checkpoint ({error}): give a folder like OUT/checkpoints/step-00000500, "
@@ -109,9 +110,9 @@ class Checkpoint:
 
 def committed_folders(out: Path) -> list[Path]:
     """Return the checkpoints' folders of OUT or OUT/checkpoints, oldest first, sound or not."""
-    inside = (out / "checkpoints").is_dir() or out.name != "checkpoints"
+    inside = os.path.isdir(out / "checkpoints") or out.name != "checkpoints"
     folder = out / "checkpoints" if inside else out
-    found = folder.iterdir() if folder.is_dir() else iter(())
+    found = folder.iterdir() if os.path.isdir(folder) else iter(())
     named = (path for path in found if CHECKPOINT_NAME.fullmatch(path.name) and (path / MARKER).is_file())
     return sorted(named, key=step_of)
 
