@@ -66,6 +66,13 @@ FAULTS = tuple(Fault(*row) for row in (
      "if not self.activation_checkpointing or torch.is_grad_enabled():", "test_model.py -k checkpoint"),
     (M + "model/config.py", "the null class is the last class", "        return self.num_classes\n",
      "        return self.num_classes - 1\n", "test_sampling.py -k null_class"),
+    (M + "interop/projects.py", "REPA's checkpoints are read with SiT's time", '"sihyun-yu/REPA",\n        "mpdit",',
+     '"sihyun-yu/REPA",\n        "sit",', "test_interop_projects.py -k whose"),
+    (M + "interop/state_dict.py", "a table without a row for no class loses a class",
+     "classes = max(1, rows - 1) if stated is None else stated", "classes = max(1, rows - 1)",
+     "test_interop_projects.py -k no_class_is_lost"),
+    (M + "model/weights.py", "guidance that was never trained goes unsaid", '.get("class_dropout") == 0:',
+     '.get("class_dropout") == 1:', "test_interop_projects.py -k dropped"),
     (T + "init_weights.py", "fine-tuning takes a class for the null class", "parameter[-1].copy_(value[-1])",
      "parameter[-1].copy_(value[0])", "test_training_initial.py -k 'not TestRuns'"),
     # kernels: definitions

@@ -159,6 +159,30 @@ def test_what_is_given_goes_before_what_is_assumed_but_not_before_what_is_said(
         mpdit.sample(loaded, X, Y, 1)
 
 
+def test_arguments_that_speak_for_two_projects_are_refused(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    content = {"ema": state, "args": said(path_type="linear", prediction="velocity")}
+    with pytest.raises(
+        CheckpointError, match=r"its path_type 'linear' is REPA's, its prediction 'velocity' is SiT's: g"
+    ):
+        read(tmp_path, content)
+    assert read(tmp_path, content, convention="sit")[0].config.convention == "sit"
+    content["args"] = said(path_type="linear", prediction="velocity", enc_type="dinov2-vit-b")
+    assert read(tmp_path, content)[1]["training"]["official"] == "REPA"
+
+
+def test_odd_arguments_are_passed_over(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    odd = {
+        "path_type": torch.ones(3),
+        "prediction": ["v"],
+        "num_classes": torch.tensor(6),
+        "num_heads": True,
+        "vae": [],
+    }
+    for beside in ({"config": "run.yaml"}, {"config": [1]}, {"args": "x"}, {"args": odd}, {"hparams": {"model": odd}}):
+        loaded, metadata = read(tmp_path, {"ema": state, "steps": "x"} | beside, 2)
+        assert metadata["training"]["official"] == "DiT" and loaded.config.num_classes == 6
+
+
 # Classes
 
 COUNTS = [

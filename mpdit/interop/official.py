@@ -26,7 +26,7 @@ from mpdit.data.normalization import PAPER
 from mpdit.data.readers.npy import SD_SCALE
 from mpdit.interop.diffusers_folder import from_pipeline
 from mpdit.interop.projects import Project, find_model, identify, model_name
-from mpdit.interop.source import OUR_TRANSFORMER, load_source
+from mpdit.interop.source import is_our_pipeline, load_source
 from mpdit.interop.state_dict import (
     CLASS_TABLE,
     as_official,
@@ -54,6 +54,7 @@ _MPDIT_DEPTHS = {
     "MPDiTv2-L": ((8, 14), (4, 6), (2, 4)),
     "MPDiTv2-XL": ((8, 14), (4, 8), (2, 6)),
 }
+_SAY = "give --convention sit if t = 1 is data, mpdit if it is noise"
 _NEVER_ZERO = re.compile(r".*blocks.*\.\d+\.(attn\.qkv|mlp\.fc1)\.weight")
 """As a download leaves them whose room was made before it was cut short; others begin as zeros."""
 _NAME = re.compile(r"(?:MPDiT|MPDiTv2|LightningDiT|DiT|SiT)-(S|B|L|XL)(?:/(\w+))?")
@@ -113,12 +114,14 @@ def read_official(
     """
     path = as_path(path)
     checkpoint = load_source(path)
-    if isinstance(checkpoint, dict) and (checkpoint.get("config") or {}).get("_class_name") == OUR_TRANSFORMER:
+    if is_our_pipeline(checkpoint):
         return from_pipeline(checkpoint, path)
     found = find_model(checkpoint, which, path)
     identity = identify(found)
     said = found.arguments
     try:
+        if identity.against and not convention:
+            raise CheckpointError(f"{identity.known_by} is {identity.project.name}'s, {identity.against}: {_SAY}")
         tensors = as_official(found.tensors, identity.project, said)
         if "mpdit" in checkpoint:
             config, metadata = parse_description(checkpoint["mpdit"], 'the entry "mpdit"')
@@ -307,9 +310,11 @@ def _data(
         return {}
     if len(mean) != config.channels or (project.latents == "scaled" and config.channels != len(PAPER.mean)):
         return {}
-    size = config.input_size * VAE_FACTOR
+    named = re.search(r"f(\d+)d\d+", f"{said.get('vae')} {said.get('model_name')}")  # as REPA-E and LightningDiT do
+    factor = int(named[1]) if named else VAE_FACTOR
+    size = config.input_size * factor
     vae = said.get("vae") if said.get("vae") in ("ema", "mse") else project.vae
-    decoder = {"kind": DECODER_KIND, "factor": VAE_FACTOR, "range": list(SIGNED)}
+    decoder = {"kind": DECODER_KIND, "factor": factor, "range": list(SIGNED)}
     if vae and project.vae:
         decoder["vae"] = f"stabilityai/sd-vae-ft-{vae}"
     return {

@@ -138,6 +138,8 @@ class Identity:
     """What it predicts, if not the velocity of a straight path."""
     stated: bool
     """Whether the objective is the file's own statement."""
+    against: str | None = None
+    """What speaks for another project as much, if anything does."""
 
     def describe(self, convention: Convention | None, objective: str | None) -> str:
         """Say in a line what was concluded from what; convention is the one given, objective the one chosen."""
@@ -206,17 +208,22 @@ def find_model(checkpoint: Any, which: str, path: object) -> FoundModel:
 def identify(model: FoundModel) -> Identity:
     """Say whose a model is, by the first row of `PROJECTS` that its tensors, its name or its arguments fit."""
     given, name = model.arguments, model_name(model.arguments)
+    shown = []
     for project in PROJECTS:
         tensor = next((n for n in model.tensors if re.match(project.tensors, n)), None)
-        argument = next(
-            (n for n, values in project.arguments.items() if n in given and (not values or given[n] in values)), None
-        )
-        if tensor or argument or re.match(project.model, name):
-            known_by = f"its tensor {tensor}" if tensor else f"its name {name}"
-            if argument and not tensor:
-                known_by = f"its {argument} {given[argument]!r:.40}"
-            return Identity(project, known_by, *_objective(project, given))
-    return Identity(PROJECTS[-1], None, *_objective(PROJECTS[-1], given))
+        own = [n for n, values in project.arguments.items() if n in given and (not values or given[n] in values)]
+        if tensor:
+            shown.append((project, True, f"its tensor {tensor}"))
+        elif own:
+            certain = any(not project.arguments[n] for n in own)
+            shown.append((project, certain, f"its {own[0]} {given[own[0]]!r:.40}"))
+        elif re.match(project.model, name):
+            shown.append((project, True, f"its name {name}"))
+    if not shown:
+        return Identity(PROJECTS[-1], None, *_objective(PROJECTS[-1], given))
+    project, certain, known_by = shown[0]
+    against = next((f"{what} is {other.name}'s" for other, sure, what in shown[1:] if not sure and not certain), None)
+    return Identity(project, known_by, *_objective(project, given), against)
 
 
 def model_name(arguments: Mapping[str, Any]) -> str:
@@ -272,5 +279,5 @@ def _fields(arguments: Any) -> Iterator[tuple[str, Any]]:
     for name, value in held.items() if isinstance(held, Mapping) else ():
         if isinstance(value, Mapping | argparse.Namespace):
             yield from _fields(value)
-        else:
+        elif value is None or isinstance(value, str | int | float):
             yield str(name), value

@@ -10,8 +10,8 @@ from typing import Any
 from mpdit.core.errors import CheckpointError
 from mpdit.model.weights import load_tensors
 
-OUR_TRANSFORMER = "MPDiTTransformer2DModel"
-_READ_CLASSES = (OUR_TRANSFORMER, "DiTTransformer2DModel", "Transformer2DModel")
+_OURS = "MPDiTTransformer2DModel"
+_READ_CLASSES = (_OURS, "DiTTransformer2DModel", "Transformer2DModel")
 _FILES = (
     *("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.bin"),
     *("model.safetensors", "model*-of-*.safetensors", "pytorch_model.bin"),
@@ -24,6 +24,12 @@ def is_foreign(path: Path) -> bool:
     if path.is_file():
         return path.name != "model.safetensors" or not _is_ours(path.parent)
     return (path / "model_index.json").is_file() or bool(_files(path) and not _is_ours(path))
+
+
+def is_our_pipeline(checkpoint: Any) -> bool:
+    """Tell what `load_source` returned of a pipeline that `save_diffusers` wrote."""
+    config = checkpoint.get("config") if isinstance(checkpoint, dict) else None
+    return isinstance(config, dict) and config.get("_class_name") == _OURS
 
 
 def weights_file(path: Path) -> Path:
