@@ -164,10 +164,13 @@ def test_zip_names_that_are_utf8_without_saying_so(tmp_path: Path) -> None:
         assert data[at + flags : at + flags + 2] == marked
         data = data[: at + flags] + b"\0\0" + data[at + flags + 2 :]
     (tmp_path / "z.zip").write_bytes(data)
-    assert list_images(tmp_path / "z.zip").class_names == ("dog", "über")
+    images = list_images(tmp_path / "z.zip")
+    assert images.class_names == ("dog", "über") and images.notes == ()
     raw = data.replace("über".encode(), "\x81ber\0"[:4].encode("latin-1") + b"_")  # cp437's
     (tmp_path / "z.zip").write_bytes(raw)
-    assert list_images(tmp_path / "z.zip").class_names == ("dog", "über_")
+    images = list_images(tmp_path / "z.zip")
+    assert images.class_names == ("dog", "über_")
+    assert any("how 1 of its names are encoded (über_/1.png by cp437)" in note for note in images.notes)
 
 
 def test_zips_that_hold_more_than_their_table_says_are_refused(tmp_path: Path) -> None:

@@ -48,7 +48,8 @@ class Member(NamedTuple):
     crc: int = 0
     """Of a zip, the CRC-32 in its table of contents."""
     text: str = ""
-    """Where a link leads, from the archive's top; of what is odd, why it can't be used."""
+    """Where a link leads, from the archive's top; of what is odd, why it can't be used; of a file a name's guessed
+    encoding."""
 
 
 def archive_kind(path: Path, file: IO[bytes]) -> Literal["tar", "zip"]:
@@ -154,23 +155,23 @@ def zip_members(path: Path) -> Iterator[Member]:
 
 
 def _zip_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Member:
-    name = _zip_name(member)
+    name, guessed = _zip_name(member)
     mode = member.external_attr >> 16
     if member.is_dir() or name.endswith("\\"):
         return Member(name, "folder")
     if stat.S_ISLNK(mode) and not member.flag_bits & ENCRYPTED and member.file_size <= _MOST_LINK_BYTES:
         return Member(name, "link", text=_link_target(name, os.fsdecode(archive.read(member))))
-    return Member(name, offset=member.header_offset, size=member.compress_size, crc=member.CRC)
+    return Member(name, "file", member.header_offset, member.compress_size, member.CRC, guessed)
 
 
-def _zip_name(member: zipfile.ZipInfo) -> str:
-    """Return a member's name; one that isn't marked as UTF-8 and yet is (macOS writes such) is not read as cp437."""
+def _zip_name(member: zipfile.ZipInfo) -> tuple[str, str]:
+    """Return a member's name, and its encoding where that is a guess: a zip says of UTF-8 alone, and not always."""
     if member.filename.isascii() or member.flag_bits & UTF8:
-        return member.filename
+        return member.filename, ""
     try:
-        return member.filename.encode("cp437").decode("utf-8")
+        return member.filename.encode("cp437").decode("utf-8"), ""  # as macOS writes them
     except ValueError:
-        return member.filename
+        return member.filename, "cp437"
 
 
 def clean_name(name: str) -> str:

@@ -400,6 +400,7 @@ class _Listing(FoundImages):
         datasets: list[tuple[str, Member]] = []
         links: dict[str, str] = {}
         others: dict[str, Member] = {}
+        guessed: list[str] = []
         for member in members:
             name = member.name if container.kind == "folder" else clean_name(member.name)
             whole = f"{prefix}{name}/"
@@ -418,6 +419,8 @@ class _Listing(FoundImages):
                 self.ignored.append((prefix + name, member.text))
             elif suffix in image_suffixes():
                 self._add_image(prefix + name, member)
+                if member.text:
+                    guessed.append(f"{name} by {member.text}")
             elif suffix == ".tar" and inner is not None:
                 inner.append((name, member))
             else:
@@ -429,6 +432,11 @@ class _Listing(FoundImages):
                     ):
                         continue
                 others[name] = member
+        if guessed:
+            self.notes.append(
+                f"{container.path} doesn't say how {len(guessed)} of its names are encoded ({some(guessed, 1)}): "
+                "classes by name may have another order than those of a folder"
+            )
         self._resolve(first, prefix, links, others)
         self._drop_replaced(first)
         for name, member in datasets:
