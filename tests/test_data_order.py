@@ -1,5 +1,7 @@
 """The global order: a true permutation per epoch, the same for every world size, reached at any position."""
 
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -44,6 +46,15 @@ def test_indices_are_the_epochs_joined(num_samples):
     assert np.array_equal(order.indices(positions), np.concatenate(epochs))
     backwards = positions[::-1].copy()
     assert np.array_equal(order.indices(backwards), np.concatenate(epochs)[::-1])
+
+
+def test_an_order_and_a_plan_can_be_sent_to_another_process():
+    order, plan = GlobalOrder(13, 5), BatchPlan(8, 2, 1, start_step=3, start_position=24)
+    positions = plan.positions(4)
+    indices = order.indices(positions)
+    sent, share = pickle.loads(pickle.dumps((order, plan)))
+    assert share == plan
+    assert np.array_equal(sent.indices(positions), indices)
 
 
 def test_far_positions_need_no_history():

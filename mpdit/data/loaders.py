@@ -61,6 +61,10 @@ class GlobalOrder:
         self.seed = seed
         self._permutation = functools.lru_cache(maxsize=2)(functools.partial(permutation, num_samples, seed))
 
+    def __reduce__(self) -> tuple[type[Self], tuple[int, int]]:
+        """Send to other processes what it is made of, without the permutations that are kept."""
+        return type(self), (self.num_samples, self.seed)
+
     def indices(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return dataset indices int64 [B] of global positions int64 [B]."""
         epochs, places = np.divmod(positions, self.num_samples)
