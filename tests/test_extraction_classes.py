@@ -162,6 +162,12 @@ def test_archives_of_splits_and_of_folders_are_not_taken_for_classes(tmp_path: P
             list_images(tmp_path / root)
         images = list_images(tmp_path / root, "folder")
         assert images.class_names == ("cat", "dog") and len(images) == 4
+    parts = {
+        f"train-{k}.tar": tar_bytes({f"{name}.tar": tar_bytes({f"{k}.png": X}) for name in names})
+        for k, names in enumerate((("n00000001", "n00000002"), ("n00000003",)))
+    }
+    images = list_images(write_tree(tmp_path / "parts", parts))
+    assert images.class_names == ("n00000001", "n00000002", "n00000003")
     for stem in ("first", "second"):
         write_zip(tmp_path / "halves" / f"{stem}.zip", {"cat/1.png": X})
     with pytest.raises(DataError, match=r"archive \(2 classes: first, second\), top \(1 class: cat\)"):

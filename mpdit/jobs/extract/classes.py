@@ -299,15 +299,20 @@ def _note_splits(path: Path, found: FoundImages) -> None:
 
 
 def _of_classes(found: FoundImages) -> dict[str, bool]:
-    """Say of each archive whether it seems to be a class: one of several side by side, not numbered as shards are."""
-    siblings: defaultdict[str, set[str]] = defaultdict(set)
-    for inside, stem in found.archives.items():
-        siblings[_above(inside)].add(stem)
+    """Say of each archive whether it seems to be a class: one of several as deep, not numbered as shards are."""
+    depths: dict[str, int] = {}
+    stems: defaultdict[int, set[str]] = defaultdict(set)
+    for inside, stem in found.archives.items():  # an archive comes after the one that it lies in
+        outer = _above(inside)
+        while outer and outer not in depths:
+            outer = _above(outer)
+        depths[inside] = depths.get(outer, 0) + 1
+        stems[depths[inside]].add(stem)
     seem = {}
-    for above, stems in siblings.items():
-        forms = {re.sub(r"\d+", "#", stem) for stem in stems}
-        seem[above] = len(stems) > 1 and (len(forms) == len(stems) or all(map(_WNID.fullmatch, stems)))
-    return {inside: seem[_above(inside)] for inside in found.archives}
+    for depth, names in stems.items():
+        forms = {re.sub(r"\d+", "#", name) for name in names}
+        seem[depth] = len(names) > 1 and (len(forms) == len(names) or all(map(_WNID.fullmatch, names)))
+    return {inside: seem[depth] for inside, depth in depths.items()}
 
 
 def _innermost(found: FoundImages, folder: str) -> str:
