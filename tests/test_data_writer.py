@@ -234,3 +234,10 @@ def test_values_that_fp16_would_blur_are_refused(tmp_path, offset, std, lost):
     values[:, 1] = offset
     for kept in (values, values.astype(np.float16) + np.float16(0)):
         write_packed(tmp_path / f"of {kept.dtype}", kept, labels, normalization=constants)
+
+
+def test_a_data_set_of_fp16_too_far_from_zero_says_so(tmp_path):
+    values = np.random.default_rng(0).normal(size=(64, 2, 4, 4))
+    values[:, 1] = 100 + 0.1 * values[:, 1]
+    remarks = write_packed(tmp_path, values.astype(np.float16), np.zeros(64, int)).manifest.remarks()
+    assert "channel 1 has mean 100 and std 0.1" in remarks[0] and "in steps of 0.062" in remarks[0]

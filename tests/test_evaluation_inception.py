@@ -126,6 +126,7 @@ def test_weights_run_no_code(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ({"a": torch.zeros(2)}, r"lacks Conv2d_1a_3x3.bn.bias, .* and \d+ more and has unexpected a: give torch-fid"),
+        ({0: torch.zeros(2)}, r"and has unexpected 0: give"),
         ([torch.zeros(2)], "is no state dict"),
         ({"a": 3}, "is no state dict"),
         (b"", "is empty: download it again"),
@@ -149,7 +150,11 @@ def test_wrong_files_of_weights(tmp_path: Path, content: Any, message: str) -> N
     ("name", "change", "message"),
     [
         ("fc.weight", lambda weight: None, r"lacks fc\.weight: give torch-fidelity's"),
-        ("fc.weight", lambda weight: weight[:1000], r"fc\.weight of shape \[1000, 2048\], not \[1008, 2048\]"),
+        (
+            "fc.weight",
+            lambda weight: weight[:1000],
+            r"fc\.weight has shape \(1000, 2048\), not \(1008, 2048\): give",
+        ),
         ("fc.bias", lambda bias: bias / 0, r"holds NaN or infinity in fc\.bias"),
         ("fc.bias", lambda bias: bias.char(), r"holds fc\.bias of torch\.int8"),
     ],

@@ -23,7 +23,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from mpdit.core.errors import DataError
 from mpdit.data.normalization import ABSURD, Normalization, apart, overall_std, seen, suits
-from mpdit.data.records import INDEX_DTYPE, VALUE_DTYPE
+from mpdit.data.records import INDEX_DTYPE, MOST_LOST, VALUE_DTYPE
 from mpdit.model.config import MOST_CLASSES, ModelConfig
 from mpdit.model.vae import stated_pixel_range
 
@@ -156,6 +156,15 @@ class DatasetInfo(LatentSpec):
                 f"by the normalisation in use a model sees {seen(self.normalization, self.statistics)}, not 0 "
                 "and 1, so it does not suit these latents: give --normalization measured, or check scale and encoder"
             )
+        for channel, (mean, std) in enumerate(zip(self.statistics.mean, self.statistics.std, strict=True)):
+            # fp16 has 11 bits and exponents from -14; the rounding error is uniform in a step, of std step / sqrt(12).
+            step = math.ldexp(1.0, max(math.frexp(mean)[1] - 1, -14) - 10)
+            if step > MOST_LOST * math.sqrt(12) * std > 0:
+                found.append(
+                    f"channel {channel} has mean {mean:.4g} and std {std:.3g}, and fp16 holds such values in steps of "
+                    f"{step:.2g}: where they were rounded to it, much of them is lost"
+                )
+                break
         std, origin = overall_std(self.statistics.std), self.source.get("scale_origin")
         if self.kind == "digits" or origin == "given" or "vae_sha256" in self.source:
             return found

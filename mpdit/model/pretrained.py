@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from mpdit.core.errors import CheckpointError, ConfigError, first_line
 from mpdit.core.files import as_path
 from mpdit.model.config import ModelConfig
-from mpdit.model.weights import read_weights, save_weights
+from mpdit.model.weights import check_fit, read_weights, save_weights
 
 _DRAWS = (nn.init.normal_, nn.init.uniform_, Tensor.normal_, Tensor.uniform_)
 
@@ -48,18 +48,11 @@ class Pretrained(nn.Module):
     def from_tensors(cls, config: ModelConfig, tensors: Mapping[str, Tensor], where: str | Path) -> Self:
         """Build the model of a configuration and a state dict, in evaluation mode on the CPU.
 
-        Raises CheckpointError, naming `where` and the first such tensor, when the two don't fit.
+        Raises CheckpointError, naming `where` and the first such tensors, when the two don't fit.
         """
         # On meta first: whatever a configuration says, no more memory is asked for than the tensors take.
-        expected = {name: tuple(value.shape) for name, value in cls.on_meta(config).state_dict().items()}
-        found = {name: tuple(value.shape) for name, value in tensors.items()}
-        if expected != found:
-            name = min(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
-            shapes = [found.get(name, "none (missing)"), expected.get(name, "none (missing)")]
-            raise CheckpointError(
-                f"{where}: model.safetensors does not fit config.json: {name} has shape {shapes[0]}, "
-                f"expected {shapes[1]}"
-            )
+        expected = cls.on_meta(config).state_dict()
+        check_fit(where, tensors, expected, "give the config.json that the weights were saved with")
         model = cls(config)
         model.load_state_dict(tensors)
         return model.eval()

@@ -122,8 +122,17 @@ def check_filled(where: str | Path, missing: Collection[str], unexpected: Collec
         raise CheckpointError(f"{where} does not fill the model: it {' and '.join(told)}: {remedy}")
 
 
+def check_fit(where: str | Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], remedy: str) -> None:
+    """Raise CheckpointError as `check_filled`, or for the first tensor of another shape than the model's `expected`."""
+    check_filled(where, expected.keys() - tensors.keys(), tensors.keys() - expected.keys(), remedy)
+    for name, value in sorted(expected.items()):
+        found, wanted = tuple(tensors[name].shape), tuple(value.shape)
+        if found != wanted:
+            raise CheckpointError(f"{where} does not fit the model: {name} has shape {found}, not {wanted}: {remedy}")
+
+
 def _some(names: Collection[str]) -> str:
-    first = sorted(names)[:_NAMED]
+    first = sorted(map(str, names))[:_NAMED]
     return ", ".join(first) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mpdit.core.errors import CheckpointError, ConfigError
 from mpdit.core.files import check_regular
-from mpdit.model.weights import check_filled, check_values, load_tensors
+from mpdit.model.weights import check_fit, check_values, load_tensors
 
 FILE_NAME = "weights-inception-2015-12-05-6726825d.pth"
 HASH_PREFIX = "6726825d"
@@ -136,12 +136,7 @@ def _build(module: Any, path: Path) -> nn.Module:
     finally:
         module.load_state_dict_from_url = original
     expected = net.state_dict()
-    remedy = f"give torch-fidelity's {FILE_NAME}"
-    check_filled(path, expected.keys() - state.keys(), state.keys() - expected.keys(), remedy)
-    for name, value in expected.items():
-        if state[name].shape != value.shape:
-            shapes = f"{list(state[name].shape)}, not {list(value.shape)}"
-            raise CheckpointError(f"{path} holds {name} of shape {shapes}: {remedy}")
+    check_fit(path, state, expected, f"give torch-fidelity's {FILE_NAME}")
     # Counters of batches are whole numbers, and not read.
     check_values({name: state[name] for name, value in expected.items() if value.is_floating_point()}, path)
     nn.Module.load_state_dict(net, state)
