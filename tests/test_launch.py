@@ -36,6 +36,13 @@ def test_the_script_alone_answers_help() -> None:
     assert "--ds_config" in done.stdout
 
 
+@pytest.mark.parametrize("module", ["mpdit.commands.sample", "mpdit.training.loop", "mpdit.training.train"])
+def test_a_module_that_would_do_nothing_says_so(module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module, "--steps", "3"], capture_output=True, text=True, timeout=60)
+    told = f"error: {module} is no command: `python -m mpdit --help` lists them\n"
+    assert (done.returncode, done.stderr) == (2, told)
+
+
 @pytest.mark.parametrize("module", ["mpdit", "mpdit.training"])
 def test_a_package_that_is_run_trains(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []

@@ -209,6 +209,7 @@ class TestFolder:
         assert base == folder(env=DistEnv(size=3)) == folder(env=DistEnv(size=5)), (
             "and ranks that can't share 64 samples"
         )
+        assert base == folder("--grad-accum-steps", "3"), "nor micro steps"
 
     @pytest.mark.parametrize("named", [True, False])
     def test_what_nobody_chose_follows_the_run_that_is_there(
