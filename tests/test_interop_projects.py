@@ -223,7 +223,7 @@ def test_no_class_is_lost(
 
 def test_what_the_table_leaves_open_is_asked(tmp_path: Path, state: dict[str, Tensor]) -> None:
     ten = {"ema": state | {TABLE: torch.ones(10, 16)}}
-    with pytest.raises(CheckpointError, match=r"10 rows, which may be 10 classes .* or 9 and that row: give --num-cl"):
+    with pytest.raises(CheckpointError, match=r"10 rows, which may be 10 classes .* or 9 and that row: say which by"):
         read(tmp_path, ten, 2)
     with pytest.raises(CheckpointError, match="has 10 rows, which are not those of 6 classes"):
         read(tmp_path, ten | {"args": said()})
@@ -374,6 +374,9 @@ def test_an_optimisers_state_is_named(tmp_path: Path) -> None:
     for content in (optimizer.state_dict(), {"optimizer": optimizer.state_dict(), "step": 3}):
         with pytest.raises(CheckpointError, match=r"holds an optimiser's state .* give the file with the model"):
             read(tmp_path, content)
+    unet = {"unet.emb_fourier.freqs": torch.ones(2)}
+    with pytest.raises(CheckpointError, match="holds a U-Net"):  # EDM2's training state
+        read(tmp_path, {"net": unet, "optimizer": optimizer.state_dict()})
     with pytest.raises(CheckpointError, match="holds a int"):
         read(tmp_path, 7)
 
@@ -443,6 +446,8 @@ def test_folders_are_read_or_named(tmp_path: Path, state: dict[str, Tensor]) -> 
     save_file({"x": torch.ones(1)}, flux / "transformer" / "diffusion_pytorch_model.safetensors")
     save_file(state, shards / "model-00001-of-00003.safetensors")
     for path, message in (
+        (tmp_path / "nowhere", "can't be read: No such file"),
+        (tmp_path, "holds no model: give a checkpoint"),
         (unet, "is diffusers' StableDiffusionPipeline, with no transformer"),
         (flux, "is diffusers' FluxTransformer2DModel"),
         (shards, "is one of 3 files of a model"),

@@ -255,9 +255,6 @@ def sample(
 
     from mpdit.model.weights import check_flow, check_guidance
 
-    metadata = getattr(model, "metadata", {})
-    check_flow(metadata)
-    check_guidance(metadata, guidance)
     sampler = entry_of(SAMPLERS, "method", method)
     if not isinstance(steps, int) or not sampler.least_steps <= steps <= MOST_STEPS:
         raise ConfigError(
@@ -270,6 +267,9 @@ def sample(
         raise ConfigError(f"noise is {noise.dtype} {list(noise.shape)}: give a floating-point batch [B, C, H, W]")
     config = getattr(model, "config", None)
     if isinstance(config, ModelConfig):
+        metadata = getattr(model, "metadata", {})
+        check_flow(metadata)
+        check_guidance(metadata, guidance)
         if null_class not in (None, config.null_class):
             raise ConfigError(f"null_class is {null_class} but the model's is {config.null_class}: leave it out")
         null_class = config.null_class

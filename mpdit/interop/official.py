@@ -69,7 +69,8 @@ def load_official(
 ) -> MPDiT:
     """Load the model of `read_official`, in training mode, as any new module; its `metadata` says what it is.
 
-    What was concluded of it, and from what, is warned of (UserWarning), a line each.
+    What was concluded of it, and from what, is warned of (UserWarning), a line each. Who trains it to something else
+    empties its `metadata`, by which `mpdit.sample` refuses what is no velocity.
     """
     model, metadata = read_official(path, num_heads, which, convention, num_classes)
     model.metadata = metadata

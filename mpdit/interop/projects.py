@@ -95,7 +95,6 @@ _ELSEWHERE = "only DiT, SiT, REPA, MPDiT and models of their shape are read"
 _OTHERS = (
     (r".*lora", "a LoRA", "merge it into its model where it was trained, and give that"),
     (r"(mpdit\.)?stages\.\d+\.", "mpdit's own weights", "put the config.json that was written with it beside it"),
-    (r"param_groups|exp_avg|optimizer", "an optimiser's state", "give the file with the model"),
     (r"(.*\.)?(encoder|decoder)\.(conv_in|conv_out|mid|mid_block|down|up)\b", "a VAE", "give its folder as --vae"),
     (r"(.*\.)?(Mixed_5b|Conv2d_1a_3x3)\.", "an Inception network", "evaluate takes it, as --inception"),
     (r"(.*\.)?(in_blocks\.0|decoder_pred)\.", "a U-ViT", _ELSEWHERE),
@@ -110,6 +109,7 @@ _OTHERS = (
     (r"(.*\.)?blocks\.\d+\.attn\.(q_norm|k_norm)", "a transformer with normalised queries and keys", _ELSEWHERE),
     (r"(.*\.)?blocks\.\d+\.norm\d\.weight", "a transformer with learned norms (RMSNorm)", _ELSEWHERE),
     (r"(.*\.)?(feat_rope|rope)\b", "a transformer with rotary positions", _ELSEWHERE),
+    (r"param_groups|exp_avg|optimizer", "an optimiser's state", "give the file with the model"),
     (r"latents(_flip)?$", "latents", "give the folder it lies in"),
 )
 """Patterns of the beginning of tensors' names, of what is not read: what it is, and what to do."""

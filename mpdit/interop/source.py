@@ -37,10 +37,13 @@ def weights_file(path: Path) -> Path:
     if path.is_file():
         return path
     found = _files(path)
-    if not found:
-        kind = _config(path, "model_index.json").get("_class_name")
-        name = kind[-1] if isinstance(kind, list) and kind else kind
+    kind = _config(path, "model_index.json").get("_class_name")
+    if not found and kind:
+        name = kind[-1] if isinstance(kind, list) else kind
         raise CheckpointError(f"{path} is diffusers' {name}, with no transformer: DiTPipeline and mpdit's are read")
+    if not found:
+        what = "holds no model" if path.exists() else "can't be read: No such file or folder"
+        raise CheckpointError(f"{path} {what}: give a checkpoint, or a folder of diffusers or of the hub")
     return min(found, key=lambda file: (len(file.name), file.name))  # before its fp16 variant
 
 

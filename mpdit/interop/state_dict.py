@@ -264,7 +264,7 @@ def count_classes(
     if stated is None and rows > 1 and rows % 10 == 0:
         raise CheckpointError(
             f"its table of classes has {rows} rows, which may be {rows} classes and no row for 'no class', as without "
-            f"dropped classes, or {rows - 1} and that row: give --num-classes (num_classes)"
+            f"dropped classes, or {rows - 1} and that row: say which by `mpdit convert --num-classes`, or num_classes"
         )
     classes = max(1, rows - 1) if stated is None else stated
     if rows not in (classes, classes + 1):
