@@ -19,7 +19,7 @@ from mpdit import cli
 from mpdit.commands import COMMANDS, Outcome
 from mpdit.data.digits import build_digits
 from mpdit.diffusion.images import decode
-from mpdit.diffusion.sampling import SAMPLERS
+from mpdit.diffusion.sampling import SAMPLERS, Flow, Sampler, Setting
 from mpdit.model.weights import save_weights
 from mpdit.training import arguments
 
@@ -102,6 +102,29 @@ def test_methods(run: Path, tmp_path: Path, method: str) -> None:
     arguments = ["sample", str(run), "--out", str(out), "--num", "2", "--steps", "40", "--tolerance", "1e-2"]
     assert cli.main([*arguments, "--method", method, "--latents"]) == 0
     assert np.isfinite(np.load(out / "latents.npy")).all()
+
+
+def test_a_setting_of_a_sampler_is_its_entrys_alone(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As an option, in its help, in the protocol and as an argument of `sample`, which names what nobody has."""
+
+    def shifted(flow: Flow, x: torch.Tensor, steps: int) -> torch.Tensor:
+        return torch.full_like(x, flow.settings["shift"])
+
+    entry = Sampler(shifted, "no sampler", settings={"shift": Setting(0.25, "shift_by", "what all values are")})
+    monkeypatch.setitem(SAMPLERS, "shifted", entry)
+    words = ["sample", str(run), "--num", "2", "--steps", "1", "--latents"]
+    for name, given in {"default": [], "given": ["--shift-by", "0.5"]}.items():
+        assert cli.main([*words, "--out", str(tmp_path / name), "--method", "shifted", *given]) == 0
+        protocol = json.loads((tmp_path / name / "protocol.json").read_text())
+        assert protocol["shift_by"] == (0.5 if given else 0.25)
+        latents = np.load(tmp_path / name / "latents.npy")  # std 0.4 and mean 0.3 are the data's
+        np.testing.assert_allclose(latents, 0.3 + 0.4 * protocol["shift_by"], rtol=1e-6)
+    assert cli.main(["sample", "--help"]) == 0
+    assert "what all values are (default: 0.25)" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(TypeError, match=r"sample\(\) has no argument 'shape': samplers' own are atol, .*, shift"):
+        mpdit.sample(lambda x, t, y: x, torch.zeros(1, 1, 2, 2), [0], shape=1)
 
 
 def test_sample_json(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpdit.core.errors import ConfigError
-from mpdit.diffusion.sampling import DIFFUSION_FORMS, SAMPLERS, SamplerSettings
+from mpdit.diffusion.sampling import SAMPLERS, SamplerSettings, options
 
 if TYPE_CHECKING:
     import torch
@@ -92,8 +92,6 @@ _HELP = {
     "guidance_channels": "guide the first N channels of the latents only; DiT's and SiT's published figures take 3 "
     "(default: all)",
     "interval": "times in which guidance acts; 1 is noise, 0 is data",
-    "diffusion_form": f"how much noise sde adds over time: {', '.join(DIFFUSION_FORMS)}; the other methods add none",
-    "tolerance": "absolute and relative error dopri5 keeps to; the other methods go by steps alone",
     "seed": "of the noise; image i is keyed by (seed, i)",
     "batch": "images per call, as memory allows; not part of the result, but for round-off",
     "precision": "what the model computes in; auto: bf16 on a GPU, fp32 on a CPU. tf32 is what DiT's scripts sample in",
@@ -198,14 +196,16 @@ def pick_device(name: str) -> torch.device:
 
 def add_sampler(parser: argparse.ArgumentParser, defaults: SamplerSettings) -> None:
     """Add the fields of SamplerSettings, for `sampler`."""
-    add = adder(parser.add_argument_group("sampler"), _HELP)
+    own = options()
+    texts = _HELP | {option: setting.help for option, setting in own.items()}
+    add = adder(parser.add_argument_group("sampler"), texts)
     add("--method", default=defaults.method, choices=tuple(SAMPLERS))
     add("--steps", default=defaults.steps, type=whole(1))
     add("--guidance", default=defaults.guidance, type=number)
     add("--guidance-channels", type=whole(1), metavar="N")
     add("--interval", default=defaults.interval, type=number, nargs=2, metavar=("FIRST", "LAST"))
-    add("--diffusion-form", default=defaults.diffusion_form, metavar="FORM")
-    add("--tolerance", default=defaults.tolerance, type=number)
+    for option, setting in own.items():
+        add(flag(option), default=setting.default, type=str if isinstance(setting.default, str) else number)
     add("--seed", default=defaults.seed, type=whole(0))
     add("--batch", default=defaults.batch, type=whole(1))
     add("--precision", default=defaults.precision, choices=("auto", "fp32", "tf32", "bf16"))
@@ -213,7 +213,8 @@ def add_sampler(parser: argparse.ArgumentParser, defaults: SamplerSettings) -> N
 
 def sampler(args: argparse.Namespace) -> SamplerSettings:
     """Return the settings of `add_sampler`'s arguments."""
-    return SamplerSettings(**given_fields(args, SamplerSettings) | {"interval": tuple(args.interval)})
+    own = {option: getattr(args, option) for option in options()}
+    return SamplerSettings(**given_fields(args, SamplerSettings) | {"interval": tuple(args.interval), "own": own})
 
 
 def given_fields(args: argparse.Namespace, options: type) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from mpdit.commands.common import (
 from mpdit.core.errors import CheckpointError, ConfigError
 from mpdit.core.files import write_atomically
 from mpdit.core.parser import to_path
-from mpdit.diffusion.sampling import DIGITS_SAMPLER
+from mpdit.diffusion.sampling import DIGITS_SAMPLER, options
 
 SUMMARY = "measure samples by FID and its kin, or a trained model of the digits"
 DESCRIPTION = (
@@ -177,9 +177,9 @@ def _out(args: argparse.Namespace) -> Path:
 
 def _refuse_sampler(args: argparse.Namespace) -> None:
     """Raise ConfigError for settings of the sampler: images are drawn already. --batch is theirs too."""
-    asked = sampler(args)
-    for field in dataclasses.fields(asked):
-        if field.name != "batch" and getattr(asked, field.name) != getattr(DIGITS_SAMPLER, field.name):
+    asked, usual = sampler(args), vars(DIGITS_SAMPLER) | {name: entry.default for name, entry in options().items()}
+    for name, value in {**vars(asked), **asked.own}.items():
+        if name not in ("batch", "own") and value != usual[name]:
             raise ConfigError(
-                f"{flag(field.name)} is for models, and {args.source} holds images, drawn already: leave it out"
+                f"{flag(name)} is for models, and {args.source} holds images, drawn already: leave it out"
             )

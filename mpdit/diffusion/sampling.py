@@ -11,8 +11,8 @@ SiT's dx = (-v + w score) ds + sqrt(2 w) dW is then, with dt = -ds < 0, dx = (v 
 As in k-diffusion's sampling.py a sampler is a function of a model, x and steps; but the model, a Flow, gives velocities
 where k-diffusion's gives denoised images, which are x - t v here.
 
-A new sampler is one function and its entry of SAMPLERS, which `sample`, the command line and its help read; the latter
-mustn't wait for torch, so it is imported where something is sampled.
+A new sampler is one function and its entry of SAMPLERS, settings of its own included, which `sample`, the command line
+and its help read; the latter mustn't wait for torch, so it is imported where something is sampled.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mpdit.core.errors import ConfigError, DataError
@@ -49,7 +50,7 @@ SDE_START, SDE_END = 0.96, 0.04
 
 @dataclass(frozen=True, kw_only=True)
 class Flow:
-    """The guided velocity of one batch, and the settings that single samplers read."""
+    """The guided velocity of one batch, and what single samplers read."""
 
     model: Any
     classes: Tensor
@@ -61,10 +62,8 @@ class Flow:
     interval: tuple[float, float]
     report: Callable[[int, int], object]
     """Called with (steps done, steps) after each step."""
-    atol: float
-    rtol: float
-    diffusion_form: str
-    diffusion_norm: float
+    settings: Mapping[str, Any]
+    """The sampler's own, by the names of its entry."""
     seed: int
     positions: Tensor
 
@@ -130,7 +129,8 @@ def dopri5(flow: Flow, x: Tensor, steps: int) -> Tensor:
     import torch
     from torchdiffeq import odeint  # here, because it takes half a second to import and no other sampler needs it
 
-    for name, tolerance in (("atol", flow.atol), ("rtol", flow.rtol)):
+    atol, rtol = flow.settings["atol"], flow.settings["rtol"]
+    for name, tolerance in (("atol", atol), ("rtol", rtol)):
         if not 0 < tolerance < math.inf:
             raise ConfigError(f"{name} is {tolerance}: give a finite number above 0")
     attempted = accepted = 0
@@ -144,7 +144,7 @@ def dopri5(flow: Flow, x: Tensor, steps: int) -> Tensor:
         if attempted == steps or not t - dt < t:
             reason = "all are taken" if attempted == steps else "the next would be too small"
             raise ConfigError(
-                f"dopri5 did not reach t = 0 with steps={steps}, atol={flow.atol}, rtol={flow.rtol} ({reason}): raise "
+                f"dopri5 did not reach t = 0 with steps={steps}, atol={atol}, rtol={rtol} ({reason}): raise "
                 "steps or loosen the tolerances, and check that the model's velocities are finite"
             )
         attempted += 1
@@ -161,7 +161,7 @@ def dopri5(flow: Flow, x: Tensor, steps: int) -> Tensor:
     # stops on the way is a jump of the field, where the step must end too.
     jumps = {end for end in flow.interval if 0 < end < 1 and flow.nulls is not None}
     options = {"step_t": span[1:], "jump_t": span.new_tensor(sorted(jumps))}
-    return odeint(function, x, span, atol=flow.atol, rtol=flow.rtol, method="dopri5", options=options)[-1]
+    return odeint(function, x, span, atol=atol, rtol=rtol, method="dopri5", options=options)[-1]
 
 
 def sde(flow: Flow, x: Tensor, steps: int) -> Tensor:
@@ -172,14 +172,15 @@ def sde(flow: Flow, x: Tensor, steps: int) -> Tensor:
     from mpdit.core import rng
 
     rng.check_seed(flow.seed)
-    one_of("diffusion_form", flow.diffusion_form, tuple(DIFFUSION_FORMS))
-    if not 0 <= flow.diffusion_norm < math.inf:
-        raise ConfigError(f"diffusion_norm is {flow.diffusion_norm}: give a finite number of at least 0")
+    form, norm = flow.settings["diffusion_form"], flow.settings["diffusion_norm"]
+    one_of("diffusion_form", form, tuple(DIFFUSION_FORMS))
+    if not 0 <= norm < math.inf:
+        raise ConfigError(f"diffusion_norm is {norm}: give a finite number of at least 0")
     times = [*uniform_times(SDE_START, SDE_END, steps - 1), 0.0]
     velocity = flow.at(times[:-1], x)
     for i in range(steps):
         t, dt = times[i], times[i + 1] - times[i]
-        w = DIFFUSION_FORMS[flow.diffusion_form](t, flow.diffusion_norm)
+        w = DIFFUSION_FORMS[form](t, norm)
         v = velocity(x, i)
         score = -((1 - t) * v + x) / t
         x = x + dt * (v - w * score)
@@ -195,6 +196,15 @@ def uniform_times(start: float, end: float, steps: int) -> list[float]:
     return [(start * (steps - i) + end * i) / steps for i in range(steps + 1)]
 
 
+class Setting(NamedTuple):
+    """A setting that one sampler reads from Flow.settings: an argument of `sample` by its name."""
+
+    default: float | str
+    option: str = ""
+    """Its name on the command line and in protocols, which several settings may share; "" for none."""
+    help: str = ""
+
+
 class Sampler(NamedTuple):
     """A way to integrate the velocity field: an entry of SAMPLERS."""
 
@@ -202,16 +212,35 @@ class Sampler(NamedTuple):
     """(flow, x at t = 1, steps) -> x at t = 0."""
     help: str
     least_steps: int = 1
-    reads: tuple[str, ...] = ()
-    """Fields of SamplerSettings that only samplers which name them read."""
+    settings: Mapping[str, Setting] = MappingProxyType({})
+    """Those that no other sampler has."""
 
 
+_TOLERANCE = Setting(
+    1e-5, "tolerance", "absolute and relative error dopri5 keeps to; the other methods go by steps alone"
+)
+_FORM = Setting(
+    "sigma",
+    "diffusion_form",
+    f"how much noise sde adds over time: {', '.join(DIFFUSION_FORMS)}; the other methods add none",
+)
 SAMPLERS = {
     "euler": Sampler(euler, "first order"),
     "heun": Sampler(heun, "second order, two evaluations a step"),
-    "dopri5": Sampler(dopri5, "adaptive, six evaluations a step", reads=("tolerance",)),
-    "sde": Sampler(sde, "Euler-Maruyama with added noise", least_steps=2, reads=("diffusion_form",)),
+    "dopri5": Sampler(dopri5, "adaptive, six evaluations a step", settings={"atol": _TOLERANCE, "rtol": _TOLERANCE}),
+    "sde": Sampler(
+        sde,
+        "Euler-Maruyama with added noise",
+        least_steps=2,
+        settings={"diffusion_form": _FORM, "diffusion_norm": Setting(1.0)},
+    ),
 }
+
+
+def options() -> dict[str, Setting]:
+    """Return, by option, the settings of single samplers that the command line and protocols know."""
+    settings = (setting for sampler in SAMPLERS.values() for setting in sampler.settings.values())
+    return {setting.option: setting for setting in settings if setting.option}
 
 
 def sample(
@@ -225,13 +254,10 @@ def sample(
     guidance_channels: int | None = None,
     interval: tuple[float, float] = (0.0, 1.0),
     null_class: int | None = None,
-    diffusion_form: str = "sigma",
-    diffusion_norm: float = 1.0,
     seed: int = 0,
     positions: Tensor | None = None,
-    atol: float = 1e-5,
-    rtol: float = 1e-5,
     progress: Callable[[int, int], object] | None = None,
+    **settings: Any,
 ) -> Tensor:
     """Turn noise [B, C, H, W] into samples of `classes` [B]: same shape, same device, fp32 (fp64 if the noise is).
 
@@ -239,8 +265,9 @@ def sample(
     the mode it was in. For fixed steps an MPDiT computes the modulations of all times in one call before the loop.
     mpdit.diffusion.inference.SamplingModel around it chooses the precision and, on a GPU, replays CUDA graphs.
 
-    method names one of SAMPLERS; what `steps` counts is said by its function. "dopri5" reads atol and rtol; "sde"
-    diffusion_form, one of DIFFUSION_FORMS, diffusion_norm, seed and positions int64 [B], 0 .. B - 1 unless given.
+    method names one of SAMPLERS; what `steps` counts is said by its function. `settings` are those that only some of
+    them have: "dopri5" reads atol and rtol, each 1e-5 unless given; "sde" diffusion_form, one of DIFFUSION_FORMS
+    ("sigma"), diffusion_norm (1.0), seed and positions int64 [B], 0 .. B - 1 unless given.
 
     guidance w evaluates u + w (c - u), with c the velocity given the class and u given null_class (the model's own
     unless given), in one forward of 2B (Ho and Salimans, 2022). It acts at times inside `interval`, ends included
@@ -256,6 +283,9 @@ def sample(
     from mpdit.model.weights import check_flow, check_guidance
 
     sampler = entry_of(SAMPLERS, "method", method)
+    known = {name for entry in SAMPLERS.values() for name in entry.settings}
+    if unknown := settings.keys() - known:
+        raise TypeError(f"sample() has no argument {min(unknown)!r}: samplers' own are {', '.join(sorted(known))}")
     if not isinstance(steps, int) or not sampler.least_steps <= steps <= MOST_STEPS:
         raise ConfigError(
             f"steps is {steps!r:.40}: {method} needs a whole number of at least {sampler.least_steps} and at most "
@@ -305,10 +335,7 @@ def sample(
         guidance_channels=guidance_channels,
         interval=interval,
         report=progress or (lambda done, total: None),
-        atol=atol,
-        rtol=rtol,
-        diffusion_form=diffusion_form,
-        diffusion_norm=diffusion_norm,
+        settings={name: settings.get(name, setting.default) for name, setting in sampler.settings.items()},
         seed=seed,
         positions=positions.to(noise.device),
     )
@@ -327,14 +354,13 @@ class SamplerSettings:
     """The first so many are guided; None: all."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Times in which guidance acts."""
-    diffusion_form: str = "sigma"
-    tolerance: float = 1e-5
-    """Absolute and relative."""
     seed: int = 0
     batch: int = 100
     """Images per call; the result depends on it by round-off only (method "dopri5": within the tolerance)."""
     precision: str = "fp32"
     """What the model computes in: fp32, tf32, bf16 or auto, see mpdit.diffusion.inference.choose_precision."""
+    own: Mapping[str, float | str] = field(default_factory=dict)
+    """Settings of single samplers, by option; the defaults of their entries where not given."""
 
     def __post_init__(self) -> None:
         entry_of(SAMPLERS, "method", self.method)
@@ -343,13 +369,22 @@ class SamplerSettings:
 
     def protocol(self) -> dict[str, Any]:
         """Return, in plain JSON types, the settings that had an effect, to be kept beside the figures."""
-        unread = {name for sampler in SAMPLERS.values() for name in sampler.reads} - {*SAMPLERS[self.method].reads}
+        unread = {"own"}
         if self.guidance == 1:
             unread |= {"guidance_channels", "interval"}
         elif self.guidance_channels is None:
             unread.add("guidance_channels")  # sets of earlier versions don't name it, and go on
         fields = dataclasses.asdict(self) | {"interval": list(self.interval)}
-        return {name: value for name, value in fields.items() if name not in unread}
+        own = {setting.option: value for setting, value in self._own().values() if setting.option}
+        return {name: value for name, value in fields.items() if name not in unread} | own
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `sample` that the sampler alone has."""
+        return {name: value for name, (_, value) in self._own().items()}
+
+    def _own(self) -> dict[str, tuple[Setting, float | str]]:
+        settings = SAMPLERS[self.method].settings
+        return {name: (setting, self.own.get(setting.option, setting.default)) for name, setting in settings.items()}
 
 
 DIGITS_SAMPLER = SamplerSettings(method="euler", steps=16, guidance=1.5)
@@ -408,12 +443,10 @@ def generate(
                 settings.guidance,
                 guidance_channels=settings.guidance_channels,
                 interval=settings.interval,
-                diffusion_form=settings.diffusion_form,
                 seed=settings.seed,
                 positions=positions,
-                atol=settings.tolerance,
-                rtol=settings.tolerance,
                 progress=report,
+                **settings.arguments(),
             )
             report(1, 1)  # dopri5 stops before its most steps
     return latents
