@@ -212,7 +212,13 @@ def choose_devices(device: str, processes: int) -> list[torch.device]:
 def _spawn(job: Job, todo: Sequence[int], devices: Sequence[torch.device], advance: Report) -> None:
     # Spawned, not forked: CUDA and thread pools don't survive a fork.
     context = multiprocessing.get_context("spawn")
-    tasks, reports = context.Queue(), context.Queue()
+    try:
+        tasks, reports = context.Queue(), context.Queue()
+    except OSError as error:  # their semaphores lie there, and the system's error names no file
+        raise ConfigError(
+            f"{len(devices)} processes can't be started, for want of /dev/shm ({error.strerror}): mount it, or give it "
+            "room (docker's --shm-size or --ipc=host), or ask for one process"
+        ) from error
     for part in (*todo, *[None] * len(devices)):
         tasks.put(part)
     workers: list[Any] = [
