@@ -340,11 +340,14 @@ def test_pixels_in_0_1_are_known_by_their_brightness(tmp_path: Path, write: Any)
 def test_values_too_far_from_zero_for_fp16(tmp_path: Path, write: Any) -> None:
     values = MOMENTS if write is formats.write_edm2 else LATENTS
     values = values / 40
-    values[:, 1] += 100  # whose neighbours in fp16 are 1 / 16 apart, beside a std of 0.1
+    values[:, :4] += 100  # whose neighbours in fp16 are 1 / 16 apart, beside a std of 0.1
     path = write(tmp_path / "data", values, LABELS)
-    with pytest.raises(
-        DataError, match=r"channel 1 .* mean 100 .*fp16 would lose .*%, more than 1%: store .latents - OFFSET"
-    ):
+    dataset = open_latents(path, scale="1,-100")
+    moments = dataset.read(np.arange(COUNT))[0][:, 0]
+    assert np.array_equal(moments[:, :4], (values[:, :4] - 100).astype(np.float16))
+    stds = values[:, 4:] if write is formats.write_edm2 else ZERO  # which no shift moves
+    assert np.array_equal(moments[:, 4:], stds.astype(np.float16))
+    with pytest.raises(DataError, match=r"channel 0 .* mean 100 .*fp16 would lose .*%, more than 1%: read them minus"):
         open_latents(path, scale=1)
 
 

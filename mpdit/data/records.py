@@ -103,16 +103,16 @@ class ChannelStatistics:
         self._mean += sums["mean"]
         self._mean_squared += sums["mean_squared"]
         self._variance += sums["variance"]
-        for name in ("rounding", "rounding_squared"):  # which earlier versions didn't gather
-            getattr(self, f"_{name}").__iadd__(sums.get(name, 0.0))
+        self._rounding += sums.get("rounding", 0.0)  # which earlier versions didn't gather
+        self._rounding_squared += sums.get("rounding_squared", 0.0)
 
     @property
     def has_noise(self) -> bool:
         """Return whether any posterior std was above zero."""
         return bool(self._variance.any())
 
-    def check_rounding(self) -> None:
-        """Raise DataError, naming the first channel, where fp16 is too coarse for values so far from zero.
+    def check_rounding(self, remedy: str) -> None:
+        """Raise DataError, naming the first channel and `remedy`, where fp16 is too coarse for values so far from zero.
 
         fp16 has 11 bits, so values about 64 are a sixteenth apart: next to a std of 0.1 the rounding error, of a
         sixteenth / sqrt(12), is a fifth of the data. Latents of autoencoders in use lose 1e-4.
@@ -125,8 +125,7 @@ class ChannelStatistics:
             if share > MOST_LOST:
                 raise DataError(
                     f"channel {channel} of the latents has mean {mean:.4g} and std {std:.4g}, of which fp16 would lose "
-                    f"{share:.1%}, more than {MOST_LOST:.0%}: store (latents - OFFSET) * FACTOR, which `mpdit sample "
-                    "--data-scale FACTOR,OFFSET` undoes"
+                    f"{share:.1%}, more than {MOST_LOST:.0%}: {remedy}"
                 )
 
     def result(self) -> Normalization:

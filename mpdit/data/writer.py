@@ -162,7 +162,9 @@ class PackedWriter:
         """Bring all to the disk and name the files, the manifest last."""
         if not self.num_samples:
             raise DataError(f"no records were written to {self.path}: a data set needs at least one")
-        self._statistics.check_rounding()
+        self._statistics.check_rounding(
+            "store (latents - OFFSET) * FACTOR, which `mpdit sample --data-scale FACTOR,OFFSET` undoes"
+        )
         measured = self._statistics.result()
         manifest = Manifest(
             **{field.name: getattr(self.spec, field.name) for field in dataclasses.fields(LatentSpec)},

@@ -165,7 +165,9 @@ class ForeignLatents(LatentDataset):
             statistics.add(moments, exact)
             digest.update(moments.data)
         try:
-            statistics.check_rounding()
+            statistics.check_rounding(
+                "read them minus an offset by --data-scale 1,-OFFSET; `mpdit sample --data-scale 1,OFFSET` undoes it"
+            )
         except DataError as error:
             raise DataError(f"{self.path}: {error}") from None
         self.digest = hashlib.sha256(digest.digest() + self._read_labels(sample).tobytes()).hexdigest()
@@ -207,7 +209,7 @@ class ForeignLatents(LatentDataset):
         if factor != 1:
             values /= factor
         if shift:
-            values += shift
+            values[:, : record.shape[1] // 2] += shift  # means; stds follow them, if there are any
         planes = values.shape[1]
         if values.dtype == np.float32:  # torch's cast is several times faster than numpy's, and rounds the same
             torch.from_numpy(record[:, :planes]).copy_(torch.from_numpy(values))
