@@ -145,6 +145,9 @@ def test_latents_are_as_the_project_has_them(tmp_path: Path, state: dict[str, Te
 def test_what_is_given_goes_before_what_is_assumed_but_not_before_what_is_said(
     tmp_path: Path, state: dict[str, Tensor]
 ) -> None:
+    heads = read(tmp_path, {"ema": state, "args": said(num_heads=4)}, 2)
+    assert heads[0].config.heads == 2
+    assert "warning: 2 heads are taken as given, against its 4" in heads[1]["training"]["notes"]
     bare = read(tmp_path, state, 2, convention="sit")
     assert bare[0].config.convention == "sit" and "objective" not in bare[1]["training"]
     noise = read(tmp_path, {"ema": state, "args": said(prediction="noise")}, convention="sit")[1]["training"]

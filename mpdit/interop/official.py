@@ -147,6 +147,8 @@ def read_official(
     ]
     if official_model_name(config) is None and config.width in {width for width, _ in _SIZES.values()}:
         notes.append(f"no official model of width {config.width} has its blocks: if one was meant, it is not whole")
+    if num_heads and (their := _stated_heads(said)) not in (None, num_heads):
+        notes.append(f"warning: {num_heads} heads are taken as given, against its {their}")
     empty = [name for name in sorted(tensors) if _NEVER_ZERO.fullmatch(name) and not tensors[name].any()]
     if empty:
         notes.append(
@@ -280,10 +282,14 @@ def official_args(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _stated_heads(said: Mapping[str, Any]) -> int | None:
+    found = (said.get(name) for name in ("num_heads", "num_attention_heads"))
+    return next((heads for heads in found if type(heads) is int and heads > 0), None)
+
+
 def _heads(said: Mapping[str, Any], tensors: Mapping[str, Tensor], otherwise: ModelConfig | None) -> int:
-    for name in ("num_heads", "num_attention_heads"):
-        if type(heads := said.get(name)) is int and heads > 0:
-            return heads
+    if stated := _stated_heads(said):
+        return stated
     width = len(tensors["x_embedder.proj.bias"]) if "x_embedder.proj.bias" in tensors else None
     named = _NAME.fullmatch(model_name(said))
     if named and _SIZES[named[1]][0] == width:

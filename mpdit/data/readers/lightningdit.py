@@ -120,7 +120,10 @@ class LightningDiTLatents(ForeignLatents):
         }
         for name in (_LATENTS, _LABELS):
             if name not in tensors:
-                raise DataError(f"{path} has no tensor {name!r}: give latents as LightningDiT extracts them")
+                raise DataError(
+                    f"{path} has no tensor {name!r}: give latents as LightningDiT extracts them; of a model give the "
+                    "file itself"
+                )
         labels = tensors[_LABELS]
         if len(labels.shape) != 1 or labels.dtype not in _INTEGERS:
             raise DataError(f"{path}: labels are {labels.dtype} {labels.shape}, not whole numbers [N]")
