@@ -127,9 +127,8 @@ class LightningDiTLatents(ForeignLatents):
         labels = tensors[_LABELS]
         if len(labels.shape) != 1 or labels.dtype not in _INTEGERS:
             raise DataError(f"{path}: labels are {labels.dtype} {labels.shape}, not whole numbers [N]")
-        for name in tensors.keys() - {_LABELS}:
-            dtype, shape, _ = tensors[name]
-            if len(shape) != 4 or dtype not in _FLOATS or shape[0] != labels.shape[0]:
+        for name, (dtype, shape, _) in tensors.items():
+            if name != _LABELS and (len(shape) != 4 or dtype not in _FLOATS or shape[0] != labels.shape[0]):
                 raise DataError(
                     f"{path}: {name} is {dtype} {shape}, not floats [N, C, H, W] for {labels.shape[0]} labels"
                 )
