@@ -236,7 +236,7 @@ def test_archives_are_known_by_their_contents_without_a_suffix(tmp_path: Path) -
             list_images(root)
 
 
-def test_suffixes_are_those_that_pillow_decodes_here(tmp_path: Path) -> None:
+def test_suffixes_are_those_that_pillow_decodes_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {".jpg", ".jfif", ".jpe", ".png", ".webp", ".tif", ".bmp", ".ppm", ".gif", ".mpo"} <= image_suffixes()
     assert not {".h5", ".mpg", ".eps", ".pdf", ".txt", ".npz", ".heic", ""} & image_suffixes()
     picture = Image.fromarray(pixels(0))
@@ -250,3 +250,8 @@ def test_suffixes_are_those_that_pillow_decodes_here(tmp_path: Path) -> None:
         assert {name for name, _ in images.ignored} == {"a/raw.heic", "a/none"}
     with pytest.raises(DataError, match=r"holds no images that .* here \(ignored: \.heic: 2; no suffix: 1\)"):
         list_images(write_tree(tmp_path / "none", {"a/1.heic": X, "a/2.HEIC": X, "b/3": X}))
+    with monkeypatch.context() as patch:  # as a plugin adds a format
+        patch.setitem(Image.EXTENSION, ".heic", "PNG")
+        image_suffixes.cache_clear()
+        assert {".heic", ".png"} <= image_suffixes()
+    image_suffixes.cache_clear()

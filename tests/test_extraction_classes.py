@@ -241,6 +241,8 @@ def test_dataset_json_counts_from_where_it_lies(tmp_path: Path) -> None:
     (tmp_path / "t.tar").write_bytes(tar_bytes(files))
     for source in (write_tree(tmp_path / "tree", files), tmp_path / "t.tar", write_zip(tmp_path / "z.zip", files)):
         assert _classes(list_images(source)) == {"edm/0/a.png": "1", "edm/0/b.png": "0"}
+    (tmp_path / "t.tar").write_bytes(tar_bytes({"./edm/dataset.json": b"{"} | files))  # the last of a name counts
+    assert _classes(list_images(tmp_path / "t.tar")) == {"edm/0/a.png": "1", "edm/0/b.png": "0"}
     write_tree(tmp_path / "tree", {"other/1.png": X})  # which it doesn't speak of
     assert list_images(tmp_path / "tree").class_names == ("edm", "other")
     for name in ("u", "v"):

@@ -397,7 +397,7 @@ class _Listing(FoundImages):
         self._containers.append(container)
         first = len(self.names)
         labels: _Labels = {}
-        datasets: list[tuple[str, Member]] = []
+        datasets: dict[str, Member] = {}
         links: dict[str, str] = {}
         others: dict[str, Member] = {}
         guessed: list[str] = []
@@ -426,7 +426,7 @@ class _Listing(FoundImages):
             else:
                 if suffix in _LABEL_SUFFIXES and self._reads_labels:
                     if name.rpartition("/")[2] == LABELS_NAME:
-                        datasets.append((name, member))
+                        datasets[name] = member
                     elif 0 <= member.size <= _MOST_LABEL_BYTES and _read_label(
                         read, member, name, f"{container.path}: {prefix}{name}", labels
                     ):
@@ -439,7 +439,7 @@ class _Listing(FoundImages):
             )
         self._resolve(first, prefix, links, others)
         self._drop_replaced(first)
-        for name, member in datasets:
+        for name, member in datasets.items():
             folder = f"{prefix}{name.removesuffix(LABELS_NAME)}"
             if all(image.startswith(folder) for image in self.names[first:]):
                 self._read_dataset_json(functools.partial(read, member), f"{container.path}/{name}", folder)
