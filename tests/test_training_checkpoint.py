@@ -260,11 +260,19 @@ def test_other_ranks_and_other_stages_may_continue(run: Run) -> None:
         assert _found(other).step == 6
 
 
-def test_a_named_checkpoint_is_taken_into_another_folder(run: Run, tmp_path: Path) -> None:
+def test_a_named_checkpoint_is_taken_into_another_folder(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     older = str(run.out / "checkpoints" / "step-00000003")
     assert _found(_run(tmp_path / "branch", "--resume", older)).step == 3
     for whole in (run.out, run.out / "checkpoints"):
         assert _found(_run(tmp_path / "branch", "--resume", str(whole))).step == 6
+    ours = run.config.precision
+    others = [name for name in ("bf16", "fp32") if name != ours]
+    monkeypatch.setattr("mpdit.training.setup._precisions", lambda *_: [*others, ours])
+    for named in (run.out, older):
+        branch = _run(tmp_path / "branch", "--resume", str(named))
+        assert branch.config.precision == ours, "as the run was begun, where another precision is the default"
     with pytest.raises(CheckpointError, match="holds newer checkpoints"):
         resume.find(_run(run.out, "--resume", older))
 

@@ -73,7 +73,7 @@ def test_earlier_names_are_accepted_and_hidden(tmp_path: Path, capsys: pytest.Ca
         ("--deepspeed_config a", "did you mean --ds_config"),
         ("--width 64", "it is the model's: --override width="),
         ("--hostfile hosts", "it is for the launcher and goes before what the launcher starts"),
-        ("steps 5", "unrecognized arguments: steps 5 .see"),
+        ("latents/mine --steps 5", "unrecognized arguments: latents/mine: each has a name, as in --data DIR"),
         ("--ds_config a --steps x", "--steps: invalid int value: 'x'"),
         ("--ds_config a --loader rust", "invalid choice: 'rust'"),
         ("--ds_config a --betas 0.9", "--betas: expected 2 arguments"),

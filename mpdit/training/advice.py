@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _SHOWN = 6
 """Classes that a line names."""
+_MANY = 3000
+"""Epochs that nobody trains on purpose: DiT's 7 million steps (Peebles and Xie, ICCV 2023) are 1400 of ImageNet."""
 _LONG = 1000
 """Steps that are worth a checkpoint before the last."""
 
@@ -57,6 +59,8 @@ def _data(run: Run) -> Iterator[str]:
         yield f"a step takes {config.global_batch} samples of {info.num_samples}: each comes several times a step"
     if (seen := config.steps * config.global_batch) < info.num_samples:
         yield f"the run ends within its first epoch: it sees {seen:,} of {info.num_samples:,} samples"
+    if (epochs := seen // info.num_samples) > _MANY:
+        yield f"the run goes over the {info.num_samples:,} samples {epochs:,} times: give fewer --steps"
 
 
 def _learning(run: Run) -> Iterator[str]:
@@ -74,6 +78,10 @@ def _learning(run: Run) -> Iterator[str]:
             f"lr {config.lr:g} is the default, made for a global batch of {default['global_batch']}, and this one is "
             f"{config.global_batch}: give the --lr that suits it"
         )
+    if config.lr == 0:
+        yield "lr is 0, so nothing is learnt"
+    if config.class_dropout == 1:
+        yield "class_dropout is 1, so classes are not trained"
     if config.class_dropout == 0 and run.model.num_classes > 1:
         yield "class_dropout is 0, so guidance is not trained: draw with --guidance 1 (here --sample-guidance 1)"
     if (kind := run.ds.get("communication_data_type", "fp32")) not in ("fp32", "float32"):

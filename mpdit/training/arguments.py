@@ -88,6 +88,8 @@ def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
     known, unknown = parser.parse_known_args([_dashed(argument) for argument in arguments])
     if unknown:
         hint = next((f": {hint}" for word in unknown if (hint := _hint(word, "--")) and word.startswith("-")), "")
+        if not unknown[0].startswith("-"):
+            hint = ": each has a name, as in --data DIR and --config FILE"
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     given = vars(known)
     given.pop("local_rank", None)

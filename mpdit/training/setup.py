@@ -33,6 +33,7 @@ from mpdit.model.config import ModelConfig
 from mpdit.training.arguments import parse_arguments
 from mpdit.training.checkpoint.format import Checkpoint, committed_folders
 from mpdit.training.checkpoint.resume import check_same
+from mpdit.training.checkpoint.weights import is_checkpoint
 from mpdit.training.config import DIGITS, RENAMED, TrainConfig, with_defaults
 from mpdit.training.deepspeed_config import arguments_from, complete, read_ds_config
 from mpdit.training.init_weights import GIVEN_LATER, InitialWeights, load_initial, recorded_digest, weights_digest
@@ -213,8 +214,9 @@ def _known_by(
     """Return the identity and folder of the run that is there under any of the values decided, else by the first."""
     named = [identity | dict(zip(decided, values, strict=True)) for values in itertools.product(*decided.values())]
     places = [Path(config.out or _default_folder(config, each)) for each in named]
+    begun = None if config.resume in ("auto", "never") else _recorded_identity(Path(config.resume))
     for each, out in zip(named, places, strict=True):
-        theirs = _recorded_identity(out)
+        theirs = _recorded_identity(out) or begun
         if theirs is not None and all(theirs.get(name) == each[name] for name in decided):
             return each, out
     return named[0], places[0]
@@ -281,8 +283,8 @@ def check_folder(out: Path, identity: Mapping[str, Any], resume: str, force: boo
 
 
 def _recorded_identity(out: Path) -> dict[str, Any] | None:
-    """Return that of the run in a folder, by its newest checkpoint; config.json's may be of settings forced since."""
-    for folder in reversed(committed_folders(out)):
+    """Return a checkpoint's, or a run's by its newest; config.json's may be of settings forced since."""
+    for folder in [out] if is_checkpoint(out) else reversed(committed_folders(out)):
         with contextlib.suppress(CheckpointError):
             return Checkpoint.open(folder).identity
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
