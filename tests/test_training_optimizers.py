@@ -12,15 +12,19 @@ from typing import Any
 import pytest
 import torch
 from mpdit_kernels import AdamWEMA
+from mpdit_kernels.hardware import GPUS
 from torch import Tensor
 from training_runs import ds_config
 
+import mpdit
 from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError
-from mpdit.training import fused_adam
+from mpdit.planning.plan import Request, plan
+from mpdit.training import optimizers
+from mpdit.training.arguments import parse_arguments
 from mpdit.training.config import TrainConfig
 from mpdit.training.engine import build_optimizer
-from mpdit.training.fused_adam import check, probed, with_ema
+from mpdit.training.optimizers import OPTIMIZERS, check, probed, with_ema
 from mpdit.training.setup import check_folder, prepare
 
 CPU = torch.device("cpu")
@@ -212,7 +216,7 @@ def test_the_probe_refuses_what_does_not(kind: type[torch.optim.Optimizer], mess
 def test_both_are_refused_without_a_gpu(name: str) -> None:
     told = f"optimizer is {name}, .* needs a CUDA GPU, and this run is on cpu: leave --optimizer out"
     with pytest.raises(ConfigError, match=told):
-        build_optimizer(TrainConfig(optimizer=name), _parameters(), CPU, {})  # type: ignore[arg-type]
+        build_optimizer(TrainConfig(optimizer=name), _parameters(), CPU, {})
 
 
 def test_pypis_apex_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,9 +239,9 @@ def test_the_chosen_class_is_probed_and_built(monkeypatch: pytest.MonkeyPatch) -
     module = ModuleType("apex.optimizers")
     module.FusedAdam = ApexLike  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "apex.optimizers", module)
-    monkeypatch.setattr(fused_adam.importlib, "import_module", sys.modules.__getitem__)
+    monkeypatch.setattr(optimizers.importlib, "import_module", sys.modules.__getitem__)
     tried: list[torch.device] = []
-    monkeypatch.setattr(fused_adam, "check", lambda kind, name, device: tried.append(device))
+    monkeypatch.setattr(optimizers, "check", lambda kind, name, device: tried.append(device))
     config = TrainConfig(optimizer="apex", lr=0.5, betas=(0.1, 0.2), weight_decay=0.3, ema_decay=0.4)
     optimizer = build_optimizer(config, _parameters(), torch.device("cuda"), {"zero_optimization": {"stage": 2}})
     group = optimizer.param_groups[0]
@@ -253,6 +257,23 @@ def test_the_chosen_class_is_probed_and_built(monkeypatch: pytest.MonkeyPatch) -
     offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     with pytest.raises(ConfigError, match="can't step what offload_optimizer puts on cpu: leave --optimizer"):
         build_optimizer(config, _parameters(), torch.device("cuda"), offload)
+
+
+def test_one_table_has_what_can_be_chosen_what_it_costs_and_what_help_says(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    config, gpu = mpdit.PRESETS["MPDiT-B/4-2"], GPUS["h100"]
+    usual = plan(config, Request(gpu)).time.optimizer
+    for name, kind in OPTIMIZERS.items():
+        assert parse_arguments(["--optimizer", name]) == {"optimizer": name}
+        assert f"{name}: {kind.help}" in told
+        planned = plan(config, Request(gpu, optimizer_bytes=kind.step_bytes)).time.optimizer
+        assert planned == pytest.approx(usual * kind.step_bytes / OPTIMIZERS["adamw_ema"].step_bytes)
+    with pytest.raises(ConfigError, match="invalid choice: 'adam'"):
+        parse_arguments(["--optimizer", "adam"])
+    with pytest.raises(ConfigError, match=r"optimizer is 'adam': choose one of adamw_ema \(our"):
+        build_optimizer(TrainConfig(optimizer="adam"), _parameters(), CPU, {})
 
 
 def test_the_default_is_adamwema() -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpdit.core.errors import ConfigError
 from mpdit.diffusion.sampling import SAMPLERS, SamplerSettings, options
+from mpdit.model.config import told
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +86,7 @@ _HELP = {
     "after a short run; what is made of a checkpoint is kept in RUN/weights (default: ema)",
     "device": "cpu, cuda, cuda:1, ...; auto is cuda where there is one",
     "gpus": "processes, each with a GPU of its own; without GPUs processes on the CPU",
-    "method": "; ".join(f"{name}: {entry.help}" for name, entry in SAMPLERS.items()),
+    "method": told(SAMPLERS),
     "steps": "steps; for dopri5 the most it may try. The paper's figures take 250, models of the digits no more "
     "than 25",
     "guidance": "classifier-free guidance w in u + w (c - u); 1 is none, at half the cost",

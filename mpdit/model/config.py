@@ -171,6 +171,11 @@ def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
 
 
+def told(table: Mapping[str, Any]) -> str:
+    """Return the kinds of a table, each with its `help`, as help texts name them."""
+    return "; ".join(f"{name}: {kind.help}" for name, kind in table.items())
+
+
 def entry_of(table: Mapping[str, T], field: str, name: Any) -> T:
     """Return an entry of a table of kinds, each with its `help`; ConfigError lists them with it."""
     if not isinstance(name, str) or name not in table:

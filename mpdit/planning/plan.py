@@ -16,6 +16,7 @@ from mpdit.model.config import ModelConfig
 from mpdit.planning.account import account
 from mpdit.planning.memory import MEMORY_ERROR, Memory, Setting, each_at_its_most, largest_micro_batch, memory
 from mpdit.planning.time import (
+    ADAMW_EMA_BYTES,
     Communication,
     Efficiency,
     Fabric,
@@ -49,6 +50,7 @@ class Request:
         epochs, images: length of the run, over a data set of so many images.
         gpus_per_node: that share NVLink.
         network: bytes a second of one GPU to other nodes, one direction; None: those of `usual_network`.
+        optimizer_bytes: that the optimiser reads and writes for each parameter it steps.
     """
 
     gpu: Gpu
@@ -62,6 +64,7 @@ class Request:
     images: int = IMAGENET
     gpus_per_node: int = 8
     network: float | None = None
+    optimizer_bytes: float = ADAMW_EMA_BYTES
 
     def __post_init__(self) -> None:
         if not 0 < self.epochs < 1e9:
@@ -139,7 +142,7 @@ class Plan:
         request, parameters = self.request, account(self.config).params_trainable
         stepped = parameters / request.gpus if request.zero else parameters
         shape = self.micro_batch, self.accumulation, stepped, request.precision, request.checkpointing
-        return step_time(self.config, request.gpu, self.share, *shape)
+        return step_time(self.config, request.gpu, self.share, *shape, request.optimizer_bytes)
 
     @cached_property
     def communication(self) -> Communication:

@@ -35,8 +35,8 @@ from mpdit.planning.account import (
 )
 from mpdit.planning.memory import BUCKET, WORD
 
-OPTIMIZER_BYTES = 36
-"""A parameter's: gradient read, weight, two moments and average read and written (AdamWEMA, one pass)."""
+ADAMW_EMA_BYTES = 36
+"""A parameter's in a step: gradient read, weight, two moments and average read and written (AdamWEMA, one pass)."""
 CAST_BYTES = 6
 """A weight's: read in fp32 and written in bf16, once a micro step."""
 HOP = 5e-6
@@ -133,6 +133,7 @@ def step_time(
     parameters: float | None = None,
     dtype: str = "bf16",
     checkpointing: bool = False,
+    optimizer_bytes: float = ADAMW_EMA_BYTES,
 ) -> StepTime:
     """Return the time of a step of `micro_steps` times so many images.
 
@@ -140,6 +141,7 @@ def step_time(
         parameters: that this rank's optimiser steps; all by default.
         dtype: fp32 products run outside of tensor cores.
         checkpointing: computes each block's forward pass once more.
+        optimizer_bytes: that the optimiser reads and writes for each parameter it steps.
     """
     found = account(config, images, dtype)
     rate = gpu.flops if dtype == "bf16" else gpu.flops32
@@ -155,7 +157,7 @@ def step_time(
     attention = max(flop[False] / (rate * share.attention), attended / bandwidth)
     casts = micro_steps * CAST_BYTES * found.params_trainable / bandwidth if dtype == "bf16" else 0.0
     stepped = found.params_trainable if parameters is None else parameters
-    known = (products, attention, moved / bandwidth, casts, OPTIMIZER_BYTES * stepped / bandwidth)
+    known = (products, attention, moved / bandwidth, casts, optimizer_bytes * stepped / bandwidth)
     return StepTime(*known, rest=(share.step - 1) * sum(known))
 
 

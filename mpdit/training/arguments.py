@@ -173,8 +173,8 @@ def _kind(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
         return {"action": "append", "metavar": "FIELD=VALUE"}
     if field.name == "betas":
         return {"nargs": 2, "type": float, "metavar": ("BETA1", "BETA2")}
-    if get_origin(kind) is Literal:
-        return {"choices": get_args(kind)}
+    if choices := field.metadata["choices"] or (get_args(kind) if get_origin(kind) is Literal else ()):
+        return {"choices": choices}
     metavar = {int: "N", float: "X"}.get(kind) or _METAVARS.get(field.name)
     return {"type": path_text if field.name in _PATHS else kind, "metavar": metavar or field.name.upper()}
 

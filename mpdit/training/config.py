@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,10 +14,11 @@ from mpdit.core.errors import ConfigError
 from mpdit.data.normalization import NormalizationMode, parse_scale
 from mpdit.diffusion.flow import FlowConfig, LossWeight, TimeSampler
 from mpdit.diffusion.sampling import MOST_STEPS
-from mpdit.model.config import ModelConfig
+from mpdit.model.config import ModelConfig, told
 from mpdit.model.presets import preset
 from mpdit.model.time import time_kind
 from mpdit.model.transition import transition_kind
+from mpdit.training import optimizers
 from mpdit.training.profiling import ProfileMode, Profiling
 
 _BEYOND = 2**63  # what is counted, is counted in 64 bits
@@ -31,16 +32,22 @@ DIGITS = "digits"
 """The value of `data` that stands for the embedded handwritten digits."""
 
 Loader = Literal["dali", "torch"]
-OptimizerName = Literal["adamw_ema", "apex", "deepspeed"]
 Precision = Literal["auto", "bf16", "fp32"]
 Schedule = Literal["constant", "cosine", "linear"]
 
 
 def _option(
-    default: Any, help: str, *, imagenet_default: Any = None, minimum: float = 0, below: float = math.inf
+    default: Any,
+    help: str,
+    *,
+    imagenet_default: Any = None,
+    minimum: float = 0,
+    below: float = math.inf,
+    choices: Iterable[str] = (),
 ) -> Any:
     """Describe a field. `imagenet_default` holds for data other than the digits; numbers lie in [minimum, below)."""
-    metadata = {"help": help, "imagenet_default": imagenet_default, "bounds": (minimum, below)}
+    bounds, names = (minimum, below), tuple(choices)
+    metadata = {"help": help, "imagenet_default": imagenet_default, "bounds": bounds, "choices": names}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -124,10 +131,10 @@ class TrainConfig:
         0.995, "decay a step of the average of the weights (EMA)", imagenet_default=0.9999, below=1
     )
 
-    optimizer: OptimizerName = _option(
-        "adamw_ema",
-        "what steps the weights: our AdamW with its average, or apex's or DeepSpeed's FusedAdam with the same average, "
-        "on GPUs and once it has been tried there",
+    optimizer: str = _option(
+        optimizers.DEFAULT,
+        f"what steps the weights; {told(optimizers.OPTIMIZERS)}",
+        choices=optimizers.OPTIMIZERS,
     )
 
     time_sampler: TimeSampler = _option("logit_normal", "how times are drawn")

@@ -15,14 +15,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from mpdit_kernels import AdamWEMA
 from torch import Tensor
 
 from mpdit.core.errors import ConfigError
 from mpdit.model.mpdit import MPDiT
+from mpdit.training import optimizers
 from mpdit.training.checkpoint.deepspeed_state import check_supported
 from mpdit.training.config import TrainConfig
-from mpdit.training.fused_adam import build_fused_adam
 from mpdit.training.setup import Run
 
 EPS = 1e-8
@@ -62,7 +61,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Build the optimiser that is configured, which steps the average of the weights (EMA) too.
 
-    Raises ConfigError when it is another package's and can't be had here: see `build_fused_adam`.
+    Raises ConfigError when it is another package's and can't be had here: see `optimizers.build`.
     """
     settings: dict[str, Any] = {
         "lr": config.lr,
@@ -71,9 +70,7 @@ def build_optimizer(
         "weight_decay": config.weight_decay,
         "ema_decay": config.ema_decay,
     }
-    if config.optimizer == "adamw_ema":
-        return AdamWEMA(params, **settings)
-    return build_fused_adam(config.optimizer, params, settings, device, ds)
+    return optimizers.build(config.optimizer, params, settings, device, ds)
 
 
 def check_deepspeed(run: Run, connected: bool = True) -> None:

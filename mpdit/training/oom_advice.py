@@ -10,6 +10,7 @@ from mpdit_kernels.hardware import GPUS, Gpu, find_gpu
 
 from mpdit.planning.memory import MEMORY_ERROR, memory
 from mpdit.planning.plan import Request
+from mpdit.training.optimizers import OPTIMIZERS
 from mpdit.training.setup import Run, planned_gpu
 
 _DEFAULT_GPU = "a100-40gb"
@@ -36,6 +37,7 @@ def request_of(run: Run, gpu: Gpu) -> Request:
         config.activation_checkpointing,
         epochs=config.steps * config.global_batch / run.manifest.num_samples,
         images=run.manifest.num_samples,
+        optimizer_bytes=OPTIMIZERS[config.optimizer].step_bytes,
     )
 
 

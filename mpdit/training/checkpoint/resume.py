@@ -21,6 +21,7 @@ from mpdit.training.checkpoint.format import (
     step_of,
     verify,
 )
+from mpdit.training.optimizers import DEFAULT
 
 if TYPE_CHECKING:
     from mpdit.training.setup import Run
@@ -127,7 +128,7 @@ def check_same(
     without force, with it for one of the model or the optimizer.
     """
     # What was not written down was the only optimizer there was; a loader was once let pass.
-    theirs = {"optimizer": "adamw_ema", "loader": ours.get("loader"), **theirs}
+    theirs = {"optimizer": DEFAULT, "loader": ours.get("loader"), **theirs}
     words = differences(theirs, ours)
     if words and not force:
         raise error(

@@ -1,39 +1,74 @@
-"""Builds the FusedAdam of apex or DeepSpeed, once it has stepped right here, with the average that AdamWEMA keeps."""
+"""Builds a run's optimiser, AdamW with the average of the weights (EMA), by one of OPTIMIZERS.
+
+FusedAdam of apex or DeepSpeed is built once it has stepped right here, with the average that AdamWEMA keeps.
+"""
 
 from __future__ import annotations
 
 import importlib
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from mpdit_kernels import AdamWEMA
 from torch import Tensor
 from torch.optim import Optimizer
 
 from mpdit.core.errors import ConfigError, first_line
+from mpdit.model.config import entry_of
+from mpdit.planning.time import ADAMW_EMA_BYTES
 
-_FUSED_ADAM = {
-    "apex": (
+
+class OptimizerKind(NamedTuple):
+    """An entry of OPTIMIZERS.
+
+    Attributes:
+        help: what it is.
+        step_bytes: what a step reads and writes for each parameter, all fp32, for the planner.
+        module: where another package's FusedAdam is; "" for AdamWEMA.
+        install: what it takes to have that.
+    """
+
+    help: str
+    step_bytes: int
+    module: str = ""
+    install: str = ""
+
+
+_FUSED_BYTES = 40
+"""Gradient read, weight and two moments read and written; then weight read, average read and written."""
+
+DEFAULT = "adamw_ema"
+"""The one that runs took which don't say."""
+
+OPTIMIZERS = {
+    DEFAULT: OptimizerKind("our AdamW with its average", ADAMW_EMA_BYTES),
+    "apex": OptimizerKind(
+        "apex's FusedAdam with the same average, on GPUs and once it has been tried there",
+        _FUSED_BYTES,
         "apex.optimizers",
         "build NVIDIA's, with its CUDA extensions, from https://github.com/NVIDIA/apex (PyPI's apex is another)",
     ),
-    "deepspeed": (
+    "deepspeed": OptimizerKind(
+        "DeepSpeed's, likewise",
+        _FUSED_BYTES,
         "deepspeed.ops.adam",
         "DeepSpeed compiles it on first use, which needs ninja and a CUDA toolkit of torch's version",
     ),
 }
-"""The module of each choice's FusedAdam, and what it takes to have it."""
 
 
-def build_fused_adam(
+def build(
     name: str, params: Iterable[Tensor], settings: Mapping[str, Any], device: torch.device, ds: Mapping[str, Any]
 ) -> Optimizer:
-    """Build the FusedAdam of "apex" or "deepspeed" with the average of the weights, for a run on `device`.
+    """Build an entry of OPTIMIZERS, which steps the average of the weights (EMA) too, for a run on `device`.
 
-    `settings` are AdamWEMA's, `ds` is the run's DeepSpeed configuration. Raises ConfigError when the optimiser fails
-    its probe, or would have to step weights that are offloaded to the CPU.
+    `settings` are AdamWEMA's, `ds` is the run's DeepSpeed configuration. Raises ConfigError when another package's
+    fails its probe, or would have to step weights that are offloaded to the CPU.
     """
+    if not entry_of(OPTIMIZERS, "optimizer", name).module:
+        return AdamWEMA(params, **settings)
     offload = ds.get("zero_optimization", {}).get("offload_optimizer") or {}
     if offload.get("device", "none") != "none":
         problem = f"can't step what offload_optimizer puts on {offload['device']}"
@@ -95,13 +130,13 @@ def probed(name: str, device: torch.device) -> type[Optimizer]:
     """
     if device.type != "cuda":
         raise _refusal(name, f"needs a CUDA GPU, and this run is on {device.type}", "leave --optimizer out")
-    module, install = _FUSED_ADAM[name]
+    kind = OPTIMIZERS[name]
     try:
-        kind: type[Optimizer] = importlib.import_module(module).FusedAdam
+        fused: type[Optimizer] = importlib.import_module(kind.module).FusedAdam
     except Exception as error:  # PyPI's apex, another project, fails in many ways when it is imported
-        raise _refusal(name, f"can't be imported ({first_line(error)})", install) from error
-    check(kind, name, device)
-    return kind
+        raise _refusal(name, f"can't be imported ({first_line(error)})", kind.install) from error
+    check(fused, name, device)
+    return fused
 
 
 def check(kind: type[Optimizer], name: str, device: torch.device) -> None:
@@ -119,7 +154,7 @@ def check(kind: type[Optimizer], name: str, device: torch.device) -> None:
             optimizer.step()
         found = ours.detach().cpu().double()
     except Exception as error:  # compilers, linkers and drivers fail in many ways, and none of them is our bug
-        raise _refusal(name, f"can't be built and run ({first_line(error)})", _FUSED_ADAM[name][1]) from error
+        raise _refusal(name, f"can't be built and run ({first_line(error)})", OPTIMIZERS[name].install) from error
     off = float((found - exact.detach()).abs().max())
     if not off < 1e-5:
         wrong = f"is wrong: a step on a small tensor is off by {off:.3g}"
