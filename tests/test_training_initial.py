@@ -230,7 +230,11 @@ def test_what_is_no_velocity_is_a_start_and_is_said(tmp_path: Path) -> None:
     run = _prepare(tmp_path / "out", tmp_path / "sit.pt", *overrides)
     assert run.initial is not None
     assert "sit.pt: taken to be SiT's" in run.initial.notes[0] and "predicts score" in run.initial.notes[0]
-    # The same as a weights folder, with notes and without.
+    torch.save(state, tmp_path / "bare.pt")
+    bare = _prepare(tmp_path / "out", tmp_path / "bare.pt", *overrides).initial
+    assert bare is not None
+    assert "bare.pt: nothing in it says whose it is: its t and v are taken to be this run's" in bare.notes[0]
+    # A weights folder, with what it says of itself alone.
     description = {"training": {"objective": "noise"}}
     model = _model(**fields)
     save_weights(tmp_path / "weights", model.state_dict(), model.config, description)

@@ -12,7 +12,7 @@ import contextlib
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,10 @@ _MPDIT_DEPTHS = {
     "MPDiTv2-XL": ((8, 14), (4, 8), (2, 6)),
 }
 _SAY = "give --convention sit if t = 1 is data, mpdit if it is noise"
+_ASSUMED = (
+    "nothing in it says whose it is: its t and v are taken to be this run's; if it is DiT's, which predicts noise, its "
+    "structure is a start, no more"
+)
 _NEVER_ZERO = re.compile(r".*blocks.*\.\d+\.(attn\.qkv|mlp\.fc1)\.weight")
 """As a download leaves them whose room was made before it was cut short; others begin as zeros."""
 _NAME = re.compile(r"(?:MPDiT|MPDiTv2|LightningDiT|DiT|SiT)-(S|B|L|XL)(?:/(\w+))?")
@@ -129,7 +133,8 @@ def read_official(
             fields = {"heads": num_heads, "convention": convention}
             return build(tensors, config.replace(**{k: v for k, v in fields.items() if v is not None})), metadata
         heads = num_heads or _heads(said, tensors, otherwise)
-        chosen = convention or (otherwise.convention if otherwise and not identity.known_by else None)
+        assumed = otherwise is not None and not (identity.known_by or convention)
+        chosen = otherwise.convention if otherwise and assumed else convention
         classes, about_classes = count_classes(tensors, num_classes, said, otherwise)
         config = infer_config(tensors, heads, chosen or identity.project.convention, classes)
         _check_named(model_name(said), config)
@@ -140,24 +145,28 @@ def read_official(
     dropout = 0.0 if len(tensors[CLASS_TABLE]) == classes else _class_dropout(said)
     left_out = sorted({name.partition(".")[0] for name in found.tensors if re.match(identity.project.extra, name)})
     notes = [
-        identity.describe(chosen, objective),
+        _ASSUMED if assumed else identity.describe(convention, objective),
         *([about_classes] if about_classes else []),
         *([f"left out, as sampling doesn't need them: {', '.join(left_out)}"] if left_out else []),
         *found.notes,
+        *_doubts(config, num_heads, _stated_heads(said), tensors),
     ]
-    if official_model_name(config) is None and config.width in {width for width, _ in _SIZES.values()}:
-        notes.append(f"no official model of width {config.width} has its blocks: if one was meant, it is not whole")
-    if num_heads and (their := _stated_heads(said)) not in (None, num_heads):
-        notes.append(f"warning: {num_heads} heads are taken as given, against its {their}")
-    empty = [name for name in sorted(tensors) if _NEVER_ZERO.fullmatch(name) and not tensors[name].any()]
-    if empty:
-        notes.append(
-            f"warning: {counted(len(empty), 'matrix', 'matrices')}, such as {empty[0]}: all zero, so is the file whole?"
-        )
     training: dict[str, Any] = {"official": identity.project.name, "weights": found.weights, "step": found.step}
     training |= {"objective": objective, "class_dropout": dropout, "notes": notes}
     training = {name: value for name, value in training.items() if value is not None}
     return model, _data(config, identity.project, said, found.tensors) | {"training": training}
+
+
+def _doubts(config: ModelConfig, given: int | None, stated: int | None, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """Yield what may be amiss with a model that could be read."""
+    if official_model_name(config) is None and config.width in {width for width, _ in _SIZES.values()}:
+        yield f"no official model of width {config.width} has its blocks: if one was meant, it is not whole"
+    if given and stated and given != stated:
+        yield f"warning: {given} heads are taken as given, against its {stated}"
+    empty = [name for name in sorted(tensors) if _NEVER_ZERO.fullmatch(name) and not tensors[name].any()]
+    if empty:
+        matrices = counted(len(empty), "matrix", "matrices")
+        yield f"warning: {matrices}, such as {empty[0]}: all zero, so is the file whole?"
 
 
 def _check_named(name: str, config: ModelConfig) -> None:
