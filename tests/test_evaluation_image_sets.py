@@ -79,7 +79,7 @@ def test_a_tree_in_the_order_of_its_paths(tmp_path: Path) -> None:
     images = open_images(tmp_path)
     np.testing.assert_array_equal(read(images), expected)
     (note,) = images.notes
-    assert note == f"not taken for images in {tmp_path}: is a link to a folder above it: 1; .txt: 1"
+    assert note == f"not taken for images in {tmp_path}: .txt: 1; is a link to a folder above it: 1"
 
 
 def test_linked_class_folders_are_read(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ class Member(NamedTuple):
 
     name: str
     """As it is written there."""
-    kind: Literal["file", "folder", "link", "hidden", "odd"] = "file"
+    kind: Literal["file", "folder", "link", "odd"] = "file"
     offset: int = 0
     """In the archive; of a zip, of the member's header."""
     size: int = -1

@@ -243,7 +243,7 @@ def _by_folder(path: Path, found: FoundImages, mode: ClassMode) -> dict[str, str
     found.ignored += [(name, "lies outside the class folders") for name in outside]
     if odd := [name for name in classes if _WITH_SPLIT.search(name)]:
         found.notes.append(f"classes of {path} that may be parts of a data set by their names: {some(odd)}")
-    if archives and mode == "auto":
+    if archives and mode == "auto" and not all(map(_WNID.fullmatch, classes)):
         found.notes.append(f"the classes of {path} are its {counted(len(classes), 'archive')} ({some(classes)})")
     elif top:
         found.notes.append(f"the classes of {path} are the {counted(len(classes), 'folder')} in {'/'.join(top)}")

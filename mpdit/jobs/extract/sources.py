@@ -249,7 +249,7 @@ def is_lost(name: str, reason: str) -> bool:
 def kinds(ignored: Iterable[tuple[str, str]]) -> dict[str, int]:
     """Count ignored files by suffix, where their name is the reason, else by the reason; most first."""
     found = Counter((_suffix(name) or "no suffix") if reason == _NO_IMAGE else reason for name, reason in ignored)
-    return dict(found.most_common())
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
 
 @functools.cache
@@ -344,7 +344,7 @@ class _Listing(FoundImages):
                 name, status = inside + entry.name, _status(entry)
                 identity = (status.st_dev, status.st_ino)
                 if _is_hidden(entry.name):
-                    yield Member(name, "hidden")
+                    yield Member(name)
                 elif not stat.S_ISDIR(status.st_mode):
                     odd = bool(status.st_mode) and not stat.S_ISREG(status.st_mode)
                     yield Member(name, "odd", text="is no file") if odd else Member(name, size=status.st_size)
