@@ -19,8 +19,9 @@ from mpdit.core.dist_env import DistEnv
 from mpdit.data.writer import write_packed
 from mpdit.training import advice as advice_module
 from mpdit.training.advice import advice
+from mpdit.training.run import Run
 from mpdit.training.safety.launcher import missing_hostfile
-from mpdit.training.setup import Run, prepare
+from mpdit.training.setup import prepare
 
 QUIET = ("--steps", "900", "--ema-decay", "0.99", "--warmup", "10", "--sample-every", "0", "--global-batch", "64")
 

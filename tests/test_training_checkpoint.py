@@ -21,7 +21,8 @@ from mpdit.core.errors import CheckpointError, ConfigError
 from mpdit.core.files import write_atomically
 from mpdit.training.checkpoint import format, resume
 from mpdit.training.checkpoint.format import KINDS, Checkpoint, ShardReader, read_values
-from mpdit.training.setup import Run, prepare
+from mpdit.training.run import Run
+from mpdit.training.setup import prepare
 
 
 @pytest.fixture(scope="module", autouse=True)

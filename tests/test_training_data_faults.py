@@ -20,7 +20,8 @@ from mpdit.data import BatchPlan, GlobalOrder, PackedLatents, make_loader, write
 from mpdit.data.digits import build_digits
 from mpdit.data.loaders import Batch
 from mpdit.training.checkpoint.resume import check_same
-from mpdit.training.setup import Run, prepare
+from mpdit.training.run import Run
+from mpdit.training.setup import prepare
 
 KINDS = ("torch", "dali")
 SAMPLES, SHARD = 24, 6

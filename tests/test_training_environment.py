@@ -27,7 +27,8 @@ from mpdit.training.checkpoint.format import Checkpoint
 from mpdit.training.cli import main
 from mpdit.training.distributed import init_distributed
 from mpdit.training.oom_advice import what_fits
-from mpdit.training.setup import Run, prepare
+from mpdit.training.run import Run
+from mpdit.training.setup import prepare
 
 
 def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_costs_no_checkpoint() -> None:

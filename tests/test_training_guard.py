@@ -88,7 +88,7 @@ def _by_hand(finished: Finished, steps: int) -> list[tuple[float, float]]:
     run = prepare(["--ds_config", given["ds_config"], "--out", str(finished.out.with_name("none"))], DistEnv())
     run = replace(run, config=TrainConfig(**with_defaults(given)))
     model_fields = {"channels": run.manifest.channels, "num_classes": run.manifest.num_classes}
-    run = replace(run, model=run.config.model_config(model_fields), plan=BatchPlan(32))
+    run = replace(run, model=run.config.model_config(model_fields))
     torch.manual_seed(run.config.seed)
     model = MPDiT(run.model)
     config, order = run.config, GlobalOrder(run.manifest.num_samples, run.config.seed)
@@ -96,7 +96,7 @@ def _by_hand(finished: Finished, steps: int) -> list[tuple[float, float]]:
     optimizer = AdamWEMA(model.parameters(), **settings, ema_decay=config.ema_decay)
     found = []
     for step in range(steps):
-        positions = run.plan.positions(step)
+        positions = BatchPlan(32).positions(step)
         indices = order.indices(positions)
         moments = torch.empty(len(indices), *run.manifest.record_shape, dtype=torch.float16)
         _, labels = run.dataset.read(indices, out=moments.numpy())

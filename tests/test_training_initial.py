@@ -28,7 +28,8 @@ from mpdit.model.weights import save_weights
 from mpdit.training import loop
 from mpdit.training.checkpoint.weights import metadata_of
 from mpdit.training.cli import main
-from mpdit.training.setup import Run, prepare
+from mpdit.training.run import Run
+from mpdit.training.setup import prepare
 
 TABLE = "classes.table.weight"
 SMALL: dict[str, Any] = {"width": 32, "stages": [[4, 1], [2, 1]], "class_tokens": 2}

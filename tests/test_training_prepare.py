@@ -19,13 +19,24 @@ from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError, UserError
 from mpdit.data.latents import PackedLatents
 from mpdit.data.writer import write_packed
-from mpdit.training.checkpoint import format
+from mpdit.training.checkpoint import format, resume
 from mpdit.training.checkpoint.format import Checkpoint
+from mpdit.training.run import Run
 from mpdit.training.setup import prepare
 
 
 def _prepare(out: Path, *arguments: str, env: DistEnv | None = None) -> Any:
     return prepare(["--ds_config", ds_config(2), "--out", str(out), *arguments], env or DistEnv())
+
+
+def _commit(run: Run, step: int) -> None:
+    """Give the run a checkpoint, of nothing much."""
+    partial = format.partial_folder(run.out, step)
+    partial.mkdir(parents=True)
+    files = format.write_shard(partial, 0, {"weight/a/0": torch.zeros(3)})
+    folder = run.out / "checkpoints" / f"step-{step:08d}"
+    position = step * run.config.global_batch
+    format.commit(partial, Checkpoint(folder, step, position, step, {}, 1, 2, run.identity, {"a": [3]}, files))
 
 
 @pytest.fixture
@@ -38,7 +49,7 @@ def packed(tmp_path: Path) -> PackedLatents:
 def test_everything_is_resolved(tmp_path: Path) -> None:
     run = _prepare(tmp_path / "out", "--accumulation", "4", env=DistEnv(rank=1, size=2, local_rank=1, local_size=2))
     assert run.config.precision == ("bf16" if torch.cuda.is_available() else "fp32")
-    assert (run.plan.micro_batch, run.plan.rank) == (8, 1)
+    assert (run.batch_plan().micro_batch, run.batch_plan().rank) == (8, 1)
     assert (run.model.channels, run.model.num_classes) == (4, 10)
     assert run.ds["train_micro_batch_size_per_gpu"] == 8
     assert json.loads(json.dumps(run.describe()))["training"]["accumulation"] == 4
@@ -223,28 +234,57 @@ class TestFolder:
         (begun.out / "config.json").write_text(json.dumps(begun.describe()))
         on = prepare(given, DistEnv(size=3))
         assert (on.out, on.config.precision, on.config.global_batch) == (begun.out, "bf16", 66)
-        assert on.ds["torch_autocast"]["enabled"] and on.identity == begun.identity
+        assert on.ds["torch_autocast"]["enabled"] and on.identity == begun.identity | {"global_batch": 66}
         assert [note.partition(",")[0] for note in on.notes] == ["global_batch is 66", "precision is bf16"]
         with pytest.raises(ConfigError, match=r"another run .precision bf16 there, fp32 here"):
             prepare(["--out", str(begun.out), "--precision", "fp32"], DistEnv())
         with pytest.raises(ConfigError, match=r"another run .global_batch 64 there, 66 here"):
             prepare(["--out", str(begun.out), "--global-batch", "66"], DistEnv(size=3))
 
-    def test_a_run_that_was_known_by_its_rounded_batch_goes_on(self, tmp_path: Path) -> None:
-        begun = _prepare(tmp_path / "run", "--global-batch", "66")
-        begun.out.mkdir(parents=True)
-        (begun.out / "config.json").write_text(json.dumps(begun.describe()))
-        assert _prepare(begun.out, env=DistEnv(size=3)).identity == begun.identity
+    @pytest.mark.parametrize("named", [True, False])
+    def test_a_batch_that_nobody_gave_stays_when_ranks_change(
+        self, named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+
+        def again(size: int, *arguments: str) -> Run:
+            given = ["--ds_config", ds_config(2), *(["--out", "run"] if named else []), *arguments]
+            run = prepare(given, DistEnv(size=size))
+            if run.out.exists():
+                assert run.batch_plan().micro_batch * size == run.config.global_batch == run.identity["global_batch"]
+            return run
+
+        begun = again(6)
+        _commit(begun, step=4)
+        alone = again(1)
+        assert (alone.out, alone.identity, alone.config.global_batch) == (begun.out, begun.identity, 66)
+        assert alone.notes == (f"global_batch is 66, as the run in {begun.out} has it; the default is 64",)
+        assert resume.find(alone)
+        chosen = again(6, "--global-batch", "66")
+        assert (chosen.out, chosen.identity, chosen.notes) == (begun.out, begun.identity, ())
+        with pytest.raises(ConfigError, match=r"another run .global_batch 66 there, 64 here"):
+            again(1, "--global-batch", "64")
+        other = again(4)
+        assert (other.out, other.config.global_batch) == (begun.out, 68)
+        assert other.notes[0].startswith("global_batch is 68, as 4 ranks x 1 micro steps can't share the 66 of the run")
+        found = resume.find(other)
+        assert found and found.identity["global_batch"] == 66
+        branch = _prepare(tmp_path / "branch", "--resume", str(found.folder))
+        assert branch.identity == begun.identity and resume.find(branch)
+
+    def test_micro_steps_of_a_given_size_leave_the_batch_nothing_to_follow(self, tmp_path: Path) -> None:
+        ds = tmp_path / "ds.json"
+        ds.write_text('{"train_micro_batch_size_per_gpu": 8}')
+        begun = _prepare(tmp_path / "run", env=DistEnv(size=6))
+        _commit(begun, step=4)
+        with pytest.raises(ConfigError, match="global_batch 66 there, 64 here"):
+            prepare(["--ds_config", str(ds), "--out", str(begun.out)], DistEnv())
 
 
 def test_a_forced_run_that_was_killed_at_once_goes_on_either_way(tmp_path: Path) -> None:
     prepared = functools.partial(_prepare, tmp_path / "run")
     run = prepared()
-    partial = format.partial_folder(run.out, 4)
-    partial.mkdir(parents=True)
-    files = format.write_shard(partial, 0, {"weight/a/0": torch.zeros(3)})
-    folder = run.out / "checkpoints" / "step-00000004"
-    format.commit(partial, Checkpoint(folder, 4, 256, 4, {}, 1, 2, run.identity, {"a": [3]}, files))
+    _commit(run, step=4)
     forced = prepared("--seed", "7", "--force")
     (run.out / "config.json").write_text(json.dumps(forced.describe()))  # and no checkpoint yet
     assert prepared().identity == run.identity

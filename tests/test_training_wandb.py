@@ -17,7 +17,7 @@ from mpdit.training import metrics
 from mpdit.training.cli import main
 from mpdit.training.engine import _deepspeed_errors
 from mpdit.training.metrics import WandbRun
-from mpdit.training.setup import Run
+from mpdit.training.run import Run
 
 
 class CommError(Exception):

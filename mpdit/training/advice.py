@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,10 +14,8 @@ from mpdit.core.text import counted, readable_bytes
 from mpdit.planning.account import account
 from mpdit.training.checkpoint.format import KINDS, committed_folders
 from mpdit.training.config import GRID, with_defaults
+from mpdit.training.run import Run
 from mpdit.training.safety.launcher import missing_hostfile
-
-if TYPE_CHECKING:
-    from mpdit.training.setup import Run
 
 _SHOWN = 6
 """Classes that a line names."""

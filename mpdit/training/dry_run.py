@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import torch
 
@@ -21,7 +21,7 @@ from mpdit.training.checkpoint import resume
 from mpdit.training.engine import check_deepspeed
 from mpdit.training.init_weights import show_constants
 from mpdit.training.oom_advice import gpu_of, request_of
-from mpdit.training.setup import Run
+from mpdit.training.run import Run
 
 
 def sections(run: Run) -> Iterator[str]:
@@ -72,10 +72,7 @@ def sections(run: Run) -> Iterator[str]:
     if lines := advice(run):
         yield "\n  ".join(["advice", *lines])
 
-    batches = run.plan
-    if resumed is not None:
-        batches = replace(batches, start_step=resumed.step, start_position=resumed.position)
-    yield _batch(run, batches)
+    yield _batch(run, run.batch_plan(*((resumed.step, resumed.position) if resumed else ())))
     if meant and not planned.fits:
         whole, again = planned.largest
         remedy = f"--activation-checkpointing, at most {again} images"

@@ -22,7 +22,7 @@ from mpdit.model.mpdit import MPDiT
 from mpdit.training import optimizers
 from mpdit.training.checkpoint.deepspeed_state import check_supported
 from mpdit.training.config import TrainConfig
-from mpdit.training.setup import Run
+from mpdit.training.run import Run
 
 EPS = 1e-8
 """Added to the root of the second moment."""
@@ -84,7 +84,7 @@ def check_deepspeed(run: Run, connected: bool = True) -> None:
 
     ds = copy.deepcopy(run.ds)
     if not connected:
-        ds["train_batch_size"] = run.plan.micro_batch * run.plan.grad_accum_steps
+        ds["train_batch_size"] = ds["train_micro_batch_size_per_gpu"] * ds["gradient_accumulation_steps"]
     with _deepspeed_errors(run.config.ds_config):
         DeepSpeedConfig(ds)
 

@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import sys
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,10 +29,10 @@ from mpdit.training.distributed import extend_timeouts, init_distributed
 from mpdit.training.engine import build_engine, check_deepspeed
 from mpdit.training.metrics import LossMean, MetricsLog, Stopwatch, WandbRun
 from mpdit.training.profiling import Profiler
+from mpdit.training.run import Run
 from mpdit.training.safety.guard import Guard
 from mpdit.training.safety.stop import StopRequests, reasons
 from mpdit.training.safety.watchdog import PATIENCE, Watchdog
-from mpdit.training.setup import Run
 
 
 def train(run: Run, stop: StopRequests) -> str:
@@ -73,11 +72,11 @@ def train(run: Run, stop: StopRequests) -> str:
         resumed = resume.find(run)
         watchdog.alive("building the model", PATIENCE)
         engine, optimizer = build_engine(run, device)
-        plan = run.plan
+        plan = run.batch_plan()
         if resumed is not None:
             restore(engine, optimizer, resumed)
-            # The order goes on where the samples taken so far end, also after a change of batch size.
-            plan = replace(plan, start_step=resumed.step, start_position=resumed.position)
+            # The order goes on where the samples taken so far end, also after a change of the batch.
+            plan = run.batch_plan(resumed.step, resumed.position)
         wandb = None
         if env.rank == 0:
             wandb = stack.enter_context(WandbRun(run)) if config.wandb else None

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from mpdit.core.errors import ConfigError, one_line
 from mpdit.core.files import write_atomically
 from mpdit.core.progress import bar
-from mpdit.training.setup import WANDB_NAME, Run
+from mpdit.training.run import WANDB_NAME, Run
 
 PACE_STEPS = 20
 """Steps that are timed before a run says how long it will take. The one before them sets up what they find there."""

@@ -11,7 +11,8 @@ from mpdit_kernels.hardware import GPUS, Gpu, find_gpu
 from mpdit.planning.memory import MEMORY_ERROR, memory
 from mpdit.planning.plan import Request
 from mpdit.training.optimizers import OPTIMIZERS
-from mpdit.training.setup import Run, planned_gpu
+from mpdit.training.run import Run
+from mpdit.training.setup import planned_gpu
 
 _DEFAULT_GPU = "a100-40gb"
 
@@ -58,7 +59,7 @@ def what_fits(run: Run) -> str:
     room = min(gpu.memory, predicted) / (1 + MEMORY_ERROR)
     planned = (
         f"by the plan this run takes {predicted / 2**30:.2f} of {gpu.memory / 2**30:.2f} GiB on each {gpu.name}, with "
-        f"{run.plan.micro_batch} images a micro step"
+        f"{run.ds['train_micro_batch_size_per_gpu']} images a micro step"
     )
     for other in _alternatives(request):
         if (needed := _bytes(run, other)) <= room:

@@ -33,7 +33,8 @@ from mpdit.core.dist_env import DistEnv
 from mpdit.jobs.evaluate.image_sets import open_images
 from mpdit.training.checkpoint import format, resume
 from mpdit.training.checkpoint.format import KINDS, Checkpoint, read_values
-from mpdit.training.setup import Run, prepare
+from mpdit.training.run import Run
+from mpdit.training.setup import prepare
 
 REPOSITORY = Path(__file__).parents[2]
 

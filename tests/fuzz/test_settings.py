@@ -36,7 +36,8 @@ from mpdit.model.config import ModelConfig
 from mpdit.model.presets import PRESETS
 from mpdit.training.config import TrainConfig
 from mpdit.training.dry_run import sections
-from mpdit.training.setup import Run, prepare
+from mpdit.training.run import Run
+from mpdit.training.setup import prepare
 
 KINDS = get_type_hints(TrainConfig)
 ZERO2 = json.loads((Path(__file__).parents[2] / "launch" / "zero2.json").read_text())
@@ -160,7 +161,7 @@ def _sound(run: Run) -> None:
     rates = [config.learning_rate(step) for step in (1, config.warmup + 1, config.steps) if step <= config.steps]
     assert all(math.isfinite(rate) and rate >= 0 for rate in rates), rates
     assert config.steps * config.global_batch < 2**63
-    assert run.plan.micro_batch * run.plan.world_size * config.grad_accum_steps == config.global_batch
+    assert run.batch_plan().micro_batch * run.batch_plan().world_size * config.grad_accum_steps == config.global_batch
     assert run.ds["train_batch_size"] == config.global_batch
     if config.out:
         assert b"\0" not in os.fsencode(config.out)

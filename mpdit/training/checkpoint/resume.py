@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mpdit.core.dist_env import DistEnv, gather
 from mpdit.core.errors import CheckpointError, UserError, one_line
@@ -22,9 +22,7 @@ from mpdit.training.checkpoint.format import (
     verify,
 )
 from mpdit.training.optimizers import DEFAULT
-
-if TYPE_CHECKING:
-    from mpdit.training.setup import Run
+from mpdit.training.run import Run
 
 _UNFORCED = {
     "model.": "its weights don't fit another model",
@@ -112,7 +110,8 @@ def _verified(folder: Path, env: DistEnv) -> tuple[Checkpoint | None, str]:
 def _check_run(run: Run, checkpoint: Checkpoint) -> Checkpoint:
     """Raise CheckpointError when it is of another run, or past this one's end. With --force, say what changes."""
     where, config = checkpoint.folder, run.config
-    if changes := check_same(checkpoint.identity, run.identity, f"{where} is of", config.force, CheckpointError):
+    holder = f"{where} is of"
+    if changes := check_same(checkpoint.identity, run.identity, holder, config.force, CheckpointError, run.may_follow):
         _say(run.env, f"forced: {where} goes on with other settings: {changes}")
     if checkpoint.step > config.steps:
         raise CheckpointError(f"{where} is past the run's {config.steps} steps: give --steps {checkpoint.step} or more")
@@ -120,16 +119,21 @@ def _check_run(run: Run, checkpoint: Checkpoint) -> Checkpoint:
 
 
 def check_same(
-    theirs: Mapping[str, Any], ours: Mapping[str, Any], holder: str, force: bool, error: type[UserError]
+    theirs: Mapping[str, Any],
+    ours: Mapping[str, Any],
+    holder: str,
+    force: bool,
+    error: type[UserError],
+    free: Collection[str] = (),
 ) -> str:
     """Return what `force` lets a run be continued with, in words; "" when both fingerprints are the same.
 
     Raises `error`, beginning with `holder`, which is a place and "holds" or "is of": for any difference
-    without force, with it for one of the model or the optimizer.
+    without force, with it for one of the model or the optimizer. Fields that are `free` may differ.
     """
     # What was not written down was the only optimizer there was; a loader was once let pass.
     theirs = {"optimizer": DEFAULT, "loader": ours.get("loader"), **theirs}
-    words = differences(theirs, ours)
+    words = differences(theirs, {**ours, **{name: theirs[name] for name in free if name in theirs}})
     if words and not force:
         raise error(
             f"{holder} another run ({', '.join(words.values())}): give the same settings or another --out, or --force "

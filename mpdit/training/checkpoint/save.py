@@ -8,7 +8,7 @@ import threading
 import traceback
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -21,9 +21,7 @@ from mpdit.training.checkpoint import format
 from mpdit.training.checkpoint.deepspeed_state import fragments, optimizer_steps, parameter_shapes
 from mpdit.training.checkpoint.format import Checkpoint, read_values
 from mpdit.training.checkpoint.weights import metadata_of
-
-if TYPE_CHECKING:
-    from mpdit.training.setup import Run
+from mpdit.training.run import Run
 
 
 class AsyncCheckpointer:

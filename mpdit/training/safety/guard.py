@@ -29,7 +29,7 @@ from mpdit.data.loaders import Batch
 from mpdit.training.checkpoint.format import committed_folders
 from mpdit.training.engine import gradient_sum_of_squares
 from mpdit.training.metrics import keep_lines_until
-from mpdit.training.setup import Run
+from mpdit.training.run import Run
 
 LARGEST_NORM = 1e19
 """A gradient of this norm or more counts as not finite: DeepSpeed sums squares in fp32, which end at 3.4e38, and drops
