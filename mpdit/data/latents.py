@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from abc import ABC, abstractmethod
@@ -15,6 +16,7 @@ from mpdit.core.errors import DataError, RecordError
 from mpdit.core.files import OpenFile, as_path
 from mpdit.core.zips import crc32
 from mpdit.data.manifest import DatasetInfo, Manifest, StoredFile
+from mpdit.data.normalization import NormalizationMode, choose_normalization
 from mpdit.data.records import INDEX_DTYPE, VALUE_DTYPE, find_bad_label, find_defect
 
 _REMEDY = "copy or write the data set again"
@@ -79,9 +81,14 @@ class PackedLatents(LatentDataset):
     manifest: Manifest
     labels: NDArray[np.int64]
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, normalization: NormalizationMode = "auto") -> None:
+        """Open the data set; "paper" and "measured" replace the constants that are written with it."""
         self.path = as_path(path)
-        self.manifest = Manifest.load(self.path)
+        manifest = Manifest.load(self.path)
+        if normalization != "auto":
+            constants = choose_normalization(normalization, manifest.statistics)
+            manifest = dataclasses.replace(manifest, normalization=constants)
+        self.manifest = manifest
         index = _read_index(self.path, self.manifest)
         self.labels = index["label"].astype(np.int64)
         self._checksums: NDArray[np.uint32] = index["crc32"].copy()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from mpdit.core.errors import ConfigError, DataError
 from mpdit.core.files import as_path
 from mpdit.data.latents import LatentDataset, PackedLatents
 from mpdit.data.manifest import JOB_NAME, MANIFEST_NAME, PARTS_NAME
-from mpdit.data.normalization import NormalizationMode, choose_normalization, parse_scale
+from mpdit.data.normalization import NormalizationMode, parse_scale
 from mpdit.data.readers.base import ForeignLatents, Options
 from mpdit.data.readers.edm2 import EDM2Latents
 from mpdit.data.readers.lightningdit import LightningDiTLatents
@@ -46,11 +45,7 @@ def open_latents(
                 f"--data-scale is {options.scale}, but {path} is packed, and packed latents are taken as the encoder "
                 "makes them: leave --data-scale out, or give it to `mpdit sample` where they were multiplied before"
             )
-        dataset = PackedLatents(path)
-        if normalization != "auto":
-            constants = choose_normalization(normalization, dataset.manifest.statistics)
-            dataset.manifest = dataclasses.replace(dataset.manifest, normalization=constants)
-        return dataset
+        return PackedLatents(path, normalization)
     for reader in READERS:
         if place := reader.find(path):
             return reader(place, options)

@@ -87,8 +87,8 @@ def draw(weights: str | Path, out: str | Path, options: DrawOptions | None = Non
     options, out = options or DrawOptions(), as_path(out)
     env = DistEnv.from_environment()
     devices = choose_devices(options.device, options.processes)
-    job, protocol, remarks = _plan(as_path(weights), out, options, devices[0])
     before = FinishedSet.load(out)
+    job, protocol, remarks = _plan(as_path(weights), out, options, devices[0], before)
     if before is None and not (job.parts_folder / _NOTE_NAME).is_file() and out.is_dir() and any(out.iterdir()):
         raise ConfigError(f"--out {out} is not empty: give a new folder, nothing is overwritten")
     _check_same(job)
@@ -97,7 +97,6 @@ def draw(weights: str | Path, out: str | Path, options: DrawOptions | None = Non
         if before.images == job.count:
             shutil.rmtree(job.parts_folder, ignore_errors=True)
             return DrawReport(out, job.count, 0, 0.0, before.protocol, remarks) if env.rank == 0 else None
-        job.kept = before.images // job.part_images * job.part_images
         if options.latents and not (out / _LATENTS).is_file():
             raise DataError(f"{out / _LATENTS} is gone, so the set can't be continued: give a new folder")
         if env.rank == 0 and (out / _NPZ).is_file():
@@ -132,7 +131,7 @@ def draw(weights: str | Path, out: str | Path, options: DrawOptions | None = Non
 
 
 def _plan(
-    weights: Path, out: Path, options: DrawOptions, device: torch.device
+    weights: Path, out: Path, options: DrawOptions, device: torch.device, before: FinishedSet | None
 ) -> tuple[SampleJob, dict[str, Any], tuple[str, ...]]:
     """Return the job, what its set says of itself when it is finished, and remarks."""
     if options.cuda_graph and device.type != "cuda":
@@ -189,11 +188,13 @@ def _plan(
         "files": {"format": options.files, "latents": options.latents},
         "part_images": next((identity.get("part_images") for identity, _ in _held(out)), None) or sampler.batch,
     }
+    part_images = protocol["part_images"]
     job = SampleJob(
         out=out,
         identity=_identity_of(protocol),
         count=options.images,
-        part_images=protocol["part_images"],
+        part_images=part_images,
+        kept=before.images // part_images * part_images if before else 0,
         weights=weights,
         sampler=sampler,
         labels=labels,
