@@ -15,7 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from mpdit import ModelConfig, MPDiT
-from mpdit.model.weights import check_filled
+from mpdit.model.weights import check_loaded
 
 
 class MPDiTTransformer2DModel(ModelMixin, ConfigMixin):
@@ -49,7 +49,7 @@ class MPDiTTransformer2DModel(ModelMixin, ConfigMixin):
         """Load as ModelMixin does, which leaves what no file holds as it was built; CheckpointError for that here."""
         model, loaded = super().from_pretrained(path, output_loading_info=True, **options)
         remedy = "export the pipeline again with `mpdit convert --to diffusers`"
-        check_filled(path, loaded["missing_keys"], loaded["unexpected_keys"], remedy)
+        check_loaded(path, loaded, remedy)
         return (model, loaded) if output_loading_info else model
 
     def forward(self, hidden_states: Tensor, timestep: Tensor | float, class_labels: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from mpdit.core.errors import CheckpointError, ConfigError, first_line
 from mpdit.core.files import expand_path, read_bytes
 from mpdit.model.config import one_of
 from mpdit.model.pretrained import is_hub_id
-from mpdit.model.weights import check_filled, check_values, load_tensors
+from mpdit.model.weights import check_loaded, check_values, load_tensors
 
 VAEDtype = Literal["fp32", "bf16"]
 PixelRange = tuple[float, float]
@@ -96,7 +96,10 @@ class VAE:
         logging.set_verbosity_error()
         try:
             module, loaded = AutoencoderKL.from_pretrained(
-                str(path) if path.is_dir() else name, low_cpu_mem_usage=False, output_loading_info=True
+                str(path) if path.is_dir() else name,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # which are told below
             )
         except Exception as error:  # diffusers and the hub raise what they like, from OSError to KeyError
             raise ConfigError(
@@ -106,12 +109,7 @@ class VAE:
         finally:
             logging.set_verbosity(verbosity)
         where = f"vae {name!r}"
-        check_filled(
-            where,
-            loaded["missing_keys"],
-            loaded["unexpected_keys"],
-            "give a VAE that was saved whole, with the config.json that it was saved with",
-        )
+        check_loaded(where, loaded, "give a VAE that was saved whole, with the config.json that it was saved with")
         check_values(module.state_dict(), where)
         _check_dtypes(path, where)
         for field in ("in_channels", "out_channels"):

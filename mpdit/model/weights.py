@@ -111,24 +111,32 @@ def check_values(tensors: Mapping[str, Tensor], where: str | Path) -> None:
             raise CheckpointError(f"{where} holds NaN or infinity in {name}: give weights of a sound run")
 
 
-def check_filled(where: str | Path, missing: Collection[str], unexpected: Collection[str], remedy: str) -> None:
-    """Raise CheckpointError, naming `where` and the first tensors, when a model lacks some or a file has others.
+def check_loaded(where: str | Path, loaded: Mapping[str, Any], remedy: str) -> None:
+    """Raise CheckpointError, naming `where` and the first tensors, where a file and a model don't hold the same.
 
     What a file doesn't fill keeps whatever the model was built with: figures and images would be of random weights.
+    `loaded` is what diffusers' from_pretrained tells of loading: names as "missing_keys" and "unexpected_keys", and
+    (name, shape in the file, shape in the model) as "mismatched_keys".
     """
-    found = {"lacks": missing, "has unexpected": unexpected}
+    found = {"lacks": loaded["missing_keys"], "has unexpected": loaded["unexpected_keys"]}
     told = [f"{verb} {_some(names)}" for verb, names in found.items() if names]
     if told:
         raise CheckpointError(f"{where} does not fill the model: it {' and '.join(told)}: {remedy}")
+    for name, there, here in sorted(loaded["mismatched_keys"]):
+        raise CheckpointError(
+            f"{where} does not fit the model: {name} has shape {tuple(there)}, not {tuple(here)}: {remedy}"
+        )
 
 
 def check_fit(where: str | Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], remedy: str) -> None:
-    """Raise CheckpointError as `check_filled`, or for the first tensor of another shape than the model's `expected`."""
-    check_filled(where, expected.keys() - tensors.keys(), tensors.keys() - expected.keys(), remedy)
-    for name, value in sorted(expected.items()):
-        found, wanted = tuple(tensors[name].shape), tuple(value.shape)
-        if found != wanted:
-            raise CheckpointError(f"{where} does not fit the model: {name} has shape {found}, not {wanted}: {remedy}")
+    """Raise CheckpointError as `check_loaded` unless tensors have the names and shapes of a model's `expected`."""
+    both = [(name, tensors[name].shape, value.shape) for name, value in expected.items() if name in tensors]
+    loaded = {
+        "missing_keys": expected.keys() - tensors.keys(),
+        "unexpected_keys": tensors.keys() - expected.keys(),
+        "mismatched_keys": [row for row in both if row[1] != row[2]],
+    }
+    check_loaded(where, loaded, remedy)
 
 
 def _some(names: Collection[str]) -> str:
