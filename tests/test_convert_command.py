@@ -67,7 +67,8 @@ def test_an_official_checkpoint_becomes_weights(checkpoint, tmp_path, capsys):
     assert torch.equal(model.final.bias, ema["final_layer.linear.bias"])
     assert metadata["data"]["normalization"] == {"mean": list(PAPER.mean), "std": list(PAPER.std)}
     assert metadata["data"]["decoder"]["kind"] == "diffusers_vae"
-    (note,) = metadata["training"].pop("notes")
+    note, latents = metadata["training"].pop("notes")
+    assert latents == "its latents are those of stabilityai/sd-vae-ft-ema"
     assert "MPDiT's" in note and "t = 1 is noise" in note and "time_modulation" in note
     assert metadata["training"] == {"official": "MPDiT", "weights": "ema", "step": 9}
     assert figures["to"] == "weights" and figures["model"] == json.loads(json.dumps(model.config.to_dict()))

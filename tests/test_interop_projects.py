@@ -181,6 +181,7 @@ def test_odd_arguments_are_passed_over(tmp_path: Path, state: dict[str, Tensor])
         "num_heads": True,
         "vae": [],
     }
+    odd["itself"] = odd
     for beside in ({"config": "run.yaml"}, {"config": [1]}, {"args": "x"}, {"args": odd}, {"hparams": {"model": odd}}):
         loaded, metadata = read(tmp_path, {"ema": state, "steps": "x"} | beside, 2)
         assert metadata["training"]["official"] == "DiT" and loaded.config.num_classes == 6

@@ -120,7 +120,7 @@ def test_what_an_official_file_does_not_say_is_the_runs(tmp_path: Path) -> None:
     run = _prepare(tmp_path / "out", tmp_path / "bare.pth")
     assert run.initial is not None
     assert "taken to be MPDiT's" in run.initial.notes[0]
-    assert "was trained on latents normalised by mean 5.81 3.25 0.12 -2.15" in run.initial.notes[1]
+    assert "was trained on latents normalised by mean 5.81 3.25 0.12 -2.15" in run.initial.notes[-1]
     with pytest.raises(UserError, match="has convention mpdit and this run's model sit"):  # as MPDiT's shape shows
         _prepare(tmp_path / "out", tmp_path / "bare.pth", "--override", "convention=sit")
     assert _prepare(tmp_path / "out", tmp_path / "bare.pth", "--override", "heads=4").initial is not None

@@ -143,9 +143,11 @@ def read_official(
         raise CheckpointError(f"{path}: {error}") from error
     objective = None if chosen and not identity.stated else identity.objective
     dropout = 0.0 if len(tensors[CLASS_TABLE]) == classes else _class_dropout(said)
+    data = _data(config, identity.project, said, found.tensors)
     left_out = sorted({name.partition(".")[0] for name in found.tensors if re.match(identity.project.extra, name)})
     notes = [
         _ASSUMED if assumed else identity.describe(convention, objective),
+        *([f"its latents are those of {vae}"] if (vae := data.get("decoder", {}).get("vae")) else []),
         *([about_classes] if about_classes else []),
         *([f"left out, as sampling doesn't need them: {', '.join(left_out)}"] if left_out else []),
         *found.notes,
@@ -154,7 +156,7 @@ def read_official(
     training: dict[str, Any] = {"official": identity.project.name, "weights": found.weights, "step": found.step}
     training |= {"objective": objective, "class_dropout": dropout, "notes": notes}
     training = {name: value for name, value in training.items() if value is not None}
-    return model, _data(config, identity.project, said, found.tensors) | {"training": training}
+    return model, ({"data": data} if data else {}) | {"training": training}
 
 
 def _doubts(config: ModelConfig, given: int | None, stated: int | None, tensors: Mapping[str, Tensor]) -> Iterator[str]:
@@ -334,9 +336,7 @@ def _data(
     if vae and project.vae:
         decoder["vae"] = f"stabilityai/sd-vae-ft-{vae}"
     return {
-        "data": {
-            "kind": f"imagenet{size}" if config.num_classes == 1000 else "latents",
-            "normalization": {"mean": mean, "std": std},
-            "decoder": decoder,
-        }
+        "kind": f"imagenet{size}" if config.num_classes == 1000 else "latents",
+        "normalization": {"mean": mean, "std": std},
+        "decoder": decoder,
     }

@@ -61,8 +61,7 @@ PROJECTS = (
         "scaled",
         vae="mse",
         tensors=r"projectors\.|decoder_blocks\.",
-        arguments={"enc_type": (), "proj_coeff": (), "encoder_depth": (), "prediction": ("v",)}
-        | {"path_type": ("linear", "cosine")},
+        arguments={"enc_type": (), "proj_coeff": (), "encoder_depth": (), "path_type": ("linear", "cosine")},
         extra=r"projectors\.",
     ),
     Project("LightningDiT", "hustvl/LightningDiT", "sit", "own", vae=None, model="LightningDiT"),
@@ -273,11 +272,11 @@ def _refuse_others(names: Iterable[str], path: object) -> None:
             raise CheckpointError(f"{path} holds {what} ({name}), no model that is read here: {remedy}")
 
 
-def _fields(arguments: Any) -> Iterator[tuple[str, Any]]:
+def _fields(arguments: Any, depth: int = 3) -> Iterator[tuple[str, Any]]:
     """Yield what the arguments of a script, or a nested configuration, call by which name."""
     held = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
     for name, value in held.items() if isinstance(held, Mapping) else ():
         if isinstance(value, Mapping | argparse.Namespace):
-            yield from _fields(value)
+            yield from _fields(value, depth - 1) if depth else ()
         elif value is None or isinstance(value, str | int | float):
             yield str(name), value
