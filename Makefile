@@ -93,7 +93,7 @@ lint: $(INSTALLED)  ## check style, types, and that the rooms import only downwa
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports --no-logo
+	PYTHONPATH=kernels $(BIN)/lint-imports --no-logo
 
 format: $(INSTALLED)  ## mend style
 	$(BIN)/ruff check --fix .
