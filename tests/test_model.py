@@ -8,9 +8,9 @@ from mpdit_kernels.fno.reference import fourier_matrices
 
 import mpdit
 from mpdit.core.errors import ConfigError
+from mpdit.model.kinds import TRANSITIONS
 from mpdit.model.mpdit import Modulation
 from mpdit.model.time import FNOTimeEmbedding
-from mpdit.model.transition import TRANSITIONS
 
 # model.md, the sizes the paper and the official codes print
 PARAMETERS = {

@@ -267,7 +267,7 @@ def test_one_table_has_what_can_be_chosen_what_it_costs_and_what_help_says(capsy
     usual = plan(config, Request(gpu)).time.optimizer
     for name, kind in OPTIMIZERS.items():
         assert parse_arguments(["--optimizer", name]) == {"optimizer": name}
-        assert f"{name}: {kind.help}" in told
+        assert f"{name} ({kind.help})" in told
         planned = plan(config, Request(gpu, optimizer_bytes=kind.step_bytes)).time.optimizer
         assert planned == pytest.approx(usual * kind.step_bytes / OPTIMIZERS["adamw_ema"].step_bytes)
     with pytest.raises(ConfigError, match="invalid choice: 'adam'"):

@@ -1,7 +1,7 @@
 """Models that between them reach every branch of the configuration."""
 
 from mpdit.model.config import ModelConfig
-from mpdit.model.transition import TRANSITIONS
+from mpdit.model.kinds import TRANSITIONS
 
 _SMALL = ModelConfig(((4, 3), (2, 2)), 64, 2, input_size=8, class_tokens=4, num_classes=3)
 

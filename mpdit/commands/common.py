@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpdit.core.errors import ConfigError
 from mpdit.diffusion.sampling import SAMPLERS, SamplerSettings, options
-from mpdit.model.config import told
+from mpdit.model.kinds import OVERRIDE_HELP, told
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +76,7 @@ _HELP = {
     "model": "name of a preset (mpdit.PRESETS), for example MPDiT-XL/4-2",
     "input_size": "side of the latent: 32 for 256 px, 64 for 512 px (default: the preset's)",
     "override": "a field of the model's configuration, as in training; may be repeated: --override class_tokens=4 "
-    "(default: none)",
+    f"(default: none). {OVERRIDE_HELP}",
     "data_scale": "what latents of another project's files were multiplied by: 1, 0.18215, ..., FACTOR,SHIFT where "
     "SHIFT was subtracted before, or auto: as the format has it, or by the std measured (default: auto)",
     "normalization": "constants to train with; auto: those that come with the data, else the paper's where they suit "

@@ -26,7 +26,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mpdit.core.errors import ConfigError, DataError
-from mpdit.model.config import ModelConfig, entry_of, one_of
+from mpdit.model.config import ModelConfig, one_of
+from mpdit.model.kinds import entry_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,12 +6,11 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 from mpdit.core.errors import ConfigError
 
 Convention = Literal["mpdit", "sit"]
-T = TypeVar("T")
 
 MOST_CLASSES = 1_000_000
 _MOST_WIDTH, _MOST_LAYERS, _MOST_SIDE = 1 << 16, 1000, 1 << 11
@@ -47,13 +46,13 @@ class ModelConfig:
     modulation: Literal["shared", "per_block"] = "shared"
     """One adaLN modulation for all blocks and the final layer, or one per block and another for the final layer."""
     time_embedding: str = "fno"
-    """A key of mpdit.model.time.TIME_EMBEDDINGS; this and `transition` are looked up where a model is built."""
+    """A key of mpdit.model.kinds.TIME_EMBEDDINGS; this and `transition` are looked up where a model is built."""
     time_layers: int = 3
     """Spectral layers of the FNO (2 or more) or Linears of the sinusoidal MLP (1 or more)."""
     time_width: int = 32
     """Channels inside the FNO; not read by the sinusoidal embedding."""
     transition: str = "linear_linear"
-    """A key of mpdit.model.transition.TRANSITIONS."""
+    """A key of mpdit.model.kinds.TRANSITIONS."""
     skip: bool = True
     """Add a Linear of the finer patch embedding of the input after each transition."""
     mlp_ratio: float = 4.0
@@ -169,16 +168,3 @@ def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise ConfigError unless value is one of the choices."""
     if value not in choices:
         raise ConfigError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
-
-
-def told(table: Mapping[str, Any]) -> str:
-    """Return the kinds of a table, each with its `help`, as help texts name them."""
-    return "; ".join(f"{name}: {kind.help}" for name, kind in table.items())
-
-
-def entry_of(table: Mapping[str, T], field: str, name: Any) -> T:
-    """Return an entry of a table of kinds, each with its `help`; ConfigError lists them with it."""
-    if not isinstance(name, str) or name not in table:
-        known = ", ".join(f"{key} ({kind.help})" for key, kind in table.items())  # type: ignore[attr-defined]
-        raise ConfigError(f"{field} is {name!r:.80}: choose one of {known}")
-    return table[name]

@@ -39,8 +39,8 @@ from mpdit.model.layers import (
 from mpdit.model.packed import Latents, check_inputs, packed_velocity
 from mpdit.model.presets import preset
 from mpdit.model.pretrained import Pretrained
-from mpdit.model.time import time_kind
-from mpdit.model.transition import transition_kind
+from mpdit.model.time import time_embedding_of
+from mpdit.model.transition import transition_of
 from mpdit.model.weights import read_weights
 
 
@@ -250,7 +250,7 @@ class Upsample(nn.Module):
 
     def __init__(self, config: ModelConfig, coarse_patch: int, patch: int) -> None:
         super().__init__()
-        kind = transition_kind(config)
+        kind = transition_of(config)
         self.num_class_tokens, self.coarse_patch, self.fused = config.num_class_tokens, coarse_patch, kind.fused
         self.expand: Any = kind.expand(config.width, coarse_patch // patch)
         self.refine: Any = kind.refine(config.width) if kind.refine else None
@@ -337,8 +337,8 @@ class MPDiT(Pretrained):
         self.activation_checkpointing = False
         self.exact_fusions = True
         width, own = config.width, config.modulation == "per_block"
-        transition_kind(config)  # must be known, though a single stage has no transition
-        self.time = time_kind(config)(width, config.time_layers, config.time_width)
+        transition_of(config)  # must be known, though a single stage has no transition
+        self.time = time_embedding_of(config)(width, config.time_layers, config.time_width)
         # Classes that are added have one vector each.
         self.classes = ClassTokens(config.num_classes, config.num_class_tokens or 1, width)
         self.modulation = None if own else Modulation(width, 6)

@@ -1,6 +1,6 @@
 """Time embeddings, t [B] in [0, 1] -> [B, D], always in fp32: bf16 near t = 1 moves in steps of 0.004.
 
-A new kind is one entry of TIME_EMBEDDINGS, which the model and mpdit.planning read.
+kinds.py has the table of them; a new one is a module here and its entry there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
 from mpdit.core.errors import ConfigError
-from mpdit.model.config import ModelConfig, entry_of
+from mpdit.model.config import ModelConfig
+from mpdit.model.kinds import TIME_EMBEDDINGS, entry_of, module_of
 from mpdit.model.layers import module_list
 
 FEATURES = 256
@@ -50,9 +51,6 @@ class TimeEmbedding(nn.Module, ABC):
 
     Made of the width D, time_layers and time_width.
     """
-
-    help: str
-    least_layers = 1
 
     def forward(self, t: Tensor) -> Tensor:
         """Embed t [B] as [B, D], fp32 (float64 in a float64 model)."""
@@ -92,9 +90,6 @@ class FNOTimeEmbedding(TimeEmbedding):
 
     Its exact algebra is in mpdit_kernels.fno: the first layer is affine in t, and the last only meets a mean.
     """
-
-    help = "a Fourier neural operator of time_layers layers, time_width wide"
-    least_layers = 2
 
     def __init__(self, width: int, layers: int = 3, channels: int = 32) -> None:
         super().__init__()
@@ -142,7 +137,6 @@ class FNOTimeEmbedding(TimeEmbedding):
 class SinusoidalTimeEmbedding(TimeEmbedding):
     """256 cosines and sines of t itself (not of 1000 t, as in DiT), then `layers` Linears with SiLU between."""
 
-    help = "DiT's sines and cosines, then time_layers Linears"
     frequency: Tensor
 
     def __init__(self, width: int, layers: int = 2, channels: int = 0) -> None:
@@ -178,15 +172,13 @@ class SinusoidalTimeEmbedding(TimeEmbedding):
         return TimeCost(sum(config.width * (i + 1) for i in inputs), sum(config.width * i for i in inputs), kept)
 
 
-TIME_EMBEDDINGS: dict[str, type[TimeEmbedding]] = {"fno": FNOTimeEmbedding, "sinusoidal": SinusoidalTimeEmbedding}
-
-
-def time_kind(config: ModelConfig) -> type[TimeEmbedding]:
-    """Return the configured entry of TIME_EMBEDDINGS; ConfigError if there is none, or for too few layers."""
+def time_embedding_of(config: ModelConfig) -> type[TimeEmbedding]:
+    """Return the configured module; ConfigError if there is none of that name, or for too few layers."""
     name = config.time_embedding
     kind = entry_of(TIME_EMBEDDINGS, "time_embedding", name)
     if config.time_layers < kind.least_layers:
         raise ConfigError(
             f"time_layers is {config.time_layers}: time embedding {name} needs at least {kind.least_layers}"
         )
-    return kind
+    module: type[TimeEmbedding] = module_of(kind.module)
+    return module

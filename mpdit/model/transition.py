@@ -1,6 +1,6 @@
 """The ways from coarse tokens to fine ones that model.mpdit.Upsample knows (MPDiT, section 3.1 and Table 5).
 
-A new kind is one entry of TRANSITIONS, which the model and mpdit.planning read.
+kinds.py has the table of them; a new one is a module here and its entry there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
-from mpdit.model.config import ModelConfig, entry_of
+from mpdit.model.config import ModelConfig
+from mpdit.model.kinds import TRANSITIONS, entry_of, module_of
 from mpdit.model.layers import MLP, Grid, init_linear
 
 
@@ -26,12 +27,15 @@ class Cost(NamedTuple):
         kept: numbers that backward keeps for each token that comes in. Of an expanding layer all it saves, so `width`
             if that is its input alone; GELU's input is counted by the model. Of a refining layer what it saves beside
             its input, with the Triton kernels; the model doubles it where there are none.
+        moved: numbers that the layer's copies and activations read and write for each token that comes in, forward and
+            backward. Not read of a transition that a kernel does in one piece.
     """
 
     params: int
     macs: int
     class_macs: int = 0
     kept: int = 0
+    moved: int = 0
 
 
 class Expand(nn.Module):
@@ -56,7 +60,8 @@ class Expand(nn.Module):
 
     @staticmethod
     def cost(width: int, factor: int) -> Cost:
-        return Cost(factor**2 * width * (width + 1), factor**2 * width**2, kept=width)
+        shuffle = 2 * 2 * factor**2 * width  # of the fine tokens: read and written, and their gradients
+        return Cost(factor**2 * width * (width + 1), factor**2 * width**2, kept=width, moved=shuffle)
 
 
 class ExpandTranspose(nn.Module):
@@ -73,7 +78,8 @@ class ExpandTranspose(nn.Module):
 
     @staticmethod
     def cost(width: int, factor: int) -> Cost:
-        return Cost(factor**2 * width**2 + width, factor**2 * width**2, kept=width)
+        layouts = 2 * 2 * (1 + factor**2) * width  # channels first, and back
+        return Cost(factor**2 * width**2 + width, factor**2 * width**2, kept=width, moved=layouts)
 
 
 class RefineLinear(nn.Linear):
@@ -102,7 +108,8 @@ class RefineMLP(MLP):
 
     @staticmethod
     def cost(width: int) -> Cost:
-        return Cost(8 * width**2 + 5 * width, 8 * width**2, 8 * width**2, kept=4 * width)
+        activation = 6 * 4 * width  # GELU: forward reads and writes, backward reads two and writes two
+        return Cost(8 * width**2 + 5 * width, 8 * width**2, 8 * width**2, kept=4 * width, moved=activation)
 
 
 class RefineConv(nn.Module):
@@ -123,33 +130,20 @@ class RefineConv(nn.Module):
 
     @staticmethod
     def cost(width: int) -> Cost:
-        return Cost(9 * width**2 + width, 9 * width**2, width**2)
+        layouts = 2 * 2 * 2 * width  # channels first, and back
+        return Cost(9 * width**2 + width, 9 * width**2, width**2, moved=layouts)
 
 
-class TransitionKind(NamedTuple):
-    """An entry of TRANSITIONS; expand and refine are modules with a `cost`."""
+class Transition(NamedTuple):
+    """The modules of a transition, and whether mpdit_kernels.upsample_tokens does it in one piece."""
 
     expand: Any
-    """Made of (width, factor); takes image tokens [B, n0, D] and their grid to [B, n1, D].
-
-    Under autocast tokens come in fp32 and leave in its dtype, as they do from a Linear: planning counts on that.
-    """
     refine: Any
-    """Made of (width); takes all tokens [B, m+n1, D], m and the fine grid to the same shape. None for none."""
-    help: str
-    fused: bool = False
-    """mpdit_kernels.upsample_tokens does it in one piece."""
+    """None for none."""
+    fused: bool
 
 
-TRANSITIONS = {
-    "linear": TransitionKind(Expand, None, "a Linear onto the finer grid"),
-    "conv_transpose": TransitionKind(ExpandTranspose, None, "a transposed convolution"),
-    "linear_linear": TransitionKind(Expand, RefineLinear, "linear, then GELU, norm and a Linear", fused=True),
-    "linear_mlp": TransitionKind(Expand, RefineMLP, "linear, then GELU, norm and an MLP"),
-    "linear_conv": TransitionKind(Expand, RefineConv, "linear, then GELU, norm and a 3 x 3 convolution"),
-}
-
-
-def transition_kind(config: ModelConfig) -> TransitionKind:
-    """Return the configured entry of TRANSITIONS; ConfigError if there is none."""
-    return entry_of(TRANSITIONS, "transition", config.transition)
+def transition_of(config: ModelConfig) -> Transition:
+    """Return the configured transition's modules; ConfigError if there is none of that name."""
+    kind = entry_of(TRANSITIONS, "transition", config.transition)
+    return Transition(module_of(kind.expand), module_of(kind.refine) if kind.refine else None, kind.fused)

@@ -22,8 +22,8 @@ from typing import Any
 from mpdit.core.errors import ConfigError
 from mpdit.core.text import aligned
 from mpdit.model.config import ModelConfig, StageSpec
-from mpdit.model.time import time_kind
-from mpdit.model.transition import transition_kind
+from mpdit.model.time import time_embedding_of
+from mpdit.model.transition import transition_of
 
 SIZE: dict[str, int] = {"bf16": 2, "fp32": 4}
 """Bytes of a number."""
@@ -116,7 +116,7 @@ class Account:
         if dit or config.input_size != 32 or image_tokens(config, config.stages[-1]) != 256:
             return None
         macs = sum(part.macs for part in self.parts if part.linear)
-        macs -= time_kind(config).cost(config, self.kernels).spectral_macs
+        macs -= time_embedding_of(config).cost(config, self.kernels).spectral_macs
         return macs + sum(stage.blocks for stage in config.stages) * 2 * 256**2 * config.width
 
     @cached_property
@@ -228,7 +228,7 @@ def _parts(config: ModelConfig, size: int, kernels: bool, checkpointing: bool) -
     """Yield the parts in the order of the forward pass."""
     width, shared = config.width, config.modulation == "shared"
     yield Part(None, "inputs", activation_bytes=STREAM + 8)  # a time and a label
-    time = time_kind(config).cost(config, kernels)
+    time = time_embedding_of(config).cost(config, kernels)
     executed = (time.executed, time.executed_once)
     yield Part(None, "time embedding", time.params, 0, time.macs, *executed, STREAM * time.kept)
     yield Part(None, "class embedding", (config.num_classes + 1) * max(1, config.num_class_tokens) * width)
@@ -325,7 +325,7 @@ def _transition(config: ModelConfig, index: int, size: int, kernels: bool) -> It
     coarse, fine = config.stages[index - 1 : index + 1]
     width, prefix = config.width, config.num_class_tokens
     before, after, rows = image_tokens(config, coarse), image_tokens(config, fine), stage_tokens(config, fine)
-    kind = transition_kind(config)
+    kind = transition_of(config)
     expand = kind.expand.cost(width, coarse.patch // fine.patch)
     kept = size * before * expand.kept
     yield Part(index, "expand", expand.params, macs=before * expand.macs, activation_bytes=kept)

@@ -24,6 +24,7 @@ from typing import Any
 from mpdit_kernels.hardware import Gpu
 
 from mpdit.model.config import ModelConfig
+from mpdit.model.transition import transition_of
 from mpdit.planning.account import (
     FLOP_PER_MAC,
     SIZE,
@@ -173,9 +174,23 @@ def _elementwise_bytes(config: ModelConfig, size: int) -> float:
     for index, stage in enumerate(config.stages):
         tokens = stage_tokens(config, stage)
         total += stage.blocks * tokens * (forward + backward + activation)
-        if index:  # rows before GELU, normalised rows, and the stream, each way
-            total += tokens * width * (8 * size + 4 * STREAM)
+        if index:
+            total += _transition_bytes(config, index, size)
     return total + image_tokens(config, config.stages[-1]) * width * (3 * STREAM + 4 * size)
+
+
+def _transition_bytes(config: ModelConfig, index: int, size: int) -> float:
+    """Return the bytes of an image that norms, activations, copies and the stream move between a stage and the next."""
+    kind, coarse, fine = transition_of(config), *config.stages[index - 1 : index + 1]
+    tokens = stage_tokens(config, fine)
+    # Rows before GELU and normalised rows, each way; without a refining layer rows are only added to the stream.
+    rows = (8 if kind.refine else 2) * size + 4 * STREAM
+    if kind.fused:
+        return tokens * config.width * rows
+    moved = image_tokens(config, coarse) * kind.expand.cost(config.width, coarse.patch // fine.patch).moved
+    if kind.refine:
+        moved += tokens * kind.refine.cost(config.width).moved
+    return tokens * config.width * rows + size * moved
 
 
 def _attention_bytes(config: ModelConfig, size: int) -> float:

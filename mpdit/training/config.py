@@ -14,10 +14,11 @@ from mpdit.core.errors import ConfigError
 from mpdit.data.normalization import NormalizationMode, parse_scale
 from mpdit.diffusion.flow import FlowConfig, LossWeight, TimeSampler
 from mpdit.diffusion.sampling import MOST_STEPS
-from mpdit.model.config import ModelConfig, told
+from mpdit.model.config import ModelConfig
+from mpdit.model.kinds import OVERRIDE_HELP, told
 from mpdit.model.presets import preset
-from mpdit.model.time import time_kind
-from mpdit.model.transition import transition_kind
+from mpdit.model.time import time_embedding_of
+from mpdit.model.transition import transition_of
 from mpdit.training import optimizers
 from mpdit.training.profiling import ProfileMode, Profiling
 
@@ -63,7 +64,9 @@ class TrainConfig:
     )
     model: str = _option("MPDiT-Digits/4-2", "name of a preset (mpdit.PRESETS)", imagenet_default="MPDiT-B/4-2")
     override: tuple[str, ...] = _option(
-        (), "FIELD=VALUE of the model's configuration, VALUE as JSON or text; may be repeated: --override width=64"
+        (),
+        "FIELD=VALUE of the model's configuration, VALUE as JSON or text; may be repeated: --override width=64. "
+        f"{OVERRIDE_HELP}",
     )
     data: str = _option(
         DIGITS,
@@ -133,7 +136,7 @@ class TrainConfig:
 
     optimizer: str = _option(
         optimizers.DEFAULT,
-        f"what steps the weights; {told(optimizers.OPTIMIZERS)}",
+        f"what steps the weights: {told(optimizers.OPTIMIZERS)}",
         choices=optimizers.OPTIMIZERS,
     )
 
@@ -226,7 +229,7 @@ class TrainConfig:
     def model_config(self, data: Mapping[str, Any]) -> ModelConfig:
         """Make the preset with the data's own fields (channels, num_classes) and, before those, what was overridden."""
         model = preset(self.model, **{**data, **self.model_overrides})
-        _ = time_kind(model), transition_kind(model)  # names that nobody has are found before anything is written
+        _ = time_embedding_of(model), transition_of(model)  # names that nobody has are found before anything is written
         return model
 
     def learning_rate(self, step: int) -> float:

@@ -18,6 +18,7 @@ from mpdit.data.manifest import DatasetInfo, Normalization
 from mpdit.interop.official import read_official
 from mpdit.interop.source import is_foreign, weights_file
 from mpdit.model.config import ModelConfig
+from mpdit.model.kinds import TIME_EMBEDDINGS
 from mpdit.model.mpdit import MPDiT, load_weights
 from mpdit.model.weights import weights_folder
 
@@ -118,10 +119,11 @@ def _what_weights_mean(config: ModelConfig) -> dict[str, Any]:
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)}
     unread = {
         "class_tokens": config.class_conditioning == "added",
-        "time_width": config.time_embedding == "sinusoidal",
         "transition": len(config.stages) == 1,
         "skip": len(config.stages) == 1,
     }
+    kinds = TIME_EMBEDDINGS.values()
+    unread |= {name: name not in TIME_EMBEDDINGS[config.time_embedding].reads for kind in kinds for name in kind.reads}
     fields["stages"] = [[stage.patch, stage.blocks] for stage in config.stages]
     return {name: value for name, value in fields.items() if name not in _MAY_DIFFER and not unread.get(name)}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mpdit.core.errors import ConfigError, first_line
-from mpdit.model.config import entry_of
+from mpdit.model.kinds import entry_of
 from mpdit.planning.time import ADAMW_EMA_BYTES
 
 

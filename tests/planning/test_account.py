@@ -13,7 +13,7 @@ import mpdit
 from mpdit.cli import main
 from mpdit.core.errors import ConfigError
 from mpdit.model.config import ModelConfig
-from mpdit.model.transition import TRANSITIONS
+from mpdit.model.kinds import TRANSITIONS
 from mpdit.planning import account
 from mpdit.planning.account import RECOMPUTED
 

@@ -1,5 +1,6 @@
 """The planner: arithmetic by hand, figures that must agree with the accounting, and its command."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -10,6 +11,7 @@ from mpdit_kernels.hardware import GPUS, find_gpu
 import mpdit
 from mpdit.cli import main
 from mpdit.core.errors import ConfigError
+from mpdit.model.kinds import TIME_EMBEDDINGS, TRANSITIONS
 from mpdit.planning import account, time
 from mpdit.planning.plan import Request, plan, usual_network
 from mpdit.planning.time import Efficiency, Fabric, communication, efficiency, step_time, volume
@@ -54,6 +56,30 @@ def test_volumes_are_those_of_the_zero_paper():
 def test_nodes_are_wired_as_their_gpus_usually_are() -> None:
     assert usual_network(GPUS["a100-40gb"]) == 25e9, "HDR, 200 Gb/s"
     assert usual_network(GPUS["h200"]) == usual_network(GPUS["h100"]) == 50e9, "NDR, 400 Gb/s"
+
+
+def test_each_transition_moves_what_its_own_layers_do() -> None:
+    """Count by hand, in bytes of an image: 16 coarse and 64 fine tokens 8 wide, 4 class tokens, bf16, fp32 stream."""
+    small = mpdit.ModelConfig(((2, 0), (1, 0)), 8, 2, input_size=8, class_tokens=4, num_classes=3)
+    moved = {kind: time._transition_bytes(small.replace(transition=kind), 1, 2) for kind in TRANSITIONS}
+    stream, refined = 68 * 8 * 4 * 4, 68 * 8 * 8 * 2
+    shuffled, added = 16 * 4 * 4 * 8 * 2, 68 * 8 * 2 * 2
+    assert moved == {
+        "linear_linear": stream + refined,
+        "linear": stream + added + shuffled,
+        "conv_transpose": stream + added + shuffled + 16 * 4 * 8 * 2,
+        "linear_mlp": stream + refined + shuffled + 68 * 6 * 32 * 2,
+        "linear_conv": stream + refined + shuffled + 68 * 8 * 8 * 2,
+    }
+
+
+@pytest.mark.parametrize("command", ["account", "plan", "train"])
+def test_help_of_overrides_names_every_kind(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):
+        main([command, "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    for name, kind in (TRANSITIONS | TIME_EMBEDDINGS).items():  # type: ignore[operator]
+        assert f"{name} ({kind.help})" in told
 
 
 def test_a_collective_takes_bytes_over_the_slowest_link():
