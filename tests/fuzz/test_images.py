@@ -128,6 +128,37 @@ def test_odd_headers_of_tars_are_refused_or_listed(size: int, kind: bytes, body:
         judge(lambda: _listed(folder / "images.tar"), folder)
 
 
+FOLDERS = st.sampled_from(["train", "val", "images", "cat", "dog", "0", "10", "2", "n00000001", "n00000002"])
+PATHS = st.builds(
+    lambda folders, name: "/".join([*folders, name]),
+    st.lists(FOLDERS, max_size=3),
+    st.sampled_from(["1.png", "2.png", "2.cls", "3.txt"]),
+)
+
+
+@fuzzed(nightly=300)
+@given(names=st.sets(PATHS, min_size=1, max_size=8), mode=st.sampled_from(["auto", "folder", "top", "parent"]))
+@example(names={"train/cat/1.png", "train/dog/2.png", "train/3.txt", "2.png"}, mode="auto")
+@example(names={"val/cat/images/2.png", "val/cat/images/2.cls", "val/dog/1.png"}, mode="auto")
+@example(names={"cat/1.png", "cat/dog/1.png", "dog/1.png"}, mode="parent")
+def test_classes_are_the_same_in_every_container(names: set[str], mode: Any) -> None:
+    files: dict[str, bytes | None] = {f"tree/{name}": b"1" for name in sorted(names)}
+    packed = dict.fromkeys(sorted(names, reverse=True), b"1")
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, content in packed.items():
+            archive.writestr(name.replace("/", "\\"), content)
+    files |= {"a.tar": tar_bytes(packed), "b.zip": stream.getvalue()}
+
+    def classes(path: Path) -> dict[str, str]:
+        images = list_images(path, mode)
+        return {name: images.class_names[label] for name, label in zip(images.names, images.labels, strict=True)}
+
+    with folder_of(files) as folder:
+        first, *others = (judge(lambda p=p: classes(folder / p), folder).value for p in ("tree", "a.tar", "b.zip"))
+        assert all(other == first for other in others)
+
+
 @fuzzed(nightly=600)
 @given(text=damaged_json(LABELS))
 @examples("text", each_damaged_json(LABELS))
