@@ -205,6 +205,7 @@ def test_whatever_holds_numbers_is_packed(tmp_path, means, labels):
         (VALUES + 1j, LABELS, "means and stds are complex"),
         ([[[[1.0]]], [[[1.0, 2.0]]]], [0, 1], "means and stds can't be taken as an array"),
         ([[[["x"]]]], [0], "means and stds are <U1"),
+        (np.ma.masked_greater(VALUES, 1), LABELS, "means and stds have masked values"),
         (torch.from_numpy(VALUES).to("meta"), LABELS, "means and stds can't be taken as an array"),
         (torch.from_numpy(VALUES).to_sparse(), LABELS, "means and stds can't be taken as an array"),
     ],

@@ -194,6 +194,8 @@ def as_array(values: Any, name: str, kinds: str) -> NDArray[Any]:
         array = np.asarray(values)
     except Exception as error:  # rows of different lengths, sparse tensors, ...
         raise DataError(f"{name} can't be taken as an array ({first_line(error)}): give one of numbers") from error
+    if np.ma.is_masked(values):
+        raise DataError(f"{name} have masked values, which no record can hold: fill them in")
     if array.dtype.kind not in kinds:
         wanted = "numbers" if "f" in kinds else "whole numbers, one per record, and their names as class_names"
         raise DataError(f"{name} are {array.dtype} of shape {array.shape}: give {wanted}")
@@ -221,7 +223,7 @@ def write_packed(
     labels = as_array(labels, "labels", "iu")
     # Arrays are read piece by piece: those of numpy's or HDF5's files may be larger than the memory.
     given: list[Any] = [means] if stds is None else [means, stds]
-    lazy = [hasattr(half, "shape") and not isinstance(half, Tensor) for half in given]
+    lazy = [not isinstance(half, Tensor) and hasattr(half, "shape") for half in given]
     halves = [h if array else as_array(h, "means and stds", "fiu") for h, array in zip(given, lazy, strict=True)]
     shapes = [tuple(half.shape) for half in halves]
     shape = shapes[0]
