@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -18,6 +19,7 @@ def in_a_child(work: Callable[[], object], **environment: str) -> int:
     if child:
         return child
     try:
+        gc.disable()  # a DALI pipeline that is garbage waits, when it is freed, for threads that only the parent has
         os.environ.update(environment)
         work()
         os._exit(0)
