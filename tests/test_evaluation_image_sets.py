@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from extraction_data import tar_bytes, write_tree, write_zip
+from extraction_data import encoded, tar_bytes, write_tree, write_zip
 from PIL import Image
 
 import mpdit
@@ -180,6 +181,15 @@ def test_images_of_two_sizes(tmp_path: Path) -> None:
     Image.fromarray(pictures(1, 8)[0][:, :5]).save(tmp_path / "b.png")
     with pytest.raises(DataError, match=r"differ in size .*a/000000\.png 6 x 6 and b\.png 5 x 8"):
         open_images(tmp_path)
+
+
+def test_an_image_of_another_size_than_its_header_says_is_broken(tmp_path: Path) -> None:
+    write_folder(tmp_path, pictures(2, 128))
+    small = encoded(pictures(1, 16)[0])
+    (tmp_path / "x.icns").write_bytes(struct.pack(">4sI4sI", b"icns", 16 + len(small), b"ic07", 8 + len(small)) + small)
+    images = open_images(tmp_path)
+    assert images.count == 3 and len(read(images)) == 2
+    assert "x.icns is 16 x 16 pixels, not what its header says" in images.notes[0]
 
 
 def test_sixteen_bits_keep_their_upper_eight_and_unknown_ranges_are_refused(tmp_path: Path) -> None:

@@ -168,6 +168,8 @@ def _open_files(path: Path, crop: int | None) -> ImageSet:
             "(a reference's with --image-size)"
         )
 
+    size = sizes[first] if crop is None else (crop, crop)
+
     def batches(count: int) -> Iterator[NDArray[np.uint8]]:
         facts.clear()
         numbers = [number for number in sizes if images.names[number] not in broken]
@@ -175,6 +177,8 @@ def _open_files(path: Path, crop: int | None) -> ImageSet:
         held = []
         with contextlib.closing(results) as decoded:
             for number, (result, _) in zip(numbers, decoded, strict=True):
+                if not isinstance(result, str) and result.pixels.shape[:2] != size:
+                    result = f"is {result.pixels.shape[1]} x {result.pixels.shape[0]} pixels, not what its header says"
                 if isinstance(result, str):
                     leave_out(number, result)
                     continue
@@ -186,7 +190,6 @@ def _open_files(path: Path, crop: int | None) -> ImageSet:
         if held:
             yield np.stack(held)
 
-    size = sizes[first] if crop is None else (crop, crop)
     return ImageSet(path, len(images), size, protocol, batches, crop is not None, remarks, broken, facts)
 
 

@@ -15,18 +15,8 @@ from mpdit.core.errors import DataError
 from mpdit.core.zips import ENCRYPTED, UTF8, ZIP_DAMAGE, is_zip, open_zip
 
 COMPRESSED = (
-    ".tar.gz",
-    ".tgz",
-    ".tar.bz2",
-    ".tbz2",
-    ".tbz",
-    ".tar.xz",
-    ".txz",
-    ".tar.zst",
-    ".tzst",
-    ".tar.lz4",
-    ".tar.z",
-)
+    ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4", ".tar.z",
+)  # fmt: skip
 ARCHIVES = (".tar", ".zip", *COMPRESSED, ".7z", ".rar", ".zipx")
 """Suffixes of archives, in small letters; the first two can be read."""
 
