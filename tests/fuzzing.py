@@ -81,17 +81,20 @@ class Verdict:
 
 @contextlib.contextmanager
 def folder_of(files: Files) -> Iterator[Path]:
-    """A new folder with these files, as the working folder."""
-    before = Path.cwd()
+    """A new folder with these files, as the working folder and the home."""
+    before, home = Path.cwd(), os.environ.get("HOME")
     with tempfile.TemporaryDirectory(prefix="mpdit-fuzz-", dir=_MEMORY_DISK) as name:
         folder = Path(name, "in")  # so that ../x is still ours
         folder.mkdir()
         write(folder, files)
         os.chdir(folder)
+        os.environ["HOME"] = str(folder)
         try:
             yield folder
         finally:
             os.chdir(before)
+            os.environ.pop("HOME")
+            os.environ |= {} if home is None else {"HOME": home}
 
 
 def write(folder: Path, files: Files) -> None:
@@ -239,7 +242,29 @@ WHOLE = st.sampled_from([-(10**400), -(2**63) - 1, -1, 0, 1, 2, 3, 4, 8, 2**31, 
 WHOLE |= st.sampled_from([2**64, 10**30, 10**400]) | st.integers()
 REAL = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 1e-320, 1e308, -1e308, float("inf"), float("nan")]) | st.floats()
 _WORDS = [
-    *("", " ", ".", "..", "/", "a/b", "../x", "~", "-", "--", "=", "null", "true", "auto", "none", "1", "-1", "1e5"),
+    *(
+        "",
+        " ",
+        ".",
+        "..",
+        "/",
+        "a/b",
+        "../x",
+        "~",
+        "~/new",
+        "~nobody/x",
+        "$NOWHERE/x",
+        "-",
+        "--",
+        "=",
+        "null",
+        "true",
+        "auto",
+        "none",
+        "1",
+        "-1",
+        "1e5",
+    ),
     *("NaN", "inf", "-inf", "0x10", "1_000", "1.5", "\u0663", "\u00b2", "9" * 5000, "x" * 5000, "a" * 300, "%s", "{}"),
     *("\n", "a\nb", "\x1b[31m", "\u202e", "é", "日本", "\U0001f600", "\ufeff", "[[4,1],[2,1]]", "[" * 3000, '{"a":1}'),
 ]

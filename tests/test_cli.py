@@ -218,7 +218,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "device": (["sample", "RUN", "--out", "OUT", "--device", "abacus"], "device 'abacus' can't be used here"),
     "no such run": (["sample", "NOWHERE", "--out", "OUT"], "does not exist"),
     "not a run": (["evaluate", "EMPTY"], "holds no weights"),
-    "not safetensors": (["sample", "RUBBISH", "--out", "OUT"], "can't be read as safetensors"),
+    "not safetensors": (["sample", "RUBBISH", "--out", "OUT"], "is no checkpoint of tensors but text"),
     "no data entry": (["sample", "BARE", "--out", "OUT"], "normalization"),
     "evaluate other data": (["evaluate", "OTHER"], "the embedded digits only"),
     "out holds something": (["sample", "RUN", "--out", "FULL"], "is not empty"),
@@ -341,7 +341,7 @@ def test_a_flag_that_a_message_names_can_be_given() -> None:
     others = {"--no", "--option", "--global_batch", "--version", "--gpu", "--num_accelerators", "--master_port"}
     others |= {"--master_addr", "--node_rank", "--local_rank", "--world_info", "--log_level"}
     others |= {"--hostfile", "--module", "--nproc-per-node", "--cfg-prob", "--guidance", "--weights", "--to"}
-    others |= {"--benchmark-only", "--benchmark-json", "--trace"}
+    others |= {"--benchmark-only", "--benchmark-json", "--trace", "--shm-size", "--ipc"}
     for path in Path(mpdit.__file__).parent.rglob("*.py"):
         known = training | others if "training" in path.parts else ours | training | others
         named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*[a-z0-9]", path.read_text()))

@@ -283,15 +283,10 @@ def sample(
 
     from mpdit.model.weights import check_flow, check_guidance
 
-    sampler = entry_of(SAMPLERS, "method", method)
+    sampler = check_arguments(method, steps, guidance, interval)
     known = {name for entry in SAMPLERS.values() for name in entry.settings}
     if unknown := settings.keys() - known:
         raise TypeError(f"sample() has no argument {min(unknown)!r}: samplers' own are {', '.join(sorted(known))}")
-    if not isinstance(steps, int) or not sampler.least_steps <= steps <= MOST_STEPS:
-        raise ConfigError(
-            f"steps is {steps!r:.40}: {method} needs a whole number of at least {sampler.least_steps} and at most "
-            f"{MOST_STEPS}"
-        )
     if not isinstance(noise, torch.Tensor):
         raise ConfigError(f"noise is a {type(noise).__name__}: give a tensor [B, C, H, W], one call for each size")
     if noise.ndim < 2 or not noise.is_floating_point():
@@ -312,8 +307,6 @@ def sample(
     if len(y) and (y.min() < 0 or (null_class is not None and y.max() > null_class)):
         limit = "0 or above" if null_class is None else f"in 0 .. {null_class} ({null_class} is no class)"
         raise ConfigError(f"classes run from {y.min()} to {y.max()}: each must be {limit}")
-    if not math.isfinite(guidance):
-        raise ConfigError(f"guidance is {guidance}: give a finite number, 1 for none")
     if guidance != 1 and null_class is None:
         raise ConfigError(f"guidance is {guidance} but the model names no null class: give null_class")
     whole = isinstance(guidance_channels, int)
@@ -322,9 +315,6 @@ def sample(
             f"guidance_channels is {guidance_channels!r}: give a whole number of at least 1 and at most "
             f"{noise.shape[1]}, the latents' channels"
         )
-    low, high = interval
-    if not 0 <= low <= high <= 1:
-        raise ConfigError(f"interval is {interval}: give two times with 0 <= first <= second <= 1")
     if positions is None:
         positions = torch.arange(len(noise), device=noise.device)
     _check_shape("positions", positions, noise.shape[:1])
@@ -342,6 +332,22 @@ def sample(
     )
     with torch.no_grad(), _eval_mode(model):
         return sampler.solve(flow, noise if noise.dtype == torch.float64 else noise.float(), steps)
+
+
+def check_arguments(method: str, steps: int, guidance: float, interval: tuple[float, float]) -> Sampler:
+    """Return the entry of SAMPLERS. Raises ConfigError for what needs neither model nor noise to be seen."""
+    sampler = entry_of(SAMPLERS, "method", method)
+    if not isinstance(steps, int) or not sampler.least_steps <= steps <= MOST_STEPS:
+        raise ConfigError(
+            f"steps is {steps!r:.40}: {method} needs a whole number of at least {sampler.least_steps} and at most "
+            f"{MOST_STEPS}"
+        )
+    if not math.isfinite(guidance):
+        raise ConfigError(f"guidance is {guidance}: give a finite number, 1 for none")
+    low, high = interval
+    if not 0 <= low <= high <= 1:
+        raise ConfigError(f"interval is {interval}: give two times with 0 <= first <= second <= 1")
+    return sampler
 
 
 @dataclass(frozen=True)
@@ -364,7 +370,7 @@ class SamplerSettings:
     """Settings of single samplers, by option; the defaults of their entries where not given."""
 
     def __post_init__(self) -> None:
-        entry_of(SAMPLERS, "method", self.method)
+        check_arguments(self.method, self.steps, self.guidance, self.interval)
         if not isinstance(self.batch, int) or self.batch < 1:
             raise ConfigError(f"batch is {self.batch!r}: give a whole number of at least 1")
 

@@ -78,7 +78,6 @@ def check_deepspeed(run: Run, connected: bool = True) -> None:
 
     A process that is not connected to the other ranks is to DeepSpeed the only one.
     """
-    check_supported(run.ds)
     import_deepspeed()
     from deepspeed.runtime.config import DeepSpeedConfig
 
@@ -87,6 +86,7 @@ def check_deepspeed(run: Run, connected: bool = True) -> None:
         ds["train_batch_size"] = ds["train_micro_batch_size_per_gpu"] * ds["gradient_accumulation_steps"]
     with _deepspeed_errors(run.config.ds_config):
         DeepSpeedConfig(ds)
+    check_supported(run.ds)  # of values that it has found to be of their types
 
 
 def gradient_sum_of_squares(engine: Any) -> Tensor:

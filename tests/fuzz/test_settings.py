@@ -256,6 +256,9 @@ _LOOP = "override: {width: &a [*a]}"
 @example(text=_LOOP)
 @example(text='ds_config: "a\\0b"')
 @example(text='out: "a\\0b"')
+@example(text="out: $NOWHERE/x")
+@example(text="data: ~/packed\nout: ${HOME}/new\noverride: {input_size: 8}")
+@example(text="\ufeffsteps: 3\r\ndata: packed\r\noverride: {input_size: 8}")
 @example(text='out: "\\ud800"')
 @example(text="")
 @example(text="ds_config: --")
@@ -308,6 +311,7 @@ def test_deepspeeds_settings_are_refused_or_make_a_run(text: str) -> None:
 @example(text=json.dumps(DRY), line=["--data", "digits", "--profile", "torch", "--steps", "8"])
 @example(text=json.dumps(DRY | {"bf16": {"%s": -1.0}}), line=["--data", "digits"])
 @example(text=json.dumps(ZERO2), line=["--data", "packed", "--override", "input_size=8"])
+@example(text=json.dumps(DRY | {"zero_optimization": {"stage": 2, "offload_optimizer": 5}}), line=["--data", "digits"])
 def test_dry_runs_are_refused_or_find_nothing_wrong(text: str, line: list[str]) -> None:
     small = [*line, "--ds_config", "ds.json", "--global-batch", "8", "--accumulation", "1", "--dry-run"]
     with folder_of({**fuzz_places.everything(), "ds.json": text.encode("utf-8", "surrogatepass")}) as folder:

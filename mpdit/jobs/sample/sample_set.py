@@ -240,8 +240,7 @@ def _identity_of(protocol: Mapping[str, Any]) -> dict[str, Any]:
     noted with each environment.
     """
     identity = {name: value for name, value in protocol.items() if name not in _NOT_COMPARED}
-    if isinstance(decoder := identity.get("decoder"), dict):
-        identity["decoder"] = {name: value for name, value in decoder.items() if name != "vae"}
+    identity["decoder"] = {name: value for name, value in identity["decoder"].items() if name != "vae"}
     return json.loads(json.dumps(identity))
 
 
@@ -262,8 +261,9 @@ class FinishedSet:
                 protocol = json.loads((out / _PROTOCOL).read_bytes())
             # With an npz to come, protocol.json is not the last file.
             whole = (out / _NPZ).is_file() or protocol["files"]["format"] == "png"
+            _ = int(protocol["images"]), _identity_of(protocol)  # are there, or it is a file of another kind
             return cls(out, protocol) if whole and protocol["format"] == _FORMAT else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
     @property
