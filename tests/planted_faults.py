@@ -103,7 +103,7 @@ FAULTS = tuple(Fault(*row) for row in (
      "kernels/test_gelu_mlp.py -k exact"),
     (K + "short_attn/triton_impl.py", "a key of padding is attended to", "at[None, :] < limit, score",
      "at[None, :] <= limit, score", "kernels/test_short_attn.py -k exact"),
-    (K + "short_attn/triton_impl.py", "with first_query the first tokens ask nevertheless",
+    (K + "short_attn/triton_impl.py", "with query_start the first tokens ask nevertheless",
      "load_rows(q + first * row_stride, rows, limit, row_stride, COLUMNS, D)  # [",
      "load_rows(q + (first - query_start) * row_stride, rows, limit, row_stride, COLUMNS, D)  # [",
      "kernels/test_short_attn.py -k nothing"),

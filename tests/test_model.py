@@ -185,10 +185,11 @@ def test_a_coarse_token_becomes_the_fine_tokens_of_its_own_place(kind):
         assert squares.argmax() == place
 
 
-def test_the_old_names_of_switches_work_for_one_release():
+def test_old_names_work_for_one_release():
     model = tiny().use_shortcuts(False)
     model.checkpointing = True
     assert model.activation_checkpointing and model.checkpointing and not model.exact_fusions
+    assert model.config.prefix_tokens == model.config.num_class_tokens > 0
 
 
 def test_checkpointing_keeps_less_and_changes_no_gradient():

@@ -5,8 +5,14 @@ Texts with sizes are made only where they are raised: torch.compile takes a size
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that operations take; the kernels take all but the first."""
@@ -16,6 +22,21 @@ def check(condition: bool, name: str, got: object, expected: str) -> None:
     """Raise "name is got: expected expected" unless the condition holds."""
     if not condition:
         raise ValueError(f"{name} is {got}: expected {expected}")
+
+
+def takes_old_name(old: str, new: str) -> Callable[[F], F]:
+    """Let a function take an argument under its old name too, which its signature doesn't show; for one release."""
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def renamed(*arguments: Any, **named: Any) -> Any:
+            if old in named and new not in named:  # Python itself refuses both
+                named[new] = named.pop(old)
+            return function(*arguments, **named)
+
+        return renamed  # type: ignore[return-value]
+
+    return decorate
 
 
 def check_shapes(known: dict[str, int], **shapes: tuple[Tensor | None, str]) -> dict[str, int]:

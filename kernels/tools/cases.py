@@ -184,18 +184,18 @@ def _gelu_mlp_inputs(
 def _short_attn(shape: Shape) -> list[Case]:
     """The call is `attention`, so the opponent is its choice without our kernels; `--attention` times all backends."""
     found = []
-    for tokens, first_query in [*((tokens, 0) for tokens in shape.tokens), (shape.tokens[-1], shape.prefix)]:
+    for tokens, query_start in [*((tokens, 0) for tokens in shape.tokens), (shape.tokens[-1], shape.prefix)]:
         size = (shape.batch, tokens, 3, shape.heads, shape.width // shape.heads)
-        queries = tokens - first_query
+        queries = tokens - query_start
         row = 2 * shape.batch * shape.width  # bytes of one token of all sequences in bf16
         product = 2 * shape.batch * tokens * queries * shape.width
         # Forward reads queries, keys and values, and writes the result; backward reads these and a gradient, and writes
         # the whole gradient.
         forward = Cost(row * (2 * tokens + 2 * queries), 2 * product)
         backward = Cost(row * (2 * tokens + 2 * queries + 3 * tokens), 5 * product)
-        label = f"{shape.name}, {tokens} tokens" + (f", queries from {first_query}" if first_query else "")
+        label = f"{shape.name}, {tokens} tokens" + (f", queries from {query_start}" if query_start else "")
         inputs = partial(_short_attn_inputs, size)
-        call, kernels = (partial(function, first_query=first_query) for function in (attention, short_attention))
+        call, kernels = (partial(function, query_start=query_start) for function in (attention, short_attention))
         found.append(Case("short_attention", label, inputs, call, forward, backward, kernels))
     return found
 

@@ -117,6 +117,8 @@ class ModelConfig:
         """Return m, the class tokens in front of the image tokens of every stage (0 when the class is added)."""
         return self.class_tokens if self.class_conditioning == "tokens" else 0
 
+    prefix_tokens = num_class_tokens  # its earlier name, for one release
+
     @property
     def null_class(self) -> int:
         """Return the label that stands for "no class"."""

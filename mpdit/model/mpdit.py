@@ -114,9 +114,9 @@ class ResidualStream:
             return self.x, adaln_modulate(self.x, shift, scale, EPS)
         return gated_residual_adaln(self.x, self.pending, self.gate, shift, scale, EPS)
 
-    def attend(self, qkv: Tensor, first_query: int) -> Tensor:
-        """Mix the values of each image's tokens: [B, T, 3, heads, d] -> [B, T - first_query, heads, d]."""
-        return attention(qkv, first_query=first_query)
+    def attend(self, qkv: Tensor, query_start: int) -> Tensor:
+        """Mix the values of each image's tokens: [B, T, 3, heads, d] -> [B, T - query_start, heads, d]."""
+        return attention(qkv, query_start=query_start)
 
     def replace(self, x: Tensor, pending: Tensor | None = None, gate: Tensor | None = None) -> ResidualStream:
         """Return a stream of other values for the same tokens."""
@@ -162,11 +162,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
         init_linear(self.proj)
 
-    def forward(self, x: Tensor, stream: ResidualStream, first_query: int = 0) -> Tensor:
-        """Map the stream's tokens, modulated, [B, T, D] to [B, T - first_query, D]: the first are keys and values."""
+    def forward(self, x: Tensor, stream: ResidualStream, query_start: int = 0) -> Tensor:
+        """Map the stream's tokens, modulated, [B, T, D] to [B, T - query_start, D]: the first are keys and values."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, T, 3, heads, D / heads]
         try:
-            mixed = stream.attend(qkv, first_query)
+            mixed = stream.attend(qkv, query_start)
         except BackendError as error:
             raise ConfigError(str(error)) from None
         return self.proj(mixed.flatten(-2))
@@ -437,11 +437,11 @@ class MPDiT(Pretrained):
         asked = {(stage.patch, 0) for stage in config.stages}
         if self.exact_fusions:
             asked.add((config.stages[-1].patch, m))
-        for patch, first_query in sorted(asked, reverse=True):
+        for patch, query_start in sorted(asked, reverse=True):
             size = (1, m + (config.input_size // patch) ** 2, 3, config.heads, config.width // config.heads)
             qkv = torch.zeros(size, dtype=dtype, device=self.final.weight.device, requires_grad=True)
             try:
-                attention(qkv, first_query=first_query)
+                attention(qkv, query_start=query_start)
             except BackendError as error:
                 raise ConfigError(str(error)) from None
 

@@ -97,8 +97,8 @@ class PackedStream:
             return self.x, adaln_modulate(self.x, shift, scale, EPS, cu_seqlens=self.cu_seqlens)
         return gated_residual_adaln(self.x, self.pending, self.gate, shift, scale, EPS, cu_seqlens=self.cu_seqlens)
 
-    def attend(self, qkv: Tensor, first_query: int) -> Tensor:
-        return attention_varlen(qkv, self.cu_seqlens, first_query=first_query)
+    def attend(self, qkv: Tensor, query_start: int) -> Tensor:
+        return attention_varlen(qkv, self.cu_seqlens, query_start=query_start)
 
     def replace(self, x: Tensor, pending: Tensor | None = None, gate: Tensor | None = None) -> PackedStream:
         return PackedStream(self.groups, x, self.num_class_tokens, pending, gate, self.cu_seqlens)

@@ -58,23 +58,23 @@ def _quick(call: Call) -> bool:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("tokens", "first_query", "head_dim"), [(1, 0, 32), (17, 3, 72), (80, 16, 64), (81, 0, 48)])
+@pytest.mark.parametrize(("tokens", "query_start", "head_dim"), [(1, 0, 32), (17, 3, 72), (80, 16, 64), (81, 0, 48)])
 def test_every_backend_that_runs_here_is_as_exact_as_the_reference(
-    tokens: int, first_query: int, head_dim: int, dtype: torch.dtype
+    tokens: int, query_start: int, head_dim: int, dtype: torch.dtype
 ) -> None:
-    asked = Call(tokens, head_dim, dtype, HERE, first_query)
+    asked = Call(tokens, head_dim, dtype, HERE, query_start)
     names = available(asked)
     assert set(names) >= ({"sdpa_math"} if DEVICE == "cuda" else set(ON_CPU))
     assert "triton" in names or DEVICE == "cuda" or not _quick(asked)
     qkv = leaf(2, tokens, 3, 3, head_dim, dtype=dtype)
-    gradient = torch.randn(2, tokens - first_query, 3, head_dim, device=DEVICE)
+    gradient = torch.randn(2, tokens - query_start, 3, head_dim, device=DEVICE)
     exact = qkv.detach().double().requires_grad_()
     for scale in (None, 0.3):
         number = head_dim**-0.5 if scale is None else scale
-        truth = run(reference.attention(exact, number, first_query), exact, gradient.to(dtype).double())
-        usual = run(reference.attention(qkv, number, first_query), qkv, gradient)
+        truth = run(reference.attention(exact, number, query_start), exact, gradient.to(dtype).double())
+        usual = run(reference.attention(qkv, number, query_start), qkv, gradient)
         for name in names:
-            out = attention(qkv, scale, first_query, backend=name)
+            out = attention(qkv, scale, query_start, backend=name)
             assert (out.shape, out.dtype) == (gradient.shape, dtype)
             _judge(name, run(out, qkv, gradient), usual, truth)
 
@@ -92,19 +92,19 @@ def _judge(name: str, mine: tuple[Tensor, ...], usual: tuple[Tensor, ...], truth
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="what the model computes on a CPU")
-@pytest.mark.parametrize("first_query", [0, 16])
-def test_fp32_on_a_cpu_is_pytorchs_own_choice_bit_for_bit(first_query: int) -> None:
+@pytest.mark.parametrize("query_start", [0, 16])
+def test_fp32_on_a_cpu_is_pytorchs_own_choice_bit_for_bit(query_start: int) -> None:
     flat = torch.randn(3, 80, 3 * 2 * 48).requires_grad_()
     q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in flat.chunk(3, dim=-1))
-    gradient = torch.randn(3, 80 - first_query, 2, 48)
-    usual = run(scaled_dot_product_attention(q[:, :, first_query:], k, v).transpose(1, 2), flat, gradient)
-    ours = run(attention(flat.unflatten(-1, (3, 2, 48)), first_query=first_query), flat, gradient)
+    gradient = torch.randn(3, 80 - query_start, 2, 48)
+    usual = run(scaled_dot_product_attention(q[:, :, query_start:], k, v).transpose(1, 2), flat, gradient)
+    ours = run(attention(flat.unflatten(-1, (3, 2, 48)), query_start=query_start), flat, gradient)
     assert all(torch.equal(a, b) for a, b in zip(ours, usual, strict=True))
 
 
 def test_queries_before_the_first_get_a_gradient_of_zero() -> None:
     qkv = leaf(2, 9, 3, 2, 32)
-    (gradient,) = torch.autograd.grad(attention(qkv, first_query=4).square().sum(), qkv)
+    (gradient,) = torch.autograd.grad(attention(qkv, query_start=4).square().sum(), qkv)
     assert not gradient[:, :4, 0].any() and gradient[:, 4:, 0].all() and gradient[:, :, 1:].all()
 
 
@@ -141,13 +141,13 @@ LENGTHS = [(5, 17, 17, 5, 9, 5), (12, 12, 12), (7,), (33, 4, 21)]
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize("first_query", [pytest.param(0, marks=NIGHT), 3])
-def test_packed_sequences_are_each_alone(lengths: tuple[int, ...], first_query: int) -> None:
+@pytest.mark.parametrize("query_start", [pytest.param(0, marks=NIGHT), 3])
+def test_packed_sequences_are_each_alone(lengths: tuple[int, ...], query_start: int) -> None:
     offsets = (0, *itertools.accumulate(lengths))
     qkv = leaf(offsets[-1], 3, 2, 32)
-    for name in ("auto", *available(Call(max(lengths), 32, torch.float32, HERE, first_query))):
-        alone = [attention(x[None], 0.2, first_query, backend=name)[0] for x in qkv.split(list(lengths))]
-        together = attention_varlen(qkv, offsets, 0.2, first_query, backend=name)
+    for name in ("auto", *available(Call(max(lengths), 32, torch.float32, HERE, query_start))):
+        alone = [attention(x[None], 0.2, query_start, backend=name)[0] for x in qkv.split(list(lengths))]
+        together = attention_varlen(qkv, offsets, 0.2, query_start, backend=name)
         gradient = torch.randn_like(together)
         ours, expected = run(together, qkv, gradient), run(torch.cat(alone), qkv, gradient)
         assert all(torch.allclose(a, b, atol=2e-6) for a, b in zip(ours, expected, strict=True)), name
@@ -384,7 +384,7 @@ def test_the_probe_runs_once_for_each_class(monkeypatch: pytest.MonkeyPatch) -> 
     for batch, heads in ((1, 1), (3, 2), (1, 1)):
         attention(torch.randn(batch, 9, 3, heads, 32), backend="sdpa_math")
     assert len(seen) == 4
-    attention(torch.randn(1, 9, 3, 1, 32), first_query=2, backend="sdpa_math")
+    attention(torch.randn(1, 9, 3, 1, 32), query_start=2, backend="sdpa_math")
     assert len(seen) == 6
 
 
@@ -417,7 +417,7 @@ def test_no_probe_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> 
     attention(qkv, backend="sdpa_flash")
     monkeypatch.setattr(probe, "capturing", lambda call: True)
     attention(qkv, backend="sdpa_flash"), attention(qkv)
-    for arguments in ({"first_query": 1}, {"backend": "sdpa_math"}):
+    for arguments in ({"query_start": 1}, {"backend": "sdpa_math"}):
         with pytest.raises(ValueError, match=r"was not probed yet for 9 tokens.*run the same call once before"):
             attention(qkv, **arguments)
     with pytest.raises(ValueError, match=r"refused: for CUDA tensors only.*; available for 9 tokens.*: sdpa_flash$"):
@@ -435,10 +435,10 @@ def test_compiles_without_a_break(dynamic: bool | None, shapes: int) -> None:
     torch._dynamo.reset()
 
     def dense(qkv: Tensor) -> Tensor:
-        return 2 * attention(qkv, first_query=3)
+        return 2 * attention(qkv, query_start=3)
 
     def varlen(qkv: Tensor, offsets: tuple[int, ...]) -> Tensor:
-        return 2 * attention_varlen(qkv, offsets, first_query=3)
+        return 2 * attention_varlen(qkv, offsets, query_start=3)
 
     compiled = [torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic) for f in (dense, varlen)]
     cases = [(0, dense, leaf(2, 17, 3, 2, 24)), (0, dense, leaf(3, 21, 3, 2, 24))][:shapes]
@@ -455,8 +455,8 @@ def test_our_kernel_compiles_without_a_break() -> None:
     torch._dynamo.reset()
     qkv = leaf(1, 17, 3, 1, 32)
     with use("triton"):
-        out = torch.compile(lambda x: attention(x, first_query=3), fullgraph=True, backend="aot_eager")(qkv)
-        assert torch.equal(out, attention(qkv, first_query=3, backend="triton"))
+        out = torch.compile(lambda x: attention(x, query_start=3), fullgraph=True, backend="aot_eager")(qkv)
+        assert torch.equal(out, attention(qkv, query_start=3, backend="triton"))
 
 
 def test_another_backend_is_another_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -521,9 +521,9 @@ QKV = torch.zeros(2, 5, 3, 2, 8)
         ({"qkv": QKV[:, :, :, :0]}, "at least one head"),
         ({"qkv": QKV[:, :0]}, r"qkv is of shape .*: expected at least one token"),
         ({"qkv": QKV.long()}, "qkv has dtype torch.int64: expected a floating-point type"),
-        ({"first_query": 5}, "first_query is 5: expected"),
-        ({"first_query": -1}, "first_query is -1: expected"),
-        ({"first_query": 1.0}, "first_query is 1.0: expected a whole number"),
+        ({"query_start": 5}, "query_start is 5: expected"),
+        ({"query_start": -1}, "query_start is -1: expected"),
+        ({"query_start": 1.0}, "query_start is 1.0: expected a whole number"),
         ({"scale": 0.0}, "scale is 0.0: expected a finite number above 0"),
         ({"scale": float("inf")}, "scale is inf: expected"),
         ({"scale": "1"}, "scale is 1: expected"),
@@ -547,7 +547,7 @@ def test_bad_arguments_are_one_error(change: dict[str, Any], message: str) -> No
         ({"cu_seqlens": (0, 4)}, "expected cumulative lengths, rising from 0 to the 10 rows there are"),
         ({"cu_seqlens": (0, 4, 4, 10)}, "expected cumulative lengths, rising"),
         ({"cu_seqlens": (0, 4.0, 10)}, "expected whole numbers"),
-        ({"first_query": 4}, "first_query is 4: expected"),
+        ({"query_start": 4}, "query_start is 4: expected"),
         ({"backend": "flash"}, "backend is 'flash': choose auto or one of"),
     ],
 )

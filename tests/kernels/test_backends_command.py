@@ -137,10 +137,9 @@ def test_measuring_stops_in_time_and_times_nothing_that_is_wrong(
     [
         (["--tokens", "0"], "--tokens and --head-dim take whole numbers of at least 1"),
         (["--tokens", "x"], "argument --tokens: invalid int value: 'x'"),
-        (["--first-query", "80"], "--first-query fewer than the tokens"),
+        (["--first-query", "80"], "--query-start fewer than the tokens"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--device", "toaster"], "--device is 'toaster': "),
-        (["--measure"], "in the folder kernels/, python -m tools.tune --attention"),
         (["--device", "meta"], "--device is 'meta': expected cpu, cuda or cuda:N"),
     ],
 )

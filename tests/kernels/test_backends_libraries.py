@@ -194,29 +194,29 @@ def _close(mine: Tensor, other: Tensor, qkv: Tensor) -> None:
 
 
 @pytest.mark.parametrize(("name", "deterministic"), WAYS)
-@pytest.mark.parametrize("first_query", [0, 5])
-def test_dense(name: str, first_query: int, deterministic: bool) -> None:
+@pytest.mark.parametrize("query_start", [0, 5])
+def test_dense(name: str, query_start: int, deterministic: bool) -> None:
     qkv = _inputs(2, 17, 3, 2, 32)
-    out = attention(qkv, 0.2, first_query, backend=name, deterministic=deterministic)
-    function = {"flash_attn": "dense" if first_query else "qkvpacked", "flash_attn_cute": "cute"}.get(name, name)
+    out = attention(qkv, 0.2, query_start, backend=name, deterministic=deterministic)
+    function = {"flash_attn": "dense" if query_start else "qkvpacked", "flash_attn_cute": "cute"}.get(name, name)
     said = None if name == "xformers" else deterministic
     assert calls[-1] == (function, {"scale": 0.2, "deterministic": said})
-    _close(out, attention(qkv, 0.2, first_query, backend="sdpa_math"), qkv)
+    _close(out, attention(qkv, 0.2, query_start, backend="sdpa_math"), qkv)
 
 
 @pytest.mark.parametrize(("name", "deterministic"), WAYS)
-@pytest.mark.parametrize("first_query", [0, 5])
-def test_several_lengths_are_one_call(name: str, first_query: int, deterministic: bool) -> None:
+@pytest.mark.parametrize("query_start", [0, 5])
+def test_several_lengths_are_one_call(name: str, query_start: int, deterministic: bool) -> None:
     lengths = (9, 17, 9, 6)
     offsets = (0, *itertools.accumulate(lengths))
     qkv = _inputs(sum(lengths), 3, 2, 32)
-    attention_varlen(qkv, offsets, 0.2, first_query, backend=name, deterministic=deterministic)  # probed
+    attention_varlen(qkv, offsets, 0.2, query_start, backend=name, deterministic=deterministic)  # probed
     calls.clear()
-    out = attention_varlen(qkv, offsets, 0.2, first_query, backend=name, deterministic=deterministic)
-    packed_call = {"flash_attn": "varlen" if first_query else "varlen_qkvpacked", "flash_attn_cute": "cute_varlen"}
+    out = attention_varlen(qkv, offsets, 0.2, query_start, backend=name, deterministic=deterministic)
+    packed_call = {"flash_attn": "varlen" if query_start else "varlen_qkvpacked", "flash_attn_cute": "cute_varlen"}
     said = None if name == "xformers" else deterministic
     assert calls == [(packed_call.get(name, "xformers_varlen"), {"scale": 0.2, "deterministic": said})]
-    alone = [attention(x[None], 0.2, first_query, backend="sdpa_math")[0] for x in qkv.split(lengths)]
+    alone = [attention(x[None], 0.2, query_start, backend="sdpa_math")[0] for x in qkv.split(lengths)]
     _close(out, torch.cat(alone), qkv)
 
 
@@ -224,8 +224,8 @@ def test_several_lengths_are_one_call(name: str, first_query: int, deterministic
 def test_what_inference_mode_leaves_behind_serves_training(name: str) -> None:
     qkv = _inputs(26, 3, 2, 32)
     with torch.inference_mode():
-        attention_varlen(qkv.detach(), (0, 9, 26), first_query=2, backend=name)
-    attention_varlen(qkv, (0, 9, 26), first_query=2, backend=name).sum().backward()
+        attention_varlen(qkv.detach(), (0, 9, 26), query_start=2, backend=name)
+    attention_varlen(qkv, (0, 9, 26), query_start=2, backend=name).sum().backward()
     assert qkv.grad is not None and qkv.grad.any()
 
 
@@ -246,9 +246,9 @@ def test_short_ones_by_one_library_and_long_ones_by_another() -> None:
     lengths = (40, 8, 24, 8, 8, 40)
     offsets = (0, *itertools.accumulate(lengths))
     qkv = _inputs(sum(lengths), 3, 2, 32)
-    attention_varlen(qkv, offsets, first_query=3)
+    attention_varlen(qkv, offsets, query_start=3)
     calls.clear()
-    out = attention_varlen(qkv, offsets, first_query=3)
+    out = attention_varlen(qkv, offsets, query_start=3)
     assert [function for function, _ in calls] == ["varlen"], "24 and 40 together, 8 by PyTorch"
     alone = [attention(x[None], None, 3, backend="sdpa_math")[0] for x in qkv.split(lengths)]
     _close(out, torch.cat(alone), qkv)
@@ -348,7 +348,7 @@ def test_a_library_that_computes_wrong(installed: dict[str, ModuleType], wrong: 
     qkv = _inputs(2, 17, 3, 2, 32)
     with pytest.raises(ValueError, match=f"backend is 'flash_attn', which is refused: {reason}"):
         attention(qkv, backend="flash_attn")
-    attention(qkv, first_query=1, backend="flash_attn")  # another function of the library, and right
+    attention(qkv, query_start=1, backend="flash_attn")  # another function of the library, and right
 
 
 def test_what_needs_no_probe() -> None:

@@ -113,16 +113,16 @@ def test_auto_compiles_without_a_break() -> None:
 @pytest.mark.parametrize("name", BACKENDS)
 def test_every_library_is_as_exact_as_pytorch_at_each_length(name: str, tokens: int, head_dim: int) -> None:
     """Outputs and gradients of all that count as available, on fresh values; cuDNN's too, whose tiles divide none."""
-    for first_query in (0, 16):
-        call = Call(tokens, head_dim, torch.bfloat16, torch.device("cuda", torch.cuda.current_device()), first_query)
+    for query_start in (0, 16):
+        call = Call(tokens, head_dim, torch.bfloat16, torch.device("cuda", torch.cuda.current_device()), query_start)
         if reason := probe.refusal(name, call):
             pytest.skip(reason)
         qkv = torch.randn(4, tokens, 3, 4, head_dim, device="cuda", dtype=torch.bfloat16).requires_grad_()
-        out = attention(qkv, first_query=first_query, backend=name)
+        out = attention(qkv, query_start=query_start, backend=name)
         gradient = torch.randn_like(out)
         found = [out.detach(), *torch.autograd.grad(out, qkv, gradient)[0].unbind(2)]
         exact = qkv.detach().double().requires_grad_()
-        out = reference.attention(exact, head_dim**-0.5, first_query)
+        out = reference.attention(exact, head_dim**-0.5, query_start)
         truth = [out.detach(), *torch.autograd.grad(out, exact, gradient.double())[0].unbind(2)]
         for mine, right in zip(found, truth, strict=True):
             assert distance(mine, right) < 8e-3, "four roundings of bf16; libraries take one or two"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from mpdit_kernels import use
+from mpdit_kernels import attention, attention_varlen, use
 from mpdit_kernels.short_attn import op, reference, short_attention, short_attention_varlen, triton_impl
 from mpdit_kernels.short_attn.triton_impl import chunks, groups
 from proof import DEVICE, DTYPES, NIGHT, _poisoned_memory, leaf, prove
@@ -46,20 +46,20 @@ def test_kernels_are_as_exact_as_pytorch(tokens: int, width: int, dtype: torch.d
 
 
 @EVERY
-@pytest.mark.parametrize("first_query", [16, *(pytest.param(first, marks=NIGHT) for first in (1, 80))])
-def test_tokens_that_ask_nothing(config: str, first_query: int) -> None:
+@pytest.mark.parametrize("query_start", [16, *(pytest.param(first, marks=NIGHT) for first in (1, 80))])
+def test_tokens_that_ask_nothing(config: str, query_start: int) -> None:
     with configured(config):
         qkv = leaf(2, 81, 3, 2, 40)
-        prove(lambda x: short_attention(x, first_query=first_query), [qkv])
+        prove(lambda x: short_attention(x, query_start=query_start), [qkv])
         with use("triton"), _poisoned_memory():
-            out = short_attention(qkv, first_query=first_query)
+            out = short_attention(qkv, query_start=query_start)
             (gradient,) = torch.autograd.grad(out.sum(), qkv)
-        torch.testing.assert_close(out, short_attention(qkv)[:, first_query:])
-        assert not gradient[:, :first_query, 0].any()
+        torch.testing.assert_close(out, short_attention(qkv)[:, query_start:])
+        assert not gradient[:, :query_start, 0].any()
         changed = qkv.detach().clone()
-        changed[:, :first_query, 0] = torch.nan
+        changed[:, :query_start, 0] = torch.nan
         with use("triton"):
-            assert torch.equal(short_attention(changed, first_query=first_query), out)
+            assert torch.equal(short_attention(changed, query_start=query_start), out)
 
 
 def test_default_configurations_are_as_exact() -> None:
@@ -73,7 +73,7 @@ def test_every_candidate(width: int, bytes: int) -> None:
     for tunable in (triton_impl.FORWARD, triton_impl.BACKWARD):
         for config in tunable.candidates(tokens=48, width=width, bytes=bytes):
             with tunable.override(config):
-                prove(lambda x: short_attention(x, first_query=4), [leaf(1, 41, 3, 1, width)])
+                prove(lambda x: short_attention(x, query_start=4), [leaf(1, 41, 3, 1, width)])
 
 
 @EVERY
@@ -93,7 +93,7 @@ LENGTHS = [80, 17, 81, 17, 1, 80]
 
 @EVERY
 @pytest.mark.parametrize(
-    ("lengths", "first_query"),
+    ("lengths", "query_start"),
     [
         ([5, 1, 33, 5], 0),
         ([17, 81, 17], 16),
@@ -103,14 +103,14 @@ LENGTHS = [80, 17, 81, 17, 1, 80]
     ],
     ids=str,
 )
-def test_sequences_of_several_lengths(config: str, lengths: list[int], first_query: int) -> None:
+def test_sequences_of_several_lengths(config: str, lengths: list[int], query_start: int) -> None:
     offsets = (0, *torch.tensor(lengths).cumsum(0).tolist())
     qkv = leaf(offsets[-1], 3, 2, 40)
     with configured(config):
-        prove(lambda x: short_attention_varlen(x, offsets, first_query=first_query), [qkv])
+        prove(lambda x: short_attention_varlen(x, offsets, query_start=query_start), [qkv])
         with use("triton"):
-            packed = short_attention_varlen(qkv, torch.tensor(offsets, dtype=torch.int32), first_query=first_query)
-            apart = [short_attention(one[None], first_query=first_query)[0] for one in qkv.split(lengths)]
+            packed = short_attention_varlen(qkv, torch.tensor(offsets, dtype=torch.int32), query_start=query_start)
+            apart = [short_attention(one[None], query_start=query_start)[0] for one in qkv.split(lengths)]
         assert torch.equal(packed, torch.cat(apart))
 
 
@@ -179,7 +179,7 @@ def test_the_reference_is_attention() -> None:
     expected = scaled_dot_product_attention(q, k, v).transpose(1, 2)
     with use("reference"):
         torch.testing.assert_close(short_attention(qkv), expected)
-        torch.testing.assert_close(short_attention(qkv, first_query=5), expected[:, 5:])
+        torch.testing.assert_close(short_attention(qkv, query_start=5), expected[:, 5:])
         half = short_attention(qkv.bfloat16())
     assert half.dtype == torch.bfloat16
     assert torch.equal(half, reference.attention(qkv.bfloat16().float(), 40**-0.5, 0).bfloat16()), "rounded once"
@@ -191,15 +191,25 @@ def test_reference_passes_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda x: reference.attention_varlen(x[0], (0, 2, 5), 0.7, 1), qkv)
 
 
-@pytest.mark.parametrize("first_query", [pytest.param(0, marks=NIGHT), 3])
-def test_operators_are_sound(first_query: int) -> None:
+def test_query_start_is_taken_under_its_old_name_too() -> None:
+    qkv, offsets = torch.randn(9, 3, 2, 32), (0, 4, 9)
+    functions = [lambda **f: short_attention(qkv[None], **f), lambda **f: short_attention_varlen(qkv, offsets, **f)]
+    functions += [lambda **f: attention(qkv[None], **f), lambda **f: attention_varlen(qkv, offsets, **f)]
+    for function in functions:
+        assert torch.equal(function(first_query=3), function(query_start=3))
+        with pytest.raises(TypeError, match="unexpected keyword argument 'first_query'"):
+            function(first_query=3, query_start=3)
+
+
+@pytest.mark.parametrize("query_start", [pytest.param(0, marks=NIGHT), 3])
+def test_operators_are_sound(query_start: int) -> None:
     with configured("resident"):
         for shape, starts, lengths in (
             ((2, 17, 3, 2, 32), None, []),
-            ((34, 3, 2, 32), op._starts((0, 10, 24, 34), first_query, torch.device(DEVICE)), [10, 2, 14, 1]),
+            ((34, 3, 2, 32), op._starts((0, 10, 24, 34), query_start, torch.device(DEVICE)), [10, 2, 14, 1]),
         ):
             qkv = leaf(*shape)
-            arguments = (starts, lengths, 0.2, first_query)
+            arguments = (starts, lengths, 0.2, query_start)
             torch.library.opcheck(op._short_attention, (qkv, *arguments))
             out, logs = op._short_attention(qkv.detach(), *arguments)
             backward = (torch.randn_like(out), qkv.detach(), out, logs, *arguments)
@@ -211,7 +221,7 @@ def test_compiles_without_a_break(sizes: list[tuple[int, int]]) -> None:
     with configured("resident"):
         compiled = torch.compile(short_attention, fullgraph=True, backend="aot_eager")
         for batch, tokens in sizes:
-            prove(lambda x: compiled(x, first_query=2), [leaf(batch, tokens, 3, 2, 32)])
+            prove(lambda x: compiled(x, query_start=2), [leaf(batch, tokens, 3, 2, 32)])
         varlen = torch.compile(short_attention_varlen, fullgraph=True, backend="aot_eager")
         prove(lambda x: varlen(x, (0, 10, 24, 34)), [leaf(34, 3, 2, 32)])
 
@@ -272,9 +282,9 @@ def test_tiles_fit_their_sizes() -> None:
         ({"scale": 0.0}, "scale is 0.0: expected a finite number above 0"),
         ({"scale": float("inf")}, "scale is inf: expected a finite number above 0"),
         ({"scale": "big"}, "scale is big: expected a finite number above 0"),
-        ({"first_query": 5}, "first_query is 5: expected a whole number from 0 to below 5"),
-        ({"first_query": -1}, "first_query is -1: expected a whole number from 0 to below 5"),
-        ({"first_query": 1.0}, "first_query is 1.0: expected a whole number from 0"),
+        ({"query_start": 5}, "query_start is 5: expected a whole number from 0 to below 5"),
+        ({"query_start": -1}, "query_start is -1: expected a whole number from 0 to below 5"),
+        ({"query_start": 1.0}, "query_start is 1.0: expected a whole number from 0"),
     ],
 )
 def test_bad_arguments_are_one_error(change: dict[str, Any], message: str) -> None:
@@ -293,7 +303,7 @@ def test_bad_arguments_are_one_error(change: dict[str, Any], message: str) -> No
         ({"cu_seqlens": (0, 4.0, 9)}, r"cu_seqlens is \(0, 4.0, 9\): expected whole numbers"),
         ({"cu_seqlens": 9}, "cu_seqlens is 9: expected whole numbers"),
         ({"cu_seqlens": torch.tensor([0.0, 9.0])}, r"cu_seqlens is torch.float32 \[2\]: expected int32 \[S\+1\]"),
-        ({"first_query": 4}, "first_query is 4: expected a whole number from 0 to below 4"),
+        ({"query_start": 4}, "query_start is 4: expected a whole number from 0 to below 4"),
     ],
 )
 def test_bad_lengths_are_one_error(change: dict[str, Any], message: str) -> None:

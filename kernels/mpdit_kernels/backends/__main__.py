@@ -35,23 +35,21 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     gpu = torch.cuda.is_available()
     parser = Parser("python -m mpdit_kernels.backends", description="Attention: what runs here, and what is chosen")
-    parser.add_argument("--table", action="store_true", help=argparse.SUPPRESS)  # the only thing it does by now
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
         "--tokens", type=int, nargs="+", metavar="T", help="sequence lengths (80 272; on a GPU also 1040)"
     )
     parser.add_argument("--head-dim", type=int, nargs="+", metavar="D", default=[72], help="widths of a head (72)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, metavar="DTYPE",
                         help=f"of {', '.join(DTYPES)} (bfloat16; on a CPU also float32)")  # fmt: skip
-    parser.add_argument("--first-query", type=int, metavar="F", default=0, help="tokens that are keys and values only")
+    parser.add_argument(
+        "--query-start", "--first-query", type=int, metavar="F", default=0, help="tokens that are keys and values only"
+    )
     parser.add_argument("--device", default="cuda" if gpu else "cpu", help="cpu, cuda or cuda:N")
     parser.add_argument(
         "--deterministic", action="store_true", help="as under torch.use_deterministic_algorithms(True)"
     )
     parser.add_argument("--json", action="store_true", help="the table as JSON")
     options = parser.parse_args(arguments)
-    if options.measure:
-        parser.error("--measure is a tool of the source tree: in the folder kernels/, python -m tools.tune --attention")
     try:
         if options.device.partition(":")[0] not in ("cpu", "cuda"):
             raise ValueError("expected cpu, cuda or cuda:N")
@@ -65,11 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gpu = device.type == "cuda"
     tokens = options.tokens or ([80, 272, 1040] if gpu else [80, 272])
     dtypes = options.dtype or (["bfloat16"] if gpu else ["float32", "bfloat16"])
-    if min(*tokens, *options.head_dim) < 1 or not 0 <= options.first_query < min(tokens):
-        parser.error("--tokens and --head-dim take whole numbers of at least 1, --first-query fewer than the tokens")
+    if min(*tokens, *options.head_dim) < 1 or not 0 <= options.query_start < min(tokens):
+        parser.error("--tokens and --head-dim take whole numbers of at least 1, --query-start fewer than the tokens")
     repeat = options.deterministic
     calls = [
-        Call(t, d, DTYPES[dtype], device, options.first_query, repeat, repeat, mode())
+        Call(t, d, DTYPES[dtype], device, options.query_start, repeat, repeat, mode())
         for dtype, d, t in product(dtypes, options.head_dim, tokens)
     ]
     before = torch.are_deterministic_algorithms_enabled()

@@ -13,16 +13,17 @@ from torch import Tensor
 from mpdit_kernels.backends.choose import BackendError, Context, choice, choose, context, fixed, tell
 from mpdit_kernels.backends.libraries import BACKENDS, Call
 from mpdit_kernels.backends.probe import refusal
-from mpdit_kernels.checks import autocast_dtype, check, check_filled
+from mpdit_kernels.checks import autocast_dtype, check, check_filled, takes_old_name
 from mpdit_kernels.dispatch import constant_to_compiler
-from mpdit_kernels.short_attn.op import check_first_query, checked_scale
+from mpdit_kernels.short_attn.op import check_query_start, checked_scale
 from mpdit_kernels.varlen import Offsets, Sequences, sequences
 
 
+@takes_old_name("first_query", "query_start")
 def attention(
     qkv: Tensor,
     scale: float | None = None,
-    first_query: int = 0,
+    query_start: int = 0,
     *,
     backend: str = "auto",
     deterministic: bool | None = None,
@@ -34,7 +35,7 @@ def attention(
             PyTorch's own attention, it is cast. Any strides: it is copied unless the last axis is contiguous and rows
             are as aligned as in a copy.
         scale: of the scores; by default 1 / sqrt(d).
-        first_query: f: tokens before it are keys and values only, and their queries get a gradient of zero.
+        query_start: f: tokens before it are keys and values only, and their queries get a gradient of zero.
         backend: "auto" takes what `use_attention`, MPDIT_ATTENTION or the measured table say, in this order; or one of
             `BACKENDS`.
         deterministic: whether the gradient must repeat bit for bit; by default what torch was told by
@@ -51,19 +52,20 @@ def attention(
     scale, deterministic = _check(qkv, "[B, T, 3, H, d]", scale, deterministic, backend)
     tokens = fixed(qkv.shape[1])
     check_filled("qkv", qkv, 1, "at least one token")
-    check_first_query(first_query, tokens)
+    check_query_start(query_start, tokens)
     qkv = _ready(qkv)
     if not qkv.shape[0]:
-        return qkv[:, first_query:, 0]
-    name = choose(tokens, *context(qkv, first_query, backend, deterministic))
-    return BACKENDS[name].run(qkv, scale, first_query, deterministic)
+        return qkv[:, query_start:, 0]
+    name = choose(tokens, *context(qkv, query_start, backend, deterministic))
+    return BACKENDS[name].run(qkv, scale, query_start, deterministic)
 
 
+@takes_old_name("first_query", "query_start")
 def attention_varlen(
     qkv: Tensor,
     cu_seqlens: Offsets,
     scale: float | None = None,
-    first_query: int = 0,
+    query_start: int = 0,
     *,
     backend: str = "auto",
     deterministic: bool | None = None,
@@ -78,7 +80,7 @@ def attention_varlen(
         cu_seqlens: [S + 1] cumulative lengths from 0 to N. Best as a tuple: a tensor on a GPU is waited for, and
             torch.compile can't read one.
         scale, backend, deterministic: as for `attention`.
-        first_query: f: each sequence's tokens before it are keys and values only. Every length must exceed it.
+        query_start: f: each sequence's tokens before it are keys and values only. Every length must exceed it.
 
     Returns:
         [N - S * f, H, d], packed likewise.
@@ -90,25 +92,25 @@ def attention_varlen(
     if torch.compiler.is_compiling() and not isinstance(cu_seqlens, Tensor):
         cu_seqlens = tuple(fixed(offset) for offset in cu_seqlens)
     offsets = sequences(cu_seqlens, qkv.shape[0]).offsets
-    check_first_query(first_query, min([b - a for a, b in itertools.pairwise(offsets)] or [1]))
+    check_query_start(query_start, min([b - a for a, b in itertools.pairwise(offsets)] or [1]))
     qkv = _ready(qkv)
     if len(offsets) == 1:
         return qkv[:, 0]
-    runs, parts = plan(offsets, context(qkv, first_query, backend, deterministic))
+    runs, parts = plan(offsets, context(qkv, query_start, backend, deterministic))
     pieces = qkv.split([length * count for length, count in runs])
     outs = list(pieces)
     for name, length, members, part_offsets in parts:
         mine = qkv if len(members) == len(runs) else torch.cat([pieces[index] for index in members])
         if length:
             dense = mine.unflatten(0, (-1, length))
-            out = BACKENDS[name].run(dense, scale, first_query, deterministic).flatten(0, 1)
+            out = BACKENDS[name].run(dense, scale, query_start, deterministic).flatten(0, 1)
         else:
             run_packed = BACKENDS[name].run_packed
             assert run_packed is not None
-            out = run_packed(mine, Sequences(part_offsets), scale, first_query, deterministic)
+            out = run_packed(mine, Sequences(part_offsets), scale, query_start, deterministic)
         if len(parts) == 1:
             return out
-        sizes = [(runs[index][0] - first_query) * runs[index][1] for index in members]
+        sizes = [(runs[index][0] - query_start) * runs[index][1] for index in members]
         for index, piece in zip(members, out.split(sizes), strict=True):
             outs[index] = piece
     return torch.cat(outs)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpdit_kernels.checks import check, check_filled, check_shapes, check_tensors
+from mpdit_kernels.checks import check, check_filled, check_shapes, check_tensors, takes_old_name
 from mpdit_kernels.dispatch import takes_triton
 from mpdit_kernels.operators import count_flops, kernel_op
 from mpdit_kernels.short_attn import reference
@@ -22,7 +22,8 @@ WIDTHS = (32, 128)
 """Least and greatest width of a head, which is a multiple of 8."""
 
 
-def short_attention(qkv: Tensor, scale: float | None = None, first_query: int = 0) -> Tensor:
+@takes_old_name("first_query", "query_start")
+def short_attention(qkv: Tensor, scale: float | None = None, query_start: int = 0) -> Tensor:
     """Compute softmax(scale * Q K^T) V of every head for sequences of few tokens (Vaswani et al., 2017, section 3.2.1).
 
     The kernels serve up to 320 tokens and heads of 32 to 128 columns in multiples of 8, the reference whatever else.
@@ -34,7 +35,7 @@ def short_attention(qkv: Tensor, scale: float | None = None, first_query: int = 
         qkv: [B, T, 3, H, d], as a packed projection writes it. The kernels copy it where a token's numbers aren't
             neighbours in memory.
         scale: of the scores; d**-0.5 by default.
-        first_query: f; tokens before it are keys and values only: nothing reads their queries.
+        query_start: f; tokens before it are keys and values only: nothing reads their queries.
 
     Returns:
         [B, T - f, H, d] in the dtype of qkv. Scores, weights and sums are fp32; weights are rounded to qkv's dtype
@@ -46,14 +47,15 @@ def short_attention(qkv: Tensor, scale: float | None = None, first_query: int = 
     scale = checked_scale(qkv, "[B, T, 3, H, d]", scale)
     tokens = qkv.shape[1]
     check_filled("qkv", qkv, 1, "at least one token")
-    check_first_query(first_query, tokens)
+    check_query_start(query_start, tokens)
     if takes_triton("short_attention", qkv, refusal=refusal(tokens, qkv.shape[-1])):
-        return run(qkv, scale, first_query)
-    return reference.attention(qkv, scale, first_query)
+        return run(qkv, scale, query_start)
+    return reference.attention(qkv, scale, query_start)
 
 
+@takes_old_name("first_query", "query_start")
 def short_attention_varlen(
-    qkv: Tensor, cu_seqlens: Offsets | Sequences, scale: float | None = None, first_query: int = 0
+    qkv: Tensor, cu_seqlens: Offsets | Sequences, scale: float | None = None, query_start: int = 0
 ) -> Tensor:
     """Compute the same for sequences of several lengths, packed one after the other; one launch for each length.
 
@@ -61,7 +63,7 @@ def short_attention_varlen(
         qkv: [N, 3, H, d].
         cu_seqlens: cumulative lengths (0, ..., N) of S sequences, see `mpdit_kernels.varlen`.
         scale: of the scores; d**-0.5 by default.
-        first_query: f, of each sequence; every one is longer.
+        query_start: f, of each sequence; every one is longer.
 
     Returns:
         [N - S * f, H, d].
@@ -71,10 +73,10 @@ def short_attention_varlen(
     """
     scale = checked_scale(qkv, "[N, 3, H, d]", scale)
     packed = cu_seqlens if isinstance(cu_seqlens, Sequences) else sequences(cu_seqlens, qkv.shape[0])
-    check_first_query(first_query, min(packed.lengths, default=1))
+    check_query_start(query_start, min(packed.lengths, default=1))
     if takes_triton("short_attention", qkv, refusal=refusal(packed.longest, qkv.shape[-1])):
-        return run_varlen(qkv, packed, scale, first_query)
-    return reference.attention_varlen(qkv, packed.offsets, scale, first_query)
+        return run_varlen(qkv, packed, scale, query_start)
+    return reference.attention_varlen(qkv, packed.offsets, scale, query_start)
 
 
 def run(qkv: Tensor, scale: float, query_start: int) -> Tensor:
@@ -114,11 +116,11 @@ def checked_scale(qkv: Tensor, letters: str, scale: float | None) -> float:
     return float(scale)
 
 
-def check_first_query(first_query: int, tokens: int) -> None:
-    """Check that 0 <= first_query < tokens."""
-    whole = isinstance(first_query, (int, torch.SymInt)) and not isinstance(first_query, bool)
-    if not (whole and 0 <= first_query < tokens):
-        check(False, "first_query", first_query, f"a whole number from 0 to below {tokens}, the tokens of a sequence")
+def check_query_start(query_start: int, tokens: int) -> None:
+    """Check that 0 <= query_start < tokens."""
+    whole = isinstance(query_start, (int, torch.SymInt)) and not isinstance(query_start, bool)
+    if not (whole and 0 <= query_start < tokens):
+        check(False, "query_start", query_start, f"a whole number from 0 to below {tokens}, the tokens of a sequence")
 
 
 @functools.lru_cache(maxsize=256)
