@@ -26,7 +26,7 @@ from mpdit.training import loop, metrics
 from mpdit.training.checkpoint import format, resume, save
 from mpdit.training.checkpoint.deepspeed_state import fragments, optimizer_steps
 from mpdit.training.checkpoint.format import KINDS
-from mpdit.training.safety.guard import Guard
+from mpdit.training.safety.guard import Guard, Skipped
 
 
 def before_step(rank: int, step: int, act: Callable[[], object]) -> None:
@@ -137,27 +137,31 @@ def spoil_samples(faults: Sequence[tuple[str, int]]) -> None:
                 losses = _ScaledGradient.apply(losses, torch.where(here, factors[kind], 1.0))
         return losses
 
-    loop.flow_loss, loop.Guard = flow_loss, _RecordingGuard  # type: ignore[misc]
+    build = loop.build_engine
+
+    def build_engine(run: Any, device: torch.device, skip: Tensor) -> tuple[Any, Any]:
+        _RecordingGuard.file = (run.out / f"state-{run.env.rank}.jsonl").open("a")
+        return build(run, device, skip)
+
+    loop.flow_loss, loop.Guard, loop.build_engine = flow_loss, _RecordingGuard, build_engine  # type: ignore[misc]
 
 
 class _RecordingGuard(Guard):
-    def __init__(self, run: Any, engine: Any, *arguments: Any, **options: Any) -> None:
-        super().__init__(run, engine, *arguments, **options)
-        self._file = (run.out / f"state-{run.env.rank}.jsonl").open("a")
+    file: Any
 
-    def decide(self, step: int, means: Sequence[Tensor]) -> Tensor:
+    def decide(self, step: int, means: Sequence[Tensor]) -> None:
         self._step = step
-        return super().decide(step, means)
+        super().decide(step, means)
 
-    def flush(self, unread: int = 0) -> None:
+    def flush(self, unread: int = 0) -> list[Skipped]:
         if unread:  # once a step, after the optimiser
             optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)  # within ZeRO's, if any
             parts, steps = fragments(self._engine, optimizer), optimizer_steps(optimizer)
             line = {kind: _digest([parts[key] for key in parts if key.startswith(f"{kind}/")]) for kind in KINDS}
             line["model"] = _digest([param.detach() for param in self._engine.module.parameters()])
-            self._file.write(json.dumps({"step": self._step, "steps": steps} | line) + "\n")
-            self._file.flush()
-        super().flush(unread)
+            self.file.write(json.dumps({"step": self._step, "steps": steps} | line) + "\n")
+            self.file.flush()
+        return super().flush(unread)
 
 
 def _digest(tensors: list[Tensor]) -> str:

@@ -25,7 +25,8 @@ from mpdit.model.weights import save_weights
 from mpdit.training.checkpoint import format, save
 from mpdit.training.checkpoint.format import Checkpoint
 from mpdit.training.config import TrainConfig
-from mpdit.training.safety.guard import Guard
+from mpdit.training.metrics import SkipLog
+from mpdit.training.safety.guard import Skipped
 
 
 @pytest.fixture
@@ -91,9 +92,7 @@ def test_a_checkpoint_is_of_steps_whose_logs_are_on_the_disk(
     whole = replace(whole, files=format.write_shard(partial, 0, {"ema/a/0": torch.ones(1)}))
     seen.clear()
 
-    engine = SimpleNamespace(device=torch.device("cpu"))
-    line: dict[str, Any] = {"step": 1, "reason": "loss"}
-    Guard(run, engine, 0, lambda: None)._list(line, "")
+    SkipLog(run, 0, lambda: None).add([Skipped(1, "loss", None, None, (0, 1), [0, 1], [1], in_a_row=1)])
     assert seen == ["sync skipped.jsonl"]
 
     monkeypatch.setattr(save, "export", lambda *_: seen.append("average"))

@@ -25,7 +25,7 @@ from mpdit.diffusion.flow import flow_loss
 from mpdit.model.mpdit import MPDiT
 from mpdit.training.config import TrainConfig, with_defaults
 from mpdit.training.engine import EPS
-from mpdit.training.metrics import LossMean
+from mpdit.training.metrics import LossMean, SkipLog
 from mpdit.training.safety.guard import SPIKE_HORIZON, SPIKE_LEAST, Guard
 from mpdit.training.setup import prepare
 
@@ -167,14 +167,16 @@ def alone(tmp_path: Path) -> Iterator[None]:
 class _Small:
     """A Guard over one parameter of three numbers, as at ZeRO stage 0."""
 
-    def __init__(self, out: Path, start_step: int = 0, **options: Any) -> None:
+    def __init__(self, out: Path, start_step: int = 0, world_size: int = 1, **options: Any) -> None:
         self.param = torch.nn.Parameter(torch.zeros(3))
         self.optimizer = AdamWEMA([self.param], lr=0.1)
         module = SimpleNamespace(parameters=lambda: [self.param])
         device = torch.device("cpu")
         engine = SimpleNamespace(optimizer=None, zero_optimization=lambda: False, module=module, device=device)
         run: Any = SimpleNamespace(out=out, env=DistEnv(), config=TrainConfig(**options))
-        self.guard = Guard(run, engine, start_step, wait_for_save=lambda: None)
+        self.optimizer.skip = torch.tensor(False)
+        self.guard = Guard(engine, self.optimizer.skip, world_size, run.config.skip_spikes)
+        self.log = SkipLog(run, start_step, wait_for_save=lambda: None)
         self.loss_mean = LossMean(device)
 
     def step(self, step: int, norm: float, loss: float = 1.0) -> bool:
@@ -184,10 +186,13 @@ class _Small:
         losses = torch.tensor([loss, 1.0])
         self.guard.record(losses, Batch(numbers, numbers, numbers + 100, numbers))
         self.param.grad = norm * torch.tensor([0.6, 0.0, -0.8])
-        self.optimizer.skip = self.guard.decide(step, [losses.mean()])
+        self.guard.decide(step, [losses.mean()])
         self.loss_mean.add([losses.mean()], self.optimizer.skip)
         self.optimizer.step()
         return not torch.equal(before, self.param.detach())
+
+    def flush(self, unread: int = 0) -> None:
+        self.log.add(self.guard.flush(unread))
 
 
 @pytest.mark.usefixtures("alone")
@@ -207,16 +212,16 @@ def test_a_spike_is_what_its_rule_says(tmp_path: Path) -> None:
         else:
             skipped.append(step)
         if step == 150:  # through a checkpoint, with every bit
-            small.guard.flush()
+            small.flush()
             state = json.loads(json.dumps(small.guard.state()))
             assert state["norm_average"] == pytest.approx(average, rel=1e-6)
             other = _Small(tmp_path, start_step=150, skip_spikes=2.0, max_skips=1000)
             other.guard.restore(state)
-            other.guard.flush()
+            other.flush()
             assert other.guard.state() == state
             other.param.data.copy_(small.param.data)
             small = other
-    small.guard.flush()
+    small.flush()
     assert small.guard.skipped == len(skipped) > 0
     lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == skipped
@@ -248,7 +253,7 @@ def test_what_is_not_finite(tmp_path: Path, norm: float, loss: float, reason: st
     assert small.step(1, 9e18)
     assert not small.step(2, norm, loss)
     assert small.step(3, 1.0)
-    small.guard.flush(unread=1)
+    small.flush(unread=1)
     (line,) = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert (line["step"], line["reason"], line["positions"]) == (2, reason, [8, 9])
     assert line["indices"] == ([108] if reason == "loss" else [108, 109])
@@ -261,17 +266,17 @@ def test_a_skip_is_counted_when_the_next_step_was_decided_and_ends_the_run_after
     small = _Small(tmp_path, max_skips=3)
     for step in range(1, 4):
         assert not small.step(step, math.inf)
-        small.guard.flush(unread=1)
+        small.flush(unread=1)
         assert small.guard.skipped == small.guard.in_a_row == step - 1
     with pytest.raises(ConfigError, match=r"^3 steps in a row .* step 3, .*no checkpoint yet: lower --lr"):
-        small.guard.flush()
+        small.flush()
 
     # As from a checkpoint of step 1, in another process.
     again = _Small(tmp_path, start_step=1, max_skips=3)
     again.guard.restore({"skipped": 1, "skipped_in_a_row": 1})
     assert [json.loads(line)["step"] for line in (tmp_path / "skipped.jsonl").read_text().splitlines()] == [1]
     assert again.step(2, 1.0)
-    again.guard.flush()
+    again.flush()
     assert (again.guard.skipped, again.guard.in_a_row, again.guard.norm) == (1, 0, pytest.approx(1.0))
     assert again.guard.state()["norm_count"] == 0
     _Small(tmp_path, start_step=0)
@@ -281,11 +286,10 @@ def test_a_skip_is_counted_when_the_next_step_was_decided_and_ends_the_run_after
 @pytest.mark.usefixtures("alone")
 def test_loss_and_norm_are_over_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: sums.mul_(2))  # another rank met the same
-    small = _Small(tmp_path, skip_spikes=2.0)
-    small.guard._run.env = DistEnv(size=2)
+    small = _Small(tmp_path, world_size=2, skip_spikes=2.0)
     assert all(small.step(step, 1.0) for step in range(1, SPIKE_LEAST + 1))
     assert not small.step(SPIKE_LEAST + 1, 10.0, loss=2.0)
-    small.guard.flush()
+    small.flush()
     (line,) = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert (line["loss"], line["norm"]) == (1.5, pytest.approx(10 * math.sqrt(2)))
 
@@ -298,7 +302,7 @@ def test_the_end_of_patience_names_the_last_good_checkpoint_and_what_to_change(t
     small = _Small(tmp_path, max_skips=1)
     small.step(1, math.nan)
     with pytest.raises(ConfigError) as error:
-        small.guard.flush()
+        small.flush()
     remedy = "repeat the command with a larger --max-skips, or with --force and a lower --lr or --clip"
     assert str(error.value).endswith(f"the last good checkpoint is {saved}: {remedy}")
 

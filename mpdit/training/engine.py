@@ -28,11 +28,10 @@ EPS = 1e-8
 """Added to the root of the second moment."""
 
 
-def build_engine(run: Run, device: torch.device) -> tuple[Any, Any]:
+def build_engine(run: Run, device: torch.device, skip: Tensor) -> tuple[Any, Any]:
     """Build the model from the run's seed or initial weights; return DeepSpeed's engine for it and the optimiser.
 
-    The optimiser reads its attribute `skip`, bool [], at each step, on the device, and changes nothing where it is
-    true.
+    At each step the optimiser reads `skip`, bool [], on the device, and changes nothing where it is true.
 
     Raises ConfigError when DeepSpeed refuses the configuration, or this machine the optimiser or the attention that
     was asked for.
@@ -49,7 +48,7 @@ def build_engine(run: Run, device: torch.device) -> tuple[Any, Any]:
         run.initial.copy_to(model)
     model.activation_checkpointing = config.activation_checkpointing
     optimizer: Any = build_optimizer(config, model.parameters(), device, run.ds)
-    optimizer.skip = torch.zeros((), dtype=torch.bool, device=device)
+    optimizer.skip = skip
     with _deepspeed_errors(config.ds_config):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=copy.deepcopy(run.ds))
     model.try_attention(torch.bfloat16 if config.precision == "bf16" else torch.float32)

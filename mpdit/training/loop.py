@@ -27,7 +27,7 @@ from mpdit.training.checkpoint.format import Checkpoint
 from mpdit.training.config import GRID
 from mpdit.training.distributed import extend_timeouts, init_distributed
 from mpdit.training.engine import build_engine, check_deepspeed
-from mpdit.training.metrics import LossMean, MetricsLog, Stopwatch, WandbRun
+from mpdit.training.metrics import LossMean, MetricsLog, SkipLog, Stopwatch, WandbRun
 from mpdit.training.profiling import Profiler
 from mpdit.training.run import Run
 from mpdit.training.safety.guard import Guard
@@ -71,7 +71,8 @@ def train(run: Run, stop: StopRequests) -> str:
 
         resumed = resume.find(run)
         watchdog.alive("building the model", PATIENCE)
-        engine, optimizer = build_engine(run, device)
+        skip = torch.zeros((), dtype=torch.bool, device=device)  # of each step, from the guard to the optimiser
+        engine, optimizer = build_engine(run, device, skip)
         plan = run.batch_plan()
         if resumed is not None:
             restore(engine, optimizer, resumed)
@@ -94,7 +95,8 @@ def train(run: Run, stop: StopRequests) -> str:
             device=device,
             gpu_stage=config.gpu_stage,
         )
-        guard = Guard(run, engine, plan.start_step, wait_for_save=saver.wait)
+        guard = Guard(engine, skip, env.size, config.skip_spikes)
+        skips = SkipLog(run, plan.start_step, wait_for_save=saver.wait)
         if resumed is not None:
             guard.restore(resumed.counters)
         # Ranks agree between steps over a group of their own: no device is waited for, training's messages are not
@@ -135,11 +137,10 @@ def train(run: Run, stop: StopRequests) -> str:
                 with profile.range("optimizer"):
                     if micro == plan.grad_accum_steps - 1:
                         # One sum over all ranks: whether loss or gradient is not finite, or the gradient's norm leaps.
-                        skip = guard.decide(step, micro_losses)
-                        optimizer.skip.copy_(skip)
+                        guard.decide(step, micro_losses)
                         loss_mean.add(micro_losses, skip)
                     engine.step()  # after the last micro step: clip, AdamW, and the average (EMA) with it
-            guard.flush(unread=1)  # all but this step's decision, which is still on its way from the device
+            skips.add(guard.flush(unread=1))  # all but this step's decision, which is still on its way from the device
             images += config.global_batch
             log.advance()
 
@@ -156,7 +157,7 @@ def train(run: Run, stop: StopRequests) -> str:
             samples = plan.samples_after(step)
             # A step that is saved is logged too, so that no half-summed loss has to be saved with it.
             if step == 1 or saving or _due(step, config.log_every, config.steps):
-                guard.flush()
+                skips.add(guard.flush())
                 mean, speed = loss_mean.take(), images / watch.lap()
                 values = {
                     "loss": mean,

@@ -1,4 +1,4 @@
-"""Reports a run while it runs: metrics.jsonl, progress bar, TensorBoard, Weights & Biases."""
+"""Reports a run while it runs: metrics.jsonl, progress bar, TensorBoard, Weights & Biases, skipped steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,9 +18,18 @@ import torch
 from tqdm import tqdm
 
 from mpdit.core.errors import ConfigError, one_line
-from mpdit.core.files import write_atomically
+from mpdit.core.files import sync_to_disk, write_atomically
 from mpdit.core.progress import bar
+from mpdit.core.text import counted
+from mpdit.training.checkpoint.format import committed_folders
 from mpdit.training.run import WANDB_NAME, Run
+from mpdit.training.safety.guard import Skipped
+
+_REASONS = {
+    "loss": "its loss is not finite",
+    "gradient": "its gradient is not finite",
+    "spike": "its gradient's norm leapt",
+}
 
 PACE_STEPS = 20
 """Steps that are timed before a run says how long it will take. The one before them sets up what they find there."""
@@ -214,6 +224,54 @@ class MetricsLog:
             self._file.close()
             if self._tensorboard is not None:
                 self._tensorboard.close()
+
+
+class SkipLog:
+    """Lists skipped steps in OUT/skipped.jsonl, and stops the run after --max-skips of them in a row.
+
+    A line has "step", "reason" ("loss" or "gradient": not finite; "spike"), "loss" and "norm" over all ranks, null
+    where they are not finite, "positions", first and last in the global order, and "indices" of samples in the data
+    set: of those whose loss is not finite, or where all are finite, of all of the step's. Lines past the step that a
+    run continues from are dropped, so that no step is there twice.
+    """
+
+    def __init__(self, run: Run, start_step: int, wait_for_save: Callable[[], None]) -> None:
+        """`wait_for_save` is called before the run is stopped, so that the newest save is named."""
+        self._run, self._wait_for_save, self._path = run, wait_for_save, run.out / "skipped.jsonl"
+        if run.env.rank == 0 and self._path.exists() and not keep_lines_until(self._path, start_step):
+            self._path.unlink()
+
+    def add(self, steps: Sequence[Skipped]) -> None:
+        """List the steps. Raises ConfigError, on every rank, after --max-skips in a row, naming the last checkpoint."""
+        for skipped in steps:
+            if self._run.env.rank == 0:
+                self._write(skipped)
+            if skipped.in_a_row >= self._run.config.max_skips:
+                self._wait_for_save()
+                saved = committed_folders(self._run.out)  # all good: a step that was skipped has changed nothing
+                remedy = (
+                    f"the last good checkpoint is {saved[-1]}: repeat the command with a larger --max-skips, or with "
+                    "--force and a lower --lr or --clip"
+                    if saved
+                    else "there is no checkpoint yet: lower --lr, or set --clip, and start again"
+                )
+                raise ConfigError(
+                    f"{counted(skipped.in_a_row, 'step')} in a row had to be skipped, the last of them step "
+                    f"{skipped.step}, because {_REASONS[skipped.reason]} ({self._path} lists the samples); {remedy}"
+                )
+
+    def _write(self, skipped: Skipped) -> None:
+        extent = f" ({len(skipped.bad)} of {counted(len(skipped.indices), 'sample')})" if skipped.bad else ""
+        reason = f"{_REASONS[skipped.reason]}{extent}"
+        tqdm.write(f"warning: step {skipped.step} was skipped: {reason}; see {self._path}", file=sys.stderr)
+        line = asdict(skipped) | {"indices": skipped.bad or skipped.indices}
+        del line["bad"], line["in_a_row"]
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            sync_to_disk(self._path)  # it must not lag behind a checkpoint
+        except OSError as error:
+            raise ConfigError(f"{self._path} can't be written ({error}): free some space, or mend it") from error
 
 
 def keep_lines_until(path: Path, step: int) -> list[dict[str, Any]]:

@@ -2,34 +2,25 @@
 
 A step is judged on the device, between its last backward pass and the optimiser: one sum over all ranks, of the squares
 of the gradients each keeps and of its losses, gives all the same norm, the same loss and so the same verdict. The
-optimiser reads it there (its attribute `skip`) and the host a step later, so that nothing waits. A step that was
+optimiser reads it there and the host a step later, so that nothing waits. A step that was
 skipped leaves weights, moments, average and the optimiser's count of steps as they were, to the bit; position and
 learning rate go on.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mpdit.core.dist_env import gather
-from mpdit.core.errors import ConfigError
-from mpdit.core.files import sync_to_disk
-from mpdit.core.text import counted
 from mpdit.data.loaders import Batch
-from mpdit.training.checkpoint.format import committed_folders
 from mpdit.training.engine import gradient_sum_of_squares
-from mpdit.training.metrics import keep_lines_until
-from mpdit.training.run import Run
 
 LARGEST_NORM = 1e19
 """A gradient of this norm or more counts as not finite: DeepSpeed sums squares in fp32, which end at 3.4e38, and drops
@@ -42,11 +33,25 @@ on a new norm moves it by one over this many of the difference."""
 SPIKE_LEAST = 10
 """Steps that must have been taken before any is skipped for its norm."""
 
-_REASONS = {
-    "loss": "its loss is not finite",
-    "gradient": "its gradient is not finite",
-    "spike": "its gradient's norm leapt",
-}
+
+@dataclass(frozen=True)
+class Skipped:
+    """Describes a step that was skipped."""
+
+    step: int
+    reason: Literal["loss", "gradient", "spike"]
+    """What is not finite, or that the norm leapt."""
+    loss: float | None
+    """Over all ranks, as the norm; None where it is not finite."""
+    norm: float | None
+    positions: tuple[int, int]
+    """First and last of its samples in the global order."""
+    indices: list[int]
+    """Its samples, in the data set."""
+    bad: list[int]
+    """Those of them whose loss is not finite."""
+    in_a_row: int
+    """How many steps have been skipped up to this one."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +67,7 @@ class _Verdict:
 
 
 class Guard:
-    """Decides of every step of a run whether it is taken, counts the skipped ones, lists them in OUT/skipped.jsonl.
-
-    A line of skipped.jsonl has "step", "reason" ("loss" or "gradient": not finite; "spike"), "loss" and "norm" over all
-    ranks, null where they are not finite, "positions", first and last in the global order, and "indices" of samples in
-    the data set: of those whose loss is not finite, or where all are finite, of all of the step's. Lines past the step
-    that a run continues from are dropped, so that no step is there twice.
+    """Decides of every step of a run whether it is taken, and counts the skipped ones.
 
     A spike, if --skip-spikes is given, is a norm of more than that many times the average norm of the steps taken so
     far (SPIKE_HORIZON, SPIKE_LEAST).
@@ -78,47 +78,43 @@ class Guard:
         norm: gradient norm of the last step that was flushed, over all ranks and before clipping.
     """
 
-    def __init__(self, run: Run, engine: Any, start_step: int, wait_for_save: Callable[[], None]) -> None:
-        """`wait_for_save` is called before a run is stopped for too many skips, so that the newest save is named."""
-        self._run, self._engine, self._wait_for_save = run, engine, wait_for_save
+    def __init__(self, engine: Any, skip: Tensor, world_size: int = 1, skip_spikes: float = 0.0) -> None:
+        """`skip`, bool [] on the device, is where decisions are written and the optimiser reads them."""
+        self._engine, self._skip, self._world_size, self._skip_spikes = engine, skip, world_size, skip_spikes
         self.skipped = self.in_a_row = 0
         self.norm = math.nan
         self._norms = torch.zeros(2, dtype=torch.float64, device=engine.device)  # their average, how many
         self._samples: list[tuple[Tensor, Tensor, Tensor]] = []
         self._unread: deque[_Verdict] = deque()
-        self._path = run.out / "skipped.jsonl"
-        if run.env.rank == 0 and self._path.exists() and not keep_lines_until(self._path, start_step):
-            self._path.unlink()
 
     def record(self, losses: Tensor, batch: Batch) -> None:
         """Note the losses [b] of a micro step, to say later which of its samples were bad."""
         self._samples.append((losses.detach(), batch.positions, batch.indices))
 
     @torch.no_grad()
-    def decide(self, step: int, means: Sequence[Tensor]) -> Tensor:
-        """Return whether to skip step `step`, bool [] on the device, from the mean losses [] of its micro steps.
+    def decide(self, step: int, means: Sequence[Tensor]) -> None:
+        """Write down for the optimiser whether to skip step `step`, from the mean losses [] of its micro steps.
 
         All ranks must call it; it doesn't wait for the device.
         """
         sums = torch.stack([gradient_sum_of_squares(self._engine), torch.stack([*means]).double().mean()])
         torch.distributed.all_reduce(sums)
-        norm, loss = sums[0].sqrt(), sums[1] / self._run.env.size
+        norm, loss = sums[0].sqrt(), sums[1] / self._world_size
         skip = ~(loss.isfinite() & (norm < LARGEST_NORM))  # a NaN is not below
-        if self._run.config.skip_spikes:
+        if self._skip_spikes:
             skip |= self._leaps(norm, skip)
         values, arrived = _to_host(torch.stack([norm, loss, skip.double()]))
         self._unread.append(_Verdict(step, values, arrived, self._samples))
         self._samples = []
-        return skip
+        self._skip.copy_(skip)
 
-    def flush(self, unread: int = 0) -> None:
-        """Count and list the steps that were skipped, but for the last `unread` decisions: those are still on the way.
+    def flush(self, unread: int = 0) -> list[Skipped]:
+        """Count and return the steps that were skipped, but for the last `unread` decisions, still on their way.
 
-        All ranks must call it; with 0 it waits for the device. Raises ConfigError, on every rank, after --max-skips
-        steps in a row, naming the last good checkpoint.
+        All ranks must call it; with 0 it waits for the device.
         """
-        while len(self._unread) > unread:
-            self._settle(self._unread.popleft())
+        read = [self._unread.popleft() for _ in range(len(self._unread) - unread)]
+        return [skipped for verdict in read for skipped in self._read(verdict)]
 
     def state(self) -> dict[str, Any]:
         """Return what `restore` continues from, in JSON types that keep every bit; to be flushed before."""
@@ -139,13 +135,14 @@ class Guard:
     def _leaps(self, norm: Tensor, skip: Tensor) -> Tensor:
         """Return whether the norm is a spike; if neither that nor skipped anyway, it joins the average."""
         average, count = self._norms
-        leaps = (count >= SPIKE_LEAST) & (norm > self._run.config.skip_spikes * average)
+        leaps = (count >= SPIKE_LEAST) & (norm > self._skip_spikes * average)
         count = count + 1
         moved = torch.stack([average + (norm - average) / count.clamp(max=SPIKE_HORIZON), count])
         self._norms = torch.where(skip | leaps, self._norms, moved)
         return leaps
 
-    def _settle(self, verdict: _Verdict) -> None:
+    def _read(self, verdict: _Verdict) -> Iterator[Skipped]:
+        """Count a step; yield it if it was skipped."""
         if verdict.arrived is not None:
             verdict.arrived.synchronize()
         self.norm, loss, skipped = verdict.values.tolist()
@@ -155,49 +152,21 @@ class Guard:
         self.skipped += 1
         self.in_a_row += 1
         finite_norm = self.norm < LARGEST_NORM
-        reason = "loss" if not math.isfinite(loss) else "spike" if finite_norm else "gradient"
         ours = [
             row
             for losses, positions, indices in verdict.samples
             for row in zip(positions.tolist(), indices.tolist(), losses.isfinite().tolist(), strict=True)
         ]
         samples = sorted(row for part in gather(ours) for row in part)
-        bad = [index for _, index, finite in samples if not finite]
-        line = {
-            "step": verdict.step,
-            "reason": reason,
-            "loss": loss if math.isfinite(loss) else None,
-            "norm": self.norm if finite_norm else None,
-            "positions": [samples[0][0], samples[-1][0]],
-            "indices": bad or [index for _, index, _ in samples],
-        }
-        if self._run.env.rank == 0:
-            self._list(line, f" ({len(bad)} of {counted(len(samples), 'sample')})" if bad else "")
-        if self.in_a_row >= self._run.config.max_skips:
-            raise self._too_many(verdict.step, reason)
-
-    def _list(self, line: dict[str, Any], extent: str) -> None:
-        message = f"warning: step {line['step']} was skipped: {_REASONS[line['reason']]}{extent}; see {self._path}"
-        tqdm.write(message, file=sys.stderr)
-        try:
-            with self._path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            sync_to_disk(self._path)  # it must not lag behind a checkpoint
-        except OSError as error:
-            raise ConfigError(f"{self._path} can't be written ({error}): free some space, or mend it") from error
-
-    def _too_many(self, step: int, reason: str) -> ConfigError:
-        self._wait_for_save()
-        saved = committed_folders(self._run.out)  # all good: a step that was skipped has changed nothing
-        remedy = (
-            f"the last good checkpoint is {saved[-1]}: repeat the command with a larger --max-skips, or with --force "
-            "and a lower --lr or --clip"
-            if saved
-            else "there is no checkpoint yet: lower --lr, or set --clip, and start again"
-        )
-        return ConfigError(
-            f"{counted(self.in_a_row, 'step')} in a row had to be skipped, the last of them step {step}, because "
-            f"{_REASONS[reason]} ({self._path} lists the samples); {remedy}"
+        yield Skipped(
+            step=verdict.step,
+            reason="loss" if not math.isfinite(loss) else "spike" if finite_norm else "gradient",
+            loss=loss if math.isfinite(loss) else None,
+            norm=self.norm if finite_norm else None,
+            positions=(samples[0][0], samples[-1][0]),
+            indices=[index for _, index, _ in samples],
+            bad=[index for _, index, finite in samples if not finite],
+            in_a_row=self.in_a_row,
         )
 
 
