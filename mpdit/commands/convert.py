@@ -113,7 +113,7 @@ def _deduce(source: Path, to_weights: bool) -> str:
 
 
 def _convert_model(args: argparse.Namespace, theirs: bool, target: str) -> Outcome:
-    from mpdit.data.normalization import Scale, parse_scale
+    from mpdit.data.normalization import parse_scale
     from mpdit.diffusion.images import unscaled
     from mpdit.interop.diffusers_folder import save_diffusers
     from mpdit.interop.official import official_model_name, read_official, save_official
@@ -142,8 +142,8 @@ def _convert_model(args: argparse.Namespace, theirs: bool, target: str) -> Outco
         made = args.out if to_file else args.out / "official.pt"
         save_official(made, model, metadata=metadata)
     else:
-        scale = parse_scale(args.data_scale or "auto") or Scale()
-        metadata = {**metadata, "data": unscaled(metadata.get("data") or {}, scale)}
+        if scale := parse_scale(args.data_scale or "auto"):
+            metadata = {**metadata, "data": unscaled(metadata.get("data") or {}, scale)}
         remarks = save_diffusers(args.out, model, metadata, args.vae)
     figures = {
         "source": str(args.source),

@@ -26,7 +26,7 @@ from mpdit.core.files import as_path, check_room, new_file, write_atomically
 from mpdit.core.progress import bar
 from mpdit.core.text import counted, differences
 from mpdit.data.manifest import PARTS_NAME
-from mpdit.data.normalization import Scale, parse_scale
+from mpdit.data.normalization import parse_scale
 from mpdit.diffusion.images import grid, unscaled
 from mpdit.diffusion.inference import choose_precision
 from mpdit.jobs.npz import NpzReader, NpzWriter, disk, new_npz, npy_rows
@@ -144,7 +144,7 @@ def _plan(
     scale, digits = parse_scale(options.data_scale), data.get("kind") == "digits"
     if digits and (unread := "--vae" if options.vae else "--data-scale" if scale else ""):
         raise ConfigError(f"the model is of the embedded digits, which are decoded without a VAE: leave {unread} out")
-    data = unscaled(data, scale or Scale())
+    data = unscaled(data, scale) if scale else data
     present = data.get("present_classes")
     labels = Labels.choose(config.num_classes, options.classes, options.labels, sampler.seed, present)
     vae, remarks = load_vae(options, data), []
