@@ -120,6 +120,8 @@ FAULTS = tuple(Fault(*row) for row in (
     # what a run tells, and the planner's guess
     (M + "core/progress.py", "a bar starts a process on Python 3.14", "tqdm.set_lock(threading.RLock())",
      "tqdm.get_lock()", "test_startup.py -k step_of"),
+    (T + "metrics.py", "a copied folder goes on in the first one's run of W&B", 'known["out"] != place and',
+     "False and", "test_training_wandb.py -k copied"),
     (T + "metrics.py", "a continued run's clock starts anew", "elapsed = self._elapsed + time", "elapsed = time",
      "test_training_metrics.py"),
     (T + "metrics.py", "TensorBoard loses the last step that was kept", "purge = start_step + 1 if",
@@ -172,6 +174,9 @@ FAULTS = tuple(Fault(*row) for row in (
     (M + "data/quarantine.py", "what is quarantined is not on the disk", "os.fsync(file.fileno())",
      "os.stat(file.fileno())", "test_disk_order.py"),
     # training: checkpoints, guard, ends
+    (M + "core/files.py", "a variable that is not set makes a folder of its name",
+     'raise ConfigError(f"{text}: {found[0]} is not set', 'return found[0] or (f"{text}: {found[0]} is not set',
+     "test_paths.py -k nothing_tells"),
     (M + "core/files.py", "a file is named before its contents are on the disk",
      "        sync_to_disk(partial)\n        os.replace", "        os.stat(partial)\n        os.replace",
      "test_training_checkpoint.py -k on_the_disk"),

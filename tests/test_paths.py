@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import getpass
+import io
 import json
 import os
+import tarfile
 from pathlib import Path
 
+import fuzz_places
+import latent_formats
 import pytest
 
 import mpdit
 from mpdit import cli
-from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError
 from mpdit.core.files import expand_path, read_text, settle_home
+from mpdit.data import open_latents, write_packed
+from mpdit.jobs.extract.sources import list_images
 from mpdit.model.config import ModelConfig
 from mpdit.training.arguments import parse_arguments
 from mpdit.training.deepspeed_config import read_ds_config
-from mpdit.training.setup import prepare
 
 ZERO2 = Path(__file__).parents[1] / "launch" / "zero2.json"
 
@@ -180,8 +184,33 @@ MARKED = {
 def test_files_of_settings_are_read_whatever_editor_wrote_them(encode, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     Path("ds.json").write_bytes(encode(ZERO2.read_text()))
     Path("run.yaml").write_bytes(encode("steps: 3  \nout: café\noverride:\n  width: 32\n"))
-    run = prepare(["--config", "run.yaml", "--ds_config", "ds.json"], DistEnv())
-    assert run.config.steps == 3 and run.out == Path("café") and run.model.width == 32
+    given = parse_arguments(["--config", "run.yaml", "--ds_config", "ds.json"])
+    assert (given["steps"], given["out"], given["override"]) == (3, "café", ["width=32"])
+    assert read_ds_config("ds.json") == read_ds_config(ZERO2)
+
+
+@pytest.mark.parametrize("encode", MARKED.values(), ids=MARKED.keys())
+def test_descriptions_and_labels_are_read_whatever_editor_wrote_them(encode, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    config = ModelConfig(width=8, heads=2, stages=((4, 1), (2, 1)), input_size=8, num_classes=3, class_tokens=1)
+    mpdit.save_weights("weights", mpdit.MPDiT(config).state_dict(), config, {})
+    latent_formats.write_edm2(tmp_path / "edm2", fuzz_places.moments(), latent_formats.labels_of(fuzz_places.COUNT))
+    write_packed("packed", latent_formats.draw(4), [0, 1, 2, 2])
+    for file in (Path("weights/config.json"), Path("edm2/dataset.json"), Path("packed/manifest.json")):
+        file.write_bytes(encode(file.read_text()))
+    assert mpdit.load_weights("weights")[0].config == config
+    assert open_latents("edm2").manifest.num_samples == fuzz_places.COUNT
+    assert open_latents("packed").manifest.num_classes == 3
+    with tarfile.open("images.tar", "w") as archive:
+        for name, content in (
+            ("a.cls", encode("5\n")),
+            ("a.png", b""),
+            ("b.json", encode('{"label": 7}')),
+            ("b.png", b""),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    assert list_images("images.tar").labels.tolist() == [5, 7]
 
 
 def test_what_is_no_text_is_told_in_one_line() -> None:
