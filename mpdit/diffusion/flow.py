@@ -19,7 +19,8 @@ from mpdit.core import rng
 from mpdit.core.errors import ConfigError
 from mpdit.core.rng import Stream
 from mpdit.model.config import one_of
-from mpdit.model.packed import Images, Latents, check_images
+from mpdit.model.layers import Latents, check_images
+from mpdit.model.packed import Images
 
 TimeSampler = Literal["logit_normal", "uniform"]
 LossWeight = Literal["uniform", "snr", "min_snr"]

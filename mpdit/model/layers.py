@@ -1,4 +1,4 @@
-"""Leaves of the model: norm, MLP, cutting into patches and joining them, positions.
+"""Leaves of the model: norm, MLP, cutting into patches and joining them, positions; and checks of its inputs.
 
 Letters in shapes: B images, C channels, (H, W) size, p patch, (h, w) = (H/p, W/p) grid, n = h*w image tokens, D width.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from einops import rearrange
@@ -15,8 +15,14 @@ from mpdit_kernels import gelu_linear
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
+from mpdit.core.errors import ConfigError
+from mpdit.model.config import ModelConfig
+
 EPS = 1e-6
 """Of every layer norm; none has an affine part."""
+
+Latents = Tensor | Sequence[Tensor]
+"""A batch of images: a tensor [B, C, S, S], or a list of [C, H, W] of several sizes."""
 
 Grid = tuple[int, int]
 """Rows and columns, (h, w), of patches."""
@@ -115,3 +121,49 @@ class Position(nn.Module):
 def _made_once(width: int, grid: Grid, device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
         return sincos_position(width, grid).to(device, dtype)
+
+
+def check_images(name: str, batch: Any) -> None:
+    """Raise ConfigError unless batch is a list of images [C, H, W], alike in all but their size."""
+    if not isinstance(batch, list | tuple):
+        raise ConfigError(f"{name} is a {type(batch).__name__}: give a tensor [B, C, H, W], or a list of [C, H, W]")
+    if not batch:
+        raise ConfigError(f"{name} is an empty list: give at least one image [C, H, W]")
+    for i, image in enumerate(batch):
+        if not isinstance(image, Tensor):
+            raise ConfigError(f"{name}[{i}] is a {type(image).__name__}: give tensors [C, H, W]")
+        if image.ndim != 3:
+            raise ConfigError(f"{name}[{i}] has shape {tuple(image.shape)}: give one image [C, H, W]")
+        for what in ("device", "dtype"):
+            got, first = getattr(image, what), getattr(batch[0], what)
+            if got != first:
+                raise ConfigError(f"{name}[{i}] has {what} {got} and {name}[0] {first}: give all the same")
+        if image.shape[0] != batch[0].shape[0]:
+            raise ConfigError(
+                f"{name}[{i}] has {image.shape[0]} channels and {name}[0] {batch[0].shape[0]}: give all the same"
+            )
+
+
+def check_inputs(config: ModelConfig, x: Latents, t: Tensor, y: Tensor) -> None:
+    """Raise ConfigError for latents, times or labels that the model can't take: see MPDiT.forward."""
+    channels, size, coarsest = config.channels, config.input_size, config.stages[0].patch
+    if isinstance(x, Tensor):
+        if x.ndim != 4 or tuple(x.shape[1:]) != (channels, size, size):
+            raise ConfigError(f"x has shape {tuple(x.shape)}, expected (batch, {channels}, {size}, {size})")
+    else:
+        check_images("x", x)
+        for index, image in enumerate(x):
+            if image.shape[0] != channels or not all(side and side % coarsest == 0 for side in image.shape[1:]):
+                raise ConfigError(
+                    f"x[{index}] has shape {tuple(image.shape)}, expected ({channels}, H, W) with H and W "
+                    f"multiples of the coarsest patch {coarsest}"
+                )
+    for name, value in (("t", t), ("y", y)):
+        if value.shape != (len(x),):
+            raise ConfigError(f"{name} has shape {tuple(value.shape)}, expected ({len(x)},) as x has {len(x)} rows")
+    if y.is_floating_point():
+        raise ConfigError(f"y has dtype {y.dtype}, expected int64 labels in 0..{config.num_classes}")
+    if y.device.type == "cpu" and len(y) and not torch.compiler.is_compiling():
+        low, high = int(y.min()), int(y.max())
+        if low < 0 or high > config.num_classes:
+            raise ConfigError(f"y holds labels from {low} to {high}, expected 0..{config.num_classes}")

@@ -27,8 +27,10 @@ from mpdit.model.config import ModelConfig
 from mpdit.model.layers import (
     EPS,
     MLP,
+    Latents,
     Position,
     at_least_fp32,
+    check_inputs,
     grid_of,
     init_linear,
     module_list,
@@ -36,7 +38,7 @@ from mpdit.model.layers import (
     patchify,
     unpatchify,
 )
-from mpdit.model.packed import Latents, check_inputs, packed_velocity
+from mpdit.model.packed import packed_velocity
 from mpdit.model.presets import preset
 from mpdit.model.pretrained import Pretrained
 from mpdit.model.time import time_embedding_of

@@ -15,12 +15,7 @@ import torch
 from mpdit_kernels import adaln_modulate, attention_varlen, gated_residual, gated_residual_adaln
 from torch import Tensor
 
-from mpdit.core.errors import ConfigError
-from mpdit.model.config import ModelConfig
 from mpdit.model.layers import EPS, grid_of, unpatchify
-
-Latents = Tensor | Sequence[Tensor]
-"""A batch of images: a tensor [B, C, S, S], or a list of [C, H, W] of several sizes."""
 
 
 class Images:
@@ -137,49 +132,3 @@ def packed_velocity(model: Any, x: Sequence[Tensor], state: Tensor, y: Tensor) -
     patch = model.final.patch
     found = [unpatchify(p, patch, grid_of(group, patch)) for p, group in zip(pixels, latents, strict=True)]
     return images.restore([model.as_configured(v.to(x[0].dtype)) for v in found])
-
-
-def check_images(name: str, batch: Any) -> None:
-    """Raise ConfigError unless batch is a list of images [C, H, W], alike in all but their size."""
-    if not isinstance(batch, list | tuple):
-        raise ConfigError(f"{name} is a {type(batch).__name__}: give a tensor [B, C, H, W], or a list of [C, H, W]")
-    if not batch:
-        raise ConfigError(f"{name} is an empty list: give at least one image [C, H, W]")
-    for i, image in enumerate(batch):
-        if not isinstance(image, Tensor):
-            raise ConfigError(f"{name}[{i}] is a {type(image).__name__}: give tensors [C, H, W]")
-        if image.ndim != 3:
-            raise ConfigError(f"{name}[{i}] has shape {tuple(image.shape)}: give one image [C, H, W]")
-        for what in ("device", "dtype"):
-            got, first = getattr(image, what), getattr(batch[0], what)
-            if got != first:
-                raise ConfigError(f"{name}[{i}] has {what} {got} and {name}[0] {first}: give all the same")
-        if image.shape[0] != batch[0].shape[0]:
-            raise ConfigError(
-                f"{name}[{i}] has {image.shape[0]} channels and {name}[0] {batch[0].shape[0]}: give all the same"
-            )
-
-
-def check_inputs(config: ModelConfig, x: Latents, t: Tensor, y: Tensor) -> None:
-    """Raise ConfigError for latents, times or labels that the model can't take: see MPDiT.forward."""
-    channels, size, coarsest = config.channels, config.input_size, config.stages[0].patch
-    if isinstance(x, Tensor):
-        if x.ndim != 4 or tuple(x.shape[1:]) != (channels, size, size):
-            raise ConfigError(f"x has shape {tuple(x.shape)}, expected (batch, {channels}, {size}, {size})")
-    else:
-        check_images("x", x)
-        for index, image in enumerate(x):
-            if image.shape[0] != channels or not all(side and side % coarsest == 0 for side in image.shape[1:]):
-                raise ConfigError(
-                    f"x[{index}] has shape {tuple(image.shape)}, expected ({channels}, H, W) with H and W "
-                    f"multiples of the coarsest patch {coarsest}"
-                )
-    for name, value in (("t", t), ("y", y)):
-        if value.shape != (len(x),):
-            raise ConfigError(f"{name} has shape {tuple(value.shape)}, expected ({len(x)},) as x has {len(x)} rows")
-    if y.is_floating_point():
-        raise ConfigError(f"y has dtype {y.dtype}, expected int64 labels in 0..{config.num_classes}")
-    if y.device.type == "cpu" and len(y) and not torch.compiler.is_compiling():
-        low, high = int(y.min()), int(y.max())
-        if low < 0 or high > config.num_classes:
-            raise ConfigError(f"y holds labels from {low} to {high}, expected 0..{config.num_classes}")

@@ -24,6 +24,8 @@ from mpdit.core.zips import find_damaged, is_zip
 from mpdit.model.config import ModelConfig
 
 FORMAT = "mpdit-weights-1"
+WEIGHTS_NAME = "ema"
+"""The folder of weights in a run's: those of the average."""
 _NAMED = 3  # of tensors that don't fit, as many are named in a message
 _LARGEST = 1e30  # of constants of latents; what is larger is damaged
 
@@ -233,7 +235,7 @@ def weights_folder(path: Path) -> Path:
         if path.name != "model.safetensors":
             raise CheckpointError(f"{path} must be named model.safetensors, with its config.json beside it; {convert}")
         return path.parent
-    for folder in (path, path / "ema"):
+    for folder in (path, path / WEIGHTS_NAME):
         if (folder / "model.safetensors").is_file():
             return folder
     if not path.exists():
@@ -241,7 +243,8 @@ def weights_folder(path: Path) -> Path:
             f"{path} does not exist: give a run's folder, a weights folder or a model.safetensors file"
         )
     raise CheckpointError(
-        f"{path} holds no weights: expected {path}/model.safetensors or {path}/ema/model.safetensors; {convert}"
+        f"{path} holds no weights: expected {path}/model.safetensors or {path}/{WEIGHTS_NAME}/model.safetensors; "
+        f"{convert}"
     )
 
 

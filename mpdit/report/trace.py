@@ -16,14 +16,13 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from mpdit.core.errors import DataError
 from mpdit.core.files import read_bytes
 from mpdit.core.text import aligned
 
-RangeName = Literal["data", "h2d", "forward", "backward", "optimizer", "ema", "checkpoint", "sample"]
-RANGES: tuple[RangeName, ...] = get_args(RangeName)
+RANGES = ("data", "h2d", "forward", "backward", "optimizer", "ema", "checkpoint", "sample")
 """The parts of a step as training names them in every trace, in the order of a step."""
 
 _OPERATORS = "mpdit_kernels::"

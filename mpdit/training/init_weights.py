@@ -15,8 +15,6 @@ from torch import Tensor
 
 from mpdit.core.errors import CheckpointError
 from mpdit.data.manifest import DatasetInfo, Normalization
-from mpdit.interop.official import read_official
-from mpdit.interop.source import is_foreign, weights_file
 from mpdit.model.config import ModelConfig
 from mpdit.model.kinds import TIME_EMBEDDINGS
 from mpdit.model.mpdit import MPDiT, load_weights
@@ -54,6 +52,8 @@ def weights_digest(source: str) -> str:
     """Return the SHA-256, in hex, of the file with the weights of `source`. Raises CheckpointError for none."""
     if source == GIVEN_LATER:
         raise CheckpointError("init_from is still to be given: add --init-from with the weights to start from")
+    from mpdit.interop.source import is_foreign, weights_file  # with the readers of others' files, which few runs need
+
     path = Path(source)
     file = weights_file(path) if is_foreign(path) else weights_folder(path) / "model.safetensors"
     try:
@@ -82,6 +82,9 @@ def load_initial(source: str, config: ModelConfig, data: DatasetInfo) -> Initial
         CheckpointError: nothing there, damaged, not finite, or of a model that differs in more than input_size and
             num_classes.
     """
+    from mpdit.interop.official import read_official
+    from mpdit.interop.source import is_foreign
+
     path = Path(source)
     # Heads and convention, which no shape shows, are the file's where it says them, else the run's.
     model, metadata = read_official(path, otherwise=config) if is_foreign(path) else load_weights(path)

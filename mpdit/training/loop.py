@@ -23,7 +23,7 @@ from mpdit.model.mpdit import MPDiT
 from mpdit.training.advice import advice
 from mpdit.training.checkpoint import resume, save
 from mpdit.training.checkpoint.deepspeed_state import gather_average, restore
-from mpdit.training.checkpoint.format import Checkpoint
+from mpdit.training.checkpoint.format import CHECKPOINTS, Checkpoint
 from mpdit.training.config import GRID
 from mpdit.training.distributed import extend_timeouts, init_distributed
 from mpdit.training.engine import build_engine, check_deepspeed
@@ -211,7 +211,7 @@ def _open_folder(run: Run, resumed: Checkpoint | None) -> None:
     try:
         # First: a folder with anything else in it, but without this, would be taken for another's.
         write_atomically(run.out / "config.json", json.dumps(described, indent=2) + "\n")
-        (run.out / "checkpoints").mkdir(exist_ok=True)
+        (run.out / CHECKPOINTS).mkdir(exist_ok=True)
     except OSError as error:
         raise ConfigError(f"out {run.out} can't be written ({error}): give another --out") from error
     resume.tidy(run.out, resumed)

@@ -15,7 +15,6 @@ import torch
 from tqdm import tqdm
 
 from mpdit.core.errors import ConfigError
-from mpdit.report.trace import RangeName, trace_report, trace_text
 
 ProfileMode = Literal["none", "nsys", "ncu", "torch", "memory"]
 
@@ -104,8 +103,8 @@ class Profiler:
             if profiled and step == last:
                 self._end(first)
 
-    def range(self, name: RangeName | str) -> AbstractContextManager[Any]:
-        """Name what happens within the context, in the trace."""
+    def range(self, name: str) -> AbstractContextManager[Any]:
+        """Name what happens within the context, in the trace, which mpdit.report.trace.RANGES are read from."""
         if not self._inside or self._mode in ("none", "memory"):
             return nullcontext()
         return torch.profiler.record_function(name) if self._mode == "torch" else _nvtx_range(name)
@@ -167,6 +166,8 @@ class Profiler:
             "images_per_second is null wherever profiling slowed the run"
         )
         if self._mode == "torch" and written is not None:
+            from mpdit.report.trace import trace_report, trace_text  # for the runs that are profiled
+
             self._say(f"\n{trace_text(trace_report(written))}\n")
 
     def _stop(self) -> None:

@@ -31,6 +31,9 @@ from mpdit.core.files import read_bytes, sync_to_disk, write_atomically
 from mpdit.core.tensor_file import write_tensors
 
 FORMAT = "mpdit-checkpoint-2"
+CHECKPOINTS = "checkpoints"
+"""The folder in OUT that holds them."""
+
 CHECKPOINT_NAME = re.compile(r"step-\d{8,}")
 """Matches the name of a checkpoint's folder in OUT/checkpoints."""
 
@@ -110,8 +113,8 @@ class Checkpoint:
 
 def committed_folders(out: Path) -> list[Path]:
     """Return the checkpoints' folders of OUT or OUT/checkpoints, oldest first, sound or not."""
-    inside = os.path.isdir(out / "checkpoints") or out.name != "checkpoints"
-    folder = out / "checkpoints" if inside else out
+    inside = os.path.isdir(out / CHECKPOINTS) or out.name != CHECKPOINTS
+    folder = out / CHECKPOINTS if inside else out
     found = folder.iterdir() if os.path.isdir(folder) else iter(())
     named = (path for path in found if CHECKPOINT_NAME.fullmatch(path.name) and (path / MARKER).is_file())
     return sorted(named, key=step_of)
@@ -135,7 +138,7 @@ def verify(path: Path, entry: Mapping[str, Any]) -> None:
 
 def partial_folder(out: Path, step: int) -> Path:
     """Return where a checkpoint is written before it has its name."""
-    return out / "checkpoints" / f".step-{step:08d}.partial"
+    return out / CHECKPOINTS / f".step-{step:08d}.partial"
 
 
 def write_shard(partial: Path, rank: int, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:

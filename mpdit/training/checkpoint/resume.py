@@ -12,8 +12,10 @@ from typing import Any
 from mpdit.core.dist_env import DistEnv, gather
 from mpdit.core.errors import CheckpointError, UserError, one_line
 from mpdit.core.text import differences
+from mpdit.model.weights import WEIGHTS_NAME
 from mpdit.training.checkpoint.format import (
     CHECKPOINT_NAME,
+    CHECKPOINTS,
     MARKER,
     Checkpoint,
     committed_folders,
@@ -54,7 +56,7 @@ def find(run: Run) -> Checkpoint | None:
     if named is not None:
         return _check_run(run, named)
     # The average is exported after the first checkpoint was committed, by earlier versions with checkpoints of theirs.
-    if gather(bool(folders) or (run.out / "ema").exists())[0]:
+    if gather(bool(folders) or (run.out / WEIGHTS_NAME).exists())[0]:
         raise CheckpointError(
             f"{run.out} was trained before but holds no checkpoint that can be read: "
             "restore one, or give another --out to start afresh (--init-from takes the averaged weights along)"
@@ -76,7 +78,7 @@ def _named(run: Run, folders: list[Path]) -> tuple[Checkpoint | None, list[Path]
         resume = str(theirs[-1])
     named, problem = _verified(Path(resume), run.env)
     newer = [folder for folder in folders if named and step_of(folder) > named.step]
-    own = os.path.realpath(Path(resume).absolute().parent) == os.path.realpath(run.out / "checkpoints")
+    own = os.path.realpath(Path(resume).absolute().parent) == os.path.realpath(run.out / CHECKPOINTS)
     if newer and own:
         problem = (
             f"{run.out} holds newer checkpoints than {resume}, up to {newer[-1].name}: give another --out, or "
@@ -155,7 +157,7 @@ def tidy(out: Path, resumed: Checkpoint | None) -> None:
     or .damaged-2.
     """
     committed = committed_folders(out)
-    for path in sorted((out / "checkpoints").iterdir()):
+    for path in sorted((out / CHECKPOINTS).iterdir()):
         if _LEFTOVER.fullmatch(path.name):
             delete(path)
         elif CHECKPOINT_NAME.fullmatch(path.name) and (

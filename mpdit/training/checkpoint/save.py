@@ -16,7 +16,7 @@ from torch import Tensor
 from mpdit.core.dist_env import gather
 from mpdit.core.errors import CheckpointError, UserError, explain_os_error
 from mpdit.core.files import sync_to_disk
-from mpdit.model.weights import read_weights, save_weights
+from mpdit.model.weights import WEIGHTS_NAME, read_weights, save_weights
 from mpdit.training.checkpoint import format
 from mpdit.training.checkpoint.deepspeed_state import fragments, optimizer_steps, parameter_shapes
 from mpdit.training.checkpoint.format import Checkpoint, read_values
@@ -59,7 +59,7 @@ class AsyncCheckpointer:
         if copied is not None:
             copied.record()
         planned = Checkpoint(
-            folder=run.out / "checkpoints" / f"step-{step:08d}",
+            folder=run.out / format.CHECKPOINTS / f"step-{step:08d}",
             step=step,
             position=position,
             optimizer_steps=optimizer_steps(self._optimizer),
@@ -140,13 +140,15 @@ def finish(run: Run, whole: Checkpoint) -> str:
 
 def export(run: Run, saved: Checkpoint) -> None:
     """Write OUT/ema, the weights that `mpdit sample` and `mpdit evaluate` read, from a committed checkpoint."""
-    save_weights(run.out / "ema", read_values(saved, "ema"), run.model, metadata_of(saved, run.data_metadata(), "ema"))
+    save_weights(
+        run.out / WEIGHTS_NAME, read_values(saved, "ema"), run.model, metadata_of(saved, run.data_metadata(), "ema")
+    )
 
 
 def is_exported(run: Run, saved: Checkpoint) -> bool:
     """Return whether OUT/ema is this checkpoint's, and whole: a run may be killed between the two."""
     try:
-        model, _, metadata = read_weights(run.out / "ema")
+        model, _, metadata = read_weights(run.out / WEIGHTS_NAME)
     except UserError:
         return False
     return model == run.model and metadata == json.loads(json.dumps(metadata_of(saved, run.data_metadata(), "ema")))
