@@ -233,7 +233,7 @@ def test_what_the_table_leaves_open_is_asked(tmp_path: Path, state: dict[str, Te
         read(tmp_path, ten | {"args": said()})
     with pytest.raises(CheckpointError, match="has 10 rows, which are not those of 8 classes"):
         read(tmp_path, ten, 2, num_classes=8)
-    assert read(tmp_path, ten, otherwise=CONFIG.replace(num_classes=10))[0].config.num_classes == 10
+    assert read(tmp_path, ten, fallback=CONFIG.replace(num_classes=10))[0].config.num_classes == 10
     with pytest.raises(CheckpointError, match="may be 10 classes"):
         mpdit.from_official(ten["ema"], 2)
     assert mpdit.from_official(ten["ema"], 2, num_classes=10).config.num_classes == 10

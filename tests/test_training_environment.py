@@ -195,7 +195,9 @@ def _big(tmp_path: Path, batch: int, input_size: int) -> Run:
 
 def _needed(run: Run, zero: int, micro_steps: int, checkpointing: bool = False) -> float:
     images = run.config.global_batch // 8 // micro_steps
-    return memory(run.model, Setting(zero, 8, images, micro_steps, "bf16", checkpointing=checkpointing)).total
+    return memory(
+        run.model, Setting(zero, 8, images, micro_steps, "bf16", activation_checkpointing=checkpointing)
+    ).total
 
 
 def test_a_gpu_that_is_too_small_gets_the_fewest_micro_steps_that_fit(tmp_path: Path) -> None:

@@ -38,6 +38,6 @@ def run(args: argparse.Namespace) -> Outcome:
         batch=args.batch,
         dtype=args.precision,
         kernels=not args.reference,
-        checkpointing=args.activation_checkpointing,
+        activation_checkpointing=args.activation_checkpointing,
     )
     return Outcome(f"{args.model}: {found}", {"name": args.model, **found.to_dict()})

@@ -67,8 +67,6 @@ def run(args: argparse.Namespace) -> Outcome:
 
     asked = given_fields(args, Request) | {
         "gpu": _gpu(args),
-        "accumulation": args.grad_accum_steps,
-        "checkpointing": args.activation_checkpointing,
         "network": None if args.network is None else args.network * 1e9,
     }
     found = plan(model_config(args), Request(**asked))

@@ -90,7 +90,7 @@ def read_official(
     convention: Convention | None = None,
     num_classes: int | None = None,
     *,
-    otherwise: ModelConfig | None = None,
+    fallback: ModelConfig | None = None,
 ) -> tuple[MPDiT, dict[str, Any]]:
     """Load a model from elsewhere and its metadata, as `mpdit.load_weights` returns them.
 
@@ -104,7 +104,7 @@ def read_official(
         convention: see `from_official`; unless given, its project's. To give one is to say that the weights predict a
             velocity, where the file says nothing of what they predict.
         num_classes: see `from_official`; unless given, as the file's arguments say.
-        otherwise: what the file leaves open is as in this configuration: heads, classes, and the convention of a file
+        fallback: what the file leaves open is as in this configuration: heads, classes, and the convention of a file
             that doesn't show whose it is.
 
     Returns:
@@ -132,10 +132,10 @@ def read_official(
             config, metadata = parse_description(checkpoint["mpdit"], 'the entry "mpdit"')
             fields = {"heads": num_heads, "convention": convention}
             return build(tensors, config.replace(**{k: v for k, v in fields.items() if v is not None})), metadata
-        heads = num_heads or _heads(said, tensors, otherwise)
-        assumed = otherwise is not None and not (identity.known_by or convention)
-        chosen = otherwise.convention if otherwise and assumed else convention
-        classes, about_classes = count_classes(tensors, num_classes, said, otherwise)
+        heads = num_heads or _heads(said, tensors, fallback)
+        assumed = fallback is not None and not (identity.known_by or convention)
+        chosen = fallback.convention if fallback and assumed else convention
+        classes, about_classes = count_classes(tensors, num_classes, said, fallback)
         config = infer_config(tensors, heads, chosen or identity.project.convention, classes)
         _check_named(model_name(said), config)
         model = build(with_null_row(tensors, classes), config)
@@ -298,15 +298,15 @@ def _stated_heads(said: Mapping[str, Any]) -> int | None:
     return next((heads for heads in found if type(heads) is int and heads > 0), None)
 
 
-def _heads(said: Mapping[str, Any], tensors: Mapping[str, Tensor], otherwise: ModelConfig | None) -> int:
+def _heads(said: Mapping[str, Any], tensors: Mapping[str, Tensor], fallback: ModelConfig | None) -> int:
     if stated := _stated_heads(said):
         return stated
     width = len(tensors["x_embedder.proj.bias"]) if "x_embedder.proj.bias" in tensors else None
     named = _NAME.fullmatch(model_name(said))
     if named and _SIZES[named[1]][0] == width:
         return _SIZES[named[1]][1]
-    if otherwise:
-        return otherwise.heads
+    if fallback:
+        return fallback.heads
     known = next((f" {h}, as published models of width {w} have" for w, h in _SIZES.values() if w == width), "")
     raise CheckpointError(f"it does not say how many attention heads its model has: give --num-heads{known}")
 

@@ -249,7 +249,7 @@ def as_official(tensors: Mapping[str, Tensor], project: Project, said: Mapping[s
 
 
 def count_classes(
-    tensors: Mapping[str, Tensor], given: int | None, said: Mapping[str, Any], otherwise: ModelConfig | None
+    tensors: Mapping[str, Tensor], given: int | None, said: Mapping[str, Any], fallback: ModelConfig | None
 ) -> tuple[int, str | None]:
     """Return how many classes the table is of, and a note where that is a guess or no row is for "no class".
 
@@ -257,8 +257,8 @@ def count_classes(
     """
     rows = _shape(tensors, CLASS_TABLE, 2)[0]
     stated = next((n for n in (given, *map(said.get, _CLASSES)) if type(n) is int), None)
-    if stated is None and otherwise and otherwise.num_classes in (rows, rows - 1):
-        stated = otherwise.num_classes
+    if stated is None and fallback and fallback.num_classes in (rows, rows - 1):
+        stated = fallback.num_classes
     if stated is None and "time_modulation.1.weight" in tensors:
         stated = rows - 1  # MPDiT's table always has it
     if stated is None and rows > 1 and rows % 10 == 0:

@@ -73,7 +73,7 @@ class Account:
 
     Attributes:
         batch: images of a forward pass, which share what the exact fusions compute on weights alone.
-        dtype, kernels, checkpointing: what activations are counted for, see `account`.
+        dtype, kernels, activation_checkpointing: what activations are counted for, see `account`.
         parts: in the order of the forward pass, then those that only keep activations.
     """
 
@@ -81,31 +81,32 @@ class Account:
     batch: int
     dtype: str
     kernels: bool
-    checkpointing: bool
+    activation_checkpointing: bool
     parts: tuple[Part, ...]
 
     @cached_property
     def params_trainable(self) -> int:
+        """Count the trainable parameters."""
         return sum(part.params for part in self.parts)
 
     @cached_property
     def params_total(self) -> int:
-        """With the fixed position tables, as the paper counts."""
+        """Count the trainable parameters and the fixed position tables, as the paper does."""
         return self.params_trainable + sum(part.fixed for part in self.parts)
 
     @cached_property
     def macs(self) -> int:
-        """Exact multiply-accumulates of one image's forward pass, without exact fusions: what MFU is reckoned by."""
+        """Count the multiply-accumulates of one image's forward pass, without exact fusions; MFU counts these."""
         return sum(part.macs for part in self.parts)
 
     @cached_property
     def macs_executed(self) -> float:
-        """Those that run for one image with the exact fusions on."""
+        """Count the multiply-accumulates that run for one image with the exact fusions on."""
         return sum(part.executed_macs(self.batch) for part in self.parts)
 
     @property
     def macs_paper(self) -> int | None:
-        """What the paper prints as GFLOPs at 256 px (MPDiT, Tables 1 to 7), in MACs; None where its rule isn't known.
+        """Return the MACs the paper prints as GFLOPs at 256 px (MPDiT, Tables 1 to 7); None where its rule isn't known.
 
         Every block's attention is charged as if it saw the finest stage's image tokens, and the time embedding's
         spectral mixing is left out. At 512 px its two figures are 1.05 times the exact ones for no reason that is
@@ -121,11 +122,12 @@ class Account:
 
     @cached_property
     def activation_bytes_per_image(self) -> int:
+        """Count the bytes of one image's forward pass that are kept for backward."""
         return sum(part.activation_bytes for part in self.parts)
 
     @property
     def training_flops_per_image(self) -> int:
-        """FLOP of forward and backward: six a multiply-accumulate."""
+        """Count the FLOP of one image's forward and backward pass: six a multiply-accumulate."""
         return TRAINING_FORWARDS * FLOP_PER_MAC * self.macs
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,7 +144,7 @@ class Account:
             "batch": self.batch,
             "dtype": self.dtype,
             "kernels": self.kernels,
-            "checkpointing": self.checkpointing,
+            "checkpointing": self.activation_checkpointing,
             "breakdown": [
                 {
                     "stage": part.stage,
@@ -170,7 +172,7 @@ class Account:
         macs = (_giga(self.macs), _giga(self.macs_executed))
         lines.append(("", "total", params, fixed, *macs, _mega(self.activation_bytes_per_image)))
         kept = f"{self.dtype}, {'kernels' if self.kernels else 'references'}"
-        kept += ", checkpointing" if self.checkpointing else ""
+        kept += ", checkpointing" if self.activation_checkpointing else ""
         executed = f"{_giga(self.macs_executed)} GMACs an image with the exact fusions, batch {self.batch}"
         facts = [
             ("trainable parameters", f"{self.params_trainable / 1e6:.2f} M"),
@@ -190,7 +192,11 @@ class Account:
 
 
 def account(
-    config: ModelConfig, batch: int = 1, dtype: str = "bf16", kernels: bool = True, checkpointing: bool = False
+    config: ModelConfig,
+    batch: int = 1,
+    dtype: str = "bf16",
+    kernels: bool = True,
+    activation_checkpointing: bool = False,
 ) -> Account:
     """Return the account of a model: exact arithmetic on its configuration, without building it.
 
@@ -200,18 +206,18 @@ def account(
         dtype: of matrix products: bf16 under autocast, or fp32.
         kernels: whether the Triton kernels run, or their references, which keep the normalised rows and the MLP's
             activation too. Attention keeps what flash attention does, never its T x T weights.
-        checkpointing: as MPDiT.activation_checkpointing: of each block only its input is kept, and once, as the part
-            RECOMPUTED, the rest of the largest block, while it is computed again.
+        activation_checkpointing: as MPDiT.activation_checkpointing: of each block only its input is kept, and once, as
+            the part RECOMPUTED, the rest of the largest block, while it is computed again.
 
     Raises:
         ConfigError: a batch below 1.
     """
     if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
         raise ConfigError(f"batch is {batch!r}: give a whole number of at least 1")
-    found = list(_parts(config, SIZE[dtype], kernels, checkpointing))
+    found = list(_parts(config, SIZE[dtype], kernels, activation_checkpointing))
     counted = [part for part in found if part.params or part.fixed or part.macs]
     kept = [part for part in found if part not in counted and part.activation_bytes]
-    return Account(config, batch, dtype, kernels, checkpointing, (*counted, *kept))
+    return Account(config, batch, dtype, kernels, activation_checkpointing, (*counted, *kept))
 
 
 def image_tokens(config: ModelConfig, stage: StageSpec) -> int:
@@ -224,7 +230,7 @@ def stage_tokens(config: ModelConfig, stage: StageSpec) -> int:
     return config.num_class_tokens + image_tokens(config, stage)
 
 
-def _parts(config: ModelConfig, size: int, kernels: bool, checkpointing: bool) -> Iterator[Part]:
+def _parts(config: ModelConfig, size: int, kernels: bool, activation_checkpointing: bool) -> Iterator[Part]:
     """Yield the parts in the order of the forward pass."""
     width, shared = config.width, config.modulation == "shared"
     yield Part(None, "inputs", activation_bytes=STREAM + 8)  # a time and a label
@@ -237,8 +243,8 @@ def _parts(config: ModelConfig, size: int, kernels: bool, checkpointing: bool) -
         yield Part(None, "modulation", params, macs=macs, activation_bytes=STREAM * (1 + 6) * width)
     for index in range(len(config.stages)):
         yield from _transition(config, index, size, kernels) if index else _patch_embedding(config, size)
-        yield from _blocks(config, index, size, kernels, checkpointing)
-    if checkpointing:
+        yield from _blocks(config, index, size, kernels, activation_checkpointing)
+    if activation_checkpointing:
         whole = (_recomputed_bytes(config, stage, size, kernels) for stage in config.stages if stage.blocks)
         yield Part(None, RECOMPUTED, activation_bytes=max(whole, default=0))
     params, macs = (0, 0) if shared else _linear(width, 2 * width)
@@ -268,7 +274,9 @@ def _patch_embedding(config: ModelConfig, size: int) -> Iterator[Part]:
     yield Part(0, "patch embedding", params, tokens * config.width, macs, activation_bytes=kept)
 
 
-def _blocks(config: ModelConfig, index: int, size: int, kernels: bool, checkpointing: bool) -> Iterator[Part]:
+def _blocks(
+    config: ModelConfig, index: int, size: int, kernels: bool, activation_checkpointing: bool
+) -> Iterator[Part]:
     """Yield the parts of a stage's blocks, all blocks together."""
     stage, width = config.stages[index], config.width
     count, hidden, tokens = stage.blocks, int(config.width * config.mlp_ratio), stage_tokens(config, stage)
@@ -277,7 +285,7 @@ def _blocks(config: ModelConfig, index: int, size: int, kernels: bool, checkpoin
     # In the model's last block class tokens are keys and values only; the packed projection makes their queries too.
     idle = config.num_class_tokens if index == len(config.stages) - 1 else 0
     kept = dict.fromkeys(("modulation", "attention projections", "attention", "MLP"), 0)
-    if checkpointing:
+    if activation_checkpointing:
         yield Part(index, "block inputs", activation_bytes=count * STREAM * tokens * width)
     else:
         whole, last = (_block_bytes(config, tokens, queries, size, kernels) for queries in (tokens, tokens - idle))

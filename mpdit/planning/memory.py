@@ -21,7 +21,7 @@ WORD = 4
 BUCKET = 50_000_000
 """Numbers of a bucket of gradients or weights in zero1.json, zero2.json and zero3.json of mpdit/training."""
 MEMORY_ERROR = 0.15
-"""Most that these sums were off, either way, from peaks measured under PyTorch and DeepSpeed (the tests hold it)."""
+"""Greatest relative error of these sums against peaks measured under PyTorch and DeepSpeed (the tests hold it)."""
 MAX_LIVE = 1_000_000_000
 """Numbers of whole weights that ZeRO-3 keeps at once, DeepSpeed's default."""
 CONTEXT = 0.9 * 2**30
@@ -57,14 +57,16 @@ class Memory:
 
     @property
     def allocated(self) -> float:
-        """What torch.cuda.max_memory_allocated would say."""
+        """Return what torch.cuda.max_memory_allocated would say."""
         return sum(vars(self).values()) - self.overhead
 
     @property
     def total(self) -> float:
+        """Return all of it."""
         return self.allocated + self.overhead
 
     def to_dict(self) -> dict[str, Any]:
+        """Return whole bytes, by part and in all."""
         return {name: round(count) for name, count in vars(self).items()} | {"total": round(self.total)}
 
 
@@ -76,17 +78,17 @@ class Setting:
         zero: ZeRO stage, 0 to 3.
         gpus: N.
         images: of one GPU's micro step.
-        accumulation: micro steps of a step.
-        dtype, kernels, checkpointing: see `account`.
+        grad_accum_steps: micro steps of a step.
+        dtype, kernels, activation_checkpointing: see `account`.
     """
 
     zero: int
     gpus: int
     images: int
-    accumulation: int = 1
+    grad_accum_steps: int = 1
     dtype: str = "bf16"
     kernels: bool = True
-    checkpointing: bool = False
+    activation_checkpointing: bool = False
 
 
 def memory(config: ModelConfig, setting: Setting) -> Memory:
@@ -114,7 +116,7 @@ def largest_micro_batch(config: ModelConfig, setting: Setting, limit: float, mos
 
 def _moments(config: ModelConfig, setting: Setting) -> list[Memory]:
     """Return the optimiser's step, the start of backward, and the moments after each part that backward has passed."""
-    found = account(config, 1, setting.dtype, setting.kernels, setting.checkpointing)
+    found = account(config, 1, setting.dtype, setting.kernels, setting.activation_checkpointing)
     params, zero = found.params_trainable, setting.zero
     whole = WORD * params
     part = whole / setting.gpus if zero else whole  # of gradients, moments and average
@@ -140,7 +142,7 @@ def _moments(config: ModelConfig, setting: Setting) -> list[Memory]:
     # Gradients that are there when backward begins: stage 3's two copies, or the sum of earlier micro steps.
     if zero == 3:
         held = 2 * gradients
-    elif setting.accumulation > 1:
+    elif setting.grad_accum_steps > 1:
         held = gradients
     else:
         held = 0.0
@@ -150,7 +152,7 @@ def _moments(config: ModelConfig, setting: Setting) -> list[Memory]:
     moments.append(Memory(**state, gradients=held, casts=casts, activations=left, buffers=buffers))
     for row in rows:
         left -= setting.images * row.activation_bytes
-        if zero != 3 and setting.accumulation == 1:
+        if zero != 3 and setting.grad_accum_steps == 1:
             held += gradients / max(1, params) * row.params
         # With checkpointing a block is computed again once what follows it has been passed.
         more = again if row.name == "final layer" else 0

@@ -45,7 +45,7 @@ class Request:
     Attributes:
         global_batch: images of a step, over all GPUs and micro steps.
         zero: ZeRO stage.
-        accumulation: micro steps of a step; None takes the fewest that fit, or leave room at a tenth more time.
+        grad_accum_steps: micro steps of a step; None takes the fewest that fit, or leave room at a tenth more time.
         precision: "bf16" (autocast over fp32 weights) or "fp32".
         epochs, images: length of the run, over a data set of so many images.
         gpus_per_node: that share NVLink.
@@ -57,9 +57,9 @@ class Request:
     gpus: int = 8
     global_batch: int = 1024
     zero: int = 2
-    accumulation: int | None = None
+    grad_accum_steps: int | None = None
     precision: str = "bf16"
-    checkpointing: bool = False
+    activation_checkpointing: bool = False
     epochs: float = 240
     images: int = IMAGENET
     gpus_per_node: int = 8
@@ -69,9 +69,9 @@ class Request:
     def __post_init__(self) -> None:
         if not 0 < self.epochs < 1e9:
             raise ConfigError(f"epochs is {self.epochs:g}: give a number above 0 and below a billion")
-        parts = self.gpus * (self.accumulation or 1)
+        parts = self.gpus * (self.grad_accum_steps or 1)
         if self.global_batch % parts:
-            steps = f" in {self.accumulation} micro steps" if self.accumulation else ""
+            steps = f" in {self.grad_accum_steps} micro steps" if self.grad_accum_steps else ""
             near = max(parts, round(self.global_batch / parts) * parts)
             raise ConfigError(
                 f"a global batch of {self.global_batch} can't be shared by {self.gpus} GPUs{steps}: give a multiple of "
@@ -80,18 +80,21 @@ class Request:
 
     @property
     def images_per_gpu(self) -> int:
-        """Of a step."""
+        """Return the images that one GPU takes in a step."""
         return self.global_batch // self.gpus
 
     @property
     def fabric(self) -> Fabric:
+        """Return how the GPUs are connected."""
         network = usual_network(self.gpu) if self.network is None else self.network
         return Fabric(self.gpus_per_node, self.gpu.link, network, efficiency(self.gpu).link)
 
-    def setting(self, images: int = 1, accumulation: int = 1, checkpointing: bool | None = None) -> Setting:
+    def setting(
+        self, images: int = 1, grad_accum_steps: int = 1, activation_checkpointing: bool | None = None
+    ) -> Setting:
         """Return what memory depends on."""
-        again = self.checkpointing if checkpointing is None else checkpointing
-        return Setting(self.zero, self.gpus, images, accumulation, self.precision, checkpointing=again)
+        again = self.activation_checkpointing if activation_checkpointing is None else activation_checkpointing
+        return Setting(self.zero, self.gpus, images, grad_accum_steps, self.precision, activation_checkpointing=again)
 
 
 @dataclass(frozen=True)
@@ -99,72 +102,79 @@ class Plan:
     """The answer; times carry the relative error of `share.error`, memory that of MEMORY_ERROR.
 
     Attributes:
-        accumulation: micro steps of a step.
+        grad_accum_steps: micro steps of a step.
     """
 
     config: ModelConfig
     request: Request
-    accumulation: int
+    grad_accum_steps: int
 
     @property
     def micro_batch(self) -> int:
-        """Images of a GPU's micro step."""
-        return self.request.images_per_gpu // self.accumulation
+        """Return the images of one GPU's micro step."""
+        return self.request.images_per_gpu // self.grad_accum_steps
 
-    def memory_at(self, checkpointing: bool) -> Memory:
+    def memory_at(self, activation_checkpointing: bool) -> Memory:
         """Return the worst moment of a step, with checkpointing or without."""
-        return memory(self.config, self.request.setting(self.micro_batch, self.accumulation, checkpointing))
+        return memory(
+            self.config, self.request.setting(self.micro_batch, self.grad_accum_steps, activation_checkpointing)
+        )
 
     @cached_property
     def memory(self) -> Memory:
-        """The worst moment as asked for."""
-        return self.memory_at(self.request.checkpointing)
+        """Return the worst moment of a step, bytes, with or without checkpointing as asked for."""
+        return self.memory_at(self.request.activation_checkpointing)
 
     @cached_property
     def memory_parts(self) -> dict[str, float]:
-        """Each part at its most, as asked for."""
-        return each_at_its_most(self.config, self.request.setting(self.micro_batch, self.accumulation))
+        """Return the most bytes of each part at any moment, by its name, as asked for."""
+        return each_at_its_most(self.config, self.request.setting(self.micro_batch, self.grad_accum_steps))
 
     @cached_property
     def largest(self) -> tuple[int, int]:
-        """The largest micro-batch that fits, without and with checkpointing; 0 where none does."""
+        """Return the most images of a micro step that fit, without and with checkpointing; 0 where not one does."""
         limit = self.request.gpu.memory
-        settings = (self.request.setting(checkpointing=again) for again in (False, True))
+        settings = (self.request.setting(activation_checkpointing=again) for again in (False, True))
         whole, again = (largest_micro_batch(self.config, setting, limit, MOST_IMAGES) for setting in settings)
         return whole, again
 
     @cached_property
     def share(self) -> Efficiency:
+        """Return the shares of the GPU's datasheet figures that are reached."""
         return efficiency(self.request.gpu)
 
     @cached_property
     def time(self) -> StepTime:
+        """Return the seconds of a step's computation, by part."""
         request, parameters = self.request, account(self.config).params_trainable
         stepped = parameters / request.gpus if request.zero else parameters
-        shape = self.micro_batch, self.accumulation, stepped, request.precision, request.checkpointing
+        shape = self.micro_batch, self.grad_accum_steps, stepped, request.precision, request.activation_checkpointing
         return step_time(self.config, request.gpu, self.share, *shape, request.optimizer_bytes)
 
     @cached_property
     def communication(self) -> Communication:
+        """Return the bytes that a GPU sends in a step, and the seconds that takes."""
         request, parameters, backward = self.request, account(self.config).params_trainable, self.time.backward
-        sizes = request.zero, request.gpus, parameters, self.accumulation
+        sizes = request.zero, request.gpus, parameters, self.grad_accum_steps
         return communication(*sizes, backward=backward, forward=backward / 2, fabric=request.fabric)
 
     @cached_property
     def scaling(self) -> dict[str, list[dict[str, Any]]]:
-        """Steps on 8 to 4096 GPUs and on those asked for, by what is kept fixed: the batch of a GPU, or the global one.
+        """Plan 8 to 4096 GPUs and those asked for, by what is kept fixed: the batch of a GPU, or the global one.
 
         "efficiency" is the share of perfect scaling from the first row on.
         """
         images, plans = self.micro_batch, dict[str, list[Plan]](images_per_gpu=[], global_batch=[])
 
-        def add(name: str, gpus: int, images: int, accumulation: int) -> None:
-            batch = gpus * images * accumulation
-            request = dataclasses.replace(self.request, gpus=gpus, global_batch=batch, accumulation=accumulation)
-            plans[name].append(Plan(self.config, request, accumulation))
+        def add(name: str, gpus: int, images: int, grad_accum_steps: int) -> None:
+            batch = gpus * images * grad_accum_steps
+            request = dataclasses.replace(
+                self.request, gpus=gpus, global_batch=batch, grad_accum_steps=grad_accum_steps
+            )
+            plans[name].append(Plan(self.config, request, grad_accum_steps))
 
         for gpus in sorted({self.request.gpus, *(8 << doubling for doubling in range(10))}):
-            add("images_per_gpu", gpus, images, self.accumulation)
+            add("images_per_gpu", gpus, images, self.grad_accum_steps)
             each, left = divmod(self.request.global_batch, gpus)
             if each and not left:
                 micro = math.gcd(each, images) if each > images else each
@@ -184,27 +194,32 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """Tell whether the worst moment fits into the GPU's memory."""
         return self.memory.total <= self.request.gpu.memory
 
     @property
     def step_seconds(self) -> float:
+        """Return the seconds of a step: computation, and the communication that it doesn't hide."""
         return self.time.total + self.communication.exposed
 
     @property
     def images_per_second(self) -> float:
+        """Return the images a second of all GPUs together."""
         return self.request.global_batch / self.step_seconds
 
     @property
     def steps(self) -> int:
+        """Return the optimiser steps of the run."""
         return math.ceil(self.request.epochs * self.request.images / self.request.global_batch)
 
     @property
     def hours(self) -> float:
+        """Return the hours of the run."""
         return self.steps * self.step_seconds / 3600
 
     @property
     def mfu(self) -> float:
-        """Share of the datasheet's FLOP/s, in exact FLOPs of the graph without exact fusions."""
+        """Return the share of the datasheet's FLOP/s that is reached, in exact FLOPs without the exact fusions."""
         rate = self.request.gpu.flops if self.request.precision == "bf16" else self.request.gpu.flops32
         flops = account(self.config).training_flops_per_image * self.images_per_second / self.request.gpus
         return flops / rate
@@ -220,9 +235,9 @@ class Plan:
             "global_batch": request.global_batch,
             "zero": request.zero,
             "precision": request.precision,
-            "checkpointing": request.checkpointing,
+            "checkpointing": request.activation_checkpointing,
             "micro_batch": self.micro_batch,
-            "accumulation": self.accumulation,
+            "accumulation": self.grad_accum_steps,
             "fits": self.fits,
             "memory": self.memory.to_dict(),
             "memory_each_at_its_most": {name: round(count) for name, count in self.memory_parts.items()},
@@ -249,16 +264,17 @@ class Plan:
 
     def volume(self, zero: int, gpus: int | None = None) -> tuple[float, float]:
         """Return the bytes that one GPU sends in a step at a ZeRO stage: (of gradients, of weights)."""
-        return volume(zero, gpus or self.request.gpus, account(self.config).params_trainable, self.accumulation)
+        return volume(zero, gpus or self.request.gpus, account(self.config).params_trainable, self.grad_accum_steps)
 
     def text(self, name: str) -> str:
         """Return the plan of the model of this name for people, most wanted first."""
         request = self.request
         nodes = request.fabric.nodes(request.gpus)
+        again = ", checkpointing" if request.activation_checkpointing else ""
         title = (
             f"{name} on {request.gpus} x {request.gpu.name}{f' in {nodes} nodes' if nodes > 1 else ''}, ZeRO stage "
-            f"{request.zero}, {request.precision}{', checkpointing' if request.checkpointing else ''}: global batch "
-            f"{request.global_batch} = {request.gpus} GPUs x {self.micro_batch} images x {self.accumulation} micro "
+            f"{request.zero}, {request.precision}{again}: global batch "
+            f"{request.global_batch} = {request.gpus} GPUs x {self.micro_batch} images x {self.grad_accum_steps} micro "
             "steps"
         )
         notes = (
@@ -271,7 +287,7 @@ class Plan:
 
 def plan(config: ModelConfig, request: Request) -> Plan:
     """Plan a run of a model. Raises ConfigError for a request that no run could fulfil."""
-    found = Plan(config, request, request.accumulation or _fewest_micro_steps(config, request))
+    found = Plan(config, request, request.grad_accum_steps or _fewest_micro_steps(config, request))
     if not found.largest[1]:
         raise ConfigError(_impossible(config, request))
     return found
@@ -283,7 +299,7 @@ _WORTH = 1.1
 
 def _impossible(config: ModelConfig, request: Request) -> str:
     """Return why not one image fits, and what would help."""
-    least = memory(config, request.setting(1, checkpointing=True))
+    least = memory(config, request.setting(1, activation_checkpointing=True))
     of_image = least.activations + least.buffers > request.gpu.memory / 2
     remedy = "a GPU with more memory" + ("" if of_image else ", more GPUs" if request.zero else "")
     if not of_image and request.zero < 3:
@@ -306,7 +322,9 @@ def _fewest_micro_steps(config: ModelConfig, request: Request) -> int:
         return 1
     limit = request.gpu.memory / (1 + MEMORY_ERROR)
     roomy = next((found for found in fitting if found.memory.total <= limit), fitting[0])
-    return min(fitting[0], roomy, key=lambda found: found.step_seconds * (1 if found is roomy else _WORTH)).accumulation
+    return min(
+        fitting[0], roomy, key=lambda found: found.step_seconds * (1 if found is roomy else _WORTH)
+    ).grad_accum_steps
 
 
 Rows = list[tuple[str, ...]]

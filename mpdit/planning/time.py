@@ -76,7 +76,7 @@ class Efficiency:
 
 
 def efficiency(gpu: Gpu) -> Efficiency:
-    """Return a GPU's: calibrated if a step was measured on it, or else from public figures and assumptions."""
+    """Return a GPU's efficiency: calibrated if a step was measured on it, else from public figures and assumptions."""
     found = measured().get(gpu.key)
     if found is not None:
         return Efficiency(**found)
@@ -90,7 +90,7 @@ def efficiency(gpu: Gpu) -> Efficiency:
 
 
 def measured() -> dict[str, dict[str, Any]]:
-    """Return the fields of Efficiency by the GPU's key."""
+    """Return the fields of Efficiency of the GPUs that were measured, by key."""
     found: dict[str, dict[str, Any]] = json.loads(MEASURED.read_text())["gpus"] if MEASURED.exists() else {}
     return found
 
@@ -117,11 +117,12 @@ class StepTime:
 
     @property
     def total(self) -> float:
+        """Return all of it."""
         return sum(vars(self).values())
 
     @property
     def backward(self) -> float:
-        """About two thirds of the model's time, which gradients' communication can hide behind."""
+        """Return about two thirds of the model's time, which gradients' communication can hide behind."""
         return (self.products + self.attention + self.elementwise) * 2 / 3
 
 
@@ -133,7 +134,7 @@ def step_time(
     micro_steps: int = 1,
     parameters: float | None = None,
     dtype: str = "bf16",
-    checkpointing: bool = False,
+    activation_checkpointing: bool = False,
     optimizer_bytes: float = ADAMW_EMA_BYTES,
 ) -> StepTime:
     """Return the time of a step of `micro_steps` times so many images.
@@ -141,13 +142,13 @@ def step_time(
     Args:
         parameters: that this rank's optimiser steps; all by default.
         dtype: fp32 products run outside of tensor cores.
-        checkpointing: computes each block's forward pass once more.
+        activation_checkpointing: computes each block's forward pass once more.
         optimizer_bytes: that the optimiser reads and writes for each parameter it steps.
     """
     found = account(config, images, dtype)
     rate = gpu.flops if dtype == "bf16" else gpu.flops32
     bandwidth, size = gpu.bandwidth * share.bandwidth, SIZE[dtype]
-    forwards = TRAINING_FORWARDS + (1 if checkpointing else 0)
+    forwards = TRAINING_FORWARDS + (1 if activation_checkpointing else 0)
     total = images * micro_steps
     flop = {True: 0.0, False: 0.0}  # of products with weights, and of attention
     for part in found.parts:
@@ -216,6 +217,7 @@ class Fabric:
     share: float
 
     def nodes(self, gpus: int) -> int:
+        """Return the nodes that so many GPUs fill."""
         return -(-gpus // self.gpus_per_node)
 
     def seconds(self, sent: float, gpus: int, collectives: float) -> float:
@@ -233,7 +235,7 @@ class Fabric:
 
 @dataclass(frozen=True)
 class Communication:
-    """Of one GPU in one step.
+    """What one GPU sends in a step, and how long that takes.
 
     Attributes:
         gradients: bytes sent to reduce gradients, while backward runs.

@@ -87,7 +87,7 @@ def load_initial(source: str, config: ModelConfig, data: DatasetInfo) -> Initial
 
     path = Path(source)
     # Heads and convention, which no shape shows, are the file's where it says them, else the run's.
-    model, metadata = read_official(path, otherwise=config) if is_foreign(path) else load_weights(path)
+    model, metadata = read_official(path, fallback=config) if is_foreign(path) else load_weights(path)
     theirs, ours = _what_weights_mean(model.config), _what_weights_mean(config)
     for name in {**ours, **theirs}:
         if theirs.get(name) != ours.get(name):

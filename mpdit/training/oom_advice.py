@@ -64,9 +64,9 @@ def what_fits(run: Run) -> str:
     for other in _alternatives(request):
         if (needed := _bytes(run, other)) <= room:
             given = []
-            if other.accumulation != request.accumulation:
-                given.append(f"--grad-accum-steps {other.accumulation}")
-            if other.checkpointing != request.checkpointing:
+            if other.grad_accum_steps != request.grad_accum_steps:
+                given.append(f"--grad-accum-steps {other.grad_accum_steps}")
+            if other.activation_checkpointing != request.activation_checkpointing:
                 given.append("--activation-checkpointing")
             if other.zero != request.zero:
                 given.append(f"--ds_config zero{other.zero}")
@@ -76,13 +76,18 @@ def what_fits(run: Run) -> str:
 
 def _alternatives(request: Request) -> Iterator[Request]:
     """Yield the same step split otherwise, cheapest in speed first."""
-    first, each = request.accumulation or 1, request.images_per_gpu
+    first, each = request.grad_accum_steps or 1, request.images_per_gpu
     for zero in range(request.zero, 4 if request.gpus > 1 else request.zero + 1):
-        for checkpointing in (False, True)[request.checkpointing :]:
-            for accumulation in (count for count in range(first, each + 1) if each % count == 0):
-                yield replace(request, zero=zero, checkpointing=checkpointing, accumulation=accumulation)
+        for activation_checkpointing in (False, True)[request.activation_checkpointing :]:
+            for grad_accum_steps in (count for count in range(first, each + 1) if each % count == 0):
+                yield replace(
+                    request,
+                    zero=zero,
+                    activation_checkpointing=activation_checkpointing,
+                    grad_accum_steps=grad_accum_steps,
+                )
 
 
 def _bytes(run: Run, request: Request) -> float:
-    accumulation = request.accumulation or 1
-    return memory(run.model, request.setting(request.images_per_gpu // accumulation, accumulation)).total
+    grad_accum_steps = request.grad_accum_steps or 1
+    return memory(run.model, request.setting(request.images_per_gpu // grad_accum_steps, grad_accum_steps)).total

@@ -189,7 +189,7 @@ def test_activation_bytes_of_the_large_models(name):
 
 
 def account_again(config, dtype, kernels):
-    parts = account(config, dtype=dtype, kernels=kernels, checkpointing=True).parts
+    parts = account(config, dtype=dtype, kernels=kernels, activation_checkpointing=True).parts
     return next(part.activation_bytes for part in parts if part.name == RECOMPUTED)
 
 
@@ -206,7 +206,7 @@ def test_activations_scale_as_they_should():
     def kept(**options):
         return account(XL, **options).activation_bytes_per_image
 
-    assert kept(checkpointing=True) < 0.25 * kept()
+    assert kept(activation_checkpointing=True) < 0.25 * kept()
     assert kept(dtype="fp32") > 1.5 * kept()
     assert kept(kernels=False) > 1.3 * kept()
 

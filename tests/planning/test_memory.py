@@ -56,7 +56,7 @@ BY_DAY = (STEPS[1], STEPS[4], STEPS[6], STEPS[9])  # each model and dtype but th
 def test_memory_is_what_a_step_was_measured_to_need(name, dtype, checkpointing):
     config, images = MODELS[name]
     kernels = DEVICE == "cuda"
-    setting = Setting(0, 1, images, dtype=dtype, kernels=kernels, checkpointing=checkpointing)
+    setting = Setting(0, 1, images, dtype=dtype, kernels=kernels, activation_checkpointing=checkpointing)
     found = peak_bytes(lambda: train(config, images, dtype, checkpointing), DEVICE)
     # A few images leave the step as the worst moment, which DeepSpeed's flattening makes larger than it is here.
     flattened = 4 * sum(p.numel() for p in mpdit.MPDiT(config).parameters()) if name == "wide, few images" else 0
@@ -104,7 +104,7 @@ def test_zero_shards_what_it_says():
 
 
 def test_zero_1_holds_whole_gradients_over_micro_steps():
-    one, two = (memory(XL, Setting(zero, 64, 128, accumulation=4)) for zero in (1, 2))
+    one, two = (memory(XL, Setting(zero, 64, 128, grad_accum_steps=4)) for zero in (1, 2))
     assert one.gradients == 4 * 480_839_216
     assert two.gradients == one.gradients / 64
 

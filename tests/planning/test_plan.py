@@ -106,7 +106,7 @@ def test_products_take_exact_flops_over_the_peak():
     words = 1 + 2 * 4  # the gradient read, weight, both moments and average read and written
     assert found.optimizer == pytest.approx(4 * words * 480_839_216 / gpu.bandwidth)
     assert found.casts == pytest.approx((4 + 2) * 480_839_216 / gpu.bandwidth)
-    again = step_time(XL, gpu, IDEAL, 128, checkpointing=True)
+    again = step_time(XL, gpu, IDEAL, 128, activation_checkpointing=True)
     assert again.products == pytest.approx(4 / 3 * found.products)
     assert found.rest == 0
     twice = step_time(XL, gpu, dataclasses.replace(IDEAL, step=2.0), 128)
@@ -124,7 +124,7 @@ def test_the_ratio_to_dit_is_near_that_of_the_flops():
 def test_no_plan_beats_the_peak(name, key):
     found = plan(mpdit.PRESETS[name], Request(GPUS[key], gpus=8, global_batch=1024))
     assert 0 < found.mfu < found.share.matmul
-    assert found.micro_batch * found.accumulation * 8 == 1024
+    assert found.micro_batch * found.grad_accum_steps * 8 == 1024
     assert found.hours == pytest.approx(found.steps * found.step_seconds / 3600)
     for rows in found.scaling.values():
         assert all(0 < row["efficiency"] <= 1.0001 for row in rows)
@@ -157,9 +157,9 @@ def test_each_part_is_shown_at_its_most():
 
 def test_it_splits_a_step_until_it_fits():
     found = plan(DIT.replace(input_size=64), Request(GPUS["a100-40gb"], gpus=8, global_batch=1024))
-    assert found.accumulation > 1 and found.fits
+    assert found.grad_accum_steps > 1 and found.fits
     assert found.micro_batch <= found.largest[0] < found.largest[1]
-    asked = plan(DIT.replace(input_size=64), Request(GPUS["a100-40gb"], gpus=8, global_batch=1024, accumulation=1))
+    asked = plan(DIT.replace(input_size=64), Request(GPUS["a100-40gb"], gpus=8, global_batch=1024, grad_accum_steps=1))
     assert not asked.fits
 
 
@@ -167,7 +167,7 @@ def test_a_step_is_not_cut_small_for_the_sake_of_room_it_may_not_need():
     gpu = GPUS["rtx4090"]
     found = plan(DIT, Request(gpu, gpus=1, global_batch=256, zero=3))
     assert found.micro_batch == 8 and found.fits, "with room one image, and half as fast"
-    beside = plan(DIT, Request(gpu, gpus=1, global_batch=256, zero=3, accumulation=256))
+    beside = plan(DIT, Request(gpu, gpus=1, global_batch=256, zero=3, grad_accum_steps=256))
     assert found.step_seconds < 0.7 * beside.step_seconds
     roomy = plan(DIT, Request(GPUS["h100"], gpus=1, global_batch=4096, zero=2))
     assert 1.15 * roomy.memory.total <= GPUS["h100"].memory, "where it costs little, room is left"
@@ -184,7 +184,7 @@ def test_a_measured_gpu_is_planned_by_its_measurement(monkeypatch):
     ("fields", "words"),
     [
         ({"gpus": 7}, "multiple of 7"),
-        ({"accumulation": 3}, "in 3 micro steps"),
+        ({"grad_accum_steps": 3}, "in 3 micro steps"),
         ({"gpus": 2048}, "multiple of 2048"),
         ({"epochs": 0}, "epochs is 0"),
     ],
