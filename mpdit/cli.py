@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from mpdit.core.cpu import settle_cpu
 from mpdit.core.errors import UserError, one_line
-from mpdit.core.files import settle_home
+from mpdit.core.files import settle_folders
 from mpdit.core.output import Output, settle_streams
 from mpdit.core.parser import Parser
 from mpdit.core.version import __version__
@@ -51,7 +51,7 @@ def _run(argv: Sequence[str] | None) -> int:
     if argv is None:
         atexit.register(gc.freeze)  # or Python searches all that was imported for garbage as it ends: half a second
     try:
-        settle_home()
+        settle_folders()
         args = build_parser().parse_args(words)
         with contextlib.redirect_stdout(sys.stderr):
             outcome = COMMANDS[args.command].run(args)

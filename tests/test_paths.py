@@ -16,7 +16,7 @@ import pytest
 import mpdit
 from mpdit import cli
 from mpdit.core.errors import ConfigError
-from mpdit.core.files import expand_path, read_text, settle_home
+from mpdit.core.files import expand_path, read_text, settle_folders
 from mpdit.data import open_latents, write_packed
 from mpdit.jobs.extract.sources import list_images
 from mpdit.model.config import ModelConfig
@@ -138,24 +138,32 @@ def test_a_user_whom_nobody_knows_gets_a_home_of_its_own(
         monkeypatch.delenv(name, raising=False)
     if home is not None:
         monkeypatch.setenv("HOME", home)
-    settle_home()
+    settle_folders()
     made = tmp_path / f"mpdit-{os.getuid()}"
     assert (os.environ["HOME"], getpass.getuser()) == (str(made), str(os.getuid()))
     assert made.stat().st_mode & 0o777 == 0o700
     assert expand_path("~/.cache") == f"{made}/.cache"
     monkeypatch.delenv("HOME")
-    settle_home()
+    settle_folders()
     assert os.environ["HOME"] == str(made)
     made.rename(tmp_path / "other")
     made.symlink_to(tmp_path / "other")
     monkeypatch.delenv("HOME")
     with pytest.raises(ConfigError, match=r"HOME is not set, and .* is another user's"):
-        settle_home()
+        settle_folders()
+
+
+def test_a_current_folder_that_is_gone_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("gone").mkdir()
+    os.chdir("gone")
+    Path.cwd().rmdir()
+    assert cli.main(["verify", "x"]) == 2
+    assert capsys.readouterr().err == "error: the current folder was removed: change to one that is there\n"
 
 
 def test_a_home_that_is_known_stays(tmp_path: Path) -> None:
     before = dict(os.environ)
-    settle_home()
+    settle_folders()
     assert dict(os.environ) == before
 
 
@@ -167,7 +175,7 @@ def test_caches_are_where_an_absolute_path_says(
     given: str, kept: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", given)
-    settle_home()
+    settle_folders()
     assert os.environ.get("XDG_CACHE_HOME") == (kept and kept.replace("HOME", str(tmp_path / "home")))
 
 

@@ -51,13 +51,17 @@ def expand_path(text: str) -> str:
     return path
 
 
-def settle_home() -> None:
-    """Give a process that has no home folder, as one of an unknown user in a container, a private one that stays.
+def settle_folders() -> None:
+    """Give a process that has no home, as one of an unknown user in a container, a private one that stays.
 
     Libraries keep caches there, and else make a folder called "~" or fail; so they do for an XDG_CACHE_HOME that is no
-    absolute path, which is none by its specification. Raises ConfigError for a folder of another user, OSError where
-    none can be made.
+    absolute path, which is none by its specification. Raises ConfigError for a folder of another user, or when the
+    current one is gone, OSError where none can be made.
     """
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:  # MKL, for one, ends the process without it
+        raise ConfigError("the current folder was removed: change to one that is there") from error
     user = os.getuid()
     try:
         pwd.getpwuid(user)

@@ -16,7 +16,7 @@ from pathlib import Path
 from mpdit.core.cpu import settle_cpu
 from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import UserError, explain_os_error, one_line
-from mpdit.core.files import settle_home
+from mpdit.core.files import settle_folders
 from mpdit.core.output import Output, settle_streams
 from mpdit.training.safety.stop import STOPPED, StopRequests
 
@@ -64,7 +64,7 @@ def _run(arguments: Sequence[str], stop: StopRequests) -> int:
     """Set up and train, or say why not; return the exit code."""
     env, out = DistEnv(), None
     try:
-        settle_home()
+        settle_folders()
         env = DistEnv.from_environment()
         # What torch's import makes stays: looking through it for garbage, then and again later, takes half a second.
         if fresh := "torch" not in sys.modules:
