@@ -29,7 +29,7 @@ Samples = tuple[NDArray[np.float16], NDArray[np.int64]]
 
 
 class LatentDataset(ABC):
-    """Labelled latents with random access. `open_latents` opens one of whichever format a path holds.
+    """Gives random access to labelled latents. `open_latents` opens one of whichever format a path holds.
 
     Other processes may use it too, forked or sent a copy by pickle, as torch's DataLoader has both.
     """
@@ -68,7 +68,7 @@ class LatentDataset(ABC):
 
 
 class PackedLatents(LatentDataset):
-    """A packed data set opened for reading; the format is described in mpdit/data/manifest.py.
+    """Reads a packed data set; the format is described in mpdit/data/manifest.py.
 
     Opening reads the manifest and the index only (about 10 MB for 1.28 million records) and checks every file's
     size, the index's hash and the range of the labels. Every read of a record compares its CRC-32; the first also

@@ -117,7 +117,7 @@ class BatchPlan:
 
 
 class Batch(NamedTuple):
-    """The samples that one rank trains on in one micro step."""
+    """Holds the samples that one rank trains on in one micro step."""
 
     moments: Tensor
     """fp16 [b, V, 2C, H, W], posterior means before stds."""
@@ -161,11 +161,11 @@ def _constants(normalization: Normalization, device: torch.device) -> tuple[Tens
 
 
 class Loader(Iterator[Batch]):
-    """Batches in order, one per micro step. Close it, or use it as a context manager, to stop its threads at once."""
+    """Yields batches in order, one per micro step. Close it, or use it as a context, to stop its threads at once."""
 
     @abstractmethod
     def close(self) -> None:
-        """Stop; no batch comes after this. Closing again changes nothing."""
+        """End it; no batch comes after this. Closing again changes nothing."""
 
     def __enter__(self) -> Self:
         return self
@@ -186,10 +186,20 @@ def make_loader(
 ) -> Loader:
     """Return a loader of this rank's batches after `plan.start_step` steps and up to `stop_step`, one a micro step.
 
-    Both kinds yield bitwise the same. Records are read and checked in background threads; an error of theirs
-    is raised, as the same DataError, in place of the batch it spoils. Batches lie in host memory (pinned when
-    `device` is a GPU), or with `gpu_stage`, for kind "dali" on a GPU, on `device`. That stage has not
-    been run on a GPU yet. Raises ConfigError for an unknown kind, or an order of another data set's length.
+    Both kinds yield bitwise the same. Records are read and checked in background threads.
+
+    Args:
+        dataset: what records and labels are read from.
+        order: which sample each position of the global order is.
+        plan: which positions are this rank's in each step, and the step to begin after.
+        kind: "dali" or "torch".
+        stop_step: the last step of the run.
+        device: where training is; batches lie in host memory, pinned when it is a GPU.
+        gpu_stage: batches lie on `device`, for kind "dali" on a GPU; not yet run on one.
+
+    Raises:
+        ConfigError: an unknown kind, or an order of another data set's length.
+        DataError: from the loader, in place of a batch that an error of the data spoils.
     """
     if kind not in get_args(LoaderKind):
         raise ConfigError(f"loader is {kind!r}: choose one of {', '.join(get_args(LoaderKind))}")
@@ -292,7 +302,7 @@ class _Memory:
 
 
 class DaliLoader(Loader):
-    """Hands the batches of a TorchLoader through a DALI pipeline, onto `device` when that is given."""
+    """Passes the batches of a TorchLoader through a DALI pipeline, onto `device` when that is given."""
 
     def __init__(self, source: TorchLoader, device: torch.device | None, pin_memory: bool) -> None:
         self._source = source

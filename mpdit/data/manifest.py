@@ -46,7 +46,7 @@ Stable Diffusion's on photographs."""
 
 @dataclass(frozen=True)
 class StoredFile:
-    """One file of a data set: its plain name, how many records it holds, its size and its SHA-256 in hex."""
+    """Describes one file of a data set: its plain name, records, size and SHA-256 in hex."""
 
     file: str
     records: int
@@ -226,7 +226,7 @@ class DatasetInfo(LatentSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest(DatasetInfo):
-    """A DatasetInfo together with the files of a packed data set: the parsed manifest.json."""
+    """Adds the files of a packed data set to what is known of it: the parsed manifest.json."""
 
     index: StoredFile
     shards: tuple[StoredFile, ...]

@@ -15,7 +15,7 @@ NormalizationMode = Literal["auto", "paper", "measured"]
 
 @dataclass(frozen=True)
 class Normalization:
-    """Per-channel constants: a model sees (latent - mean) / std."""
+    """Holds per-channel constants: a model sees (latent - mean) / std."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]

@@ -30,7 +30,7 @@ _PAUSE = 0.05
 
 
 class Quarantine(LatentDataset):
-    """A data set of which up to `limit` records may be unreadable, over all ranks and restarts of a run.
+    """Reads a data set of which up to `limit` records may be unreadable, over all ranks and restarts of a run.
 
     A record is unreadable when it can't be read, whole and sound, in three attempts. It is replaced by the next one
     that can, (index + 1) mod N and on, together with its label. That depends on nothing but the data, so any number of

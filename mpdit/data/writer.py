@@ -24,7 +24,7 @@ _SHARD_BYTES = 1 << 30
 
 
 class PartialFile:
-    """A file under a temporary name, hashed while it is written."""
+    """Writes a file under a temporary name and hashes it meanwhile."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -215,10 +215,19 @@ def write_packed(
 ) -> PackedLatents:
     """Pack latents that are in memory as arrays: `write_packed("my_data", latents, labels)`.
 
-    means [N, C, H, W], or [N, 2, C, H, W] when each comes as original and flipped, and posterior stds of the same
-    shape (zero when not given): arrays of any float dtype, memory-mapped if large, or tensors; labels int [N].
-    num_classes defaults to the highest label + 1; `spec` takes the other fields of LatentSpec. DataError as in
-    PackedWriter.
+    Args:
+        path: a new or empty folder.
+        means: [N, C, H, W], or [N, 2, C, H, W] when each comes as original and flipped: an array of any float dtype,
+            memory-mapped if large, or a tensor.
+        labels: int [N].
+        stds: of the posterior, shaped as means; zero when not given.
+        num_classes: the highest label + 1 when not given.
+        normalization: constants that a model's latents are normalised by; the measured ones when not given.
+        shard_records: records a shard; as many as make 1 GiB when not given.
+        **spec: the other fields of LatentSpec.
+
+    Raises:
+        DataError: as PackedWriter.
     """
     labels = as_array(labels, "labels", "iu")
     # Arrays are read piece by piece: those of numpy's or HDF5's files may be larger than the memory.

@@ -28,7 +28,7 @@ LossWeight = Literal["uniform", "snr", "min_snr"]
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """How times are drawn, losses weighted and classes dropped. ConfigError when a field is out of range."""
+    """Says how times are drawn, losses weighted and classes dropped. ConfigError when a field is out of range."""
 
     time_sampler: TimeSampler = "logit_normal"
     """"logit_normal": sigmoid of a normal (Esser et al., "Scaling rectified flow transformers", 2024), or "uniform"."""
@@ -60,7 +60,7 @@ def draw_times(config: FlowConfig, seed: int, positions: Tensor) -> Tensor:
 
 
 def drop_classes(config: FlowConfig, labels: Tensor, null_class: int, seed: int, positions: Tensor) -> Tensor:
-    """Replace each of the labels int64 [B] by null_class with probability `class_dropout`."""
+    """Replace each of the labels int64 [B] by null_class with probability `class_dropout`, by (seed, position)."""
     dropped = rng.uniform(seed, Stream.CLASS_DROPOUT, positions) < config.class_dropout
     return labels.masked_fill(dropped, null_class)
 
@@ -86,10 +86,20 @@ def flow_loss(
 ) -> Tensor:
     """Compute the weighted mean squared velocity error of each sample, fp32 [B]; its mean is the training loss.
 
-    model(x_t fp32 [B, C, H, W], t fp32 [B], labels int64 [B]) -> velocity [B, C, H, W]; latents [B, C, H, W],
-    labels and positions (in the global order) int64 [B]. Latents of several sizes are a list of B tensors [C, H, W]:
-    the model is then given such a list, and returns one. Everything but the model is in fp32, whatever autocast says.
-    Raises ConfigError when the sizes don't fit.
+    Everything but the model is in fp32, whatever autocast says.
+
+    Args:
+        model: (x_t fp32 [B, C, H, W], t fp32 [B], labels int64 [B]) -> velocity [B, C, H, W].
+        latents: [B, C, H, W], or of several sizes a list of B tensors [C, H, W]: the model is then given such a list,
+            and returns one.
+        labels: int64 [B].
+        positions: int64 [B], in the global order; times, noise and dropped classes are keyed by (seed, position).
+        seed: the run's.
+        config: how times are drawn, losses weighted and classes dropped.
+        null_class: the label that stands for no class.
+
+    Raises:
+        ConfigError: sizes that don't fit.
     """
     if not isinstance(latents, Tensor):
         check_images("latents", latents)

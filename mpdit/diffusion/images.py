@@ -94,9 +94,15 @@ def grid(
 ) -> Image.Image:
     """Put many pictures into one: uint8 [B, H, W] or [B, H, W, 3], enlarged by a whole factor with hard pixels.
 
-    They go row by row. With `classes` given, columns (or rows) that hold one class each are labelled with its name.
-    `columns` defaults to one per class when a few classes repeat, and to a square otherwise; `scale` to the least that
-    shows 64 pixels. DataError for an empty or misshapen batch.
+    Args:
+        images: the pictures, row by row.
+        columns: one per class when not given and a few classes repeat, else a square's.
+        classes: of each picture; columns (or rows) that hold one class each are labelled with its name.
+        class_names: of all classes; their numbers when not given.
+        scale: the factor; the least that shows 64 pixels when not given.
+
+    Raises:
+        DataError: an empty or misshapen batch.
     """
     if images.ndim not in (3, 4) or images.size == 0 or (images.ndim == 4 and images.shape[3] != 3):
         raise DataError(f"images have shape {images.shape}: give at least one, as [B, H, W] or [B, H, W, 3]")
@@ -153,7 +159,10 @@ def save_sample_grid(
     columns: int | None = None,
     classes: Sequence[int] | Tensor | None = None,
 ) -> None:
-    """Decode normalised latents [B, C, H, W] and write their grid as a PNG; folders are made where missing."""
+    """Decode normalised latents [B, C, H, W] and write their `grid` as a PNG; folders are made where missing.
+
+    `data` is the "data" entry of the weights' metadata, which says how latents are decoded.
+    """
     labels = classes.tolist() if isinstance(classes, Tensor) else classes
     picture = grid(decode(latents, data), columns, classes=labels, class_names=data.get("class_names"))
     path = Path(path)

@@ -70,7 +70,7 @@ def computing(precision: Precision, device: torch.device) -> Iterator[None]:
 
 
 class SamplingModel(nn.Module):
-    """A model that `sample` can be given in place of the MPDiT it holds; results are those of the MPDiT to rounding.
+    """Stands for the MPDiT it holds where `sample` is given a model; results are those of the MPDiT to rounding.
 
     For bf16 it holds a copy whose blocks' weights are in bf16, so that they aren't cast in every call.
 
@@ -152,7 +152,7 @@ class SamplingModel(nn.Module):
 
 
 class CudaCapture:
-    """A Capture by torch.cuda.CUDAGraph; graphs of one CudaCapture share their memory, as only one runs at a time."""
+    """Captures by torch.cuda.CUDAGraph; graphs of one CudaCapture share their memory, as only one runs at a time."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()

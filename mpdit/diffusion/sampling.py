@@ -51,7 +51,7 @@ SDE_START, SDE_END = 0.96, 0.04
 
 @dataclass(frozen=True, kw_only=True)
 class Flow:
-    """The guided velocity of one batch, and what single samplers read."""
+    """Computes the guided velocity of one batch, and holds what single samplers read."""
 
     model: Any
     classes: Tensor
@@ -198,7 +198,7 @@ def uniform_times(start: float, end: float, steps: int) -> list[float]:
 
 
 class Setting(NamedTuple):
-    """A setting that one sampler reads from Flow.settings: an argument of `sample` by its name."""
+    """Describes a setting that one sampler reads from Flow.settings: an argument of `sample` by its name."""
 
     default: float | str
     option: str = ""
@@ -207,7 +207,7 @@ class Setting(NamedTuple):
 
 
 class Sampler(NamedTuple):
-    """A way to integrate the velocity field: an entry of SAMPLERS."""
+    """Describes a way to integrate the velocity field: an entry of SAMPLERS."""
 
     solve: Callable[[Flow, Tensor, int], Tensor]
     """(flow, x at t = 1, steps) -> x at t = 0."""
@@ -262,22 +262,31 @@ def sample(
 ) -> Tensor:
     """Turn noise [B, C, H, W] into samples of `classes` [B]: same shape, same device, fp32 (fp64 if the noise is).
 
-    model is an MPDiT, or any callable (x, t [B], y int64 [B]) -> velocity like x. It runs in eval mode and is left in
-    the mode it was in. For fixed steps an MPDiT computes the modulations of all times in one call before the loop.
-    mpdit.diffusion.inference.SamplingModel around it chooses the precision and, on a GPU, replays CUDA graphs.
+    For fixed steps an MPDiT computes the modulations of all times in one call before the loop. SamplingModel of
+    mpdit.diffusion.inference around it chooses the precision and, on a GPU, replays CUDA graphs.
 
-    method names one of SAMPLERS; what `steps` counts is said by its function. `settings` are those that only some of
-    them have: "dopri5" reads atol and rtol, each 1e-5 unless given; "sde" diffusion_form, one of DIFFUSION_FORMS
-    ("sigma"), diffusion_norm (1.0), seed and positions int64 [B], 0 .. B - 1 unless given.
+    Args:
+        model: an MPDiT, or any callable (x, t [B], y int64 [B]) -> velocity like x. It runs in eval mode and is left in
+            the mode it was in.
+        noise: x at t = 1, any float dtype.
+        classes: whole numbers [B], each 0 .. null_class.
+        steps: what they count is said by the method's function.
+        method: one of SAMPLERS.
+        guidance: w evaluates u + w (c - u), with c the velocity given the class and u given null_class, in one forward
+            of 2B (Ho and Salimans, 2022); 1 is none, a forward of B.
+        guidance_channels: k guides only the first k channels, the others are c's: forward_with_cfg of the official DiT
+            and SiT does so with k = 3, and their published figures were drawn with it. None: all.
+        interval: times in which guidance acts, ends included (Kynkäänniemi et al., NeurIPS 2024).
+        null_class: the label that stands for no class; the model's own unless given.
+        seed: of the noise that "sde" adds.
+        positions: int64 [B], which that noise is keyed by too; 0 .. B - 1 unless given.
+        progress: called as progress(done, steps) after each step.
+        **settings: those that only some methods have: "dopri5" reads atol and rtol, each 1e-5 unless given; "sde"
+            diffusion_form, one of DIFFUSION_FORMS ("sigma"), and diffusion_norm (1.0).
 
-    guidance w evaluates u + w (c - u), with c the velocity given the class and u given null_class (the model's own
-    unless given), in one forward of 2B (Ho and Salimans, 2022). It acts at times inside `interval`, ends included
-    (Kynkäänniemi et al., NeurIPS 2024); elsewhere, and when w is 1, the forward has B samples. With guidance_channels k
-    only the first k channels are guided and the others are c's: forward_with_cfg of the official DiT and SiT does so
-    with k = 3, and their published figures were drawn with it.
-
-    progress(done, steps) is called after each step. Raises ConfigError for an argument out of range, shapes that
-    don't fit, and a model whose `metadata` says that it predicts something else or was never trained without a class.
+    Raises:
+        ConfigError: an argument out of range, shapes that don't fit, and a model whose `metadata` says that it predicts
+            something else or was never trained without a class.
     """
     import torch
 
@@ -352,7 +361,7 @@ def check_arguments(method: str, steps: int, guidance: float, interval: tuple[fl
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How samples are drawn: the settings of `sample`, which checks them, and of the batches handed to it."""
+    """Says how samples are drawn: the settings of `sample`, and of the batches handed to it."""
 
     method: str = "euler"
     steps: int = 250
@@ -409,11 +418,17 @@ def generate(
 ) -> Tensor:
     """Draw normalised latents fp32 [N, C, S, S] on the CPU, one per entry of `classes`, on the model's device.
 
-    Image i meets the noise keyed by (settings.seed, first + i) whatever its batch, so a set can be drawn in parts, and
-    sets that must not share noise differ by `first`. The model is an MPDiT, or one prepared by `for_sampling`, which
-    is worth it where this is called more than once. With `label` a progress bar of that name runs on stderr where
-    that is a terminal; `progress` is told the images' worth of steps done since it was last called. ConfigError as
-    `sample` and `for_sampling`.
+    Args:
+        model: an MPDiT, or one prepared by `for_sampling`, which is worth it where this is called more than once.
+        classes: whole numbers [N].
+        settings: how they are drawn.
+        first: image i meets the noise keyed by (settings.seed, first + i) whatever its batch, so a set can be drawn in
+            parts, and sets that must not share noise differ by this.
+        label: the name of a progress bar on stderr, where that is a terminal; None for none.
+        progress: told the images' worth of steps done since it was last called.
+
+    Raises:
+        ConfigError: as `sample` and `for_sampling`.
     """
     import torch
 

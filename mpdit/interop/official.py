@@ -74,7 +74,8 @@ def load_official(
     """Load the model of `read_official`, in training mode, as any new module; its `metadata` says what it is.
 
     What was concluded of it, and from what, is warned of (UserWarning), a line each. Who trains it to something else
-    empties its `metadata`, by which `mpdit.sample` refuses what is no velocity.
+    empties its `metadata`, by which `mpdit.sample` refuses what is no velocity. Arguments and errors are those of
+    `read_official`.
     """
     model, metadata = read_official(path, num_heads, which, convention, num_classes)
     model.metadata = metadata

@@ -20,7 +20,7 @@ from mpdit.model.config import Convention
 
 @dataclass(frozen=True)
 class Project:
-    """What the checkpoints of a project mean, and what in a file shows that it is theirs."""
+    """Says what the checkpoints of a project mean, and what in a file shows that it is theirs."""
 
     name: str
     repository: str
@@ -116,7 +116,7 @@ _OTHERS = (
 
 @dataclass(frozen=True)
 class FoundModel:
-    """The tensors of one model in a checkpoint, by their official names, and what lies beside it."""
+    """Holds the tensors of one model in a checkpoint, by their official names, and what lies beside it."""
 
     tensors: dict[str, Any]
     weights: str | None
@@ -128,7 +128,7 @@ class FoundModel:
 
 @dataclass(frozen=True)
 class Identity:
-    """Whose a model is, and what follows."""
+    """Says whose a model is, and what follows."""
 
     project: Project
     known_by: str | None

@@ -19,7 +19,7 @@ _MOST_WIDTH, _MOST_LAYERS, _MOST_SIDE = 1 << 16, 1000, 1 << 11
 
 @dataclass(frozen=True)
 class StageSpec:
-    """One resolution of the model: `blocks` transformer blocks on tokens of `patch` x `patch` latent pixels."""
+    """Describes one resolution: `blocks` transformer blocks on tokens of `patch` x `patch` latent pixels."""
 
     patch: int
     blocks: int
@@ -27,7 +27,7 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A multi-patch diffusion transformer, coarse to fine (MPDiT, section 3).
+    """Describes a multi-patch diffusion transformer, coarse to fine (MPDiT, section 3).
 
     Two stages are MPDiT at 256 px, three are MPDiT at 512 px; one stage with added class conditioning and
     per-block modulation is DiT. Raises ConfigError, naming field, value and remedy, when the parts don't fit.

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class TransitionKind(NamedTuple):
-    """An entry of TRANSITIONS; expand and refine are modules with a `cost`, by file and name.
+    """Describes a transition: an entry of TRANSITIONS; expand and refine are modules with a `cost`, by file and name.
 
     Attributes:
         expand: made of (width, factor); takes image tokens [B, n0, D] and their grid to [B, n1, D]. Under autocast
@@ -46,7 +46,7 @@ TRANSITIONS = {
 
 
 class TimeKind(NamedTuple):
-    """An entry of TIME_EMBEDDINGS.
+    """Describes a time embedding: an entry of TIME_EMBEDDINGS.
 
     Attributes:
         module: a TimeEmbedding, by file and name.

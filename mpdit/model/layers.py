@@ -52,7 +52,7 @@ def normalize(x: Tensor) -> Tensor:
 
 
 class MLP(nn.Module):
-    """Linear, tanh-GELU, Linear."""
+    """Applies Linear, tanh-GELU, Linear."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ def sincos_position(width: int, grid: int | Grid, device: torch.device | None = 
 
 
 class Position(nn.Module):
-    """Grid (h, w) -> its position table [n, D]: a buffer for the configured grid; others are made when first met."""
+    """Gives a grid (h, w) its position table [n, D]: a buffer for the configured grid; others are made when met."""
 
     table: Tensor
 

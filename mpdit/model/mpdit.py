@@ -47,7 +47,7 @@ from mpdit.model.weights import read_weights
 
 
 class ClassTokens(nn.Module):
-    """Labels [B] -> class tokens [B, m, D]; the last of the num_classes + 1 rows is the null class."""
+    """Maps labels [B] to class tokens [B, m, D]; the last of the num_classes + 1 rows is the null class."""
 
     def __init__(self, num_classes: int, tokens: int, width: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class ClassTokens(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """[B, C, H, W] -> [B, n, D]: a convolution whose stride is its kernel, as one matrix product."""
+    """Maps [B, C, H, W] to [B, n, D]: a convolution whose stride is its kernel, as one matrix product."""
 
     def __init__(self, patch: int, channels: int, width: int) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class PatchEmbed(nn.Module):
 
 
 class Embed(nn.Module):
-    """Into the coarsest stage: class tokens [B, m, D], m may be 0, and latents [B, C, S, S] -> tokens [B, m+n, D]."""
+    """Makes tokens [B, m+n, D] of the coarsest stage from class tokens [B, m, D], m may be 0, and x [B, C, S, S]."""
 
     def __init__(self, patch: int, channels: int, width: int, input_size: int) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Embed(nn.Module):
 
 
 class ResidualStream:
-    """The residual stream x + gate * pending, of which the last branch is still to be added; x alone without one.
+    """Holds the residual stream x + gate * pending, of which the last branch is still to be added; x alone without one.
 
     The addition is left to whoever reads the stream next and makes a pass over it anyway: mostly a layer norm, with
     which one kernel does both. That of several sizes in one batch is packed.PackedStream.
@@ -133,7 +133,7 @@ class ResidualStream:
 
 
 class Modulation(nn.Module):
-    """Condition [B, D] -> [B, chunks*D]: a Linear of SiLU, zero at initialisation (adaLN-Zero), always in fp32."""
+    """Maps a condition [B, D] to [B, chunks*D]: a Linear of SiLU, zero at first (adaLN-Zero), always in fp32."""
 
     def __init__(self, width: int, chunks: int) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class Modulation(nn.Module):
 
 
 class QKV(nn.Linear):
-    """Query, key and value projections as one Linear."""
+    """Projects to queries, keys and values by one Linear."""
 
     # Drawn once, where other Linears draw torch's values and then init_linear's: what a seed gives must not change.
     def reset_parameters(self) -> None:
@@ -155,7 +155,7 @@ class QKV(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention of each image's tokens."""
+    """Applies multi-head self-attention to each image's tokens."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x += gate * attention(adaLN(x)); x += gate * mlp(adaLN(x)): DiT's block with adaLN-Zero.
+    """Adds gate * attention(adaLN(x)) to x, then gate * mlp(adaLN(x)): DiT's block with adaLN-Zero.
 
     With `own_modulation` it owns the Linear that makes shifts, scales and gates, 6D in all, of the condition.
     """
@@ -204,7 +204,7 @@ class Block(nn.Module):
 
 
 class Skip(nn.Module):
-    """Input x [B, C, H, W] -> what a transition adds to all tokens, [B, m+n, D], or [m+n, D] without a skip.
+    """Computes from x [B, C, H, W] what a transition adds to all tokens, [B, m+n, D], or [m+n, D] without a skip.
 
     It is Linear(PatchEmbed(x)) + position on image tokens and zero on class tokens. Nothing nonlinear stands between
     the two products, so they are composed into one from C*p*p values, and both biases ride on the position table.
@@ -244,7 +244,7 @@ class Skip(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Tokens of a stage [B, m+n0, D] and the input x [B, C, H, W] -> tokens of the next stage [B, m+n1, D].
+    """Maps tokens of a stage [B, m+n0, D] and the input x [B, C, H, W] to the next stage's tokens [B, m+n1, D].
 
     Image tokens are expanded; with a refining layer, they pass tanh-GELU, are joined by the class tokens, and all pass
     LN and that layer; then the skip and the finer positions are added to the image tokens.
@@ -284,7 +284,7 @@ class Upsample(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """adaLN and a zero-initialised Linear of the image tokens: a stream of x [B, n, D] -> [B, n, p*p*C]."""
+    """Maps a stream of image tokens [B, n, D] to [B, n, p*p*C] by adaLN and a zero-initialised Linear."""
 
     def __init__(self, width: int, patch: int, channels: int, learn_sigma: bool, own_modulation: bool) -> None:
         super().__init__()
@@ -307,7 +307,7 @@ class FinalLayer(nn.Module):
 
 
 class Stage(nn.Module):
-    """One resolution: how tokens enter it (from the input, or from the coarser stage), then its blocks."""
+    """Holds one resolution: how tokens enter it (from the input, or from the coarser stage), then its blocks."""
 
     def __init__(self, enter: Embed | Upsample, blocks: list[Block]) -> None:
         super().__init__()
@@ -316,7 +316,7 @@ class Stage(nn.Module):
 
 
 class MPDiT(Pretrained):
-    """Multi-patch diffusion transformer (MPDiT, section 3): predicts the flow-matching velocity of noisy latents.
+    """Predicts the flow-matching velocity of noisy latents: the multi-patch diffusion transformer (MPDiT, section 3).
 
     With one stage, added class conditioning and per-block modulation it is DiT (SiT with convention="sit").
 
@@ -428,7 +428,7 @@ class MPDiT(Pretrained):
         return blocks[-1] if len(blocks) else None
 
     def try_attention(self, dtype: torch.dtype) -> None:
-        """Have attention choose and try its backends now, for every stage of the configured size in this dtype.
+        """Let attention choose and try its backends now, for every stage of the configured size in this dtype.
 
         A backend's first call at a shape is a trial of up to seconds; here they come before anything depends on them.
 

@@ -19,7 +19,7 @@ from mpdit.model.layers import EPS, grid_of, unpatchify
 
 
 class Images:
-    """A batch of images [C, H, W] of several sizes as groups of one size, large images first.
+    """Sorts a batch of images [C, H, W] of several sizes into groups of one size, large images first.
 
     Attributes:
         groups: [B_g, C, H_g, W_g] each.

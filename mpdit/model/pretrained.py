@@ -24,7 +24,7 @@ _DRAWS = (nn.init.normal_, nn.init.uniform_, Tensor.normal_, Tensor.uniform_)
 
 
 class Pretrained(nn.Module):
-    """Base of a model that is built from a ModelConfig: its ways to a folder or a hub repository and back.
+    """Brings a model that is built from a ModelConfig to a folder or a hub repository, and back; its base class.
 
     Attributes:
         config: the ModelConfig it was built from.
@@ -69,8 +69,12 @@ class Pretrained(nn.Module):
     ) -> Self:
         """Load the model of a folder, as `mpdit.load_weights` takes them, or of a hub repository "owner/name".
 
-        It is in evaluation mode on the CPU; its `metadata` is config.json without the model's part. The other arguments
-        are those of huggingface_hub.snapshot_download, and only read where the hub is.
+        It is in evaluation mode on the CPU; its `metadata` is config.json without the model's part.
+
+        Args:
+            path_or_id: a folder that exists is taken, else the hub's repository of that name.
+            revision, cache_dir, token, local_files_only: as huggingface_hub.snapshot_download has them, and only read
+                where the hub is.
 
         Raises:
             CheckpointError: nothing there, the hub can't be reached, or files that are damaged or of another format.
@@ -104,7 +108,14 @@ class Pretrained(nn.Module):
     ) -> str:
         """Upload what `save_pretrained` writes to a hub repository "owner/name", made if missing; returns the URL.
 
-        Raises CheckpointError when the hub refuses or can't be reached, ConfigError without huggingface_hub.
+        Args:
+            repo_id: "owner/name".
+            metadata: JSON values kept beside the model in config.json; the model's own when not given.
+            private, token, revision, commit_message: as huggingface_hub has them.
+
+        Raises:
+            CheckpointError: the hub refuses, or can't be reached.
+            ConfigError: huggingface_hub is not installed.
         """
         hub = _hub(f"pushing to {repo_id}")
         with tempfile.TemporaryDirectory() as folder:

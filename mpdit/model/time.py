@@ -28,7 +28,7 @@ FEATURES = 256
 
 
 class TimeCost(NamedTuple):
-    """What planning needs of a time embedding.
+    """Counts what planning needs of a time embedding.
 
     Attributes:
         params: trainable parameters.
@@ -47,7 +47,7 @@ class TimeCost(NamedTuple):
 
 
 class TimeEmbedding(nn.Module, ABC):
-    """Base of all: computes in fp32 whatever autocast is on and whatever the model was cast to.
+    """Embeds times, as the base of all kinds: in fp32 whatever autocast is on and whatever the model was cast to.
 
     Made of the width D, time_layers and time_width.
     """
@@ -71,7 +71,7 @@ class TimeEmbedding(nn.Module, ABC):
 
 
 class SpectralLayer(nn.Module):
-    """MixedFNO layer on [B, W, GRID]: a complex W x W mixing of each kept frequency, plus a pointwise W x W mixing."""
+    """Mixes channels of [B, W, GRID] at each kept frequency, by complex W x W, and at each point (a MixedFNO layer)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class SpectralLayer(nn.Module):
 
 
 class FNOTimeEmbedding(TimeEmbedding):
-    """A Fourier neural operator on the grid linspace(-1, 1, 32) + t, averaged over the grid (MPDiT, section 3.3).
+    """Applies a Fourier neural operator to the grid linspace(-1, 1, 32) + t and averages over it (MPDiT, section 3.3).
 
     Its exact algebra is in mpdit_kernels.fno: the first layer is affine in t, and the last only meets a mean.
     """

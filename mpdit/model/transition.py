@@ -18,7 +18,7 @@ from mpdit.model.layers import MLP, Grid, init_linear
 
 
 class Cost(NamedTuple):
-    """What planning needs of a layer that expands or refines tokens.
+    """Counts what planning needs of a layer that expands or refines tokens.
 
     Attributes:
         params: trainable parameters.
@@ -39,7 +39,7 @@ class Cost(NamedTuple):
 
 
 class Expand(nn.Module):
-    """Image tokens [B, h*w, D] -> [B, h*r*w*r, D]: a Linear D -> r*r*D, then a pixel-shuffle onto the finer grid.
+    """Maps image tokens [B, h*w, D] to [B, h*r*w*r, D]: a Linear D -> r*r*D, then a pixel-shuffle onto the finer grid.
 
     The weight's rows are ordered (channel, i, j), as in the official code. They are reordered to (i, j, channel), so
     that each D-wide slice of the product is a whole fine token and the shuffle moves contiguous rows.
@@ -83,7 +83,7 @@ class ExpandTranspose(nn.Module):
 
 
 class RefineLinear(nn.Linear):
-    """A Linear of all tokens [B, m+n, D]."""
+    """Applies a Linear to all tokens [B, m+n, D]."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, width)
@@ -98,7 +98,7 @@ class RefineLinear(nn.Linear):
 
 
 class RefineMLP(MLP):
-    """An MLP of all tokens [B, m+n, D], 4D wide."""
+    """Applies an MLP to all tokens [B, m+n, D], 4D wide."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, 4 * width)
@@ -113,7 +113,7 @@ class RefineMLP(MLP):
 
 
 class RefineConv(nn.Module):
-    """A 3 x 3 convolution of the image tokens; class tokens have no neighbours and take its centre tap."""
+    """Convolves image tokens by 3 x 3; class tokens have no neighbours and take the centre tap."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class RefineConv(nn.Module):
 
 
 class Transition(NamedTuple):
-    """The modules of a transition, and whether mpdit_kernels.upsample_tokens does it in one piece."""
+    """Names the modules of a transition, and whether mpdit_kernels.upsample_tokens does it in one piece."""
 
     expand: Any
     refine: Any

@@ -41,7 +41,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class VAE:
-    """An AutoencoderKL in evaluation mode: posterior moments of uint8 images, and uint8 images of latents.
+    """Encodes uint8 images to posterior moments, and decodes latents, by an AutoencoderKL in evaluation mode.
 
     Attributes:
         name: the path or hub id it was loaded by.

@@ -213,17 +213,17 @@ class TrainConfig:
 
     @property
     def flow(self) -> FlowConfig:
-        """The settings of the loss: how times are drawn, losses weighted and classes dropped."""
+        """Return the settings of the loss: how times are drawn, losses weighted and classes dropped."""
         return FlowConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(FlowConfig)})
 
     @property
     def profiling(self) -> Profiling:
-        """The steps and ranks that are profiled, and how."""
+        """Return the steps and ranks that are profiled, and how."""
         return Profiling.parse(self.profile, self.profile_steps, self.profile_ranks, self.steps)
 
     @property
     def model_overrides(self) -> dict[str, Any]:
-        """Fields of ModelConfig, parsed from `override`."""
+        """Return the fields of ModelConfig that `override` gives."""
         return dict(parse_override(text) for text in self.override)
 
     def model_config(self, data: Mapping[str, Any]) -> ModelConfig:

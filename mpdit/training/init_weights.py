@@ -29,7 +29,7 @@ _MAY_DIFFER = ("input_size", "num_classes")
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """Weights of a model like the run's, on the CPU."""
+    """Holds weights of a model like the run's, on the CPU."""
 
     source: str
     state: dict[str, Tensor]

@@ -77,7 +77,7 @@ class Stopwatch:
 
 
 class WandbRun:
-    """A run of Weights & Biases, which OUT/wandb.json names, so that a run that is continued goes on in it.
+    """Logs to a run of Weights & Biases, which OUT/wandb.json names, so that a run that is continued goes on in it.
 
     No other run has its id: a copy of the folder, beside the one it was made from, gets a new one.
     """

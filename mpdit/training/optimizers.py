@@ -21,7 +21,7 @@ from mpdit.planning.time import ADAMW_EMA_BYTES
 
 
 class OptimizerKind(NamedTuple):
-    """An entry of OPTIMIZERS.
+    """Describes an optimiser: an entry of OPTIMIZERS.
 
     Attributes:
         help: what it is.
@@ -64,8 +64,15 @@ def build(
 ) -> Optimizer:
     """Build an entry of OPTIMIZERS, which steps the average of the weights (EMA) too, for a run on `device`.
 
-    `settings` are AdamWEMA's, `ds` is the run's DeepSpeed configuration. Raises ConfigError when another package's
-    fails its probe, or would have to step weights that are offloaded to the CPU.
+    Args:
+        name: the entry's.
+        params: fp32 tensors.
+        settings: AdamWEMA's: lr, betas, eps, weight_decay, ema_decay.
+        device: where weights are stepped.
+        ds: the run's DeepSpeed configuration.
+
+    Raises:
+        ConfigError: another package's fails its probe, or would have to step weights that are offloaded to the CPU.
     """
     if not entry_of(OPTIMIZERS, "optimizer", name).module:
         return AdamWEMA(params, **settings)

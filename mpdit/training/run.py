@@ -26,7 +26,7 @@ WANDB_NAME = "wandb.json"
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a training run is made of."""
+    """Holds everything a training run is made of."""
 
     config: TrainConfig
     """With the precision that "auto" stands for, and the batch that a default is rounded to."""

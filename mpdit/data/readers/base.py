@@ -31,7 +31,7 @@ _STATISTICS_BATCH = 64
 
 @dataclass(frozen=True)
 class Options:
-    """Settings by which the user may describe data that don't describe themselves."""
+    """Holds what a user may say of data that don't describe themselves."""
 
     scale: Scale | None = None
     """By which the stored latents were changed; None: what the format has, or what is measured."""
@@ -41,7 +41,7 @@ class Options:
 
 
 class ForeignLatents(LatentDataset):
-    """A data set in the files of another project, opened for reading.
+    """Reads a data set in the files of another project.
 
     `manifest` describes it as a packed data set's does, but the statistics are measured as it is opened, on
     `STATISTICS_SAMPLES` samples from the first to the last, or on all if there are no more: the same files always

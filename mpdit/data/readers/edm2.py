@@ -30,7 +30,7 @@ _BRIGHT = 0.25
 
 
 class EDM2Latents(ForeignLatents):
-    """Posterior means and stds, floats [2C, H, W], in the .npy files that dataset.json lists, in a folder or a zip.
+    """Reads posterior means and stds, floats [2C, H, W], in the .npy files that a folder's or zip's dataset.json lists.
 
     Samples are in the order of dataset.json, {"labels": [["00000/img-mean-std-00000000.npy", 5], ...]}, which must
     list every .npy file that is there and no other; {"labels": null}, as dataset_tool writes it of images without

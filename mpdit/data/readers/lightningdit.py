@@ -34,7 +34,7 @@ class _Tensor(NamedTuple):
 
 
 class LightningDiTLatents(ForeignLatents):
-    """Latents [N, C, H, W], the same of mirrored images, and labels [N] in each *.safetensors of a folder.
+    """Reads latents [N, C, H, W], the same of mirrored images, and labels [N] in each *.safetensors of a folder.
 
     Samples are in the order of the files' names and of their rows. `latents_flip` is the variant "flipped"; it may be
     missing from all files. latents_stats.pt, the mean and std [1, C, 1, 1] that LightningDiT normalises by, is what

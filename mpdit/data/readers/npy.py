@@ -29,7 +29,7 @@ _FEATURES, _LABELS = "features", "labels"
 
 
 class NpyPairs(ForeignLatents):
-    """Latents [1, C, H, W] or [C, H, W] and labels [1] or [] in pairs of .npy files of the same name.
+    """Reads latents [1, C, H, W] or [C, H, W] and labels [1] or [] in pairs of .npy files of the same name.
 
     Samples are in the order of the numbers that are the files' names. Both folders are listed when it is opened, about
     10 s for 1.28 million images on a local disk. The label files are read then too, about a minute more, unless the

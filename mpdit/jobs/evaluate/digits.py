@@ -89,12 +89,17 @@ def evaluate_digits(
     guided: int = 1000,
     unguided: int | None = None,
 ) -> DigitsEvaluation:
-    """Measure a model of the embedded digits; model and metadata as `load_weights` returns them.
+    """Measure a model of the embedded digits.
 
-    `guided` samples, the classes in turn, are drawn with the sampler's guidance for the class agreement; `unguided`
-    ones (the whole set's number unless given) with the real set's labels and without guidance for the Frechet
-    distance. The two sets share no noise. DataError when the model was trained on other data, or its
-    samples aren't finite.
+    Args:
+        model, metadata: as `load_weights` returns them.
+        sampler: how samples are drawn.
+        guided: samples for the class agreement, the classes in turn, with the sampler's guidance.
+        unguided: samples for the Frechet distance, with the real set's labels and without guidance; as many as that has
+            when not given. The two sets share no noise.
+
+    Raises:
+        DataError: the model was trained on other data, or its samples aren't finite.
     """
     data = metadata.get("data", {})
     if data.get("kind") != "digits":

@@ -45,7 +45,7 @@ FACTS = {
 
 
 class Decoded(NamedTuple):
-    """An image as it is encoded, and what was odd of its file."""
+    """Holds an image as it is encoded, and what was odd of its file."""
 
     pixels: NDArray[np.uint8]
     """RGB [H, W, 3]."""

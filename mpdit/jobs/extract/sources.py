@@ -87,7 +87,7 @@ class BrokenImage(Exception):
 
 @dataclass(frozen=True)
 class Container:
-    """Names a folder of image files, or an archive of them."""
+    """Describes a folder of image files, or an archive of them."""
 
     path: str
     kind: Literal["folder", "tar", "zip"]

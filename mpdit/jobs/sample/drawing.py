@@ -92,12 +92,17 @@ class Labels:
         seed: int,
         present: Sequence[int] | None = None,
     ) -> Labels:
-        """Choose of a model's `num_classes`, or of those `asked` for, of which one may be named several times.
+        """Choose the classes that are drawn, and their order.
 
-        Where only the classes in `present` were trained, those of them.
+        Args:
+            num_classes: the model's.
+            asked: those that were asked for, of which one may be named several times; all when none were.
+            order: "random", "balanced", or "auto": balanced for classes asked for and for up to 16, random for more.
+            seed: of the random order.
+            present: those that were trained, where not all were.
 
-        "auto" is balanced for classes asked for and for up to 16, random for all of more. ConfigError for a class that
-        the model doesn't know, or a seed out of range.
+        Raises:
+            ConfigError: a class that the model doesn't know, or a seed out of range.
         """
         check_seed(seed)
         for label in asked or ():

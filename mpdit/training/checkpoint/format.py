@@ -46,7 +46,7 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed checkpoint: its folder and its manifest."""
+    """Describes a committed checkpoint: its folder and its manifest."""
 
     folder: Path
     step: int
@@ -104,7 +104,7 @@ class Checkpoint:
 
     @property
     def shards(self) -> dict[Path, list[str]]:
-        """Every shard's path with the keys of its tensors."""
+        """Return every shard's path with the keys of its tensors."""
         return {self.folder / name: entry["keys"] for name, entry in self.files.items()}
 
 

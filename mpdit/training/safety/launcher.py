@@ -18,7 +18,7 @@ _MARKS = {"RANK", "CROSS_RANK", "CROSS_SIZE"}
 
 @dataclass(frozen=True)
 class Launcher:
-    """What started this rank; nothing for a command that was typed by itself."""
+    """Knows what started this rank: nothing, for a command that was typed by itself."""
 
     parents: dict[int, int]
     """Parent of each process of the chain, from this one upwards, as it was at the beginning."""
