@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from tools.gate import allowed_error, distance
 from tools.timing import Clock, Prepare, out_of_memory, turns
 from torch import Tensor
 
@@ -27,8 +28,6 @@ TOO_LARGE = "out of memory"
 """Says that a variant has no time as it does not fit, even by itself."""
 NO_TIME = "no time: --minutes were up before it was built"
 """Why one that came too late has none."""
-FLOOR = 8
-"""Roundings of a result's dtype that every gate allows, as a reference can be exact by luck."""
 ROUNDING = {"fp32": 2.0**-23, "tf32": 2.0**-10, "bf16": 2.0**-7, "fp16": 2.0**-10}
 
 Tensors = Callable[[Any], Sequence[Tensor]]
@@ -250,7 +249,7 @@ def error_limits(group: Group, state: Any) -> Limits | None:
     if group.exact is None or group.reference is None:
         return None
     pairs = zip(group.exact(state), group.reference(state), strict=True)
-    return [(x, 2 * distance(y, x) + FLOOR * ROUNDING[group.dtype]) for x, y in pairs]
+    return [(x, allowed_error(y, x, ROUNDING[group.dtype])) for x, y in pairs]
 
 
 def judge(built: Built, limits: Limits | None) -> dict[str, Any] | None:
@@ -273,12 +272,6 @@ def _verdict(gate: dict[str, Any] | None) -> str | None:
     if gate["error"] <= gate["allowed"]:  # a NaN passes no comparison
         return None
     return f"its gate is red: it errs by {gate['error']:.3g}, where {gate['allowed']:.3g} is allowed"
-
-
-def distance(x: Tensor, exact: Tensor) -> float:
-    """Return the norm of the difference over the norm of `exact`."""
-    x, exact = x.detach().double(), exact.detach().double()
-    return float((x - exact).norm() / exact.norm().clamp_min(1e-30))
 
 
 def release() -> None:

@@ -115,7 +115,7 @@ class Session:
 
     @cached_property
     def _head(self) -> Json:
-        """What pytest-benchmark says of machine and commit."""
+        """Return what pytest-benchmark says of machine and commit."""
         hook = self._config.hook
         machine_info = hook.pytest_benchmark_generate_machine_info(config=self._config)
         hook.pytest_benchmark_update_machine_info(config=self._config, machine_info=machine_info)

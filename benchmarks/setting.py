@@ -37,17 +37,20 @@ class Setting:
 
     @property
     def on_gpu(self) -> bool:
+        """Tell whether it is a GPU that is measured."""
         return self.device == "cuda"
 
     @property
     def dtype(self) -> str:
-        """What products take where a run may choose: bf16 on a GPU, fp32 on a CPU."""
+        """Return what products take where a run may choose: bf16 on a GPU, fp32 on a CPU."""
         return "bf16" if self.on_gpu else "fp32"
 
     def models_of(self, on_gpu: Sequence[str], on_cpu: Sequence[str]) -> Sequence[str]:
+        """Return the presets to measure: those asked for, or else the part's own."""
         return self.models or (on_gpu if self.on_gpu else on_cpu)
 
     def batches_of(self, on_gpu: Sequence[int], on_cpu: Sequence[int]) -> Sequence[int]:
+        """Return the batches to measure: those asked for, or else the part's own."""
         return self.batches or (on_gpu if self.on_gpu else on_cpu)
 
     @contextmanager

@@ -78,6 +78,7 @@ def check_tensors(optional: tuple[str, ...] = (), /, **tensors: object) -> None:
 
 
 def check_eps(eps: float) -> None:
+    """Check that eps is at least 0."""
     check(eps >= 0, "eps", eps, "a number of at least 0")
 
 

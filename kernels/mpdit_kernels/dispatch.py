@@ -98,6 +98,13 @@ def too_wide(x: Tensor) -> str | None:
     return f"rows are {width} wide, and the kernels hold {MAX_WIDTH} at most" if width > MAX_WIDTH else None
 
 
+def architecture_of(device: torch.device) -> str:
+    """Return what tuned tables call a device: "sm_90" for an H100 or H200, else its type."""
+    if device.type != "cuda":
+        return device.type
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
 def shared_limit(architecture: str) -> int:
     """Return a program's bytes of shared memory; on an architecture not listed, the least of any since sm_80."""
     return SHARED_LIMITS.get(architecture, 99 * 1024)
@@ -149,7 +156,7 @@ def _loss(operation: str, mode: str, device: torch.device) -> str | None:
     """Return why "auto" leaves the kernels out: None unless they were measured to lose on this GPU."""
     if device.type != "cuda" or mode != "auto":
         return None
-    target = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    target = architecture_of(device)
     table = tuned_table(target)
     if table.get("wins", {}).get(operation, True):
         return None

@@ -16,7 +16,7 @@ import torch
 import triton
 
 from mpdit_kernels import operators
-from mpdit_kernels.dispatch import tuned_table
+from mpdit_kernels.dispatch import architecture_of, tuned_table
 
 operators.register_flops()  # no operator runs uncounted
 
@@ -79,6 +79,7 @@ class Tunable:
 
 
 def key_text(key: dict[str, Any]) -> str:
+    """Return a key as tuned tables name it: "tokens=80 width=72"."""
     return " ".join(f"{name}={value}" for name, value in sorted(key.items()))
 
 
@@ -127,6 +128,4 @@ def target() -> str:
 @functools.cache
 def architecture() -> str:
     """Return "sm_90" for an H100 or H200; "cpu" where there is no GPU."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    return "sm_{}{}".format(*torch.cuda.get_device_capability())
+    return architecture_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -28,10 +28,12 @@ class Sequences:
 
     @property
     def lengths(self) -> tuple[int, ...]:
+        """Return the tokens of each sequence."""
         return _lengths(self.offsets)
 
     @property
     def longest(self) -> int:
+        """Return the most tokens of a sequence, 0 without any."""
         return max(self.lengths, default=0)
 
     def on(self, device: torch.device) -> Tensor:
@@ -40,7 +42,7 @@ class Sequences:
 
     @property
     def groups(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """(length, indices of the sequences that have it), by rising length."""
+        """Return (length, indices of the sequences that have it), by rising length."""
         return _groups(self.offsets)
 
     def without_first(self, tokens: int) -> Sequences:

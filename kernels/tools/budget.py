@@ -45,6 +45,7 @@ class Row:
 
     @property
     def key(self) -> str:
+        """Return its name in the budget."""
         return " | ".join((self.case, self.kernel, self.arch))
 
     def entry(self, triton_version: str) -> dict[str, Any]:

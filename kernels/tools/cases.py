@@ -53,7 +53,7 @@ class Shape:
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """Tokens of each stage, class tokens included."""
+        """Return the tokens of each stage, class tokens included."""
         return tuple(self.prefix + grid * grid for grid in self.grids)
 
 
@@ -104,7 +104,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Its name in tables and budgets."""
+        """Return its name in tables and budgets."""
         return f"{self.operation}, {self.label}"
 
 
@@ -136,7 +136,7 @@ def _adaln(shape: Shape) -> list[Case]:
 def _adaln_inputs(
     size: tuple[int, int, int], gated: bool, norm: bool, device: str | torch.device, dtype: torch.dtype
 ) -> list[Tensor]:
-    """x, perhaps a branch, and vectors that are slices of one modulation [B, 6D], as in the model."""
+    """Draw x, perhaps a branch, and vectors that are slices of one modulation [B, 6D], as in the model."""
     batch, _, width = size
     tokens = [_random(*size, device=device, dtype=dtype) for _ in range(1 + gated)]
     modulation = _random(batch, 6 * width, device=device, grad=False).chunk(6, dim=-1)
@@ -170,7 +170,7 @@ def _gelu_mlp(shape: Shape) -> list[Case]:
 def _gelu_mlp_inputs(
     batch: int, tokens: int, width: int, device: str | torch.device, dtype: torch.dtype
 ) -> list[Tensor]:
-    """x, and weights that keep the sizes of values, as trained ones roughly do."""
+    """Draw x, and weights that keep the sizes of values, as trained ones roughly do."""
     hidden = RATIO * width
     x = _random(batch, tokens, width, device=device, dtype=dtype)
     shapes = ((hidden, width), (hidden,), (width, hidden), (width,))
@@ -182,7 +182,7 @@ def _gelu_mlp_inputs(
 
 
 def _short_attn(shape: Shape) -> list[Case]:
-    """The call is `attention`, so the opponent is its choice without our kernels; `--attention` times all backends."""
+    """Return cases whose call is `attention`: the opponent is its choice without our kernels (--attention: all)."""
     found = []
     for tokens, query_start in [*((tokens, 0) for tokens in shape.tokens), (shape.tokens[-1], shape.prefix)]:
         size = (shape.batch, tokens, 3, shape.heads, shape.width // shape.heads)
@@ -247,7 +247,7 @@ def _upsample(shape: Shape) -> list[Case]:
 def _upsample_inputs(
     shape: Shape, factor: int, values: int, device: str | torch.device, dtype: torch.dtype
 ) -> list[Tensor]:
-    """x, weights and biases, patches, the skip's weight and bias, and a position table without gradient."""
+    """Draw x, weights and biases, patches, the skip's weight and bias, and a position table without gradient."""
     width, (coarse, fine) = shape.width, shape.grids
     make = partial(_random, device=device, dtype=dtype)
 
@@ -312,7 +312,7 @@ def _fno(shape: Shape) -> list[Case]:
 def _fno_inputs(
     batch: int, sizes: list[tuple[int, ...]], device: str | torch.device, dtype: torch.dtype
 ) -> list[Tensor]:
-    """t, which gets no gradient, and the weights; fp32 whatever the dtype."""
+    """Draw t, which gets no gradient, and the weights; fp32 whatever the dtype."""
     t = torch.rand(batch, device=device)
     return [t, *((0.2 * _random(*size, device=device, grad=False)).requires_grad_() for size in sizes)]
 
@@ -339,7 +339,7 @@ def _adamw_ema(shape: Shape) -> list[Case]:
 
 
 def _adamw_ema_inputs(count: int, full: bool, device: str | torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Weights, gradient, two moments, average and step; and, where `full`, a copy and a factor."""
+    """Draw weights, gradient, two moments, average and step; and, where `full`, a copy and a factor."""
     state = [_random(count, device=device, grad=False) for _ in range(4)]
     state[2].square_()
     grad = _random(count, device=device, dtype=dtype if full else torch.float32, grad=False)

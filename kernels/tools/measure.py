@@ -15,10 +15,9 @@ from mpdit_kernels.launch import Config, Tunable
 from torch import Tensor
 
 from tools.cases import Case
+from tools.gate import allowed_error, distance
 from tools.timing import Clock, Prepare, compare
 
-FLOOR = 8
-"""Roundings of a result's own dtype that are always allowed, as PyTorch can be exact by luck."""
 WORTH = 0.98
 """A candidate replaces the default when it takes less than this share of its time."""
 FINALISTS = 6
@@ -58,7 +57,7 @@ def gate(case: Case, bench: Bench) -> str | None:
             if mine is not truth:
                 return f"tensor {index} is {mine} where float64 gives {truth}"
             continue
-        error, allowed = _distance(mine, truth), 2 * _distance(theirs, truth) + FLOOR * torch.finfo(mine.dtype).eps
+        error, allowed = distance(mine, truth), allowed_error(theirs, truth, torch.finfo(mine.dtype).eps)
         if not error <= allowed:  # a NaN passes no comparison
             return f"tensor {index} errs by {error:.3g} against float64, where {allowed:.3g} is allowed"
     return None
@@ -248,7 +247,3 @@ def _double(value: Any) -> Any:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
     return value.detach().double().requires_grad_(value.requires_grad)
-
-
-def _distance(x: Tensor, exact: Tensor) -> float:
-    return float((x.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30))

@@ -38,18 +38,20 @@ class Times:
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Times:
+        """Return the median of samples and their 20 % and 80 % quantiles."""
         points = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
         return cls(*torch.tensor(samples, dtype=torch.float64).quantile(points).tolist())
 
 
 class WallClock:
-    """Time that the caller waits: from an idle device with cold caches until the calls have ended."""
+    """Takes the time that a caller waits: from an idle device with cold caches until the calls have ended."""
 
     def __init__(self, device: str = "cpu") -> None:
         self._flush = _flush if device == "cuda" else lambda: None
         self._wait = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def seconds(self, name: str, prepare: Prepare) -> float:
+        """Return the mean seconds of a call."""
         calls = prepare()
         self._flush()
         self._wait()
@@ -61,7 +63,7 @@ class WallClock:
 
 
 class GpuClock:
-    """GPU time between two events, with the L2 filled with something else before and no launch waited for.
+    """Takes the GPU's time between two events, with the L2 filled with something else before and no launch waited for.
 
     The GPU sleeps while the CPU issues the calls, so what is timed is work back to back and not the CPU. A bracket
     that the GPU reached before the CPU had left it is taken again after a longer sleep.
@@ -73,6 +75,7 @@ class GpuClock:
         self._ahead: dict[str, float] = {}
 
     def seconds(self, name: str, prepare: Prepare) -> float:
+        """Return the mean seconds of a call; what it learns of how long to sleep is kept by `name`."""
         for _ in range(self.ATTEMPTS):
             calls = prepare()
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mpdit.model.config import ModelConfig
-from mpdit.planning.account import RECOMPUTED, SIZE, STREAM, Account, account, stage_tokens
+from mpdit.planning.account import RECOMPUTED, SIZE, STREAM, account, stage_tokens
 
 WORD = 4
 """Bytes of a weight, a gradient, a moment and an average."""
@@ -137,7 +137,10 @@ def _moments(config: ModelConfig, setting: Setting) -> list[Memory]:
     moments = [Memory(**state, gradients=part, casts=0.0, activations=0.0, buffers=flat + buckets)]
 
     gradients = whole if zero == 1 else part
-    casts = _casts(found) if setting.dtype == "bf16" else 0.0
+    # Weights that meet their products in bf16 are cast: all but tables, time embedding and modulations.
+    kept = ("time embedding", "class embedding", "modulation", "final modulation")
+    cast = sum(part.params for part in found.parts if part.name not in kept)
+    casts = float(SIZE["bf16"] * cast) if setting.dtype == "bf16" else 0.0
     buffers = buckets + _work(config, setting)
     # Gradients that are there when backward begins: stage 3's two copies, or the sum of earlier micro steps.
     if zero == 3:
@@ -158,12 +161,6 @@ def _moments(config: ModelConfig, setting: Setting) -> list[Memory]:
         more = again if row.name == "final layer" else 0
         moments.append(Memory(**state, gradients=held, casts=casts, activations=left + more, buffers=buffers))
     return moments
-
-
-def _casts(found: Account) -> float:
-    """Return the bytes of weights that meet their products in bf16: all but tables, time embedding and modulations."""
-    kept = ("time embedding", "class embedding", "modulation", "final modulation")
-    return 2.0 * sum(part.params for part in found.parts if part.name not in kept)
 
 
 def _work(config: ModelConfig, setting: Setting) -> float:

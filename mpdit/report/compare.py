@@ -49,6 +49,7 @@ class Change:
     larger: bool
 
     def to_dict(self) -> dict[str, Any]:
+        """Return JSON types: the row's key, both times in seconds, and what was found."""
         figures = {name: getattr(self, name) for name in ("ratio", "low", "high", "p", "memory", "verdict", "larger")}
         times = {"a": asdict(self.a.seconds), "b": asdict(self.b.seconds)}
         return {**named(self.a.key), **times, **figures, "gate_a": self.a.gate, "gate_b": self.b.gate}
@@ -74,12 +75,12 @@ class Changes:
 
     @property
     def comparable(self) -> bool:
-        """Both were measured on the same hardware, so that a change can be the code's."""
+        """Tell whether both were measured on the same hardware, so that a change can be the code's."""
         return (self.a.device, self.a.hardware) == (self.b.device, self.b.hardware)
 
     @property
     def warnings(self) -> list[str]:
-        """What differs between the runs, a line each."""
+        """Return what differs between the runs, a line each."""
         a, b, found = self.a, self.b, []
         if not self.comparable:
             found.append(f"hardware: {a.hardware} and {b.hardware}; no change below is called a regression")
@@ -94,18 +95,18 @@ class Changes:
 
     @property
     def regressions(self) -> list[Change]:
-        """Rows that are slower or need more memory; none on other hardware."""
+        """Return the rows that are slower or need more memory; none on other hardware."""
         return [c for c in self.rows if c.verdict == "slower" or c.larger] if self.comparable else []
 
     @property
     def lost(self) -> list[Row]:
-        """Rows of ours that B tried and could not time, for a red gate or too little memory; none on other hardware."""
+        """Return ours that B tried and could not time (a red gate, too little memory); none on other hardware."""
         ours = [row for row in self.only_a if row.variant.startswith(OURS) and row.key in self.missing]
         return ours if self.comparable else []
 
     @property
     def drift(self) -> float | None:
-        """Median ratio of the variants without our kernels: what machine and versions did to all."""
+        """Return the median ratio of the variants without our kernels: what machine and versions did to all."""
         others = [c.ratio for c in self.rows if not c.a.variant.startswith(OURS) and kind(c.a.variant) not in PRESETS]
         return float(np.median(others)) if others else None
 

@@ -125,6 +125,7 @@ def number(value: float) -> str:
 
 
 def seconds(value: float) -> str:
+    """Return seconds in the unit that suits them: "4.12 ms"."""
     factor, unit = _unit(value)
     return f"{number(factor * value)} {unit}"
 
@@ -209,16 +210,11 @@ def _model_table(results: Sequence[Results], cases: Sequence[dict[str, list[Row]
                  _gigabytes(row.allocated)]
                 for row in best.values()
             ]  # fmt: skip
-            lines += [["", "", name, reason, "", "", ""] for name, reason in _without_time(found, case, rows)]
+            for (_, where, name), reason in found.skipped.items():
+                if where == case and kind(name) not in best:  # no other of its kind was timed
+                    lines.append(["", "", name, reason, "", "", ""])
             lines[first][:2] = machine, case
     return markdown(head, lines, left=3).rstrip()
-
-
-def _without_time(results: Results, case: str, rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Return a case's variants of whose kind no other was timed, and why."""
-    kinds = {kind(row.variant) for row in rows}
-    skipped = results.skipped.items()
-    return [(name, reason) for (_, where, name), reason in skipped if where == case and kind(name) not in kinds]
 
 
 def _operation_table(results: Sequence[Results]) -> str:

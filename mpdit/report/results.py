@@ -80,30 +80,32 @@ class Row:
 
     @property
     def key(self) -> Key:
+        """Return what names the row in every file: part, case, variant."""
         return self.part, self.case, self.variant
 
     @property
     def images_per_second(self) -> Spread | None:
+        """Return the images a second; None where the case has none."""
         return self._rate(self.images)
 
     @property
     def mfu(self) -> Spread | None:
-        """Share of the datasheet's peak."""
+        """Return the share of the datasheet's peak FLOP/s."""
         return self._rate(self.flops, self.peak)
 
     @property
     def of_ceiling(self) -> Spread | None:
-        """Share of the rate of products measured in the same run."""
+        """Return the share of the FLOP/s of products measured in the same run."""
         return self._rate(self.flops, self.ceiling)
 
     @property
     def of_copy(self) -> Spread | None:
-        """Share of the rate of copies measured in the same run."""
+        """Return the share of the bytes a second of copies measured in the same run."""
         return self._rate(self.bytes, self.copy)
 
     @property
     def operation(self) -> str:
-        """Of a kernel's case: "adaln" of "adaln, XL, 80 tokens, forward"."""
+        """Return the operation of a kernel's case: "adaln" of "adaln, XL, 80 tokens, forward"."""
         return self.case.removeprefix(f"{self.part}, ").partition(",")[0].strip()
 
     def to_dict(self) -> Json:
@@ -151,11 +153,12 @@ class Results:
 
     @property
     def on_gpu(self) -> bool:
+        """Tell whether these are a GPU's figures."""
         return self.device == "cuda"
 
     @property
     def hardware(self) -> str:
-        """The GPU, or the CPU and its threads; two runs on the same can be compared."""
+        """Name the GPU, or the CPU and its threads; two runs on the same can be compared."""
         if self.on_gpu:
             return str(self.machine["gpu"])
         threads = self.machine.get("threads")
@@ -163,7 +166,7 @@ class Results:
 
     @property
     def place(self) -> str:
-        """The machine, and what it was held to."""
+        """Name the machine, and the memory it was held to."""
         return self.hardware + ("" if self.memory_limit is None else f", limited to {self.memory_limit:g} GB")
 
     def to_dict(self) -> Json:
@@ -174,6 +177,7 @@ class Results:
         return {"path": str(self.path), **plain, "rows": [row.to_dict() for row in self.rows], "skipped": skipped}
 
     def of(self, part: str) -> list[Row]:
+        """Return the rows of a part."""
         return [row for row in self.rows if row.part == part]
 
     def cases(self, part: str) -> dict[str, list[Row]]:
@@ -199,6 +203,7 @@ def named(key: Key) -> Json:
 
 
 def ours(rows: Iterable[Row]) -> Row | None:
+    """Return the row of our code on our kernels, None where it was not timed."""
     return next((row for row in rows if row.variant == OURS), None)
 
 

@@ -51,6 +51,7 @@ class _Span(NamedTuple):
 
     @property
     def duration(self) -> float:
+        """Return microseconds."""
         return self.end - self.start
 
 

@@ -59,14 +59,13 @@ class Call:
 
     @property
     def capability(self) -> tuple[int, int]:
-        """Compute capability of the GPU; (0, 0) on other devices."""
+        """Return the compute capability of the GPU; (0, 0) on other devices."""
         return torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else (0, 0)
 
     @property
     def architecture(self) -> str:
-        """ "sm_90", or the device's type."""
-        major, minor = self.capability
-        return f"sm_{major}{minor}" if major else self.device.type
+        """Return "sm_90", or the device's type."""
+        return dispatch.architecture_of(self.device)
 
 
 Run = Callable[[Tensor, float, int, bool], Tensor]

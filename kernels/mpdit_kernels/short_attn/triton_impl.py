@@ -70,7 +70,7 @@ def groups(size: int, most: int, cap: int) -> tuple[Chunks, Chunks]:
 
 
 def _forward(queries: int, group: int, cap: int, warps: int) -> Config:
-    """Queries of a tile; keys of a group, in chunks of up to `cap`. A group of 0 keys: chunks come one by one."""
+    """Tile so many queries, with keys in groups, in chunks of up to `cap`. A group of 0: chunks come one by one."""
     return {"QUERIES": queries, "GROUP": group, "CAP": cap, "num_warps": warps, "num_stages": 1}
 
 
@@ -105,7 +105,7 @@ def _fits(tokens: int, width: int) -> bool:
 
 
 def _backward(queries: int, block: int, warps: int, whole: bool = False) -> Config:
-    """Queries of a tile, keys of a block; with `whole` all keys at once, in chunks of up to a block."""
+    """Tile so many queries, with keys by the block; with `whole` all keys at once, in chunks of up to a block."""
     return {"QUERIES": queries, "BLOCK": block, "ALL_KEYS": whole, "num_warps": warps, "num_stages": 1}
 
 
