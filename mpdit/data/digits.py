@@ -26,7 +26,7 @@ from mpdit.data.writer import write_packed
 _ENLARGED, _FACTOR, _GREY_LEVELS = 4, 2, 16.0
 
 VERSION = 2
-"""Of the embedded data; another version is another data set."""
+"""The embedded data's version; another is another data set."""
 
 _SOURCE = {"images": "sklearn.datasets.load_digits", "enlarged": "x4, bicubic, clipped to 0..1", "version": VERSION}
 _DECODER = {"kind": "space_to_depth", "factor": _FACTOR, "range": [0, 1]}

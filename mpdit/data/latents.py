@@ -39,7 +39,7 @@ class LatentDataset(ABC):
     digest: str = ""
     """SHA-256, in hex, of some of the samples and their labels; empty where the manifest has the files' own."""
     labels: NDArray[np.int64] | None = None
-    """Of all samples, int64 [N]; None where they are read with the samples alone."""
+    """Labels of all samples, int64 [N]; None where they are read with the samples alone."""
 
     def __len__(self) -> int:
         return self.manifest.num_samples

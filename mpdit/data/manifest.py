@@ -34,7 +34,7 @@ MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.bin"
 PARTS_NAME = ".parts"
 JOB_NAME = "job.json"
-"""Of the folder in which an extraction keeps what is not yet put together, and of its note on the job."""
+"""Names of the folder in which an extraction keeps what is not yet put together, and of its note on the job."""
 ORIGINAL = ("original",)
 ORIGINAL_AND_FLIPPED = ("original", "flipped")
 
@@ -104,6 +104,7 @@ class LatentSpec:
 
     @property
     def record_bytes(self) -> int:
+        """Return the size of a record in a shard."""
         return math.prod(self.record_shape) * VALUE_DTYPE.itemsize
 
 
@@ -251,6 +252,7 @@ class Manifest(DatasetInfo):
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
+        """Return manifest.json, with its own SHA-256."""
         fields = dataclasses.asdict(self) | {"sha256": self.sha256}
         return json.dumps({"format": FORMAT, "version": VERSION} | fields, indent=1) + "\n"
 

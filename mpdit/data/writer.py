@@ -35,6 +35,7 @@ class PartialFile:
         self.records = 0
 
     def write(self, records: NDArray[Any]) -> None:
+        """Add records, an array whose first axis counts them."""
         data = records.reshape(-1).view(np.uint8).data
         self._stream.write(data)
         self._hash.update(data)
@@ -50,6 +51,7 @@ class PartialFile:
         return StoredFile(self._path.name, self.records, self._bytes, self._hash.hexdigest())
 
     def publish(self) -> None:
+        """Give the file its name."""
         os.replace(self._partial, self._path)
 
     def discard(self) -> None:

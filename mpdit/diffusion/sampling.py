@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MOST_STEPS = 100_000
-"""Their times and modulations are tables in memory."""
+"""Most steps of a sampler: their times and modulations are tables in memory."""
 
 DIFFUSION_FORMS: dict[str, Callable[[float, float], float]] = {
     "constant": lambda t, norm: norm,
@@ -214,7 +214,7 @@ class Sampler(NamedTuple):
     help: str
     least_steps: int = 1
     settings: Mapping[str, Setting] = MappingProxyType({})
-    """Those that no other sampler has."""
+    """Settings that no other sampler has."""
 
 
 _TOLERANCE = Setting(

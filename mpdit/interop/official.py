@@ -60,7 +60,7 @@ _ASSUMED = (
     "structure is a start, no more"
 )
 _NEVER_ZERO = re.compile(r".*blocks.*\.\d+\.(attn\.qkv|mlp\.fc1)\.weight")
-"""As a download leaves them whose room was made before it was cut short; others begin as zeros."""
+"""Matches weights that no model begins as zeros; downloads that were cut short may leave them so."""
 _NAME = re.compile(r"(?:MPDiT|MPDiTv2|LightningDiT|DiT|SiT)-(S|B|L|XL)(?:/(\w+))?")
 
 

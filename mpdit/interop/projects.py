@@ -29,13 +29,13 @@ class Project:
     latents: Literal["paper", "scaled", "batch norm", "own"]
     """Normalised by the paper's constants, times 0.18215, by a BatchNorm in the file, or as its configuration says."""
     predicts: str = "velocity"
-    """Where its arguments don't say it."""
+    """What its models predict where the arguments don't say it."""
     vae: str | None = "ema"
-    """Of stabilityai/sd-vae-ft-*, where the arguments name none; None for a VAE of its own."""
+    """Which of stabilityai/sd-vae-ft-*, where the arguments name none; None for a VAE of its own."""
     tensors: str = "(?!)"
     """Pattern of the beginning of tensors that only its models have, before `extra` is left out."""
     arguments: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Of its train.py; with values where other projects use the name too."""
+    """Arguments of its train.py; with values where other projects use the name too."""
     model: str = "(?!)"
     """Pattern of the beginning of its models' names."""
     extra: str = "(?!)"

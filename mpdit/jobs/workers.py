@@ -45,7 +45,7 @@ _POLL_SECONDS = 1.0
 _LEAVE_SECONDS = 10.0
 _REMIND_SECONDS = 300.0
 _PATIENCE_SECONDS = 20.0
-"""That rank 0 may take to begin before the others say that they wait."""
+"""Seconds that rank 0 may take to begin before the others say that they wait."""
 
 
 @dataclass(kw_only=True)

@@ -135,6 +135,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> ModelConfig:
+        """Make one of `to_dict`'s types. Raises ConfigError for a field that is unknown, missing or out of range."""
         if not isinstance(fields, Mapping):
             raise ConfigError(f"the model is {fields!r:.80}: give an object with its fields")
         _check_known(fields)

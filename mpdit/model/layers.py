@@ -19,7 +19,7 @@ from mpdit.core.errors import ConfigError
 from mpdit.model.config import ModelConfig
 
 EPS = 1e-6
-"""Of every layer norm; none has an affine part."""
+"""Added to the variance in every layer norm; none has an affine part."""
 
 Latents = Tensor | Sequence[Tensor]
 """A batch of images: a tensor [B, C, S, S], or a list of [C, H, W] of several sizes."""

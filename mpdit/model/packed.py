@@ -83,22 +83,27 @@ class PackedStream:
         return [part.unflatten(0, group) for part, group in zip(parts, self.groups, strict=True)]
 
     def sum(self) -> Tensor:
+        """Return the tokens [N, D] with the pending branch added."""
         if self.pending is None or self.gate is None:
             return self.x
         return gated_residual(self.x, self.pending, self.gate, cu_seqlens=self.cu_seqlens)
 
     def modulate(self, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum and its layer norm, shifted and scaled by each image's [B, D]: both [N, D]."""
         if self.pending is None or self.gate is None:
             return self.x, adaln_modulate(self.x, shift, scale, EPS, cu_seqlens=self.cu_seqlens)
         return gated_residual_adaln(self.x, self.pending, self.gate, shift, scale, EPS, cu_seqlens=self.cu_seqlens)
 
     def attend(self, qkv: Tensor, query_start: int) -> Tensor:
+        """Attend within each image, from qkv [N, 3, heads, d], its first `query_start` tokens keys and values alone."""
         return attention_varlen(qkv, self.cu_seqlens, query_start=query_start)
 
     def replace(self, x: Tensor, pending: Tensor | None = None, gate: Tensor | None = None) -> PackedStream:
+        """Return a stream of the same images with these tokens."""
         return PackedStream(self.groups, x, self.num_class_tokens, pending, gate, self.cu_seqlens)
 
     def without_class_tokens(self) -> PackedStream:
+        """Return the stream of image tokens alone."""
         m, pending = self.num_class_tokens, self.pending
         if not m:
             return self

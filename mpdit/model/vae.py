@@ -123,6 +123,7 @@ class VAE:
 
     @property
     def device(self) -> torch.device:
+        """Return where the parameters are."""
         return next(self.module.parameters()).device
 
     def latent_side(self, image_size: int) -> int:

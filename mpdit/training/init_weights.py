@@ -33,7 +33,7 @@ class InitialWeights:
 
     source: str
     state: dict[str, Tensor]
-    """By the names of MPDiT.state_dict(); emptied by `copy_to`, so that they aren't kept while training."""
+    """Tensors by the names of MPDiT.state_dict(); emptied by `copy_to`, so that they aren't kept while training."""
     notes: tuple[str, ...]
     """What a user should know of how they are used, a line each."""
 

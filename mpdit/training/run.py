@@ -29,7 +29,7 @@ class Run:
     """Holds everything a training run is made of."""
 
     config: TrainConfig
-    """With the precision that "auto" stands for, and the batch that a default is rounded to."""
+    """The settings, with the precision that "auto" stands for, and the batch that a default is rounded to."""
     model: ModelConfig
     ds: dict[str, Any]
     """DeepSpeed's configuration, complete."""

@@ -34,7 +34,7 @@ class Options:
     """Holds what a user may say of data that don't describe themselves."""
 
     scale: Scale | None = None
-    """By which the stored latents were changed; None: what the format has, or what is measured."""
+    """What the stored latents were changed by; None: what the format has, or what is measured."""
     normalization: NormalizationMode = "auto"
     num_classes: int | None = None
     """None: one more than the highest label."""
@@ -51,7 +51,7 @@ class ForeignLatents(LatentDataset):
 
     labels: NDArray[np.int64]
     format: ClassVar[str]
-    """As its users call it."""
+    """The format's name, as its users call it."""
     looked_for: ClassVar[str]
     """The files by which `find` knows the format, in words."""
     _scale_origin: ClassVar[str] = "as the format has it"

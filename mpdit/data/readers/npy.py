@@ -23,7 +23,7 @@ SD_SCALE = 0.18215
 """The factor of Stable Diffusion's VAE, by which fast-DiT multiplies and MPDiT does not."""
 
 _SD_CHANNELS, _SD_STD = 4, (3.0, 5.2)
-"""Of latents of Stable Diffusion's VAE: their std is about 4, so about 0.8 with the factor."""
+"""Channels and std of latents of Stable Diffusion's VAE: about 4, so about 0.8 where they were multiplied."""
 
 _FEATURES, _LABELS = "features", "labels"
 

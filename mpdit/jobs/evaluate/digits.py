@@ -40,7 +40,7 @@ class DigitsEvaluation:
     frechet_distance: float
     """Between the unguided samples and the real set: 0 when alike, about 0.04 between two halves of the real set."""
     classifier_accuracy: float
-    """Of the classifier, on real digits held out from its training."""
+    """The classifier's, on real digits held out from its training."""
     protocol: dict[str, Any]
     """What it takes to measure the same again; plain JSON types."""
 
@@ -57,7 +57,7 @@ class DigitsJudge:
     labels: Tensor
     """Classes of the real set in its order, int64 [1797]."""
     accuracy: float
-    """Of the classifier on every fourth real digit, which it was not trained on."""
+    """The classifier's, on every fourth real digit, which it was not trained on."""
 
     def __init__(self) -> None:
         pixels, labels = (np.asarray(part) for part in real_digits())

@@ -28,7 +28,7 @@ from mpdit.jobs.extract.sources import HIDDEN, MOST_SKIPPED, BrokenImage, ImageI
 from mpdit.jobs.npz import NpzReader
 
 NPZ_KEYS = ("arr_0", "images")
-"""Of images in an npz: ADM's name, and that of an array saved by keyword."""
+"""Names of images in an npz: ADM's name, and that of an array saved by keyword."""
 
 _UNFINISHED = ".parts"  # what `mpdit sample` leaves while it isn't done
 _OURS = ("evaluation.json", "protocol.json", "dataset.json")  # which lie beside images
@@ -41,9 +41,9 @@ class ImageSet:
     """Holds what is known of images of one size, and how to read them; open_images() makes it."""
 
     path: Path
-    """As given by the user."""
+    """The path as the user gave it."""
     count: int
-    """Of all that were found."""
+    """Images that were found, broken ones too."""
     size: tuple[int, int]
     """Height and width, in pixels."""
     protocol: dict[str, Any] | None

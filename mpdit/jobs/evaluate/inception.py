@@ -34,7 +34,7 @@ class Inception:
     """Computes the features of images that ADM's figures are made of: in fp32, after TensorFlow's resizing to 299."""
 
     sha256: str
-    """Of the file of weights."""
+    """SHA-256, in hex, of the file of weights."""
 
     def __init__(self, weights: str | Path | None = None, device: str | torch.device = "cpu") -> None:
         """Load weights: the file given, else torch hub's cache, filled from torch-fidelity's release where empty.

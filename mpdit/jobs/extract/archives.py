@@ -29,14 +29,14 @@ class Member(NamedTuple):
     """Describes what one name in a tree or an archive stands for."""
 
     name: str
-    """As it is written there."""
+    """The member's name as it is written there."""
     kind: Literal["file", "folder", "link", "odd"] = "file"
     offset: int = 0
     """In the archive; of a zip, of the member's header."""
     size: int = -1
     """Bytes as stored; of a link to nowhere -1."""
     crc: int = 0
-    """Of a zip, the CRC-32 in its table of contents."""
+    """The CRC-32 in a zip's table of contents."""
     text: str = ""
     """Where a link leads, from the archive's top; of what is odd, why it can't be used; of a file a name's guessed
     encoding."""

@@ -61,9 +61,9 @@ class FoundImages:
         self.stem = ""
         """The name without suffix of the archive that all is in."""
         self.labels = array("i")
-        """By webdataset's files, or UNLABELLED, or IGNORED."""
+        """The class by webdataset's files, or UNLABELLED, or IGNORED."""
         self.dataset_labels: dict[str, Any] = {}
-        """By image name, from dataset.json."""
+        """Labels by image name, from dataset.json."""
         self.unlabelled = False
         """Whether there is a dataset.json that says that there are no labels."""
         self.ignored: list[tuple[str, str]] = []

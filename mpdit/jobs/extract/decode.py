@@ -50,7 +50,7 @@ class Decoded(NamedTuple):
     pixels: NDArray[np.uint8]
     """RGB [H, W, 3]."""
     facts: tuple[str, ...]
-    """Of FACTS."""
+    """Which of FACTS were seen."""
 
 
 def decode_image(data: bytes, size: int, bits: int | None = None) -> NDArray[np.uint8]:

@@ -79,7 +79,7 @@ class ExtractOptions:
     dtype: VAEDtype = "fp32"
     pixel_range: PixelRange = SIGNED
     bits: int | None = None
-    """That grey of 16 or 32 bits a value uses, 8 to 32; None: 16, and what needs no more than 14 is left out."""
+    """Bits that grey of 16 or 32 a value uses, 8 to 32; None: 16, and what needs no more than 14 is left out."""
     classes: ClassMode = "auto"
     normalization: NormalizationMode = "auto"
     kind: str | None = None
@@ -104,7 +104,7 @@ class Timing:
     images: int = 0
     workers: int = 0
     decode: float = 0.0
-    """Of all threads together."""
+    """Seconds of all threads together."""
     encode: float = 0.0
     waited: float = 0.0
     """For decoded images, with nothing else to do."""
@@ -259,7 +259,7 @@ class Receipt:
     effort: Timing
     """Named as in the files of earlier versions."""
     pixels: dict[str, int] = field(default_factory=dict)
-    """As in ExtractReport."""
+    """Samples by what is odd of them, as in ExtractReport."""
 
 
 @dataclass(kw_only=True)
@@ -294,6 +294,7 @@ class ExtractionJob(Job):
         return receipt if receipt.job == self.digest else None
 
     def receipt_path(self, part: int) -> Path:
+        """Return where a part's receipt is written, once the part is."""
         return self.parts_folder / f"{part:05d}.json"
 
     def check_skipped(self, skipped: list[list[str]]) -> None:

@@ -53,7 +53,7 @@ _GUIDE_THREE = ("DiT", "SiT")
 """Official codes whose forward_with_cfg guides the first three channels, "for exact reproducibility reasons"."""
 _NOT_COMPARED = {"weights", "training", "images", "environments", "batch"}
 _NOTE_NAME = "samples.json"
-"""Of the file beside the parts that says what they are of."""
+"""The file beside the parts that says what they are of."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class DrawReport:
     out: Path
     images: int
     drawn: int
-    """Of them now; the others were there."""
+    """How many of them now; the others were there."""
     seconds: float
-    """That drawing took, start of the processes included."""
+    """What drawing took, start of the processes included."""
     protocol: dict[str, Any]
     """What it takes to draw the same again; plain JSON types."""
     remarks: tuple[str, ...] = ()
@@ -268,6 +268,7 @@ class FinishedSet:
 
     @property
     def images(self) -> int:
+        """Return how many images the set has."""
         return int(self.protocol["images"])
 
     def check(self, shape: tuple[int, ...]) -> None:

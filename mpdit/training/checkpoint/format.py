@@ -60,9 +60,9 @@ class Checkpoint:
     zero_stage: int
     identity: dict[str, Any]
     shapes: dict[str, list[int]]
-    """Of every parameter."""
+    """Every parameter's shape."""
     files: dict[str, dict[str, Any]]
-    """Of each shard, by its name: "bytes", "sha256" and "keys", the names of its tensors."""
+    """Each shard's "bytes", "sha256" and "keys", the names of its tensors, by file name."""
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:

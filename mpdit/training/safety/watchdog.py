@@ -20,7 +20,7 @@ PATIENCE = 10
 
 _GRACE_SECONDS = 5.0
 _GRACE_PARTS = 20
-"""It is slept in parts, as a time in which the process is suspended is none of it."""
+"""Parts that the grace is slept in: time in which the process is suspended doesn't count."""
 
 _PACKAGE = Path(__file__).parents[2]
 
