@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mpdit.core import rng
-from mpdit.core.dist_env import set_threads
+from mpdit.core.dist_env import gather, set_threads
 from mpdit.core.errors import ConfigError
 from mpdit.core.files import locked, write_atomically
 from mpdit.core.text import counted
@@ -78,9 +78,15 @@ def train(run: Run, stop: StopRequests) -> str:
             restore(engine, optimizer, resumed)
             # The order goes on where the samples taken so far end, also after a change of the batch.
             plan = run.batch_plan(resumed.step, resumed.position)
-        wandb = None
+        wandb, refused = None, ""
+        if env.rank == 0 and config.wandb:
+            try:
+                wandb = stack.enter_context(WandbRun(run))
+            except ConfigError as error:
+                refused = str(error)
+        if refused := gather(refused)[0]:  # by all ranks, or the others would tell of one that is gone
+            raise ConfigError(refused)
         if env.rank == 0:
-            wandb = stack.enter_context(WandbRun(run)) if config.wandb else None
             _open_folder(run, resumed)
         stop.hold()
         torch.distributed.barrier()
