@@ -62,6 +62,7 @@ class State:
 
 
 def block_group(config: ModelConfig, index: int, tokens: int, images: int, setting: Setting) -> Group:
+    """Return the variants of one block of stage `index` on [images, tokens, D]."""
     parts = account(config).parts
     macs = sum(part.macs for part in parts if part.stage == index and part.name in PARTS)
 

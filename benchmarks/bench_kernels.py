@@ -45,6 +45,7 @@ class State:
 
 
 def kernel_group(case: kernels.Case, direction: str, cost: kernels.Cost, setting: Setting) -> Group:
+    """Return the variants of a case's "forward" or "backward", which must move and compute `cost`."""
     calls = measure.forwards if direction == "forward" else measure.backwards
 
     def make() -> State:

@@ -101,6 +101,7 @@ class PeerTrainer(models.PeerState):
 
 
 def build_peer(setting: Setting, peer: str, dtype: str, compiled: bool, state: PeerTrainer) -> Built:
+    """Build a training step of another project's model, in "fp32", "bf16" or "fp16"."""
     model, batch = torch.compile(state.model) if compiled else state.model, state.batch
 
     def outputs() -> list[Tensor]:

@@ -124,9 +124,17 @@ class Averaged:
 def training_step(
     peer: str, folder: Path, model: nn.Module, averaged: Averaged, autocast: Callable[[], Any], fp16: bool
 ) -> Callable[[Tensor, Tensor], None]:
-    """Return one step of the project's train.py on one device, of latents and labels.
+    """Return one step of a project's train.py on one device, of latents and labels.
 
     accelerate's mixed precision (MPDiT) is autocast with fp32 results; fast-DiT's fp16 has a gradient scaler.
+
+    Args:
+        peer: one of PEERS.
+        folder: its checkout.
+        model: what it trains.
+        averaged: its optimiser, and the average of the weights.
+        autocast: makes the context of the forward pass.
+        fp16: whether gradients are scaled.
     """
 
     class Mixed(nn.Module):

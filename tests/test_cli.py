@@ -19,7 +19,7 @@ from mpdit import cli
 from mpdit.commands import COMMANDS, Outcome
 from mpdit.data.digits import build_digits
 from mpdit.diffusion.images import decode
-from mpdit.diffusion.sampling import SAMPLERS, Flow, Sampler, Setting
+from mpdit.diffusion.sampling import SAMPLERS, Flow, Option, Sampler
 from mpdit.model.weights import save_weights
 from mpdit.training import arguments
 
@@ -112,7 +112,7 @@ def test_a_setting_of_a_sampler_is_its_entrys_alone(
     def shifted(flow: Flow, x: torch.Tensor, steps: int) -> torch.Tensor:
         return torch.full_like(x, flow.settings["shift"])
 
-    entry = Sampler(shifted, "no sampler", settings={"shift": Setting(0.25, "shift_by", "what all values are")})
+    entry = Sampler(shifted, "no sampler", settings={"shift": Option(0.25, "shift_by", "what all values are")})
     monkeypatch.setitem(SAMPLERS, "shifted", entry)
     words = ["sample", str(run), "--num", "2", "--steps", "1", "--latents"]
     for name, given in {"default": [], "given": ["--shift-by", "0.5"]}.items():

@@ -21,7 +21,7 @@ from training_runs import TINY, ds_config, new_folder, tiny
 from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError
 from mpdit.model.presets import preset
-from mpdit.planning.memory import MEMORY_ERROR, Setting, memory
+from mpdit.planning.memory import MEMORY_ERROR, MemorySetting, memory
 from mpdit.training import cli, loop, oom_advice
 from mpdit.training.checkpoint.format import Checkpoint
 from mpdit.training.cli import main
@@ -196,7 +196,7 @@ def _big(tmp_path: Path, batch: int, input_size: int) -> Run:
 def _needed(run: Run, zero: int, micro_steps: int, checkpointing: bool = False) -> float:
     images = run.config.global_batch // 8 // micro_steps
     return memory(
-        run.model, Setting(zero, 8, images, micro_steps, "bf16", activation_checkpointing=checkpointing)
+        run.model, MemorySetting(zero, 8, images, micro_steps, "bf16", activation_checkpointing=checkpointing)
     ).total
 
 

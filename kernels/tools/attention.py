@@ -29,7 +29,7 @@ BRACKET = 5e-3
 
 
 @dataclass(frozen=True)
-class Shape:
+class CallShape:
     tokens: int
     head_dim: int
     dtype: str
@@ -40,13 +40,13 @@ class Shape:
         return f"{self.tokens} tokens, {self.heads} heads of {self.head_dim}, {self.dtype}, batch {self.batch}"
 
 
-def shapes(device: torch.device) -> list[Shape]:
+def shapes(device: torch.device) -> list[CallShape]:
     """Return those of the presets' training, the most valuable first; on a CPU few images and the digits."""
     if device.type == "cuda":
         wide = [(tokens, *heads) for heads in ((72, 16), (64, 12)) for tokens in (80, 272, 1040, 256, 1024)]
-        return [Shape(tokens, d, "bfloat16", batch, heads) for tokens, d, heads in wide for batch in (128, 32)]
+        return [CallShape(tokens, d, "bfloat16", batch, heads) for tokens, d, heads in wide for batch in (128, 32)]
     small = [(20, 48, 2), (68, 48, 2), (80, 72, 16), (272, 72, 16), (80, 64, 12), (272, 64, 12)]
-    return [Shape(tokens, d, dtype, 4, heads) for dtype in ("float32", "bfloat16") for tokens, d, heads in small]
+    return [CallShape(tokens, d, dtype, 4, heads) for dtype in ("float32", "bfloat16") for tokens, d, heads in small]
 
 
 def measure(device: torch.device, minutes: float, out: Path | None) -> int:
@@ -72,16 +72,16 @@ def measure(device: torch.device, minutes: float, out: Path | None) -> int:
     return 0
 
 
-def _earlier(file: Path, now: dict[str, Any]) -> dict[Shape, dict[str, Any]]:
+def _earlier(file: Path, now: dict[str, Any]) -> dict[CallShape, dict[str, Any]]:
     """Return rows of a table that was measured on such a machine with these libraries, whatever the day."""
     old = json.loads(file.read_text()) if file.exists() else {}
     same = ("gpu", "cpu", "threads", "torch", "triton", *LIBRARIES)
     if any(old.get("machine", {}).get(name) != now.get(name) for name in same):
         return {}
-    return {Shape(*(found[name] for name in Shape.__dataclass_fields__)): found for found in old["rows"]}
+    return {CallShape(*(found[name] for name in CallShape.__dataclass_fields__)): found for found in old["rows"]}
 
 
-def _row(clock: timing.Clock, shape: Shape, device: torch.device, seconds: float) -> dict[str, Any]:
+def _row(clock: timing.Clock, shape: CallShape, device: torch.device, seconds: float) -> dict[str, Any]:
     """Return a row of the table, taken in about so many seconds: only backends that pass the probe are timed."""
     call, found = _call(shape, device), asdict(shape)
     reasons = {name: probe.refusal(name, call) for name in BACKENDS}
@@ -118,7 +118,7 @@ def _training(backend: Backend, qkv: Tensor, gradient: Tensor) -> None:
     torch.autograd.grad(backend.run(leaf, qkv.shape[-1] ** -0.5, 0, False), leaf, gradient)
 
 
-def _call(shape: Shape, device: torch.device) -> Call:
+def _call(shape: CallShape, device: torch.device) -> Call:
     return Call(shape.tokens, shape.head_dim, getattr(torch, shape.dtype), device, kernels=dispatch.mode())
 
 

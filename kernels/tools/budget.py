@@ -26,11 +26,11 @@ MATRIX = ("", "mma", "wgmma")
 UPDATE = "python -m tools.budget --update"
 
 Budget = dict[str, dict[str, Any]]
-"""From Row.key to what was measured, with the version of Triton."""
+"""From CompiledKernel.key to what was measured, with the version of Triton."""
 
 
 @dataclass
-class Row:
+class CompiledKernel:
     """One kernel of one case, compiled for one architecture; `problems` is what judging found.
 
     `usage` is an ahead.Usage, or the error that compiling ended with.
@@ -64,7 +64,7 @@ class Row:
         }
 
 
-def measure(cases: Sequence[Case], archs: Sequence[str]) -> list[Row]:
+def measure(cases: Sequence[Case], archs: Sequence[str]) -> list[CompiledKernel]:
     """Record and compile every launch of the cases; equal launches within a case are one row."""
     from tools import ahead
     from tools.measure import launches
@@ -83,21 +83,21 @@ def measure(cases: Sequence[Case], archs: Sequence[str]) -> list[Row]:
                 variants.append(form)
                 sizes = [f"{key}={value}" for key, value in recorded.constants.items() if type(value) is int]
                 number = f" {len(variants)}" if len(variants) > 1 else ""
-                rows.append(Row(case.name, name + number, arch, " ".join(sizes), None))
+                rows.append(CompiledKernel(case.name, name + number, arch, " ".join(sizes), None))
                 jobs.append((recorded, arch))
     for row, used in zip(rows, ahead.usages(jobs), strict=True):
         row.usage = used
     return rows
 
 
-def judge(rows: Sequence[Row], budget: Budget, in_scope: Callable[[str], bool], version: str) -> list[str]:
+def judge(rows: Sequence[CompiledKernel], budget: Budget, in_scope: Callable[[str], bool], version: str) -> list[str]:
     """Write each row's problems into it; returns the budget's keys in scope that no kernel answers to."""
     for row in rows:
         row.problems = list(_problems(row, budget.get(row.key), version))
     return sorted(set(filter(in_scope, budget)) - {row.key for row in rows})
 
 
-def _problems(row: Row, allowed: dict[str, Any] | None, version: str) -> Iterator[str]:
+def _problems(row: CompiledKernel, allowed: dict[str, Any] | None, version: str) -> Iterator[str]:
     if isinstance(row.usage, str):
         yield f"does not compile: {row.usage}"
         return
@@ -179,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if stale or any(row.problems for row in rows) else 0
 
 
-def _report(rows: Sequence[Row], stale: Sequence[str], budget: Budget, version: str) -> str:
+def _report(rows: Sequence[CompiledKernel], stale: Sequence[str], budget: Budget, version: str) -> str:
     table = [("kernel", "case", "arch", "registers", "spills", "shared KB", "widest load", "matrix", "verdict")]
     for row in rows:
         cells = ("?",) * 5

@@ -72,9 +72,16 @@ def results(
     widen: bool = False,
     call: Callable[..., Any] | None = None,
 ) -> tuple[list[Tensor | None], list[Tensor]]:
-    """Return outputs and gradients of the case's call (or `call`) on inputs drawn from `seed`, in float64 with `widen`.
+    """Return outputs and gradients of a case's call; second the gradients that its outputs were given.
 
-    Second come the gradients that its outputs were given: `gradients`, or drawn ones.
+    Args:
+        case: whose inputs are drawn.
+        bench: their device and dtype.
+        mode: "reference" or "triton", see `mpdit_kernels.use`.
+        seed: of the inputs.
+        gradients: of the outputs; drawn unless given.
+        widen: compute in float64.
+        call: instead of the case's.
     """
     torch.manual_seed(seed)  # every run gets inputs of its own, as some operations write theirs
     inputs = [_double(x) if widen else x for x in case.inputs(bench.device, bench.dtype)]

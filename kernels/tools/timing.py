@@ -111,9 +111,16 @@ def _flush() -> None:
 def turns(
     clock: Clock, contenders: Mapping[str, Prepare], rounds: int = 30, seconds: float = 3.0, least: int = 5
 ) -> dict[str, list[float]]:
-    """Return samples of all contenders, taken in turns: `rounds` of them, fewer but `least` when time is up.
+    """Return samples of all contenders, in seconds, taken in turns.
 
     The samples of one index were taken one after another, so that their ratio is fair.
+
+    Args:
+        clock: takes one sample.
+        contenders: what prepares the calls to time, by name.
+        rounds: samples of each.
+        seconds: after which there are fewer.
+        least: but not fewer than these.
     """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     names, start = list(contenders), time.monotonic()
@@ -131,7 +138,7 @@ def turns(
 def compare(
     clock: Clock, contenders: Mapping[str, Prepare], rounds: int = 30, seconds: float = 3.0
 ) -> dict[str, Times]:
-    """Return times of all contenders, taken in turns: `rounds` of them, fewer (at least five) when time is up."""
+    """Return the times of all contenders; the arguments are those of `turns`, which takes them."""
     return {name: Times.of(taken) for name, taken in turns(clock, contenders, rounds, seconds).items()}
 
 

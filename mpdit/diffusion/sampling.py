@@ -197,7 +197,7 @@ def uniform_times(start: float, end: float, steps: int) -> list[float]:
     return [(start * (steps - i) + end * i) / steps for i in range(steps + 1)]
 
 
-class Setting(NamedTuple):
+class Option(NamedTuple):
     """Describes a setting that one sampler reads from Flow.settings: an argument of `sample` by its name."""
 
     default: float | str
@@ -213,14 +213,14 @@ class Sampler(NamedTuple):
     """(flow, x at t = 1, steps) -> x at t = 0."""
     help: str
     least_steps: int = 1
-    settings: Mapping[str, Setting] = MappingProxyType({})
+    settings: Mapping[str, Option] = MappingProxyType({})
     """Settings that no other sampler has."""
 
 
-_TOLERANCE = Setting(
+_TOLERANCE = Option(
     1e-5, "tolerance", "absolute and relative error dopri5 keeps to; the other methods go by steps alone"
 )
-_FORM = Setting(
+_FORM = Option(
     "sigma",
     "diffusion_form",
     f"how much noise sde adds over time: {', '.join(DIFFUSION_FORMS)}; the other methods add none",
@@ -233,12 +233,12 @@ SAMPLERS = {
         sde,
         "Euler-Maruyama with added noise",
         least_steps=2,
-        settings={"diffusion_form": _FORM, "diffusion_norm": Setting(1.0)},
+        settings={"diffusion_form": _FORM, "diffusion_norm": Option(1.0)},
     ),
 }
 
 
-def options() -> dict[str, Setting]:
+def options() -> dict[str, Option]:
     """Return, by option, the settings of single samplers that the command line and protocols know."""
     settings = (setting for sampler in SAMPLERS.values() for setting in sampler.settings.values())
     return {setting.option: setting for setting in settings if setting.option}
@@ -398,7 +398,7 @@ class SamplerSettings:
         """Return the arguments of `sample` that the sampler alone has."""
         return {name: value for name, (_, value) in self._own().items()}
 
-    def _own(self) -> dict[str, tuple[Setting, float | str]]:
+    def _own(self) -> dict[str, tuple[Option, float | str]]:
         settings = SAMPLERS[self.method].settings
         return {name: (setting, self.own.get(setting.option, setting.default)) for name, setting in settings.items()}
 

@@ -17,7 +17,7 @@ from mpdit.model.kinds import TRANSITIONS, entry_of, module_of
 from mpdit.model.layers import MLP, Grid, init_linear
 
 
-class Cost(NamedTuple):
+class TransitionCost(NamedTuple):
     """Counts what planning needs of a layer that expands or refines tokens.
 
     Attributes:
@@ -59,9 +59,9 @@ class Expand(nn.Module):
         return rearrange(linear(image, weight, bias), "b (h w) (i j d) -> b (h i w j) d", h=grid[0], **rows)
 
     @staticmethod
-    def cost(width: int, factor: int) -> Cost:
+    def cost(width: int, factor: int) -> TransitionCost:
         shuffle = 2 * 2 * factor**2 * width  # of the fine tokens: read and written, and their gradients
-        return Cost(factor**2 * width * (width + 1), factor**2 * width**2, kept=width, moved=shuffle)
+        return TransitionCost(factor**2 * width * (width + 1), factor**2 * width**2, kept=width, moved=shuffle)
 
 
 class ExpandTranspose(nn.Module):
@@ -77,9 +77,9 @@ class ExpandTranspose(nn.Module):
         return rearrange(self.conv(rearrange(image, "b (h w) d -> b d h w", h=grid[0])), "b d h w -> b (h w) d")
 
     @staticmethod
-    def cost(width: int, factor: int) -> Cost:
+    def cost(width: int, factor: int) -> TransitionCost:
         layouts = 2 * 2 * (1 + factor**2) * width  # channels first, and back
-        return Cost(factor**2 * width**2 + width, factor**2 * width**2, kept=width, moved=layouts)
+        return TransitionCost(factor**2 * width**2 + width, factor**2 * width**2, kept=width, moved=layouts)
 
 
 class RefineLinear(nn.Linear):
@@ -93,8 +93,8 @@ class RefineLinear(nn.Linear):
         return super().forward(tokens)
 
     @staticmethod
-    def cost(width: int) -> Cost:
-        return Cost(width * (width + 1), width**2, width**2)
+    def cost(width: int) -> TransitionCost:
+        return TransitionCost(width * (width + 1), width**2, width**2)
 
 
 class RefineMLP(MLP):
@@ -107,9 +107,9 @@ class RefineMLP(MLP):
         return super().forward(tokens)
 
     @staticmethod
-    def cost(width: int) -> Cost:
+    def cost(width: int) -> TransitionCost:
         activation = 6 * 4 * width  # GELU: forward reads and writes, backward reads two and writes two
-        return Cost(8 * width**2 + 5 * width, 8 * width**2, 8 * width**2, kept=4 * width, moved=activation)
+        return TransitionCost(8 * width**2 + 5 * width, 8 * width**2, 8 * width**2, kept=4 * width, moved=activation)
 
 
 class RefineConv(nn.Module):
@@ -129,9 +129,9 @@ class RefineConv(nn.Module):
         return torch.cat([linear(tokens[:, :num_class_tokens], self.weight[:, :, 1, 1], self.bias), image], dim=1)
 
     @staticmethod
-    def cost(width: int) -> Cost:
+    def cost(width: int) -> TransitionCost:
         layouts = 2 * 2 * 2 * width  # channels first, and back
-        return Cost(9 * width**2 + width, 9 * width**2, width**2, moved=layouts)
+        return TransitionCost(9 * width**2 + width, 9 * width**2, width**2, moved=layouts)
 
 
 class Transition(NamedTuple):

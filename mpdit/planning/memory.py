@@ -71,7 +71,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Setting:
+class MemorySetting:
     """How a model is trained, as far as memory goes.
 
     Attributes:
@@ -91,21 +91,28 @@ class Setting:
     activation_checkpointing: bool = False
 
 
-def memory(config: ModelConfig, setting: Setting) -> Memory:
+def memory(config: ModelConfig, setting: MemorySetting) -> Memory:
     """Return the worst moment's bytes: in backward, where activations fall while gradients rise, or in the step."""
     worst = max(_moments(config, setting), key=lambda moment: moment.allocated)
     return replace(worst, overhead=CONTEXT + FRAGMENTS * worst.allocated)
 
 
-def each_at_its_most(config: ModelConfig, setting: Setting) -> dict[str, float]:
+def each_at_its_most(config: ModelConfig, setting: MemorySetting) -> dict[str, float]:
     """Return the most bytes of each part at any moment of a step: more, together, than are ever there at once."""
     moments = _moments(config, setting)
     parts = {name: max(getattr(moment, name) for moment in moments) for name in Memory.__dataclass_fields__}
     return parts | {"overhead": memory(config, setting).overhead}
 
 
-def largest_micro_batch(config: ModelConfig, setting: Setting, limit: float, most: int) -> int:
-    """Return the most images of a micro step, up to `most`, that fit into so many bytes; 0 when not one does."""
+def largest_micro_batch(config: ModelConfig, setting: MemorySetting, limit: float, most: int) -> int:
+    """Return the most images of a micro step that fit; 0 when not one does.
+
+    Args:
+        config: the model.
+        setting: how it is trained; its images are not read.
+        limit: bytes of a GPU.
+        most: images beyond which nobody asks.
+    """
     fitting, beyond = 0, most + 1
     while beyond - fitting > 1:
         middle = (fitting + beyond) // 2
@@ -114,7 +121,7 @@ def largest_micro_batch(config: ModelConfig, setting: Setting, limit: float, mos
     return fitting
 
 
-def _moments(config: ModelConfig, setting: Setting) -> list[Memory]:
+def _moments(config: ModelConfig, setting: MemorySetting) -> list[Memory]:
     """Return the optimiser's step, the start of backward, and the moments after each part that backward has passed."""
     found = account(config, 1, setting.dtype, setting.kernels, setting.activation_checkpointing)
     params, zero = found.params_trainable, setting.zero
@@ -163,7 +170,7 @@ def _moments(config: ModelConfig, setting: Setting) -> list[Memory]:
     return moments
 
 
-def _work(config: ModelConfig, setting: Setting) -> float:
+def _work(config: ModelConfig, setting: MemorySetting) -> float:
     """Return the bytes of the largest block's gradients on their way: of the MLP's hidden values and of the stream."""
     size, hidden = SIZE[setting.dtype], int(config.width * config.mlp_ratio)
     tokens = max((stage_tokens(config, stage) for stage in config.stages if stage.blocks), default=0)

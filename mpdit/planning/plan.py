@@ -14,7 +14,7 @@ from mpdit.core.errors import ConfigError
 from mpdit.core.text import aligned
 from mpdit.model.config import ModelConfig
 from mpdit.planning.account import account
-from mpdit.planning.memory import MEMORY_ERROR, Memory, Setting, each_at_its_most, largest_micro_batch, memory
+from mpdit.planning.memory import MEMORY_ERROR, Memory, MemorySetting, each_at_its_most, largest_micro_batch, memory
 from mpdit.planning.time import (
     ADAMW_EMA_BYTES,
     Communication,
@@ -91,10 +91,12 @@ class Request:
 
     def setting(
         self, images: int = 1, grad_accum_steps: int = 1, activation_checkpointing: bool | None = None
-    ) -> Setting:
+    ) -> MemorySetting:
         """Return what memory depends on."""
         again = self.activation_checkpointing if activation_checkpointing is None else activation_checkpointing
-        return Setting(self.zero, self.gpus, images, grad_accum_steps, self.precision, activation_checkpointing=again)
+        return MemorySetting(
+            self.zero, self.gpus, images, grad_accum_steps, self.precision, activation_checkpointing=again
+        )
 
 
 @dataclass(frozen=True)

@@ -251,7 +251,14 @@ class Communication:
 
 
 def volume(zero: int, gpus: int, parameters: int, micro_steps: int) -> tuple[float, float]:
-    """Return the bytes that one GPU sends in a step: (of gradients, of weights)."""
+    """Return the bytes that one GPU sends in a step: (of gradients, of weights).
+
+    Args:
+        zero: ZeRO stage, 0 to 3.
+        gpus: ranks.
+        parameters: of the model.
+        micro_steps: of a step.
+    """
     once = WORD * parameters * (gpus - 1) / gpus
     return (
         (2 * once, 0.0),
@@ -268,6 +275,11 @@ def communication(
 
     Stages 0 and 2 hide gradients behind the backward pass (overlap_comm), stage 3 gradients and prefetched weights
     behind both passes; the gathering of stages 1 and 2 comes after the optimiser and hides behind nothing.
+
+    Args:
+        zero, gpus, parameters, micro_steps: as of `volume`.
+        backward, forward: seconds of computing of a step's backward and forward passes.
+        fabric: what connects the GPUs.
     """
     gradients, weights = volume(zero, gpus, parameters, micro_steps)
     buckets = -(-parameters // BUCKET)

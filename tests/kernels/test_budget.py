@@ -119,7 +119,7 @@ def test_widths_in_ptx(line: str, loads: dict[int, int], stores: dict[int, int])
 
 
 USED = ahead.Usage(registers=64, spills=0, shared=8192, loads={16: 4}, stores={16: 2}, products={"wgmma": 4})
-ROW = budget.Row("call, XL", "folder.kernel", "sm_90", "ROWS=2", USED)
+ROW = budget.CompiledKernel("call, XL", "folder.kernel", "sm_90", "ROWS=2", USED)
 ENTRY = ROW.entry("3.7.1")
 
 
@@ -137,7 +137,7 @@ ENTRY = ROW.entry("3.7.1")
     ],
 )
 def test_what_is_judged(changed: dict[str, Any], problem: str, whatever_triton: bool) -> None:
-    row = budget.Row(ROW.case, ROW.kernel, ROW.arch, ROW.config, ahead.Usage(**{**vars(USED), **changed}))
+    row = budget.CompiledKernel(ROW.case, ROW.kernel, ROW.arch, ROW.config, ahead.Usage(**{**vars(USED), **changed}))
     for version in ("3.7.1", "3.6.0"):
         budget.judge([row], {ROW.key: ENTRY}, bool, version)
         assert any(problem in found for found in row.problems) == (whatever_triton or version == "3.7.1")

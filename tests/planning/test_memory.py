@@ -15,7 +15,7 @@ from training_runs import REPOSITORY, free_port
 
 import mpdit
 from mpdit.model.config import ModelConfig
-from mpdit.planning.memory import CONTEXT, MEMORY_ERROR, Setting, largest_micro_batch, memory
+from mpdit.planning.memory import CONTEXT, MEMORY_ERROR, MemorySetting, largest_micro_batch, memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDE = ModelConfig(((4, 3), (2, 2)), 256, 4, input_size=16, class_tokens=4, num_classes=10)
@@ -56,7 +56,7 @@ BY_DAY = (STEPS[1], STEPS[4], STEPS[6], STEPS[9])  # each model and dtype but th
 def test_memory_is_what_a_step_was_measured_to_need(name, dtype, checkpointing):
     config, images = MODELS[name]
     kernels = DEVICE == "cuda"
-    setting = Setting(0, 1, images, dtype=dtype, kernels=kernels, activation_checkpointing=checkpointing)
+    setting = MemorySetting(0, 1, images, dtype=dtype, kernels=kernels, activation_checkpointing=checkpointing)
     found = peak_bytes(lambda: train(config, images, dtype, checkpointing), DEVICE)
     # A few images leave the step as the worst moment, which DeepSpeed's flattening makes larger than it is here.
     flattened = 4 * sum(p.numel() for p in mpdit.MPDiT(config).parameters()) if name == "wide, few images" else 0
@@ -71,7 +71,7 @@ MEASURED = {(0, 2): 24.02, (1, 1): 28.33, (1, 2): 18.76, (2, 1): 28.32, (2, 2): 
 @pytest.mark.parametrize(("zero", "ranks"), MEASURED)
 def test_memory_is_what_deepspeed_was_measured_to_need(zero, ranks, monkeypatch):
     monkeypatch.setattr("mpdit.planning.memory.BUCKET", 500_000)
-    setting = Setting(zero, ranks, 4, dtype="fp32", kernels=False)
+    setting = MemorySetting(zero, ranks, 4, dtype="fp32", kernels=False)
     parameters = sum(p.numel() for p in mpdit.MPDiT(WIDE).parameters())
     assert memory(WIDE, setting).allocated / parameters == pytest.approx(MEASURED[zero, ranks], rel=MEMORY_ERROR)
 
@@ -96,26 +96,26 @@ def test_deepspeed_still_needs_what_it_was_measured_to_need(zero, ranks):
 
 
 def test_zero_shards_what_it_says():
-    whole, sharded = (memory(XL, Setting(zero, 8, 16)) for zero in (0, 2))
+    whole, sharded = (memory(XL, MemorySetting(zero, 8, 16)) for zero in (0, 2))
     assert sharded.optimizer == whole.optimizer / 8
     assert sharded.ema == whole.ema / 8
     assert sharded.parameters == whole.parameters
-    assert memory(XL, Setting(3, 8, 16)).parameters < whole.parameters / 7
+    assert memory(XL, MemorySetting(3, 8, 16)).parameters < whole.parameters / 7
 
 
 def test_zero_1_holds_whole_gradients_over_micro_steps():
-    one, two = (memory(XL, Setting(zero, 64, 128, grad_accum_steps=4)) for zero in (1, 2))
+    one, two = (memory(XL, MemorySetting(zero, 64, 128, grad_accum_steps=4)) for zero in (1, 2))
     assert one.gradients == 4 * 480_839_216
     assert two.gradients == one.gradients / 64
 
 
 def test_a_gpu_has_its_context_and_its_fragments():
-    found = memory(XL, Setting(2, 8, 128))
+    found = memory(XL, MemorySetting(2, 8, 128))
     assert found.total > found.allocated + CONTEXT
 
 
 def test_the_largest_micro_batch_fits_and_one_more_does_not():
-    setting, limit = Setting(2, 8, 1), 39.4 * 2**30
+    setting, limit = MemorySetting(2, 8, 1), 39.4 * 2**30
     images = largest_micro_batch(XL, setting, limit, 10_000)
     need = [memory(XL, dataclasses.replace(setting, images=count)).total for count in (images, images + 1)]
     assert need[0] <= limit < need[1]
@@ -124,4 +124,4 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not():
 
 
 def test_128_images_of_xl_fit_an_a100_of_40_gb_as_the_paper_says():
-    assert memory(XL, Setting(2, 8, 128)).total * (1 + MEMORY_ERROR) < 39.4 * 2**30
+    assert memory(XL, MemorySetting(2, 8, 128)).total * (1 + MEMORY_ERROR) < 39.4 * 2**30

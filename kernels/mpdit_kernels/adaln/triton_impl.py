@@ -261,8 +261,12 @@ def forward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return (residual, y, statistics fp32 [2, B, T]); residual is None without a branch, the others without a shift.
 
-    With cumulative lengths (0, ..., N) of S sequences, x and branch are [N, D], the vectors [S, D] and the statistics
-    [2, N].
+    Args:
+        x, branch: [B, T, D]; [N, D] with offsets, and the statistics then [2, N].
+        gate, shift, scale: [B, D]; [S, D] with offsets.
+        eps: of the norm.
+        dtype: of y.
+        offsets: cumulative lengths (0, ..., N) of S sequences.
     """
     batch, tokens, cu_seqlens = _extent(x, offsets)
     x, branch = rows_of(x), None if branch is None else rows_of(branch)

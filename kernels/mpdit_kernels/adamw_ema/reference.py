@@ -59,9 +59,17 @@ def adamw_ema_(
     """Update param, both moments and ema in place; all fp32 (or fp64) of one shape.
 
     AdamW is Loshchilov & Hutter, "Decoupled weight decay regularization" (ICLR 2019), algorithm 2, as torch defines
-    it: the decay is scaled by lr. `steps` counts those taken before. The gradient is taken times `factor`, which clips
-    its norm. The average follows the updated weights: ema <- ema_decay * ema + (1 - ema_decay) * param. `copy`, of any
-    dtype, receives the updated weights.
+    it: the decay is scaled by lr. The average follows the updated weights:
+    ema <- ema_decay * ema + (1 - ema_decay) * param.
+
+    Args:
+        param, exp_avg, exp_avg_sq, ema: weights, first and second moment, average.
+        grad: their gradient, of any dtype.
+        steps: that were taken before.
+        lr, betas, eps, weight_decay: as of torch.optim.AdamW.
+        ema_decay: share of the average that a step keeps.
+        factor: multiplies the gradient, to clip its norm.
+        copy: of any dtype, receives the updated weights.
     """
     beta1, beta2 = betas
     grad = grad.to(param.dtype) * factor

@@ -552,7 +552,14 @@ def backward(
     of_t: bool = True,
     of_weights: bool = True,
 ) -> list[Tensor | None]:
-    """Return gradients of t and of the weights, fp32, from what the forward returned; None where not asked for."""
+    """Return gradients of t and of the weights, fp32; None where not asked for.
+
+    Args:
+        d_out: gradient of the embedding [B, D].
+        t, weights: what `forward` was given.
+        spectrum, derivative, means, start, slope: what it returned beside the embedding.
+        of_t, of_weights: which are asked for.
+    """
     d_out, t, weights = rows_of(d_out), t.contiguous(), [value.contiguous() for value in weights]
     batch, channels, width = t.shape[0], weights[0].shape[0], weights[-1].shape[0]
     d_t = torch.empty_like(t) if of_t else None

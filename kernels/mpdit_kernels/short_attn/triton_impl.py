@@ -538,7 +538,13 @@ def backward(
     scale: float,
     query_start: int,
 ) -> Tensor:
-    """Return the gradient of qkv."""
+    """Return the gradient of qkv, in its shape.
+
+    Args:
+        d_out: gradient of out.
+        qkv, starts, lengths, scale, query_start: what `forward` was given.
+        out, lse: what it returned.
+    """
     *_, heads, width = qkv.shape
     d_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     qkv, d_out = _rows(qkv, 3), _rows(d_out, 2)

@@ -374,7 +374,15 @@ def backward(
     dtype: torch.dtype,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Return gradients of the forward's first eight arguments, None where not `wanted`; x's as `dtype`."""
+    """Return gradients of the forward's first eight arguments, None where not wanted.
+
+    Args:
+        d_out: gradient of the result [B, T, D].
+        pre_gelu, image: what `forward` returned beside it.
+        expand, refine, patches, sizes, eps: what it was given.
+        dtype: of the gradient of x.
+        wanted: of each of the eight, whether it is.
+    """
     m, r, h, w = sizes
     batch, tokens, width = d_out.shape
     want = Wanted(*wanted)
