@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 
-_RUNNABLE = {"mpdit.cli", "mpdit.training", "mpdit.training.cli", "mpdit.planning.calibrate"}
+_RUNNABLE = {"mpdit.cli", "mpdit.training", "mpdit.planning.calibrate"}
 # Python runs any module by -m, and one that only defines something would exit with 0 and have done nothing. What is
 # asked for is not yet in sys.argv while its package is imported.
 _asked = [word.removeprefix("-m") for word in sys.orig_argv] if sys.argv[:1] == ["-m"] else []

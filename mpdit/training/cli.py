@@ -164,7 +164,3 @@ def _output_that_cannot_fail() -> Iterator[None]:
         threading.excepthook = before
         for stream in streams:
             stream.flush(last=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from mpdit.core.errors import CheckpointError, ConfigError, DataError
 from mpdit.core.files import expand_path, is_utf8
 from mpdit.data.digits import VERSION, build_digits
 from mpdit.data.latents import LatentDataset
+from mpdit.data.loaders import BatchPlan
 from mpdit.data.open import open_latents
 from mpdit.data.quarantine import QUARANTINE_NAME, Quarantine
 from mpdit.model.config import ModelConfig
@@ -48,6 +49,15 @@ _BEFORE_A_RUN = {"hang", "profile", ".config.json.partial", WANDB_NAME, f".{WAND
 """What an attempt that ended before it was a run may have left in its folder."""
 
 
+@contextlib.contextmanager
+def _os_errors_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # a name that is too long, a folder that may not be read, ...
+        raise ConfigError(f"{error.filename or 'input'} can't be used: {error.strerror or error}") from error
+
+
+@_os_errors_in_one_line()
 def prepare(arguments: Sequence[str], env: DistEnv) -> Run:
     """Check everything that can be checked without the other ranks; the same outcome on every rank.
 
@@ -55,13 +65,6 @@ def prepare(arguments: Sequence[str], env: DistEnv) -> Run:
         UserError: naming what is wrong, where, and how to mend it. Nothing has been written then, except that the
             embedded digits may have been prepared in the user's cache.
     """
-    try:
-        return _prepare(arguments, env)
-    except OSError as error:  # a name that is too long, a folder that may not be read, ...
-        raise ConfigError(f"{error.filename or 'input'} can't be used: {error.strerror or error}") from error
-
-
-def _prepare(arguments: Sequence[str], env: DistEnv) -> Run:
     # Settings as asked for, in the arguments and in DeepSpeed's file, then defaults. What nobody gave and machines
     # decide, precision and batch, is settled below: a run that was begun on another goes on as it was.
     given = parse_arguments(arguments)
@@ -119,6 +122,11 @@ def _prepare(arguments: Sequence[str], env: DistEnv) -> Run:
     batch = _rounded(before, parts) if free else before
     config = replace(asked, precision=precision, global_batch=batch)
     identity |= {"precision": precision, "global_batch": batch}
+    try:
+        BatchPlan(batch, env.size, env.rank, config.grad_accum_steps)
+    except ConfigError as error:
+        why = " (the number of ranks is that of plan_gpus)" if planned_gpus else ""
+        raise ConfigError(f"{error}{why}") from error
     check_folder(out, identity, config.resume, config.force, free)
     fresh = _is_fresh(config, out)
     if fresh and config.normalization == "auto":
@@ -139,7 +147,7 @@ def _prepare(arguments: Sequence[str], env: DistEnv) -> Run:
         notes.append(
             f"input_size is {model.input_size}, as the data's latents are; {config.model} has {alone.input_size}"
         )
-    run = Run(
+    return Run(
         config,
         model,
         complete(ds, config, env.size),
@@ -152,12 +160,6 @@ def _prepare(arguments: Sequence[str], env: DistEnv) -> Run:
         initial,
         tuple(notes),
     )
-    try:
-        run.batch_plan()
-    except ConfigError as error:
-        why = " (the number of ranks is that of plan_gpus)" if planned_gpus else ""
-        raise ConfigError(f"{error}{why}") from error
-    return run
 
 
 def _rounded(batch: int, parts: int) -> int:
