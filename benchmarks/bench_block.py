@@ -20,7 +20,7 @@ from mpdit.model.presets import PRESETS
 from mpdit.planning.account import account, stage_tokens
 
 PARTS = ("attention projections", "attention", "MLP")
-"""Of the account, those that make up a block; the modulation is shared by all blocks."""
+"""Parts of the account that make up a block; the modulation is shared by all blocks."""
 
 
 def cases(setting: Setting) -> Iterator[Case]:

@@ -25,7 +25,7 @@ from mpdit.data import BatchPlan, GlobalOrder, make_loader, to_latents, write_pa
 
 WORKERS = 2
 BATCHES = 16
-"""Of a turn, after as many that are not timed: they empty the queues that filled while others had their turn."""
+"""Batches timed in a turn, after as many that are not: those empty the queues that filled while others had theirs."""
 
 REST = 0.4
 """Seconds before a turn, until the DataLoader's workers, whose turn may have been before, have filled their queues."""

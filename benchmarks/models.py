@@ -100,7 +100,7 @@ def enliven(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Problem:
-    """What models are timed at, by whichever code.
+    """The problem that models are timed at, by whichever code.
 
     Attributes:
         judged: what they are judged by.

@@ -36,7 +36,7 @@ PEERS = {
     ),
     "fast-dit": Peer("github.com/chuanyangjin/fast-DiT", ("models.py", "diffusion/__init__.py", "train_options")),
 }
-"""By the name of the option that gives their checkout."""
+"""The other projects, by the name of the option that gives their checkout."""
 
 MODELS = {"MPDiT-B/4-2": "MPDiT-B/4x", "MPDiT-L/4-2": "MPDiT-L/4x", "MPDiT-XL/4-2": "MPDiT-XL/4x"}
 """Our presets' names in the official code; DiT's are the same in both."""

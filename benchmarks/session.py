@@ -30,7 +30,7 @@ ROUNDS, SECONDS, LEAST = {"cuda": 30, "cpu": 5}, {"cuda": 20.0, "cpu": 6.0}, {"c
 FITS = " fits"
 """Behind the name of a larger case, why a smaller one is left out."""
 SAME = ("gpu", "cpu", "threads", "torch", "triton", "python", "driver", "power limit", "highest sm clock")
-"""Of a machine: figures are merged only where these agree."""
+"""Facts of a machine: figures are merged only where these agree."""
 
 Json = dict[str, Any]
 

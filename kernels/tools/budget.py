@@ -22,7 +22,7 @@ from tools.command import Parser, aligned, write_atomically
 
 BUDGET = Path(__file__).parent / "budget.json"
 MATRIX = ("", "mma", "wgmma")
-"""From worst to best."""
+"""Kinds of matrix instructions, from worst to best."""
 UPDATE = "python -m tools.budget --update"
 
 Budget = dict[str, dict[str, Any]]

@@ -204,14 +204,14 @@ def time_case(case: Case, bench: Bench, ceilings: dict[str, float]) -> dict[str,
         result["compile failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
     for name, (prepare, cost) in passes.items():
         if cost is not None:
-            ready = {way: partial(prepare, *arguments, sets) for way, arguments in contenders.items()}
+            ready = {variant: partial(prepare, *arguments, sets) for variant, arguments in contenders.items()}
             times = compare(bench.clock, ready, bench.rounds)
             ours = times["triton"].median
             floor = cost.floor(ceilings["copy"], ceilings["matmul"], ceilings["matmul32"])
             result[name] = {
-                "seconds": {way: [taken.median, taken.low, taken.high] for way, taken in times.items()},
+                "seconds": {variant: [taken.median, taken.low, taken.high] for variant, taken in times.items()},
                 "share": floor / ours,
-                "ratio": min(taken.median for way, taken in times.items() if way != "triton") / ours,
+                "ratio": min(taken.median for variant, taken in times.items() if variant != "triton") / ours,
             }
     return result
 

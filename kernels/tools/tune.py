@@ -173,12 +173,12 @@ def _is_xl(case: Case) -> bool:
     return case.label.startswith("XL")
 
 
-def _seconds(figures: dict[str, Any], way: str) -> float:
-    return sum(figures[name]["seconds"][way][0] for name in ("forward", "backward") if name in figures)
+def _seconds(figures: dict[str, Any], variant: str) -> float:
+    return sum(figures[name]["seconds"][variant][0] for name in ("forward", "backward") if name in figures)
 
 
 def _best_opponent(figures: dict[str, Any]) -> float:
-    return min(_seconds(figures, way) for way in figures["forward"]["seconds"] if way != "triton")
+    return min(_seconds(figures, variant) for variant in figures["forward"]["seconds"] if variant != "triton")
 
 
 def earlier(path: Path | None, machine: dict[str, Any]) -> Table:

@@ -69,7 +69,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Account:
-    """What a model costs.
+    """The cost of a model, part by part.
 
     Attributes:
         batch: images of a forward pass, which share what the exact fusions compute on weights alone.

@@ -31,7 +31,7 @@ RESULTS = Path("benchmarks", "results")
 LEAST_ERROR = 0.05
 """No prediction is called better than this."""
 LEAST_STEP = 0.2
-"""Of the longest step's roofline: shorter steps are bound by launches, which no roofline foretells."""
+"""Least share of the longest step's roofline that counts: shorter ones are bound by launches."""
 
 
 @dataclass(frozen=True)

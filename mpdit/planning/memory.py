@@ -72,7 +72,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class MemorySetting:
-    """How a model is trained, as far as memory goes.
+    """The settings of a run that its memory depends on.
 
     Attributes:
         zero: ZeRO stage, 0 to 3.

@@ -40,7 +40,7 @@ def usual_network(gpu: Gpu) -> float:
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be planned.
+    """A run to be planned.
 
     Attributes:
         global_batch: images of a step, over all GPUs and micro steps.
@@ -296,7 +296,7 @@ def plan(config: ModelConfig, request: Request) -> Plan:
 
 
 _WORTH = 1.1
-"""How much longer a step may take that leaves room for the error of memory."""
+"""A step that leaves room for the error of memory may take this many times as long."""
 
 
 def _impossible(config: ModelConfig, request: Request) -> str:

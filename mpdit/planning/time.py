@@ -202,7 +202,7 @@ def _attention_bytes(config: ModelConfig, size: int) -> float:
 
 @dataclass(frozen=True)
 class Fabric:
-    """How GPUs are connected; bytes a second in one direction.
+    """The links between GPUs; bytes a second in one direction.
 
     Attributes:
         gpus_per_node: GPUs that share NVLink.
@@ -235,7 +235,7 @@ class Fabric:
 
 @dataclass(frozen=True)
 class Communication:
-    """What one GPU sends in a step, and how long that takes.
+    """The traffic of one GPU in a step.
 
     Attributes:
         gradients: bytes sent to reduce gradients, while backward runs.

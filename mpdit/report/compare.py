@@ -17,7 +17,7 @@ from mpdit.report.results import OURS, Key, Results, Row, kind, named
 
 ALPHA = 0.05
 VERDICTS = ("slower", "undecided", "faster", "no difference")
-"""In the order in which rows are shown."""
+"""The verdicts, in the order in which their rows are shown."""
 ENOUGH = 5
 """Samples from which `ratio_interval` covers what it says; a test holds it to that."""
 _EXACT = 400
@@ -57,7 +57,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Changes:
-    """What changed between two results files.
+    """The changes between two results files.
 
     Attributes:
         threshold: the least change of a median that matters, 0.02 for 2 %.

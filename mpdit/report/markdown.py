@@ -20,7 +20,7 @@ TITLES = {
     "optimizer": "Optimiser and average",
     "loader": "Data loader",
 }
-"""Of the parts, in the order of the report."""
+"""Headings of the parts, in the order of the report."""
 BEGIN = "<!-- performance: written by mpdit report --update -->"
 END = "<!-- end of performance -->"
 

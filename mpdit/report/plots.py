@@ -45,7 +45,7 @@ def draw_all(results: Results, folder: Path) -> list[tuple[str, Path]]:
 
 
 Bars = Callable[[Row], tuple[Spread | None, float | None]]
-"""Of a row, its filled bar in the axis' unit, and the end of an outlined one around it."""
+"""Takes a row to the length of its filled bar, in the axis' unit, and of an outlined one around it."""
 
 
 def _draw_rates(results: Results, part: str) -> Figure | None:

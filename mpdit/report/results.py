@@ -18,7 +18,7 @@ PARTS = ("kernels", "block", "forward", "step", "sampling", "optimizer", "loader
 OURS = "ours"
 """The variant that every other of its case is compared with."""
 RATES = {"bf16": ("bf16", "matmul"), "fp16": ("bf16", "matmul"), "fp32": ("fp32", "matmul32")}
-"""By a row's dtype, the datasheet peak and the measured ceiling of its products; TF32 has neither."""
+"""Names of the datasheet peak and the measured ceiling of products, by a row's dtype; TF32 has neither."""
 
 _PLAIN = ("eager", "compile")
 """Our code without its kernels: PyTorch's operators as they are, and under torch.compile."""
