@@ -87,8 +87,7 @@ _HELP = {
     "device": "cpu, cuda, cuda:1, ...; auto is cuda where there is one",
     "gpus": "processes, each with a GPU of its own; without GPUs processes on the CPU",
     "method": told(SAMPLERS),
-    "steps": "steps; for dopri5 the most it may try. The paper's figures take 250, models of the digits no more "
-    "than 25",
+    "steps": "steps. The paper's figures take 250, models of the digits no more than 25",
     "guidance": "classifier-free guidance w in u + w (c - u); 1 is none, at half the cost",
     "guidance_channels": "guide the first N channels of the latents only; DiT's and SiT's published figures take 3 "
     "(default: all)",

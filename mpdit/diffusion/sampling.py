@@ -228,7 +228,9 @@ _FORM = Option(
 SAMPLERS = {
     "euler": Sampler(euler, "first order"),
     "heun": Sampler(heun, "second order, two evaluations a step"),
-    "dopri5": Sampler(dopri5, "adaptive, six evaluations a step", settings={"atol": _TOLERANCE, "rtol": _TOLERANCE}),
+    "dopri5": Sampler(
+        dopri5, "adaptive, tries at most `steps` of six evaluations", settings={"atol": _TOLERANCE, "rtol": _TOLERANCE}
+    ),
     "sde": Sampler(
         sde,
         "Euler-Maruyama with added noise",
