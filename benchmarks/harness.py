@@ -112,7 +112,7 @@ class Case:
 
 
 @dataclass
-class Outcome:
+class Measurement:
     """Holds what became of one variant: samples in seconds, or why there are none.
 
     `ratios` are its times over ours, turn by turn; `failed` is a wrong result or an error, `skipped` no fault of it.
@@ -144,7 +144,7 @@ class Comparison:
     quick: bool = False
     until: float = math.inf
 
-    def run(self, names: Sequence[str]) -> dict[str, Outcome]:
+    def run(self, names: Sequence[str]) -> dict[str, Measurement]:
         """Return the outcomes of these variants: of all together, or where memory is short, of each group with ours."""
         groups = [(group, [name for name in group.variants if name in names]) for group in self.case.groups]
         groups = [(group, chosen) for group, chosen in groups if chosen]
@@ -154,13 +154,15 @@ class Comparison:
             for group in groups:  # ours is the first, and alone from the start
                 _, chosen = group
                 beside = self._run_together([groups[0], group]) if group is not groups[0] else None
-                outcomes = beside or self._run_together([group]) or dict.fromkeys(chosen, Outcome(skipped=TOO_LARGE))
+                outcomes = (
+                    beside or self._run_together([group]) or dict.fromkeys(chosen, Measurement(skipped=TOO_LARGE))
+                )
                 found |= {name: outcomes[name] for name in chosen}
         return found
 
-    def _run_together(self, groups: Sequence[tuple[Group, list[str]]]) -> dict[str, Outcome] | None:
+    def _run_together(self, groups: Sequence[tuple[Group, list[str]]]) -> dict[str, Measurement] | None:
         """Return the outcomes of these groups' variants, timed in turns; None when memory is short."""
-        found: dict[str, Outcome] | None = {}
+        found: dict[str, Measurement] | None = {}
         ready: dict[str, Prepare] = {}
         try:
             for group, names in groups:
@@ -178,7 +180,7 @@ class Comparison:
         return found
 
     def _prepare(
-        self, group: Group, names: Sequence[str], found: dict[str, Outcome], ready: dict[str, Prepare]
+        self, group: Group, names: Sequence[str], found: dict[str, Measurement], ready: dict[str, Prepare]
     ) -> None:
         """Build and judge a group's variants and measure their memory; those that may be timed join `ready`."""
         release()
@@ -209,7 +211,7 @@ class Comparison:
             found[name].memory = measure_memory(built[name].prepare, before)
             ready[name] = built[name].prepare
 
-        found |= {name: Outcome() for name in names}
+        found |= {name: Measurement() for name in names}
         for step, chosen in ((build, names), (measure, built)):
             for name in list(chosen):
                 if failed := _attempt(step, name, alone=first):
@@ -217,30 +219,30 @@ class Comparison:
                     found[name] = failed
             limits = None  # float64 copies are not the variants' memory
 
-    def _time(self, found: dict[str, Outcome], ready: dict[str, Prepare]) -> None:
+    def _time(self, found: dict[str, Measurement], ready: dict[str, Prepare]) -> None:
         samples: dict[str, list[float]] = {}
         if failed := _attempt(lambda: samples.update(turns(self.clock, ready, self.rounds, self.seconds, self.least))):
             # Whose fault it is nobody knows: none of them has a time.
-            found |= {name: Outcome(gate=found[name].gate, failed=failed.failed) for name in ready}
+            found |= {name: Measurement(gate=found[name].gate, failed=failed.failed) for name in ready}
         for name, taken in samples.items():
             found[name].samples = taken
             if name != OURS and OURS in samples:
                 found[name].ratios = [x / ours for x, ours in zip(taken, samples[OURS], strict=True)]
 
 
-def _attempt(action: Callable[..., None], *arguments: Any, alone: bool = False) -> Outcome | None:
+def _attempt(action: Callable[..., None], *arguments: Any, alone: bool = False) -> Measurement | None:
     """Return what came of it if it did not succeed. Raises _MemoryShort unless alone, with nobody else to blame."""
     try:
         action(*arguments)
     except Unavailable as reason:
-        return Outcome(skipped=str(reason))
+        return Measurement(skipped=str(reason))
     except Exception as error:  # an opponent that breaks does not stop the rest
         if not out_of_memory(error):
             traceback.print_exc()
-            return Outcome(failed=f"{type(error).__name__}: {error}".splitlines()[0])
+            return Measurement(failed=f"{type(error).__name__}: {error}".splitlines()[0])
         if not alone:
             raise _MemoryShort from None
-        return Outcome(skipped=TOO_LARGE)
+        return Measurement(skipped=TOO_LARGE)
     return None
 
 

@@ -19,7 +19,7 @@ import pytest
 import pytest_benchmark
 import setting as settings
 import torch
-from harness import NO_TIME, OURS, Case, Comparison, Outcome, release
+from harness import NO_TIME, OURS, Case, Comparison, Measurement, release
 from mpdit_kernels.hardware import find_gpu
 from tools import timing
 
@@ -55,27 +55,27 @@ class Session:
         self._until = math.inf if minutes is None else time.monotonic() + 60 * minutes
         self._folder = Path(option("--results")) if option("--results") else None
         self.saved: Path | None = None
-        self._outcomes: dict[str, dict[str, Outcome]] = {}
+        self._outcomes: dict[str, dict[str, Measurement]] = {}
         self._clocks: dict[bool, timing.Clock] = {}  # by Case.on_gpu
         self._ceilings: dict[str, float] | None = None
 
-    def outcome(self, case: Case, variant: str, quick: bool) -> Outcome:
+    def outcome(self, case: Case, variant: str, quick: bool) -> Measurement:
         """Return that of one variant; the case is run when the first of them is asked for."""
         if case.name not in self._outcomes:
             self._outcomes[case.name] = self._compare(case, self.selected[case.name], quick)
         return self._outcomes[case.name][variant]
 
-    def _compare(self, case: Case, variants: list[str], quick: bool) -> dict[str, Outcome]:
+    def _compare(self, case: Case, variants: list[str], quick: bool) -> dict[str, Measurement]:
         if time.monotonic() > self._until:
-            return {variant: Outcome(skipped=NO_TIME) for variant in variants}
+            return {variant: Measurement(skipped=NO_TIME) for variant in variants}
         if not self._clocks:
             self._begin()
-        spared: dict[str, Outcome] = {}
+        spared: dict[str, Measurement] = {}
         if self.setting.largest:
             # Those for which there was room in a larger case.
             larger = self._outcomes.get(case.smaller_than or "", {})
             fitted = {name for name, found in larger.items() if found.samples or (found.skipped or "").endswith(FITS)}
-            spared = {name: Outcome(skipped=f"{case.smaller_than}{FITS}") for name in variants if name in fitted}
+            spared = {name: Measurement(skipped=f"{case.smaller_than}{FITS}") for name in variants if name in fitted}
             if len(spared) == len(variants):
                 return spared
             spared.pop(OURS, None)
@@ -141,7 +141,7 @@ class Session:
         }
 
 
-def extra_info(case: Case, variant: str, outcome: Outcome) -> Json:
+def extra_info(case: Case, variant: str, outcome: Measurement) -> Json:
     """Return what a row says beyond pytest-benchmark's statistics."""
     group = case.group(variant)
     return {

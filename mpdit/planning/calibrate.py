@@ -73,6 +73,7 @@ def calibrate(results: Results) -> tuple[Gpu, Efficiency, list[Step]] | None:
         return None
     longest = max(step.roofline for step in steps)
     large = [step for step in steps if step.roofline >= LEAST_STEP * longest]
+    # The median step sets what a whole step takes over its roofline, the one farthest from it the error.
     factor = statistics.median(step.measured / step.roofline for step in large)
     error = max(abs(step.measured / (factor * step.roofline) - 1) for step in large)
     source = (

@@ -259,6 +259,7 @@ def volume(zero: int, gpus: int, parameters: int, micro_steps: int) -> tuple[flo
         parameters: of the model.
         micro_steps: of a step.
     """
+    # Reduce-scatter and all-gather send all but a GPU's own share once around; all-reduce is the one after the other.
     once = WORD * parameters * (gpus - 1) / gpus
     return (
         (2 * once, 0.0),

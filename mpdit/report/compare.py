@@ -223,6 +223,7 @@ def mann_whitney(a: Sequence[float], b: Sequence[float]) -> float:
 
 def holm(p: Sequence[float]) -> list[float]:
     """Return p adjusted for their number (Holm 1979): one below ALPHA is significant in the family of all."""
+    # The smallest of n is multiplied by n, the next by n - 1 and so on; none may fall below the one before it.
     order = np.argsort(p, kind="stable")
     adjusted = np.empty(len(p))
     scaled = np.asarray(p, dtype=float)[order] * np.arange(len(p), 0, -1)

@@ -216,7 +216,7 @@ def _sums(times: Iterable[tuple[str, float]]) -> list[Json]:
 
 def _covered(spans: Iterable[_Span], start: float, end: float) -> float:
     """Return the microseconds of the window in which at least one of the spans runs."""
-    covered, reached = 0.0, start
+    covered, reached = 0.0, start  # streams overlap, and no moment counts twice
     for span in sorted(spans, key=lambda span: span.start):
         covered += max(0.0, min(span.end, end) - max(span.start, reached))
         reached = max(reached, span.end)

@@ -8,7 +8,7 @@ from typing import Any
 import harness
 import pytest
 import torch
-from harness import Built, Case, Comparison, Group, Outcome, Unavailable
+from harness import Built, Case, Comparison, Group, Measurement, Unavailable
 from tools import timing
 
 
@@ -126,7 +126,7 @@ def test_none_is_built_when_time_is_up() -> None:
 def test_quick_judges_and_does_not_time() -> None:
     compared, clock = comparison(group(ours=variant(2.0), wrong=variant(1.0, value=2.0)), quick=True)
     found = compared.run(["ours", "wrong"])
-    assert clock.order == [] and found["ours"] == Outcome(gate=found["ours"].gate)
+    assert clock.order == [] and found["ours"] == Measurement(gate=found["ours"].gate)
     assert found["wrong"].failed is not None
 
 
