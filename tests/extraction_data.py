@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mpdit.jobs.extract.decode import examine_image
+
 
 def pixels(seed: int, width: int = 45, height: int = 60) -> np.ndarray:
     """Smooth colours with some noise, uint8 [height, width, 3]."""
@@ -25,6 +27,11 @@ def encoded(image: np.ndarray | Image.Image, format: str = "PNG", **options: obj
     stream = io.BytesIO()
     (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(stream, format, **options)
     return stream.getvalue()
+
+
+def decode_image(data: bytes, size: int, bits: int | None = None) -> np.ndarray:
+    """Decode an image file to uint8 RGB [size, size, 3], as extraction does."""
+    return examine_image(data, size, bits).pixels
 
 
 def some_files(counts: Mapping[str, int] = {"ant": 5, "bee": 7, "cat": 6}) -> dict[str, bytes]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from extraction_data import encoded, tar_bytes, write_tree, write_zip
+from extraction_data import decode_image, encoded, tar_bytes, write_tree, write_zip
 from PIL import Image
 
 import mpdit
@@ -19,7 +19,6 @@ from mpdit import cli
 from mpdit.core.errors import DataError
 from mpdit.jobs.evaluate import image_sets
 from mpdit.jobs.evaluate.image_sets import ImageSet, open_images
-from mpdit.jobs.extract.decode import decode_image
 from mpdit.jobs.npz import NpzReader, new_npz
 from mpdit.model.weights import save_weights
 

@@ -7,10 +7,10 @@ import zlib
 
 import numpy as np
 import pytest
-from extraction_data import encoded, pixels
+from extraction_data import decode_image, encoded, pixels
 from PIL import Image
 
-from mpdit.jobs.extract.decode import FACTS, center_crop, decode_image, examine_image
+from mpdit.jobs.extract.decode import FACTS, center_crop, examine_image
 from mpdit.jobs.extract.sources import BrokenImage
 
 BOX, BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC

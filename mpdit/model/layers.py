@@ -124,7 +124,7 @@ def _made_once(width: int, grid: Grid, device: torch.device, dtype: torch.dtype)
 
 
 def check_images(name: str, batch: Any) -> None:
-    """Raise ConfigError unless batch is a list of images [C, H, W], alike in all but their size."""
+    """Raise ConfigError unless batch is a list of images [C, H, W] that differ in size alone."""
     if not isinstance(batch, list | tuple):
         raise ConfigError(f"{name} is a {type(batch).__name__}: give a tensor [B, C, H, W], or a list of [C, H, W]")
     if not batch:

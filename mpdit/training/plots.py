@@ -42,7 +42,6 @@ def plot_loss(metrics: str | Path, png: str | Path, title: str = "Training loss"
     figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    # A thin line, with dots where the points are few.
     line: dict[str, Any] = {"linewidth": 1.2, "marker": "o" if len(steps) <= 30 else None, "markersize": 4}
     points, last = min(_MAX_SMOOTHING, len(steps) // 20), loss[-1]
     if points < 2:

@@ -12,7 +12,7 @@ from typing import Any
 
 import fuzz_places
 import numpy as np
-from extraction_data import tar_bytes
+from extraction_data import decode_image, tar_bytes
 from fuzzing import (
     JSON,
     Edit,
@@ -31,7 +31,6 @@ from hypothesis import strategies as st
 
 from mpdit.jobs.evaluate.adm import Reference
 from mpdit.jobs.evaluate.image_sets import open_images
-from mpdit.jobs.extract.decode import decode_image
 from mpdit.jobs.extract.sources import BrokenImage, list_images
 from mpdit.jobs.npz import NpzReader
 

@@ -53,11 +53,6 @@ class Decoded(NamedTuple):
     """Which of FACTS were seen."""
 
 
-def decode_image(data: bytes, size: int, bits: int | None = None) -> NDArray[np.uint8]:
-    """Decode an image file to uint8 RGB [size, size, 3], as `examine_image`."""
-    return examine_image(data, size, bits).pixels
-
-
 def examine_image(data: bytes, size: int | None, bits: int | None = None) -> Decoded:
     """Decode an image file to a square of pixels, or all of it for None. BrokenImage, saying why, when it can't be.
 

@@ -31,7 +31,7 @@ class Watchdog:
     Before that, the stacks of all threads go to folder/rank-N.txt and a line on stderr says where they are. As every
     rank waits for one that hangs, all of them report, at about the same time: each stays for some seconds after its
     report, since launchers end the others once the first is gone. One that goes on meanwhile, as after a short
-    suspension, is let be.
+    suspension, is not ended.
 
     The thread that looks needs Python's lock. Where a library never gives it back, faulthandler writes the stacks to
     stderr, a little later, and ends the process with code 1; so it does after a suspension that lasted longer.
