@@ -93,6 +93,7 @@ class Flow:
             if not guided:
                 return v
             conditional, unconditional = v.chunk(2)
+            # Beyond the velocity given the class, away from that of none.
             mixed = unconditional + self.guidance * (conditional - unconditional)
             channels = self.guidance_channels
             return mixed if channels is None else torch.cat([mixed[:, :channels], conditional[:, channels:]], dim=1)
@@ -117,6 +118,7 @@ def heun(flow: Flow, x: Tensor, steps: int) -> Tensor:
     for i in range(steps):
         dt = times[i + 1] - times[i]
         v = velocity(x, i)
+        # The trapezoid rule, with the velocity of the end taken where Euler's step leads to.
         x = x + 0.5 * dt * (v + velocity(x + dt * v, i + 1))
         flow.report(i + 1, steps)
     return x
@@ -183,9 +185,11 @@ def sde(flow: Flow, x: Tensor, steps: int) -> Tensor:
         t, dt = times[i], times[i + 1] - times[i]
         w = DIFFUSION_FORMS[form](t, norm)
         v = velocity(x, i)
+        # x = (1 - t) x0 + t n and v = n - x0 give n = x + (1 - t) v, and the score is -n / t.
         score = -((1 - t) * v + x) / t
+        # What the noise spreads, the score draws together: the marginals are those of the velocity alone.
         x = x + dt * (v - w * score)
-        if i < steps - 1:
+        if i < steps - 1:  # the last step is the drift's alone, see SDE_END
             noise = rng.normal(flow.seed, rng.Stream.SDE, flow.positions, tuple(x.shape[1:]), draw=i)
             x = x + math.sqrt(2 * w * -dt) * noise.to(x.dtype)
         flow.report(i + 1, steps)

@@ -228,6 +228,7 @@ class Skip(nn.Module):
         """Return patches [B, n, C*p*p] of x, and the one weight [D, C*p*p] and bias [D] they meet; None if disabled."""
         if not self.enabled:
             return None
+        # W (E x + e) + w = (W E) x + (W e + w)
         weight = self.linear_weight @ self.embed_weight.flatten(1)
         return patchify(x, self.patch), weight, linear(self.embed_bias, self.linear_weight, self.linear_bias)
 

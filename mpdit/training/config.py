@@ -236,6 +236,7 @@ class TrainConfig:
         """Return the rate of `step`, counted from 1: linear warm-up, then the schedule, 0 after the last step."""
         if step <= self.warmup:
             return self.lr * step / self.warmup
+        # From 0 at the first step after the warm-up towards 1 behind the last, so no step has a rate of 0.
         done = (step - 1 - self.warmup) / max(1, self.steps - self.warmup)
         if self.lr_schedule == "constant":
             return self.lr

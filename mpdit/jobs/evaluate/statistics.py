@@ -58,6 +58,7 @@ class StreamingGaussian:
         self._flush()
         assert self._shift is not None
         mean = self._sum / self.count
+        # sum (x - m)(x - m)^T = sum x x^T - N m m^T
         outer = self._outer.addr(mean, mean, alpha=-self.count)
         covariance = (outer + outer.T).div_(2 * (self.count - 1))  # sums of products are symmetric but for round-off
         return (mean + self._shift).cpu().numpy(), covariance.cpu().numpy()
@@ -105,6 +106,7 @@ def _root(sigma: NDArray[np.float64]) -> NDArray[np.float64]:
         pivot = int(left.argmax())
         if left[pivot] <= least:
             return rows[:rank].T
+        # The next column of L takes all of the variable with the most variance left.
         rows[rank] = (sigma[pivot] - rows[:rank, pivot] @ rows[:rank]) / np.sqrt(left[pivot])
         left -= rows[rank] ** 2
     values, vectors = np.linalg.eigh(sigma)
@@ -119,6 +121,7 @@ def inception_score(logits: Tensor, split: int = SPLIT) -> float:
     scores = []
     for part in logits.double().split(split):
         log_p = part.log_softmax(dim=1)
+        # log p(y), with p(y) the mean of p(y|x) over the part's rows
         log_mean = log_p.logsumexp(dim=0) - torch.tensor(len(part), dtype=torch.float64).log()
         scores.append((log_p.exp() * (log_p - log_mean)).sum(dim=1).mean().exp())
     return float(torch.stack(scores).mean())
@@ -163,6 +166,7 @@ def _distances(first: Tensor, second: Tensor) -> Iterator[tuple[int, Tensor]]:
     count = max(1, _BLOCK_ENTRIES // len(second))
     for start in range(0, len(first), count):
         rows = first[start : start + count].double()
+        # |a - b|^2 = |a|^2 + |b|^2 - 2 a b; what round-off leaves of equal rows is set to 0.
         norms = rows.square().sum(dim=1)[:, None] + second_norms
         distances = torch.addmm(norms, rows, second.T, alpha=-2)
         yield start, distances.masked_fill_(distances <= norms * _SAME, 0.0)

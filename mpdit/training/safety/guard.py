@@ -137,6 +137,7 @@ class Guard:
         average, count = self._norms
         leaps = (count >= SPIKE_LEAST) & (norm > self._skip_spikes * average)
         count = count + 1
+        # A plain mean of the first so many, then an exponential one that forgets at their rate.
         moved = torch.stack([average + (norm - average) / count.clamp(max=SPIKE_HORIZON), count])
         self._norms = torch.where(skip | leaps, self._norms, moved)
         return leaps
