@@ -266,7 +266,7 @@ class TestFolder:
             again(1, "--global-batch", "64")
         other = again(4)
         assert (other.out, other.config.global_batch) == (begun.out, 68)
-        assert other.notes[0].startswith("global_batch is 68, as 4 ranks x 1 micro steps can't share the 66 of the run")
+        assert other.notes[0].startswith("global_batch is 68, as 4 ranks x 1 micro step can't share the 66 of the run")
         found = resume.find(other)
         assert found and found.identity["global_batch"] == 66
         branch = _prepare(tmp_path / "branch", "--resume", str(found.folder))

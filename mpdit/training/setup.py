@@ -20,6 +20,7 @@ from mpdit_kernels.hardware import GPUS, Gpu, find_gpu
 from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import CheckpointError, ConfigError, DataError
 from mpdit.core.files import expand_path, is_utf8
+from mpdit.core.text import counted
 from mpdit.data.digits import VERSION, build_digits
 from mpdit.data.latents import LatentDataset
 from mpdit.data.loaders import BatchPlan
@@ -136,8 +137,9 @@ def prepare(arguments: Sequence[str], env: DistEnv) -> Run:
     if batch != before:
         whose = f"{before} of the run in {begun}" if theirs else f"default of {before}"
         notes.append(
-            f"global_batch is {batch}, as {env.size} ranks x {config.grad_accum_steps} micro steps can't share the "
-            f"{whose}: give --global-batch to have the same on any number of ranks"
+            f"global_batch is {batch}, as {counted(env.size, 'rank')} x "
+            f"{counted(config.grad_accum_steps, 'micro step')} can't share the {whose}: give --global-batch to have "
+            "the same on any number of ranks"
         )
     elif batch != asked.global_batch:
         notes.append(f"global_batch is {batch}, as the run in {begun} has it; the default is {asked.global_batch}")
