@@ -272,6 +272,16 @@ class TestFolder:
         branch = _prepare(tmp_path / "branch", "--resume", str(found.folder))
         assert branch.identity == begun.identity and resume.find(branch)
 
+    def test_a_folder_named_after_a_rounded_batch_is_found(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        earlier = prepare(["--global-batch", "66"], DistEnv(size=6))
+        _commit(earlier, step=4)
+        again = prepare([], DistEnv(size=6))
+        assert (again.out, again.identity) == (earlier.out, earlier.identity)
+        assert prepare([], DistEnv()).out != earlier.out, "of that nobody knows on other ranks"
+
     def test_micro_steps_of_a_given_size_leave_the_batch_nothing_to_follow(self, tmp_path: Path) -> None:
         ds = tmp_path / "ds.json"
         ds.write_text('{"train_micro_batch_size_per_gpu": 8}')
