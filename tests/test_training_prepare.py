@@ -280,7 +280,7 @@ class TestFolder:
         _commit(earlier, step=4)
         again = prepare([], DistEnv(size=6))
         assert (again.out, again.identity) == (earlier.out, earlier.identity)
-        assert prepare([], DistEnv()).out != earlier.out, "of that nobody knows on other ranks"
+        assert prepare([], DistEnv()).out != earlier.out, "on other ranks the name that 66 gives is not looked for"
 
     def test_micro_steps_of_a_given_size_leave_the_batch_nothing_to_follow(self, tmp_path: Path) -> None:
         ds = tmp_path / "ds.json"
