@@ -54,7 +54,7 @@ def test_writes_report_and_plots(checkout: Path, capsys: pytest.CaptureFixture[s
     assert cli.main(["report", "--out", "new/folder", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     text = (checkout / figures["report"]).read_text()
-    assert len(figures["plots"]) == 4
+    assert len(figures["plots"]) == 3
     for name in figures["plots"]:
         assert (checkout / name).stat().st_size > 10_000 and f"]({Path(name).name})" in text
 

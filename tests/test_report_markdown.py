@@ -17,7 +17,7 @@ from PIL import Image
 from mpdit.core.errors import DataError
 from mpdit.core.text import markdown
 from mpdit.report.markdown import BEGIN, END, number, performance_block, rate, report, seconds, times, update_readme
-from mpdit.report.plots import GREY, OTHERS, draw_all, draw_roofline, gain_colour, looks_of
+from mpdit.report.plots import GREY, OTHERS, draw_all, draw_kernels, gain_colour
 from mpdit.report.results import Results, Spread, read_results
 
 XL = {"model": "MPDiT-XL/4-2", "images": 100, "flops": int(1e14)}
@@ -175,7 +175,7 @@ def test_plots_show_what_was_measured(tmp_path: Path) -> None:
     results = _read(tmp_path, benchmark_files.full(), "h200")
     plots = draw_all(results, tmp_path)
     names = [path.name for _, path in plots]
-    assert names == [f"h200-{name}.png" for name in ("throughput", "memory", "sampling", "roofline", "kernels")]
+    assert names == [f"h200-{name}.png" for name in ("throughput", "memory", "sampling", "kernels")]
     for title, path in plots:
         picture = Image.open(path)
         pixels = np.asarray(picture.convert("RGB"))
@@ -195,10 +195,9 @@ def test_no_plot_of_what_was_not_measured(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Figure, "savefig", lambda *args, **options: None)
     assert draw_all(_read(tmp_path, benchmark_files.file([])), tmp_path) == []
     rows = [benchmark_files.row("kernels", "adaln, forward", "ours", [1e-3], bytes=10**6, flops=0)]
-    plots = draw_all(_read(tmp_path, benchmark_files.file(rows)), tmp_path)
-    assert [path.name for _, path in plots] == ["r-roofline.png"]
+    assert draw_all(_read(tmp_path, benchmark_files.file(rows)), tmp_path) == []
     assert [path.stem for _, path in draw_all(_read(tmp_path, benchmark_files.full(device="cpu")), tmp_path)] == [
-        "r-throughput", "r-memory", "r-sampling", "r-roofline", "r-kernels"
+        "r-throughput", "r-memory", "r-sampling", "r-kernels"
     ]  # fmt: skip
 
 
@@ -218,26 +217,12 @@ def test_no_label_of_the_kernels_is_cut_off(tmp_path: Path) -> None:
     assert path.stem == "r-kernels" and (pixels[:, :2] == 255).all() and (pixels[:, -2:] == 255).all()
 
 
-def test_operations_of_the_roofline_all_look_different() -> None:
-    looks = looks_of([f"operation {i}" for i in range(20)])
-    assert len(set(looks.values())) == 20
-
-
-def test_bandwidths_lie_below_the_roof_as_far_as_they_do(tmp_path: Path) -> None:
-    taken = [1e9 / (0.5 * 4.2e12)]
-    rows = [benchmark_files.row("kernels", "adaln, forward", "ours", taken, bytes=10**9, flops=0)]
-    figure = draw_roofline(_read(tmp_path, benchmark_files.file(rows)))
-    assert figure is not None
-    low, high = figure.axes[0].get_ylim()
-    assert low == 0 and high > 4.8e12 and figure.axes[0].lines[0].get_ydata() == 0.5 * 4.2e12
-
-
 def test_pictures_of_a_cpu_do_not_speak_of_kernels_that_never_ran(tmp_path: Path) -> None:
     for device, title in (
-        ("cpu", "Roofline of our kernels' references (on a CPU)"),
-        ("cuda", "Roofline of our kernels"),
+        ("cpu", "Time of our kernels' references (on a CPU)"),
+        ("cuda", "Time of our kernels"),
     ):
-        figure = draw_roofline(_read(tmp_path, benchmark_files.full(device=device)))
+        figure = draw_kernels(_read(tmp_path, benchmark_files.full(device=device)))
         assert figure is not None and figure.get_suptitle() == title
 
 

@@ -1,4 +1,4 @@
-"""Draws results: models' rates and memory as bars, kernels' times as dots and under the machine's roofs.
+"""Draws results: models' rates and memory as bars, kernels' times as dots.
 
 Colours are Okabe and Ito's, which colour-blind people tell apart. Drawn without a display.
 """
@@ -10,20 +10,18 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator
+from matplotlib.ticker import FuncFormatter, LogLocator
 
-from mpdit.report.markdown import TITLES, number, rate, seconds, variant_name
-from mpdit.report.results import OURS, Results, Row, Spread, best_opponent, kind, ours
+from mpdit.report.markdown import TITLES, number, seconds, variant_name
+from mpdit.report.results import Results, Row, Spread, best_opponent, kind, ours
 
 BLUE, SKY, GREY, DARK = "#0072B2", "#56B4E9", "#8c8c8c", "#555555"
 OTHERS = ("#E69F00", "#D55E00", "#009E73", "#CC79A7", "#000000")
 """For what is not ours."""
 _BAR = 0.26  # inches that a bar takes
-_MARKERS = "os^DvPX*<>h"  # 11 against 8 colours: a pair comes again after 88
 
 
 def draw_all(results: Results, folder: Path) -> list[tuple[str, Path]]:
@@ -32,8 +30,7 @@ def draw_all(results: Results, folder: Path) -> list[tuple[str, Path]]:
         "throughput": ("Training step: images a second", _draw_rates(results, "step")),
         "memory": ("Training step: peak memory", _draw_memory(results)),
         "sampling": ("Sampling: images a second", _draw_rates(results, "sampling")),
-        "roofline": ("Roofline of the kernels", draw_roofline(results)),
-        "kernels": ("Time of each kernel", _draw_kernels(results)),
+        "kernels": ("Time of each kernel", draw_kernels(results)),
     }
     drawn = []
     for name, (title, figure) in figures.items():
@@ -112,14 +109,15 @@ def _draw_panel(axes: Axes, rows: Sequence[Row], bars: Bars) -> float:
     return max(ends)
 
 
-def _draw_kernels(results: Results) -> Figure | None:
+def draw_kernels(results: Results) -> Figure | None:
     """Draw a line a call: our time and that of its best opponent."""
     found = [(case, ours(rows), best_opponent(rows)) for case, rows in results.cases("kernels").items()]
     pairs = [(case, own, best) for case, own, best in found if own is not None and best is not None]
     if not pairs:
         return None
     note = "Medians, 20 % and 80 % quantiles. Ratio black: ours faster; orange: slower; grey: spread holds 1."
-    figure = _figure(results, 1.9 + 0.21 * len(pairs), f"Time of {_own_name(results)}", note)
+    kernels = "our kernels" if results.on_gpu else "our kernels' references (on a CPU)"
+    figure = _figure(results, 1.9 + 0.21 * len(pairs), f"Time of {kernels}", note)
     axes = figure.subplots()
     dots: dict[str, list[tuple[int, Row]]] = {}
     for place, (_, own, best) in enumerate(pairs):
@@ -152,89 +150,6 @@ def gain_colour(ratio: Spread) -> str:
     return "black" if round(ratio.q20, 2) > 1 else OTHERS[1] if round(ratio.q80, 2) < 1 else GREY
 
 
-Looks = dict[str, tuple[str, str]]
-"""Colour and marker by operation."""
-
-
-def draw_roofline(results: Results) -> Figure | None:
-    """Draw FLOP/s by FLOP a byte, and bytes/s of calls that count no FLOP; None unless bytes of ours are counted."""
-    rows = [row for row in results.of("kernels") if row.variant == OURS and row.bytes]
-    if not rows:
-        return None
-    looks = looks_of(list(dict.fromkeys(row.operation for row in rows)))
-    products, elementwise = [row for row in rows if row.flops], [row for row in rows if not row.flops]
-    panels = [panel for panel in ((_draw_products, products, 3), (_draw_elementwise, elementwise, 1)) if panel[1]]
-    figure = _figure(
-        results, 5.6, f"Roofline of {_own_name(results)}", "Medians; bytes are the least a call must move."
-    )
-    grid = figure.subplots(1, len(panels), squeeze=False, width_ratios=[width for _, _, width in panels])[0]
-    for axes, (draw, chosen, _) in zip(grid, panels, strict=True):
-        draw(axes, results, chosen, looks)
-        _style(axes, "both")
-    for name, (colour, marker) in looks.items():
-        grid[0].plot([], [], marker, color=colour, label=name)
-    for label, face in (("forward", "black"), ("backward", "white")):
-        grid[0].plot([], [], "o", color="black", markerfacecolor=face, label=label)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8.5)
-    return figure
-
-
-def looks_of(names: Sequence[str]) -> Looks:
-    """Return colours and markers of which no two are alike."""
-    return dict(zip(names, zip(cycle((BLUE, *OTHERS, SKY, GREY)), cycle(_MARKERS)), strict=False))
-
-
-def _draw_products(axes: Axes, results: Results, rows: Sequence[Row], looks: Looks) -> None:
-    """Draw calls with products below the datasheet's roofs and the measured ones."""
-    intensity = [(row.flops or 0) / (row.bytes or 1) for row in rows]
-    x = np.geomspace(min(intensity) / 4, max(4 * max(intensity), 1000), 200)
-    roofs = []
-    products = [("fp32", "matmul32") if row.dtype == "fp32" else ("bf16", "matmul") for row in rows]
-    for dtype, product in dict.fromkeys(products):
-        if results.peaks:
-            roofs.append((f"datasheet {dtype}", results.peaks["bandwidth"], results.peaks[dtype], "black", "-"))
-        if results.ceilings:
-            roofs.append((f"measured {dtype}", results.ceilings["copy"], results.ceilings[product], DARK, "--"))
-    for name, slope, flat, colour, line in roofs:
-        above = 1 if line == "-" else -1
-        axes.plot(x, np.minimum(slope * x, flat), line, color=colour, linewidth=1.2, zorder=1)
-        text, align = f"{name}, {rate(flat, 'FLOP/s')}", "bottom" if above > 0 else "top"
-        _label(axes, text, (x[-1], flat), (-2, 3 * above), ha="right", va=align, color=colour)
-    for place, row in zip(intensity, rows, strict=True):
-        _dot(axes, place, (row.flops or 0) / row.seconds.median, row, looks)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlim(x[0], x[-1])
-    axes.set_xlabel("FLOP a byte")
-    axes.set_ylabel("FLOP / s")
-    axes.set_title("calls with products", loc="left", fontsize=10)
-
-
-def _draw_elementwise(axes: Axes, results: Results, rows: Sequence[Row], looks: Looks) -> None:
-    """Draw bytes a second of calls without products, below the datasheet's bandwidth and the rate of copies."""
-    names = list(dict.fromkeys(row.operation for row in rows))
-    for row in rows:
-        _dot(axes, names.index(row.operation), (row.bytes or 0) / row.seconds.median, row, looks)
-    roofs = [("datasheet", results.peaks["bandwidth"], "black", 1)] if results.peaks else []
-    roofs += [("copies", results.ceilings["copy"], DARK, -1)] if results.ceilings else []
-    for name, roof, colour, above in roofs:
-        axes.axhline(roof, color=colour, linestyle="-" if above > 0 else "--", linewidth=1.2, zorder=1)
-        text, align = f"{name}, {rate(roof, 'B/s')}", "bottom" if above > 0 else "top"
-        _label(axes, text, (0.02, roof), (0, 3 * above), axes.get_yaxis_transform(), va=align, color=colour)
-    rates = [(row.bytes or 0) / row.seconds.median for row in rows]
-    axes.set_ylim(0, 1.1 * max(*rates, *(roof for _, roof, _, _ in roofs), 0))
-    axes.set_xlim(-0.6, len(names) - 0.4)
-    axes.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
-    axes.yaxis.set_major_formatter(EngFormatter(unit="B/s"))
-    axes.set_title("elementwise calls", loc="left", fontsize=10)
-
-
-def _dot(axes: Axes, x: float, y: float, row: Row, looks: Looks) -> None:
-    colour, marker = looks[row.operation]
-    face = "white" if "backward" in row.case else colour
-    axes.plot(x, y, marker, color=colour, markerfacecolor=face, markersize=6, zorder=3)
-
-
 def _figure(results: Results, height: float, title: str, note: str) -> Figure:
     """Return a figure 9 inches wide that says where and when it was measured."""
     figure = Figure(figsize=(9, height), dpi=120, layout="constrained")
@@ -243,11 +158,6 @@ def _figure(results: Results, height: float, title: str, note: str) -> Figure:
     source = f"{results.place}; {results.date}; torch {results.machine['torch']}."
     figure.supxlabel(f"{source} {note}".rstrip(), x=0.01, ha="left", fontsize=8, color=DARK)
     return figure
-
-
-def _own_name(results: Results) -> str:
-    """Return what `ours` runs as kernels there."""
-    return "our kernels" if results.on_gpu else "our kernels' references (on a CPU)"
 
 
 def _style(axes: Axes, grid: Literal["x", "y", "both"]) -> None:

@@ -89,7 +89,7 @@ def test_what_is_asked_for_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_measuring_writes_what_choices_are_made_from(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shapes = [measure.Shape(9, 32, dtype, 2, 2) for dtype in ("float32", "bfloat16")]
+    shapes = [measure.CallShape(9, 32, dtype, 2, 2) for dtype in ("float32", "bfloat16")]
     monkeypatch.setattr(measure, "shapes", lambda device: list(shapes))
     monkeypatch.setattr(measure, "BRACKET", 1e-4)
     file = tmp_path / "table.json"
@@ -103,7 +103,7 @@ def test_measuring_writes_what_choices_are_made_from(
         for name, (median, low, high) in row["training"].items():
             assert row["forward"][name][1] > 0 and 0 < low <= median <= high
     assert f"written to {file}" in capsys.readouterr().out
-    shapes[:] = [measure.Shape(12, 32, "float32", 2, 2), shapes[0]]
+    shapes[:] = [measure.CallShape(12, 32, "float32", 2, 2), shapes[0]]
     assert tune.main(["--attention", "--device", "cpu", "--minutes", "0.02", "--out", str(file)]) == 0
     again = json.loads(file.read_text())["rows"]
     assert [(row["tokens"], row["dtype"]) for row in again] == [(12, "float32"), (9, "float32"), (9, "bfloat16")]
@@ -119,7 +119,7 @@ def test_measuring_writes_what_choices_are_made_from(
 def test_measuring_stops_in_time_and_times_nothing_that_is_wrong(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(measure, "shapes", lambda device: [measure.Shape(t, 32, "float32", 1, 1) for t in (9, 10)])
+    monkeypatch.setattr(measure, "shapes", lambda device: [measure.CallShape(t, 32, "float32", 1, 1) for t in (9, 10)])
     monkeypatch.setattr(measure, "BRACKET", 1e-4)
     right = probe.refusal
     monkeypatch.setattr(probe, "refusal", lambda name, call: "wrong" if name == "sdpa_math" else right(name, call))
