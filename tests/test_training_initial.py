@@ -25,7 +25,8 @@ from mpdit.model.config import ModelConfig
 from mpdit.model.mpdit import MPDiT, load_weights
 from mpdit.model.presets import preset
 from mpdit.model.weights import save_weights
-from mpdit.training import loop
+from mpdit.training import loop, setup
+from mpdit.training.advice import advice
 from mpdit.training.checkpoint.weights import metadata_of
 from mpdit.training.cli import main
 from mpdit.training.run import Run
@@ -98,6 +99,67 @@ def test_other_classes_start_afresh_and_the_null_class_is_kept(tmp_path: Path, f
     assert torch.equal(started[TABLE][-1], theirs[TABLE][-1])
     assert started[TABLE].shape[0] == 4
     assert all(torch.equal(started[name], theirs[name]) for name in theirs if name != TABLE)
+
+
+def _gaps(folder: Path, classes: int, *present: int) -> list[str]:
+    values = np.random.default_rng(len(present)).normal(0, 2, (12, 4, 16, 16)).astype(np.float32)
+    labels = np.resize(present, 12)
+    return [
+        "--data",
+        str(write_packed(folder, values, labels, num_classes=classes).path),
+        "--model",
+        "MPDiT-Digits/4-2",
+    ]
+
+
+def _described(run: Run) -> Any:
+    run.out.mkdir(exist_ok=True)
+    (run.out / "config.json").write_text(json.dumps(run.describe()))
+    return run.describe()["data"].get("present_classes")
+
+
+def test_a_class_is_trained_where_the_source_or_the_run_had_samples_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gap, other = _gaps(tmp_path / "gap", 6, 0, 5), _gaps(tmp_path / "other", 6, 2, 5)
+    whole = _save(tmp_path / "whole", _model(num_classes=6))
+    assert _described(_prepare(tmp_path / "all", whole, *gap)) is None
+    table = _save(tmp_path / "table", _model(num_classes=3))
+    fresh = _prepare(tmp_path / "fresh", table, *gap)
+    assert _described(fresh) == [0, 5], "the table starts afresh"
+    assert "4 of 6 classes are empty (1, 2, 3, 4): they are not trained, and drawn only on request" in advice(fresh)
+    source = tmp_path / "source"
+    save_weights(source, _model(num_classes=6).state_dict(), fresh.model, {"data": fresh.data_metadata()})
+    both = _prepare(tmp_path / "both", source, *other)
+    assert _described(both) == [0, 2, 5]
+    assert "1 of 6 classes are empty (0): they were trained before, not here" in advice(both)
+    # Continued, when its initial weights aren't read any more, it says the same.
+    monkeypatch.setattr(setup, "committed_folders", lambda _: [tmp_path])
+    again = _prepare(tmp_path / "both", source, *other)
+    assert again.initial is None and _described(again) == [0, 2, 5]
+    assert _described(_prepare(tmp_path / "both", source, *_gaps(tmp_path / "more", 6, 3), "--force")) == [0, 2, 3, 5]
+    assert _described(_prepare(tmp_path / "all", whole, *gap)) is None
+
+
+def test_an_average_that_is_still_its_start_is_told(tmp_path: Path) -> None:
+    model = _model()
+    training = {"step": 100, "ema_decay": 0.999, "weights": "ema"}
+    save_weights(tmp_path / "short", model.state_dict(), model.config, {"training": training})
+    run = _prepare(tmp_path / "out", tmp_path / "short")
+    assert run.initial is not None
+    assert "short: the average is 90% what training began with; to start from its last weights" in run.initial.notes[0]
+    for changed in ({"step": 9000}, {"weights": "raw"}, {"ema_decay": None}):
+        save_weights(tmp_path / "long", model.state_dict(), model.config, {"training": training | changed})
+        initial = _prepare(tmp_path / "out", tmp_path / "long").initial
+        assert initial is not None and "the average" not in " ".join(initial.notes)
+
+
+def test_a_checkpoint_is_told_how_to_start_from(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "COMMITTED").touch()
+    with pytest.raises(UserError, match=r"a checkpoint, ours or another project's, `mpdit convert .*00002 OUT`"):
+        _prepare(tmp_path / "out", checkpoint)
 
 
 def test_another_input_size_needs_no_other_weights(tmp_path: Path) -> None:

@@ -71,6 +71,9 @@ def test_commands_take_them(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     for name in ("official.pt", "folder"):
         to = ["--to", "official"] if name == "official.pt" else []
         assert cli.main(["convert", str(run), str(tmp_path / name), "--weights", "raw", *to]) == 0
+        assert "the average is" not in capsys.readouterr().out
+    assert cli.main(["convert", str(run), str(tmp_path / "average"), "--to", "official"]) == 0
+    assert "note: the average is 90% what training began with: --weights raw takes" in capsys.readouterr().out
     assert cli.main(["convert", str(tmp_path / "official.pt"), str(tmp_path / "again")]) == 0
     kept = _kept(run, 20, "weight")
     for folder in (tmp_path / "folder", tmp_path / "again"):

@@ -118,7 +118,7 @@ def _convert_model(args: argparse.Namespace, theirs: bool, target: str) -> Outco
     from mpdit.interop.diffusers_folder import save_diffusers
     from mpdit.interop.official import official_model_name, read_official, save_official
     from mpdit.model.mpdit import MPDiT, load_weights
-    from mpdit.model.weights import save_weights
+    from mpdit.model.weights import average_remark, save_weights
     from mpdit.training.checkpoint.weights import is_checkpoint, read_checkpoint
 
     to_file = target == "official" and args.out.suffix.lower() in (".pt", ".pth")
@@ -134,7 +134,8 @@ def _convert_model(args: argparse.Namespace, theirs: bool, target: str) -> Outco
     else:
         model, metadata = load_weights(args.source)
     made: Path = args.out
-    remarks: list[str] = []
+    remark = average_remark(metadata)
+    remarks = [f"{remark}: --weights raw takes the run's last weights"] if remark else []
     if target == "weights":
         with new_folder(args.out) as partial:
             save_weights(partial, model.state_dict(), model.config, metadata)
@@ -144,7 +145,7 @@ def _convert_model(args: argparse.Namespace, theirs: bool, target: str) -> Outco
     else:
         if scale := parse_scale(args.data_scale or "auto"):
             metadata = {**metadata, "data": unscaled(metadata.get("data") or {}, scale)}
-        remarks = save_diffusers(args.out, model, metadata, args.vae)
+        remarks += save_diffusers(args.out, model, metadata, args.vae)
     figures = {
         "source": str(args.source),
         "to": target,

@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> Outcome:
 def _measure_model(args: argparse.Namespace) -> Outcome:
     from mpdit.jobs.evaluate.digits import evaluate_digits
     from mpdit.model.mpdit import load_weights
+    from mpdit.model.weights import average_remark
 
     settings = sampler(args)
     refuse(
@@ -92,8 +93,10 @@ def _measure_model(args: argparse.Namespace) -> Outcome:
     result = evaluate_digits(model.to(device), metadata, settings)
     figures = dataclasses.asdict(result)
     _save(out, figures)
-    text = f"{result}\nclassifier on held-out real digits: {result.classifier_accuracy:.3f}\nwritten to {out}"
-    return Outcome(text, figures)
+    lines = [str(result), f"classifier on held-out real digits: {result.classifier_accuracy:.3f}", f"written to {out}"]
+    if remark := average_remark(metadata):
+        lines.append(f"note: {remark}: --weights raw measures the run's last weights")
+    return Outcome("\n".join(lines), figures)
 
 
 def _measure_images(args: argparse.Namespace) -> Outcome:

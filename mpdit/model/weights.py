@@ -100,6 +100,18 @@ def check_guidance(metadata: Mapping[str, Any], guidance: float) -> None:
         )
 
 
+def average_remark(metadata: Mapping[str, Any]) -> str:
+    """Say how much of an average of weights is still what training began with; "" for a tenth or less, or no average.
+
+    Its share is decay ** steps, as the average starts as the weights do.
+    """
+    training = metadata.get("training") or {}
+    decay, steps = training.get("ema_decay"), training.get("step")
+    kept = decay ** max(1, steps) if isinstance(decay, float) and isinstance(steps, int) and 0 < decay < 1 else 0
+    average = training.get("weights") == "ema"
+    return f"the average is {kept:.0%} what training began with" if average and kept > 0.1 else ""
+
+
 def check_values(tensors: Mapping[str, Tensor], where: str | Path) -> None:
     """Raise CheckpointError, naming `where` and the first such tensor, unless all are plain, real and finite."""
     for name, value in tensors.items():
@@ -230,7 +242,7 @@ def read_weights(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor], dict
 
 def weights_folder(path: Path) -> Path:
     """Find the folder of model.safetensors and config.json; CheckpointError, naming what was looked for, if none."""
-    convert = f"if another project wrote it, `mpdit convert {path} OUT` first and give OUT"
+    convert = f"if it is a checkpoint, ours or another project's, `mpdit convert {path} OUT` first and give OUT"
     if path.suffix == ".safetensors" and path.is_file():
         if path.name != "model.safetensors":
             raise CheckpointError(f"{path} must be named model.safetensors, with its config.json beside it; {convert}")

@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 
 from mpdit.core.text import counted, readable_bytes
@@ -47,11 +46,13 @@ def _launch(run: Run) -> Iterator[str]:
 def _data(run: Run) -> Iterator[str]:
     config, info = run.config, run.manifest
     yield from info.remarks()
-    empty = np.setdiff1d(np.arange(run.model.num_classes), run.present_classes).tolist()
-    if empty:
-        named = ", ".join(map(str, empty[:_SHOWN])) + (", ..." if len(empty) > _SHOWN else "")
-        so = "not trained here" if "init_from" in run.identity else "not trained, and drawn only on request"
-        yield f"{len(empty)} of {run.model.num_classes} classes are empty ({named}): they are {so}"
+    empty = set(range(run.model.num_classes)).difference(run.present_classes)
+    never = empty.difference(run.classes_before)
+    told = {"are not trained, and drawn only on request": never, "were trained before, not here": empty - never}
+    for so, classes in told.items():
+        if classes:
+            named = ", ".join(map(str, sorted(classes)[:_SHOWN])) + (", ..." if len(classes) > _SHOWN else "")
+            yield f"{len(classes)} of {run.model.num_classes} classes are empty ({named}): they {so}"
     if config.global_batch > info.num_samples:
         yield f"a step takes {config.global_batch} samples of {info.num_samples}: each comes several times a step"
     if (seen := config.steps * config.global_batch) < info.num_samples:

@@ -18,7 +18,7 @@ from mpdit.data.manifest import DatasetInfo, Normalization
 from mpdit.model.config import ModelConfig
 from mpdit.model.kinds import TIME_EMBEDDINGS
 from mpdit.model.mpdit import MPDiT, load_weights
-from mpdit.model.weights import weights_folder
+from mpdit.model.weights import average_remark, weights_folder
 
 GIVEN_LATER = "???"
 """The value of `init_from` in a configuration file that leaves it to the command line; a dry run does without."""
@@ -36,6 +36,8 @@ class InitialWeights:
     """Tensors by the names of MPDiT.state_dict(); emptied by `copy_to`, so that they aren't kept while training."""
     notes: tuple[str, ...]
     """What a user should know of how they are used, a line each."""
+    classes: tuple[int, ...]
+    """The classes that they were trained with and whose rows are taken over."""
 
     def copy_to(self, model: MPDiT) -> None:
         """Replace the fresh weights of `model`; of a class table of another size only the null class, its last row."""
@@ -99,12 +101,19 @@ def load_initial(source: str, config: ModelConfig, data: DatasetInfo) -> Initial
     notes = [f"{source}: {note}" for note in training.get("notes", ())]
     if training.get("objective") and not notes:
         notes.append(f"{source} was trained to predict {training['objective']}: its structure is a start, no more")
+    data_before = metadata.get("data", {})
+    classes = tuple(data_before.get("present_classes", range(config.num_classes)))
     if model.config.num_classes != config.num_classes:
+        classes = ()
         notes.append(
             f"{source} has {model.config.num_classes} classes and this run {config.num_classes}: they start afresh, "
             "the null class is kept"
         )
-    written = metadata.get("data", {}).get("normalization")
+    if remark := average_remark(metadata):
+        notes.append(
+            f"{source}: {remark}; to start from its last weights, `mpdit convert RUN OUT --weights raw`, and give OUT"
+        )
+    written = data_before.get("normalization")
     if not written:
         notes.append(f"{source} does not say how its latents were normalised: make sure that these are alike")
     elif not _alike(Normalization(**written), data.normalization):
@@ -114,7 +123,7 @@ def load_initial(source: str, config: ModelConfig, data: DatasetInfo) -> Initial
             "it is meant"
         )
     state = {name: value.detach() for name, value in model.named_parameters()}
-    return InitialWeights(source, state, tuple(notes))
+    return InitialWeights(source, state, tuple(notes), classes)
 
 
 def _what_weights_mean(config: ModelConfig) -> dict[str, Any]:

@@ -43,6 +43,8 @@ class Run:
     """Fields of the identity that nobody gave: in a run that is continued they may have had other values."""
     initial: InitialWeights | None = None
     """What a fresh start begins from, other than the seed's weights."""
+    classes_before: tuple[int, ...] = ()
+    """The classes that were trained before: those of the initial weights, or of a continued run that had any."""
     notes: tuple[str, ...] = ()
     """What nobody gave and was decided otherwise than by default, a line each."""
 
@@ -67,11 +69,16 @@ class Run:
         config, env = self.config, self.env
         return BatchPlan(config.global_batch, env.size, env.rank, config.grad_accum_steps, start_step, start_position)
 
+    @cached_property
+    def trained_classes(self) -> list[int]:
+        """Return the classes that are trained at the end, here or before."""
+        return sorted({*self.classes_before, *self.present_classes})
+
     def data_metadata(self) -> dict[str, Any]:
         """Return what weights say of their data; with "present_classes" where others were never trained."""
         metadata = self.manifest.metadata()
-        if "init_from" not in self.identity and len(self.present_classes) < self.model.num_classes:
-            metadata["present_classes"] = self.present_classes
+        if len(self.trained_classes) < self.model.num_classes:
+            metadata["present_classes"] = self.trained_classes
         return metadata
 
     def describe(self) -> dict[str, Any]:

@@ -133,6 +133,9 @@ def prepare(arguments: Sequence[str], env: DistEnv) -> Run:
     if fresh and config.normalization == "auto":
         manifest.check_normalization()
     initial = load_initial(config.init_from, model, manifest) if fresh and "init_from" in identity else None
+    classes_before = initial.classes if initial else ()
+    if not fresh and ("init_from" in identity or theirs.get("data") != identity["data"]):
+        classes_before = _recorded_classes(begun, model.num_classes)
     notes = []
     if batch != before:
         whose = f"{before} of the run in {begun}" if theirs else f"default of {before}"
@@ -160,6 +163,7 @@ def prepare(arguments: Sequence[str], env: DistEnv) -> Run:
         identity,
         frozenset(free),
         initial,
+        classes_before,
         tuple(notes),
     )
 
@@ -256,6 +260,16 @@ def _recorded_identity(out: Path) -> dict[str, Any] | None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         return dict(json.loads((out / "config.json").read_bytes())["identity"])
     return None
+
+
+def _recorded_classes(begun: Path, num_classes: int) -> tuple[int, ...]:
+    """Return the classes that the run of a folder or checkpoint wrote down as trained; all where it names none."""
+    folder = begun.absolute().parents[1] if is_checkpoint(begun) else begun
+    try:
+        named = json.loads((folder / "config.json").read_bytes())["data"]["present_classes"]
+        return tuple(set(range(num_classes)).intersection(named))
+    except (OSError, ValueError, KeyError, TypeError):
+        return tuple(range(num_classes))
 
 
 def fingerprint(config: TrainConfig, model: ModelConfig, dataset: LatentDataset) -> dict[str, Any]:

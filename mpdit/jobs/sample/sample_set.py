@@ -41,7 +41,7 @@ from mpdit.jobs.sample.drawing import (
 )
 from mpdit.jobs.workers import begin, choose_devices, run_parts
 from mpdit.model.vae import named_vae
-from mpdit.model.weights import check_flow, check_guidance, read_description
+from mpdit.model.weights import average_remark, check_flow, check_guidance, read_description
 
 _NPZ, _PNGS, _PROTOCOL, _LATENTS = "samples.npz", "images", "protocol.json", "latents.npy"
 _FORMAT = "mpdit-samples-1"
@@ -165,10 +165,8 @@ def _plan(
         )
     training = metadata.get("training") or {}
     remarks += training.get("notes", ())
-    decay, steps = training.get("ema_decay"), training.get("step")
-    kept = decay ** max(1, steps) if isinstance(decay, float) and isinstance(steps, int) and 0 < decay < 1 else 0
-    if kept > 0.1 and training.get("weights") == "ema":
-        remarks.append(f"the average is {kept:.0%} what training began with: --weights raw draws from its last weights")
+    if remark := average_remark(metadata):
+        remarks.append(f"{remark}: --weights raw draws from its last weights")
     origin = training.get("official")
     if sampler.guidance != 1 and sampler.guidance_channels is None and origin in _GUIDE_THREE:
         remarks.append(
