@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import mpdit
 from mpdit.core.errors import ConfigError
 from mpdit.diffusion.inference import SamplingModel, choose_precision, for_sampling
-from mpdit.diffusion.sampling import SAMPLERS, sample
+from mpdit.diffusion.sampling import SAMPLERS, SamplerSettings, generate, sample
 
 CPU = torch.device("cpu")
 
@@ -89,6 +89,28 @@ def test_a_graph_reads_fixed_tensors_and_shares_none(model: mpdit.MPDiT) -> None
     second = graphed.velocity(x + 1, model.prepare_time(torch.tensor([0.6])), y + 1)
     assert torch.equal(first, kept) and not torch.equal(second, first)
     assert len(set(seen)) == 1 and not {x.data_ptr(), row.data_ptr(), y.data_ptr()} & set(seen[0])
+
+
+def test_what_is_refused_plain_is_refused_prepared(model: mpdit.MPDiT) -> None:
+    """However the model was prepared for sampling, what its file said of it holds."""
+    told = mpdit.MPDiT(model.config)
+    x, y = start(2)
+    draws: list[Callable[[float], Any]] = [
+        lambda w: sample(for_sampling(told, "bf16"), x, y, 1, guidance=w),
+        lambda w: sample(SamplingModel(told), x, y, 1, guidance=w),
+        lambda w: generate(told, y, SamplerSettings(steps=1, guidance=w, precision="bf16")),
+    ]
+    for draw in draws:
+        told.metadata = {"training": {"objective": "noise"}}
+        with pytest.raises(ConfigError, match="predict noise, not the velocity"):
+            draw(1.0)
+        told.metadata = {"training": {"class_dropout": 0.0}}
+        draw(1.0)
+        with pytest.raises(ConfigError, match="trained with class_dropout 0"):
+            draw(1.5)
+        told.metadata = {"training": {"official": "SiT"}}
+        with pytest.warns(UserWarning, match="SiT's published figures were drawn with three guided"):
+            draw(1.5)
 
 
 def test_weights_changed_in_place_reach_the_graph(model: mpdit.MPDiT) -> None:

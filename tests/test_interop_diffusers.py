@@ -44,6 +44,7 @@ for way in (folder, folder + "/pipeline.py", None):
         options = {"guidance_interval": tuple(interval), "latents": noise, "output_type": "latent"}
         arrays[f"{way}/{i}"] = pipe([1, 10, 3], guidance, steps, **options).images
 draw = lambda **options: pipe([1, 10, 3], num_inference_steps=2, **options)
+arrays["three"] = draw(latents=noise, guidance_channels=3, output_type="latent").images
 arrays["pil"] = np.stack([np.asarray(image) for image in draw(latents=noise).images])
 arrays["np"] = draw(latents=noise, output_type="np", return_dict=False)[0]
 arrays["pt"] = draw(latents=noise, output_type="pt").images
@@ -51,7 +52,7 @@ seeds = lambda *numbers: [torch.Generator().manual_seed(number) for number in nu
 arrays["seeded"] = draw(generator=seeds(1, 2, 3), output_type="latent").images
 arrays["seed of 2"] = pipe(10, num_inference_steps=2, generator=seeds(2), output_type="latent").images
 wrong = [dict(class_labels=11), dict(class_labels=[]), dict(output_type="jpeg"), dict(num_inference_steps=0),
-         dict(latents=noise[:, :3])]
+         dict(latents=noise[:, :3]), dict(guidance_channels=5)]
 told = []
 for options in wrong:
     try:
@@ -118,9 +119,9 @@ def drawn(exported):
         return dict(file)
 
 
-def ours(model, exported, steps, guidance=1.5, interval=(0.0, 1.0)):
+def ours(model, exported, steps, guidance=1.5, interval=(0.0, 1.0), **options):
     noise = torch.from_numpy(np.load(exported / "noise.npy"))
-    return mpdit.sample(model, noise, [1, 10, 3], steps, guidance=guidance, interval=interval)
+    return mpdit.sample(model, noise, [1, 10, 3], steps, guidance=guidance, interval=interval, **options)
 
 
 def test_latents_are_those_of_our_sampler(model, exported, drawn):
@@ -129,6 +130,12 @@ def test_latents_are_those_of_our_sampler(model, exported, drawn):
         for index, case in enumerate(CASES):
             expected = ours(model, exported, *case).numpy()
             assert np.abs(drawn[f"{way}/{index}"] - expected).max() < 1e-5 * np.abs(expected).max(), (way, case)
+
+
+def test_channels_are_guided_as_by_our_sampler(model, exported, drawn):
+    expected = ours(model, exported, 2, guidance_channels=3).numpy()
+    assert np.abs(drawn["three"] - expected).max() < 1e-5 * np.abs(expected).max()
+    assert np.abs(ours(model, exported, 2).numpy() - expected).max() > 1e-3 * np.abs(expected).max()
 
 
 def test_images_are_those_of_our_decoder(model, exported, drawn):
@@ -164,7 +171,7 @@ def test_a_pipeline_saved_again_keeps_its_code(exported, drawn):
 def test_wrong_arguments_are_told(drawn):
     told = list(drawn["told"])
     expected = ["class_labels is", "class_labels is []", "output_type is 'jpeg'", "num_inference_steps is 0"]
-    expected += ["latents has shape (3, 3, 16, 16)", "this pipeline holds no VAE"]
+    expected += ["latents has shape (3, 3, 16, 16)", "guidance_channels is 5", "this pipeline holds no VAE"]
     assert len(told) == len(expected)
     for found, start in zip(told, expected, strict=True):
         assert found.startswith(start)

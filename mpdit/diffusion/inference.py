@@ -80,7 +80,8 @@ class SamplingModel(nn.Module):
     others, and empty batches, run as they are.
 
     Args:
-        model: an MPDiT, or a module with its config, prepare_time and velocity.
+        model: an MPDiT, or a module with its config, prepare_time and velocity; its metadata, by which `sample` refuses
+            what is no velocity, is this one's too.
         precision: what products are computed in, whatever autocast is on outside.
         graphed: replay CUDA graphs. As an attribute: False too once a capture has failed.
         strict: raise ConfigError when a capture fails, instead of logging it and running as it is from then on.
@@ -99,6 +100,7 @@ class SamplingModel(nn.Module):
         super().__init__()
         self.precision, self.graphed, self._strict = precision, graphed, strict
         self.config: Any = model.config
+        self.metadata: Any = getattr(model, "metadata", {})
         self.inner: Any = model
         if precision == "bf16" and isinstance(model, MPDiT):
             self.inner = model = copy.deepcopy(model)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -47,6 +48,10 @@ DIFFUSION_FORMS: dict[str, Callable[[float, float], float]] = {
 
 SDE_START, SDE_END = 0.96, 0.04
 """The SDE's times; from the end, one step along its drift without noise (SiT's "Mean") reaches 0."""
+
+
+_GUIDE_THREE = ("DiT", "SiT")
+"""Official codes whose forward_with_cfg guides the first three channels, "for exact reproducibility reasons"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +98,40 @@ class Flow:
             if not guided:
                 return v
             conditional, unconditional = v.chunk(2)
-            # Beyond the velocity given the class, away from that of none.
-            mixed = unconditional + self.guidance * (conditional - unconditional)
-            channels = self.guidance_channels
-            return mixed if channels is None else torch.cat([mixed[:, :channels], conditional[:, channels:]], dim=1)
+            return guide(conditional, unconditional, self.guidance, self.guidance_channels)
 
         return velocity
+
+
+def guide(conditional: Tensor, unconditional: Tensor, guidance: float, channels: int | None) -> Tensor:
+    """Return the guided velocity [B, C, ...]: beyond that given the class, away from that of none.
+
+    Channels behind the first `channels` are those given the class; None guides all.
+    """
+    import torch
+
+    mixed = unconditional + guidance * (conditional - unconditional)
+    return mixed if channels is None else torch.cat([mixed[:, :channels], conditional[:, channels:]], dim=1)
+
+
+def check_channels(channels: int | None, held: int) -> None:
+    """Raise ConfigError unless `channels`, those guided, are some of the latents' `held` or None, for all."""
+    if channels is not None and not (isinstance(channels, int) and 1 <= channels <= held):
+        raise ConfigError(
+            f"guidance_channels is {channels!r}: give a whole number of at least 1 and at most {held}, the latents' "
+            "channels"
+        )
+
+
+def guidance_remark(metadata: Mapping[str, Any], guidance: float, channels: int | None) -> str:
+    """Return a line for weights whose published figures were drawn with other channels guided; "" without doubt."""
+    origin = (metadata.get("training") or {}).get("official")
+    if guidance == 1 or channels is not None or origin not in _GUIDE_THREE:
+        return ""
+    return (
+        f"guidance acts on all channels, and {origin}'s published figures were drawn with three guided: "
+        "guidance_channels 3 does as they do"
+    )
 
 
 def euler(flow: Flow, x: Tensor, steps: int) -> Tensor:
@@ -293,6 +326,8 @@ def sample(
     Raises:
         ConfigError: an argument out of range, shapes that don't fit, and a model whose `metadata` says that it predicts
             something else or was never trained without a class.
+
+    A UserWarning tells where guidance differs from that of the weights' published figures.
     """
     import torch
 
@@ -311,6 +346,8 @@ def sample(
         metadata = getattr(model, "metadata", {})
         check_flow(metadata)
         check_guidance(metadata, guidance)
+        if remark := guidance_remark(metadata, guidance, guidance_channels):
+            warnings.warn(remark, stacklevel=2)
         if null_class not in (None, config.null_class):
             raise ConfigError(f"null_class is {null_class} but the model's is {config.null_class}: leave it out")
         null_class = config.null_class
@@ -324,12 +361,7 @@ def sample(
         raise ConfigError(f"classes run from {y.min()} to {y.max()}: each must be {limit}")
     if guidance != 1 and null_class is None:
         raise ConfigError(f"guidance is {guidance} but the model names no null class: give null_class")
-    whole = isinstance(guidance_channels, int)
-    if guidance_channels is not None and not (whole and 1 <= guidance_channels <= noise.shape[1]):
-        raise ConfigError(
-            f"guidance_channels is {guidance_channels!r}: give a whole number of at least 1 and at most "
-            f"{noise.shape[1]}, the latents' channels"
-        )
+    check_channels(guidance_channels, noise.shape[1])
     if positions is None:
         positions = torch.arange(len(noise), device=noise.device)
     _check_shape("positions", positions, noise.shape[:1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
+from mpdit.diffusion.sampling import check_channels, guidance_remark, guide
 from mpdit.model.weights import check_guidance
 
 _Base: Any = DiffusionPipeline  # as what diffusers says of its types are its stand-ins' without torch
@@ -58,6 +60,7 @@ class MPDiTPipeline(_Base):
         num_inference_steps: int = 250,
         *,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_channels: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
@@ -70,6 +73,7 @@ class MPDiTPipeline(_Base):
             guidance_scale: w in u + w (c - u); 1 is none, at half the cost.
             num_inference_steps: N evaluations, at t = 1, 1 - 1/N, ..., 1/N.
             guidance_interval: times in which guidance acts, ends included.
+            guidance_channels: k guides the first k channels alone, 3 as DiT's and SiT's published figures; None: all.
             generator: of the noise; one, or one an image.
             latents: the noise itself, [B, C, S, S].
             output_type: "pil"; "np" or "pt", floats in 0..1; or "latent", the normalised latents [B, C, S, S].
@@ -79,7 +83,11 @@ class MPDiTPipeline(_Base):
         labels = [class_labels] if isinstance(class_labels, int) else [int(label) for label in class_labels]
         shape = (len(labels), model["channels"], model["input_size"], model["input_size"])
         self._check(labels, model["num_classes"], num_inference_steps, output_type)
-        check_guidance(self.transformer.config.get("metadata") or {}, guidance_scale)
+        check_channels(guidance_channels, model["channels"])
+        metadata = self.transformer.config.get("metadata") or {}
+        check_guidance(metadata, guidance_scale)
+        if remark := guidance_remark(metadata, guidance_scale, guidance_channels):
+            warnings.warn(remark, stacklevel=2)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"latents has shape {tuple(latents.shape)}: it must be {shape}")
         device = self._execution_device
@@ -99,7 +107,7 @@ class MPDiTPipeline(_Base):
             else:
                 both = self.transformer(torch.cat([x, x]), t, torch.cat([classes, nulls]))
                 conditional, unconditional = both.chunk(2)
-                velocity = unconditional + guidance_scale * (conditional - unconditional)
+                velocity = guide(conditional, unconditional, guidance_scale, guidance_channels)
             x = self.scheduler.step(velocity, timestep, x, return_dict=False)[0]
 
         images = x if output_type == "latent" else self._decode(x, output_type)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -256,7 +257,9 @@ class SampleWorker:
         job = self._job
         first, last = job.span(part)
         try:
-            latents = generate(self._model, job.labels.of(first, last), job.sampler, first=first, progress=report)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "guidance acts on all channels")  # which the job's remarks say
+                latents = generate(self._model, job.labels.of(first, last), job.sampler, first=first, progress=report)
             check_finite(latents, first, f"the weights {job.weights}")
             arrays: dict[str, Any] = {"images": self._decoder(latents.to(self._device))}
         except torch.OutOfMemoryError as error:

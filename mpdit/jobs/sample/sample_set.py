@@ -29,6 +29,7 @@ from mpdit.data.manifest import PARTS_NAME
 from mpdit.data.normalization import parse_scale
 from mpdit.diffusion.images import grid, unscaled
 from mpdit.diffusion.inference import choose_precision
+from mpdit.diffusion.sampling import guidance_remark
 from mpdit.jobs.npz import NpzReader, NpzWriter, disk, new_npz, npy_rows
 from mpdit.jobs.sample.drawing import (
     PREVIEW,
@@ -49,8 +50,6 @@ _GRID, _CLASSES = "grid.png", "classes.npy"
 _IN_GRID = 100
 _PNG_THREADS = 8
 _REDRAW = "delete the folder and repeat the command, which draws the set again"
-_GUIDE_THREE = ("DiT", "SiT")
-"""Official codes whose forward_with_cfg guides the first three channels, "for exact reproducibility reasons"."""
 _NOT_COMPARED = {"weights", "training", "images", "environments", "batch"}
 _NOTE_NAME = "samples.json"
 """The file beside the parts that says what they are of."""
@@ -167,12 +166,8 @@ def _plan(
     remarks += training.get("notes", ())
     if remark := average_remark(metadata):
         remarks.append(f"{remark}: --weights raw draws from its last weights")
-    origin = training.get("official")
-    if sampler.guidance != 1 and sampler.guidance_channels is None and origin in _GUIDE_THREE:
-        remarks.append(
-            f"guidance acts on all {config.channels} channels, and {origin}'s published figures were drawn with three "
-            "guided: --guidance-channels 3 does as they do"
-        )
+    if remark := guidance_remark(metadata, sampler.guidance, sampler.guidance_channels):
+        remarks.append(remark)
     settings = sampler.protocol()
     del settings["batch"]  # each environment names its own
     protocol = {
