@@ -220,6 +220,8 @@ FAULTS = tuple(Fault(*row) for row in (
      "test_extraction_classes.py -k two_ways"),
     (M + "jobs/extract/archives.py", "a tar without its end is taken for whole", "end - stopped < tarfile.BLOCKSIZE",
      "end - stopped < 0", "test_extraction_archives.py -k cut_short"),
+    (M + "jobs/extract/archives.py", "zeros in place of a tar's members are taken for its end",
+     "if cut or (zeros > _FULL_END", "if False and (zeros", "test_extraction_archives.py -k zeros"),
     (M + "core/zips.py", "members that a zip's table lacks are lost unsaid", "0 <= found < following - end",
      "0 > found", "test_extraction_archives.py -k table"),
     (M + "jobs/evaluate/image_sets.py", "any number of broken images is left out of a reference",

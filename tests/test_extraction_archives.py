@@ -255,3 +255,50 @@ def test_suffixes_are_those_that_pillow_decodes_here(tmp_path: Path, monkeypatch
         image_suffixes.cache_clear()
         assert {".heic", ".png"} <= image_suffixes()
     image_suffixes.cache_clear()
+
+
+def test_zeros_that_may_stand_for_members_are_refused_or_told(tmp_path: Path) -> None:
+    full = bytes(range(1, 251)) * 12  # no zeros within
+    names = [f"{kind}/{k}.png" for kind in ("cat", "dog") for k in range(20)]
+    whole = tar_bytes(dict.fromkeys(names, full))
+    size = len(whole)
+    assert list_images(_tar(tmp_path / "t.tar", whole)).notes == ()
+    member = BLOCK + -(-len(full) // BLOCK) * BLOCK
+    inside, between = 25 * member + 1024, 25 * member
+    for cut, total in ((inside, size), (inside, size + 1), (between, 3 << 20)):
+        data = whole[:cut] + bytes(total - cut)
+        for each in (data, tar_bytes({"in.tar": data, "out.tar": whole})):
+            with pytest.raises(DataError, match=r"bytes of zeros at byte \d+ .* members are missing there"):
+                list_images(_tar(tmp_path / "t.tar", each))
+    for hole in (slice(10 * member, 20 * member), slice(10 * member, 39 * member)):
+        data = whole[: hole.start] + bytes(hole.stop - hole.start) + whole[hole.stop :]
+        assert "members are missing" in list_images(_tar(tmp_path / "t.tar", data)).notes[0]
+    (note,) = list_images(_tar(tmp_path / "t.tar", whole[:between] + bytes(size - between))).notes
+    assert f"has {size - between} bytes of zeros at byte {between} (t.tar)" in note and "checksum" in note
+    # What tar -b pads for tapes, and what cat joins, is whole.
+    used = 40 * member
+    for record in (10240, 64 << 10, 1 << 20):
+        padded = whole[:used] + bytes(-used % record or record)
+        assert list_images(_tar(tmp_path / "t.tar", padded)).notes == ()
+        assert list_images(_tar(tmp_path / "t.tar", padded + padded)).notes[0].startswith("40 of the images")
+    assert len(list_images(_tar(tmp_path / "t.tar", whole[:used] + bytes(-used % (200 * BLOCK))))) == 40
+
+
+def test_times_in_headers_of_gnu_tar_are_no_folders(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as archive:
+        for name in ("cat/0.png", "dog/0.png", f"{'long' * 40}/0.png"):
+            member = tarfile.TarInfo(name)
+            member.size = len(X)
+            archive.addfile(member, io.BytesIO(X))
+        folder = tarfile.TarInfo("cat")
+        folder.type = b"D"
+        archive.addfile(folder)
+    data = bytearray(stream.getvalue())
+    for start in range(0, len(data), BLOCK):
+        if data[start + 257 : start + 265] == tarfile.GNU_MAGIC:  # times of the last access and change
+            data[start + 345 : start + 369] = b"15303410170\0" * 2
+            data[start + 148 : start + 156] = b" " * 8
+            data[start + 148 : start + 156] = b"%06o\0 " % sum(data[start : start + BLOCK])
+    images = list_images(_tar(tmp_path / "t.tar", bytes(data)))
+    assert images.class_names == ("cat", "dog", "long" * 40) and images.ignored == []

@@ -7,9 +7,9 @@ import posixpath
 import stat
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple, Self
 
 from mpdit.core.errors import DataError
 from mpdit.core.zips import ENCRYPTED, UTF8, ZIP_DAMAGE, is_zip, open_zip
@@ -22,6 +22,12 @@ ARCHIVES = (".tar", ".zip", *COMPRESSED, ".7z", ".rar", ".zipx")
 
 _GZIP_BZIP_XZ_ZSTD = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 _PIECE = 1 << 20
+_END = 2 * tarfile.BLOCKSIZE  # zeros that end a tar, before those that fill its last record
+_RECORDS = (tarfile.RECORDSIZE, *(tarfile.BLOCKSIZE << shift for shift in range(12)))
+"""Bytes of the records that tars are usually written in: GNU tar's default, and powers of two up to 1 MiB for tapes."""
+_ALL_RECORDS = range(tarfile.BLOCKSIZE, _RECORDS[-1] + 1, tarfile.BLOCKSIZE)
+_FULL_END = _END + tarfile.RECORDSIZE
+_GNU_FOLDER = b"D"  # with a list of what is in it, as `tar -g` stores a folder
 _MOST_LINK_BYTES = 4096  # of where a link leads to: Linux's PATH_MAX
 
 
@@ -57,24 +63,28 @@ def archive_kind(path: Path, file: IO[bytes]) -> Literal["tar", "zip"]:
     raise DataError(f"{path} is neither a folder nor a .tar nor a .zip: give one of them, or unpack it")
 
 
-def tar_members(file: IO[bytes], path: Path, shown: str, start: int, end: int) -> Iterator[Member]:
+def tar_members(file: IO[bytes], path: Path, shown: str, start: int, end: int, notes: list[str]) -> Iterator[Member]:
     """Yield the members of the tar in these bytes of a file; messages call it `shown`.
 
-    Every byte is accounted for: headers follow each other without a gap, and after the zeros that end a tar there may
-    be another tar, as `cat a.tar b.tar` makes one, and nothing else. DataError otherwise.
+    Every byte is accounted for: headers follow each other without a gap, and after the zeros that end a tar and fill
+    its last record there may be another tar, as `cat a.tar b.tar` makes one, and nothing else. DataError otherwise;
+    zeros that may stand for members or for padding are told in `notes`.
     """
     bounded: Any = _Bounded(file, end)
+    last_bytes = range(0)
     while True:
         began = start
         file.seek(start)
         try:
-            with tarfile.open(fileobj=bounded, mode="r:") as archive:
+            with tarfile.open(fileobj=bounded, mode="r:", tarinfo=_Header) as archive:
                 headers: list[tarfile.TarInfo] = archive.members  # type: ignore[attr-defined]
                 while (member := archive.next()) is not None and member.offset < end:
                     headers.clear()  # or it keeps them all
                     sparse = member.issparse()  # whose size is not that of what is stored
                     if not sparse and not 0 <= member.size <= end - member.offset_data:
                         raise tarfile.ReadError(f"{member.name!r:.80} lies past its end")
+                    if member.size >= tarfile.BLOCKSIZE and member.isreg():
+                        last_bytes = range(member.offset_data, member.offset_data + member.size)
                     yield _tar_member(member, sparse)
                 stopped = min(archive.offset, end)
         except DataError:
@@ -93,12 +103,40 @@ def tar_members(file: IO[bytes], path: Path, shown: str, start: int, end: int) -
         if start < end and start - stopped < tarfile.BLOCKSIZE:
             where = "after its end, where there is no other tar" if stopped == began else "where a header should be"
             raise DataError(f"{path} is damaged at byte {stopped}, {where}: copy it again")
+        zeros, size = start - stopped, start - began
+        told = f"{path} has {zeros} bytes of zeros at byte {stopped} ({shown}), more than its end takes"
+        file.seek(max(last_bytes.stop - tarfile.BLOCKSIZE, 0))
+        cut = zeros > _FULL_END and last_bytes and not file.read(tarfile.BLOCKSIZE).strip(b"\0")
+        if cut or (zeros > _FULL_END and not _is_padding(_ALL_RECORDS, zeros, size)):
+            raise DataError(
+                f"{told}: members are missing there, as after a download that stopped, so copy it again; if nothing is "
+                "missing, unpack it (tar -xif) and give the folder"
+            )
+        if (start < end or zeros > _FULL_END) and not _is_padding(_RECORDS, zeros, size):
+            notes.append(f"{told}: if nobody padded it so, members are missing; compare its checksum or copy it again")
         if start == end:
             return
 
 
+def _is_padding(records: Iterable[int], zeros: int, size: int) -> bool:
+    """Return whether so many zeros are what ends a tar of this size, which is written in records of one of these."""
+    return zeros <= _END or any(size % record == 0 and zeros < _END + record for record in records)
+
+
+class _Header(tarfile.TarInfo):
+    """Reads a header; where GNU tar keeps times (`tar -g`) tarfile takes them for the first part of the name."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        member = super().frombuf(buf, encoding, errors)
+        if buf[257:265] == tarfile.GNU_MAGIC:
+            prefix = bytes(buf[345:500]).partition(b"\0")[0].decode(encoding, errors)
+            member.name = member.name.removeprefix(f"{prefix}/" if prefix else "")
+        return member
+
+
 def _tar_member(member: tarfile.TarInfo, sparse: bool) -> Member:
-    if member.isdir():
+    if member.isdir() or member.type == _GNU_FOLDER:
         return Member(member.name, "folder")
     if member.islnk():
         return Member(member.name, "link", text=clean_name(member.linkname))

@@ -380,7 +380,8 @@ class _Listing(FoundImages):
         """Add the images of the tar in these bytes of a file, and of the tars in it; messages call it `shown`."""
         read = functools.partial(_read_of_tar, file.fileno())
         inner: list[tuple[str, Member]] | None = [] if start == 0 else None
-        self._add(Container(str(path), "tar"), prefix, tar_members(file, path, shown, start, end), read, inner)
+        members = tar_members(file, path, shown, start, end, self.notes)
+        self._add(Container(str(path), "tar"), prefix, members, read, inner)
         for name, member in inner or ():
             self.archives[f"{prefix}{name}/"] = Path(name).stem
             self._add_tar(file, path, name, member.offset, member.offset + member.size, f"{prefix}{name}/")
@@ -535,8 +536,7 @@ class _Listing(FoundImages):
             for index in images:
                 self.labels[index] = label if index == meant[0] else IGNORED
                 if index != meant[0]:
-                    reason = f"lies beside {self.names[meant[0]]}, the image of its key"
-                    self.ignored.append((self.names[index], reason))
+                    self.ignored.append((self.names[index], "lies beside the image of its key"))
 
     def _read_dataset_json(self, read: Callable[[], bytes], where: str, folder: str) -> None:
         """Note the label of each name below a folder; null where there are none, as of EDM's unlabelled sets."""
