@@ -172,7 +172,15 @@ def test_hosts_are_counted(variables: dict[str, str], hosts: int, monkeypatch: p
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked up in /proc")
 @pytest.mark.parametrize(
-    ("words", "file"), [(["--hostfile", "hots"], "hots"), (["-H=hots"], "hots"), (["--hostfile=there"], ""), ([], "")]
+    ("words", "file"),
+    [
+        (["--hostfile", "hots"], "hots"),
+        (["-H=hots"], "hots"),
+        (["-i", "a", "-Hhots"], "hots"),
+        (["--hostf=there", "-H", "hots"], "hots"),
+        (["--hostfile=there"], ""),
+        ([], ""),
+    ],
 )
 def test_a_hostfile_that_is_not_there_is_found(words: list[str], file: str, tmp_path: Path) -> None:
     (tmp_path / "there").write_text("a slots=1\n")

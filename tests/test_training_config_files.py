@@ -86,6 +86,8 @@ def test_arguments_go_before_the_file(tmp_path: Path) -> None:
             "learning_rate: 1e-4",
             "unknown key 'learning_rate': did you mean 'lr'?",
         ),
+        ("max_epochs: 4", "unknown key 'max_epochs': did you mean 'steps', optimiser steps of the whole run"),
+        ("n_heads: 4", r"unknown key 'n_heads': it is the model's: override: \{heads: \.\.\.\}"),
         ("global_bach: 4", "unknown key 'global_bach': did you mean 'global_batch'"),
         ("zzzz: 4", "unknown key 'zzzz': `mpdit train --help` lists"),
         ("<<: {lr: 1}", "unknown key '<<'"),

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from mpdit.core.errors import ConfigError
 from mpdit.core.files import expand_path
+from mpdit.core.other_names import hint
 
 
 def path_text(text: str) -> str:
@@ -42,4 +43,16 @@ class Parser(argparse.ArgumentParser):
             name, equals, value = argument.partition("=")
             if name.startswith("--") and equals and value == "--":
                 self.error(f"argument {name}: '--' is no value")
-        return super().parse_known_args(args, namespace)
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            names = [word for word in unknown if word.startswith("-")] if unknown[0].startswith("-") else unknown[:1]
+            told = next((f": {hint}" for word in names if (hint := self.hint(word))), "")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{told}")
+        return known, unknown
+
+    def hint(self, word: str) -> str:
+        """Say what was meant by an argument that there isn't, "" if nothing is known."""
+        if not word.startswith("-"):
+            return ""
+        options = {option.lstrip("-").replace("-", "_"): "" for option in self._option_string_actions}
+        return hint(word.partition("=")[0], options, training=False)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
+import re
 from collections.abc import Hashable, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -18,6 +18,7 @@ import yaml
 
 from mpdit.core.errors import ConfigError
 from mpdit.core.files import read_text
+from mpdit.core.other_names import hint, model_hint
 from mpdit.core.parser import Parser, path_text
 from mpdit.model.config import ModelConfig
 from mpdit.training.config import RENAMED, TrainConfig, parse_override
@@ -36,45 +37,18 @@ _METAVARS = {
 }
 
 _SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-_SYNONYMS = {
-    other: field
-    for field, others in {
-        "steps": "num_steps max_steps max_train_steps train_steps total_steps iterations num_epochs epochs epoch",
-        "data": "dataset dataset_path data_path data_dir train_data_dir feature_path features latents",
-        "global_batch": "batch batch_size bs global_batch_size train_batch_size micro_batch per_gpu_batch_size",
-        "grad_accum_steps": "gradient_accumulation_steps gradient_accumulation accum_iter micro_steps",
-        "lr": "learning_rate base_lr max_lr",
-        "lr_schedule": "lr_scheduler scheduler lr_decay",
-        "warmup": "warmup_steps lr_warmup_steps warmup_epochs num_warmup_steps",
-        "betas": "beta1 beta2 adam_beta1 adam_beta2",
-        "weight_decay": "wd decay adam_weight_decay",
-        "clip": "grad_clip clip_grad grad_norm max_grad_norm gradient_clipping gradient_clip_val",
-        "ema_decay": "ema ema_rate",
-        "class_dropout": "cfg_prob label_dropout class_dropout_prob dropout",
-        "precision": "mixed_precision bf16 fp16 fp32 amp dtype",
-        "activation_checkpointing": "gradient_checkpointing grad_checkpointing recompute",
-        "model": "model_name arch",
-        "out": "output output_dir results_dir save_dir log_dir logdir exp_name run_name",
-        "resume": "resume_from resume_from_checkpoint resume_step load",
-        "init_from": "ckpt checkpoint pretrained init finetune finetune_from load_weights",
-        "seed": "global_seed",
-        "log_every": "log_interval logging_steps print_freq",
-        "checkpoint_every": "ckpt_every save_every save_steps save_interval checkpointing_steps",
-        "sample_every": "eval_every sampling_steps validation_steps",
-        "sample_guidance": "cfg cfg_scale guidance guidance_scale",
-        "keep": "keep_last checkpoints_total_limit save_total_limit max_checkpoints",
-        "wandb": "use_wandb report_to",
-        "ds_config": "deepspeed deepspeed_config zero zero_stage",
-    }.items()
-    for other in others.split()
-}
-"""What other projects call a field, where no likeness of letters tells."""
-
-_LAUNCHERS = (
-    *("hostfile", "num_gpus", "num_accelerators", "num_nodes", "include", "exclude", "master_port", "master_addr"),
-    *("nproc_per_node", "nnodes", "node_rank", "rdzv_endpoint", "gpus", "devices", "num_processes"),
+_LAUNCHERS = re.compile(
+    r"hostfile|(num|n)_?(gpus?|accelerators|nodes|machines|processes|devices)|include|exclude|m(aster|ain_process)_\w+|"
+    r"nproc\w*|nnodes|(node|machine)_rank|rdzv_\w+|standalone|gpus?|devices?|gpu_ids?|world_size"
 )
-"""Arguments of launchers, which stand before the script or `--module mpdit train`."""
+"""Matches arguments of launchers, which stand before the script or `--module mpdit train`."""
+
+
+class _Parser(Parser):
+    """Knows what other projects call the fields of TrainConfig."""
+
+    def hint(self, word: str) -> str:
+        return _hint(word, "--") if word.startswith("-") else "each has a name, as in --data DIR and --config FILE"
 
 
 def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
@@ -85,13 +59,7 @@ def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
     prints and leaves by SystemExit(0).
     """
     parser = _parser()
-    known, unknown = parser.parse_known_args([_dashed(argument) for argument in arguments])
-    if unknown:
-        hint = next((f": {hint}" for word in unknown if (hint := _hint(word, "--")) and word.startswith("-")), "")
-        if not unknown[0].startswith("-"):
-            hint = ": each has a name, as in --data DIR and --config FILE"
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-    given = vars(known)
+    given = vars(parser.parse_args([_dashed(argument) for argument in arguments]))
     given.pop("local_rank", None)
     files = given.pop("config", [])
     if empty := next((name for name, value in (*given.items(), *(("config", f) for f in files)) if value == ""), None):
@@ -109,7 +77,7 @@ def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
+    parser = _Parser(
         prog="mpdit train",
         usage="mpdit train [--config FILE] [arguments], or under a launcher: deepspeed [--num_accelerators N] --module "
         "mpdit train ...; torchrun --nproc-per-node N -m mpdit train ...",
@@ -143,21 +111,12 @@ def _parser() -> argparse.ArgumentParser:
 def _hint(name: str, option: str = "") -> str:
     """Say what was meant by a name that no field has: as arguments with `option` "--", as keys of a file without."""
     name = name.lstrip("-").partition("=")[0].replace("-", "_")
-    if name in _LAUNCHERS:
+    if _LAUNCHERS.fullmatch(name):
         return "it is for the launcher and goes before what the launcher starts"
     fields = {field.name: str(field.metadata["help"]) for field in dataclasses.fields(TrainConfig)}
     if name in ModelConfig.__dataclass_fields__:
-        return (
-            f"it is the model's: {option}override {name}=..."
-            if option
-            else f"it is the model's: override: {{{name}: ...}}"
-        )
-    meant = _SYNONYMS.get(name) or next(iter(difflib.get_close_matches(name, fields, n=1)), "")
-    if not meant:
-        return ""
-    given = f"--{meant if meant == 'ds_config' else meant.replace('_', '-')}" if option else repr(meant)
-    unit = f", {fields[meant]}" if meant in ("steps", "global_batch", "warmup") else ""  # others count otherwise
-    return f"did you mean {given}{unit}?"
+        return model_hint(name, option)
+    return hint(name, fields, training=True, option=option)
 
 
 def _dashed(argument: str) -> str:

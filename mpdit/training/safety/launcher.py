@@ -6,6 +6,7 @@ one. So each rank looks whether they are still there.
 
 from __future__ import annotations
 
+import argparse
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,13 +58,11 @@ def missing_hostfile() -> str:
     process = os.getpid()
     while process > 0 and not _is_runner(process):
         process = _parent(process)
-    words = _command(process) if process > 0 else []
-    for i, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        if name == "-H" or (len(name) > 3 and "--hostfile".startswith(name)):
-            file = value if equals else "".join(words[i + 1 : i + 2])
-            return "" if Path(file).is_file() else file
-    return ""
+    # DeepSpeed's is argparse's too: -HFILE, abbreviations, the last of several.
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("-H", "--hostfile", default="")
+    file: str = parser.parse_known_args(_command(process)[1:] if process > 0 else [])[0].hostfile
+    return "" if Path(file).is_file() else file
 
 
 def _is_started_by_command(launch: int) -> bool:
