@@ -261,6 +261,16 @@ def test_a_transformer_that_its_file_does_not_fill(exported, tmp_path):
     save_file(state | {"another": torch.zeros(1)}, tmp_path / name)
     with pytest.raises(CheckpointError, match=f"lacks {gone} and has unexpected another: export the pipeline again"):
         MPDiTTransformer2DModel.from_pretrained(tmp_path)
+    shards = tmp_path / "pipe" / "transformer"  # whose index tells of what is gone
+    MPDiTTransformer2DModel.from_pretrained(saved).save_pretrained(shards, max_shard_size="20KB")
+    MPDiTTransformer2DModel.from_pretrained(tmp_path / "pipe", subfolder="transformer")
+    index = json.loads((shards / f"{name}.index.json").read_text())
+    file = shards / index["weight_map"][gone]
+    state = load_file(file)
+    del state[gone]
+    save_file(state | {"another": torch.zeros(1)}, file)
+    with pytest.raises(CheckpointError, match=f"lacks {gone} and has unexpected another: export the pipeline again"):
+        MPDiTTransformer2DModel.from_pretrained(shards)
 
 
 def test_an_exported_pipeline_comes_back_exactly(model, tmp_path):

@@ -115,7 +115,7 @@ def test_what_is_no_vae(folder: Path, tmp_path: Path, name: str, message: str) -
     [
         (lambda name, v: None if name.startswith("encoder") else v, r"lacks encoder\.\S+, \S+, \S+ and \d+ more"),
         (lambda name, v: None if name == "quant_conv.bias" else v, r"it lacks quant_conv\.bias: give a VAE"),
-        (lambda name, v: v.char(), r"holds \S+ of I8: weights are fp16"),
+        (lambda name, v: v.char(), r"holds \S+ of torch\.int8: weights are fp16"),
         (lambda name, v: v / 0 if name == "decoder.conv_out.bias" else v, r"infinity in decoder\.conv_out\.bias"),
         (lambda name, v: v[None] if name == "quant_conv.bias" else v, r"bias has shape \(1, 6\), not \(6,\): give"),
     ],
@@ -127,6 +127,46 @@ def test_files_that_do_not_fill_the_vae(folder: Path, tmp_path: Path, change: An
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises((CheckpointError, ConfigError), match=message):
         VAE.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda shard: shard.pop("decoder.conv_out.bias"), r"it lacks decoder\.conv_out\.bias: give a VAE"),
+        (lambda shard: shard.update(extra=torch.zeros(1)), r"has unexpected extra: give"),
+        (
+            lambda shard: shard.update({"encoder.conv_in.bias": torch.zeros(8)}),
+            r"encoder\.conv_in\.bias, as another shard",
+        ),
+    ],
+)
+def test_an_index_of_shards_is_not_believed(folder: Path, tmp_path: Path, change: Any, message: str) -> None:
+    vae = VAE.load(str(folder))
+    vae.module.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert VAE.load(str(tmp_path)).sha256 == vae.sha256
+    index = json.loads((tmp_path / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    file = tmp_path / index["weight_map"]["decoder.conv_out.bias"]
+    assert file.name != index["weight_map"]["encoder.conv_in.bias"]
+    shard = load_file(file)
+    change(shard)
+    save_file(shard, file)
+    with pytest.raises((CheckpointError, ConfigError), match=message):
+        VAE.load(str(tmp_path))
+
+
+def test_attention_as_diffusers_once_named_it(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = {}
+    for name, value in load_file(folder / "diffusion_pytorch_model.safetensors").items():
+        for new, before in old.items():
+            if f"attentions.0.{new}." in name:
+                name = name.replace(new, before)
+                value = value[..., None, None] if value.ndim == 2 else value
+        state[name] = value
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    torch.save(state, tmp_path / "diffusion_pytorch_model.bin")
+    assert VAE.load(str(tmp_path)).sha256 == VAE.load(str(folder)).sha256
+    assert not capfd.readouterr().err
 
 
 def test_quantised_numbers_in_either_of_diffusers_files(folder: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ library only from the component's own folder.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from mpdit import ModelConfig, MPDiT
-from mpdit.model.weights import check_loaded
+from mpdit.model.weights import check_fit, check_loaded, read_diffusers
 
 
 class MPDiTTransformer2DModel(ModelMixin, ConfigMixin):
@@ -46,10 +47,17 @@ class MPDiTTransformer2DModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, path: Any, *, output_loading_info: bool = False, **options: Any) -> Any:
-        """Load as ModelMixin does, which leaves what no file holds as it was built; CheckpointError for that here."""
+        """Load as ModelMixin does, which leaves what no file holds as it was built; CheckpointError for that here.
+
+        It (diffusers 0.42) believes the index of shards, and not only what they hold.
+        """
         model, loaded = super().from_pretrained(path, output_loading_info=True, **options)
         remedy = "export the pipeline again with `mpdit convert --to diffusers`"
         check_loaded(path, loaded, remedy)
+        folder = Path(path) / (options.get("subfolder") or "")
+        if folder.is_dir():
+            tensors, _ = read_diffusers(folder, options.get("variant"))
+            check_fit(path, tensors, model.state_dict(), remedy)
         return (model, loaded) if output_loading_info else model
 
     def forward(self, hidden_states: Tensor, timestep: Tensor | float, class_labels: Tensor) -> Tensor:

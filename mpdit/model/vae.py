@@ -5,20 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from mpdit.core.errors import CheckpointError, ConfigError, first_line
+from mpdit.core.errors import ConfigError, first_line
 from mpdit.core.files import expand_path, read_bytes
 from mpdit.model.config import one_of
 from mpdit.model.pretrained import is_hub_id
-from mpdit.model.weights import check_loaded, check_values, load_tensors
+from mpdit.model.weights import check_fit, check_values, read_diffusers
 
 VAEDtype = Literal["fp32", "bf16"]
 PixelRange = tuple[float, float]
@@ -35,8 +33,6 @@ _SCALE_BOUND = 2.0
 """Latents whose std differs by more from what the VAE was set for are remarked on, not refused: VAEs are saved with
 diffusers' default of 0.18215 whatever their latents (config.json of GLM-Image's, of std 2 to 5, and of many's own)."""
 _RGB = 3
-_WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")
-"""Matches the files that diffusers reads; beside them may lie variants."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -88,30 +84,32 @@ class VAE:
         _check_folder(path, name)  # before the import, which takes seconds
         try:
             from diffusers import AutoencoderKL
-            from diffusers.utils import logging
         except ImportError as error:
             raise ConfigError(f"a VAE needs diffusers ({error}): pip install 'mpdit[vae]'") from error
-        # diffusers (0.42) leaves tensors that no file has uninitialised, and names all of them on many lines.
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()
+        # Not by from_pretrained: diffusers (0.42) believes an index of shards, leaves what they lack uninitialised, and
+        # drops what they have besides.
+        where = f"vae {name!r}"
         try:
-            module, loaded = AutoencoderKL.from_pretrained(
-                str(path) if path.is_dir() else name,
-                low_cpu_mem_usage=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # which are told below
-            )
+            if not path.is_dir():
+                path = _download(name)
+            module = AutoencoderKL.from_config(AutoencoderKL.load_config(path))
+            tensors, sharded = read_diffusers(path)
         except Exception as error:  # diffusers and the hub raise what they like, from OSError to KeyError
             raise ConfigError(
-                f"vae {name!r} can't be loaded as an AutoencoderKL ({first_line(error)}): give a folder that diffusers "
+                f"{where} can't be loaded as an AutoencoderKL ({first_line(error)}): give a folder that diffusers "
                 "saved, or a hub id such as stabilityai/sd-vae-ft-ema where the hub can be reached"
             ) from error
-        finally:
-            logging.set_verbosity(verbosity)
-        where = f"vae {name!r}"
-        check_loaded(where, loaded, "give a VAE that was saved whole, with the config.json that it was saved with")
-        check_values(module.state_dict(), where)
-        _check_dtypes(path, where)
+        if not sharded:  # names of attention's tensors before diffusers 0.17, whose maps were 1x1 convolutions at times
+            tensors = module._fix_state_dict_keys_on_load(dict(tensors))
+        expected = module.state_dict()
+        for key, value in tensors.items():
+            if key in expected and value.shape == (*expected[key].shape, 1, 1):
+                tensors[key] = value[..., 0, 0]
+        check_values(tensors, where)
+        check_fit(
+            where, tensors, expected, "give a VAE that was saved whole, with the config.json that it was saved with"
+        )
+        module.load_state_dict(tensors)
         for field in ("in_channels", "out_channels"):
             if (planes := getattr(module.config, field)) != _RGB:
                 raise ConfigError(f"vae {name!r} has {field} {planes}: give one of RGB images, which have {_RGB}")
@@ -258,16 +256,16 @@ def _positive(value: Any) -> float:
     return float(value) if type(value) in (int, float) and 0 < value < math.inf else 0.0
 
 
-def _check_dtypes(folder: Path, where: str) -> None:
-    """Raise CheckpointError for weights that diffusers would take for plain numbers though they are quantised."""
-    read = sorted(path for path in folder.glob("*.safetensors") if _WEIGHTS.fullmatch(path.name))
-    for path in read:
-        with safe_open(path, "np") as file:
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                if (dtype := file.get_slice(name).get_dtype()) not in ("F64", "F32", "F16", "BF16"):
-                    raise CheckpointError(f"{where} holds {name} of {dtype}: weights are fp16, bf16, fp32 or fp64")
-    if not read and (older := folder / "diffusion_pytorch_model.bin").is_file():
-        check_values(load_tensors(older), where)
+def _download(name: str) -> Path:
+    """Return the folder of a hub repository's VAE; its .bin, which may lie beside the same .safetensors, if need be."""
+    from huggingface_hub import snapshot_download
+
+    for kind in ("safetensors", "bin"):
+        files = ["config.json", *(f"diffusion_pytorch_model{end}{kind}*" for end in (".", "-*."))]  # and no variants
+        folder = Path(snapshot_download(name, allow_patterns=files))
+        if list(folder.glob("diffusion_pytorch_model*")):
+            break
+    return folder
 
 
 def _digest(module: nn.Module) -> str:

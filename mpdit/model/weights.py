@@ -153,6 +153,35 @@ def check_fit(where: str | Path, tensors: Mapping[str, Tensor], expected: Mappin
     check_loaded(where, loaded, remedy)
 
 
+def read_diffusers(folder: Path, variant: str | None = None) -> tuple[dict[str, Tensor], bool]:
+    """Return the tensors in the files of a folder that diffusers would load a model from, and whether they are shards.
+
+    Of an index only the names of files are believed: what they hold is what is in them. Raises CheckpointError for
+    files that are missing or damaged, or hold what is no tensor, or one name twice.
+    """
+    parts = f".{variant}" if variant else ""
+    for kind in ("safetensors", "bin"):
+        index = folder / f"diffusion_pytorch_model.{kind}.index{parts}.json"
+        try:
+            names = set(json.loads(read_bytes(index))["weight_map"].values()) if index.is_file() else None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is no index of weight files ({error!r}): copy or save it again") from None
+        if names is None and (folder / f"diffusion_pytorch_model{parts}.{kind}").is_file():
+            names = {f"diffusion_pytorch_model{parts}.{kind}"}
+        if names is None:
+            continue
+        tensors: dict[str, Tensor] = {}
+        for path in sorted(folder / str(name) for name in names):
+            held = load_tensors(path)
+            if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
+                raise CheckpointError(f"{path} holds something else than tensors by name: give a state dict")
+            if twice := tensors.keys() & held.keys():
+                raise CheckpointError(f"{path} holds {_some(twice)}, as another shard does: save the model again")
+            tensors |= held
+        return tensors, len(names) > 1
+    raise CheckpointError(f"{folder} holds no diffusion_pytorch_model{parts}.safetensors: give a folder of weights")
+
+
 def _some(names: Collection[str]) -> str:
     first = sorted(map(str, names))[:_NAMED]
     return ", ".join(first) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
