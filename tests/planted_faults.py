@@ -225,7 +225,7 @@ FAULTS = tuple(Fault(*row) for row in (
     (M + "core/zips.py", "members that a zip's table lacks are lost unsaid", "0 <= found < following - end",
      "0 > found", "test_extraction_archives.py -k table"),
     (M + "jobs/evaluate/image_sets.py", "any number of broken images is left out of a reference",
-     "len(broken) > MOST_SKIPPED or", "", "test_evaluation_image_sets.py -k broken"),
+     "len(broken) > max_skipped or", "", "test_evaluation_image_sets.py -k broken"),
     (M + "jobs/extract/extract.py", "a damaged part is kept when it is repeated",
      'hashlib.file_digest(file, "sha256").hexdigest() == stored.sha256', "len(stored.sha256) == 64",
      "test_extraction_command.py -k finished_parts"),

@@ -17,8 +17,8 @@ from PIL import Image
 import mpdit
 from mpdit import cli
 from mpdit.core.errors import DataError
-from mpdit.jobs.evaluate import image_sets
-from mpdit.jobs.evaluate.image_sets import ImageSet, open_images
+from mpdit.jobs.evaluate.image_sets import ImageSet, is_archive, open_images
+from mpdit.jobs.extract.sources import list_images
 from mpdit.jobs.npz import NpzReader, new_npz
 from mpdit.model.weights import save_weights
 
@@ -120,7 +120,7 @@ def test_jpegs_are_decoded_as_pil_decodes_them(tmp_path: Path) -> None:
         np.testing.assert_array_equal(image, np.asarray(Image.open(tmp_path / name).convert("RGB")))
 
 
-def test_broken_images_are_left_out_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_images_are_left_out_and_told(tmp_path: Path) -> None:
     expected = pictures(12)
     write_folder(tmp_path / "set", expected)
     for index in (1, 5, 6, 11):
@@ -138,8 +138,7 @@ def test_broken_images_are_left_out_and_told(tmp_path: Path, monkeypatch: pytest
         (note,) = images.notes
         assert note.startswith(f"5 broken images of {path} left out: 000003.png is empty; ") and "; ..." not in note
         assert "000011.png can't be decoded: " in note
-    monkeypatch.setattr(image_sets, "MOST_SKIPPED", 3)
-    images = open_images(tmp_path / "set")
+    images = open_images(tmp_path / "set", max_skipped=3)
     batches = images.batches(1)
     assert len([next(batches), next(batches)]) == 2  # the fourth is met when some are still to come
     with pytest.raises(DataError, match=r"4 of 12 images in .* can't be used \(000003\.png .*3 at most are left out"):
@@ -147,7 +146,7 @@ def test_broken_images_are_left_out_and_told(tmp_path: Path, monkeypatch: pytest
     for file in (tmp_path / "set").iterdir():
         file.write_bytes(b"no image")
     with pytest.raises(DataError, match=r"4 of 12 images in .*000000\.png is no image that can be decoded"):
-        open_images(tmp_path / "set")
+        open_images(tmp_path / "set", max_skipped=3)
     write_folder(tmp_path / "one", pictures(1))
     (tmp_path / "one" / "000000.png").write_bytes(b"no image")
     with pytest.raises(DataError, match="1 of 1 image in "):
@@ -328,3 +327,44 @@ def test_npz_written_in_parts_is_numpys(tmp_path: Path) -> None:
         assert file["mu"].tolist() == [0, 1, 2] and str(file["text"]) == "{}"
     assert NpzReader(tmp_path / "x.npz").keys == ("arr_0", "mu", "text")
     assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
+
+
+def test_the_images_are_those_that_extraction_takes(tmp_path: Path) -> None:
+    png = {k: encoded(image) for k, image in enumerate(pictures(9))}
+    keys = {f"{k}.png": png[k] for k in range(3)} | {f"{k}.cls": b"1" for k in range(3)}
+    (tmp_path / "masks.tar").write_bytes(tar_bytes(keys | {f"{k}.seg.png": png[k] for k in range(3)}))
+    write_tree(tmp_path / "stray", {"a/1.png": png[0], "b/2.png": png[1], "preview.png": png[2]})
+    for name, count in (("masks.tar", 3), ("stray", 2)):
+        images = open_images(tmp_path / name)
+        assert len(images) == len(list_images(tmp_path / name)) == count
+        assert "of the images and archives in" in images.notes[0]
+    # Where extraction asks for other classes all count: labels that can't be used, or for some images alone.
+    write_zip(tmp_path / "no.zip", keys | {"1.cls": b"one", "1.seg.png": png[7], "9.png": png[8]})
+    write_tree(tmp_path / "some", {"a/1.png": png[0], "a/1.seg.png": png[1], "a/1.cls": b"0", "b/2.png": png[2]})
+    write_tree(tmp_path / "edm", {"a/1.png": png[0], "dataset.json": b"{"})
+    for name, count in (("no.zip", 5), ("some", 3), ("edm", 1)):
+        with pytest.raises(DataError):
+            list_images(tmp_path / name)
+        images = open_images(tmp_path / name)
+        assert len(images) == count and not any("left out" in note for note in images.notes)
+
+
+def test_archives_without_their_suffix_and_npz_files_are_told_apart(tmp_path: Path) -> None:
+    expected = pictures(2)
+    files = {f"{k}.png": encoded(image) for k, image in enumerate(expected)}
+    (tmp_path / "images.tar.1").write_bytes(tar_bytes(files))
+    write_zip(tmp_path / "comic.cbz", files)
+    np.savez(tmp_path / "x.npz", arr_0=expected)
+    (tmp_path / "x.npz").rename(tmp_path / "arrays")
+    for name in ("images.tar.1", "comic.cbz", "arrays"):
+        np.testing.assert_array_equal(read(open_images(tmp_path / name)), expected)
+        assert is_archive(tmp_path / name) == (name != "arrays")
+
+
+def test_bits_of_a_references_images(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 1 << 12, (6, 6)).astype(np.uint16)
+    write_tree(tmp_path / "set", {"0.png": encoded(values)})
+    (pixels,) = read(open_images(tmp_path / "set", bits=12))
+    np.testing.assert_allclose(pixels[..., 0], values / 4095 * 255, atol=1)
+    with pytest.raises(DataError, match="1 of 1 image in "):
+        read(open_images(tmp_path / "set"))

@@ -270,3 +270,18 @@ def test_names_that_only_resemble_splits_are_classes_with_a_note(tmp_path: Path)
     assert images.class_names == ("bullet_train", "bus", "testbed", "vale")
     (note,) = images.notes
     assert note.endswith("parts of a data set by their names: bullet_train")
+
+
+def test_labels_that_are_not_used_are_told(tmp_path: Path) -> None:
+    labels = b'{"labels": [["0/a.png", 1], ["0/b.png", 0]]}'
+    files = {"edm/dataset.json": labels, "edm/0/a.png": X, "edm/1/b.png": X, "preview.png": X}
+    (tmp_path / "t.tar").write_bytes(tar_bytes(files))
+    for source in (write_tree(tmp_path / "tree", files), tmp_path / "t.tar", write_zip(tmp_path / "z.zip", files)):
+        (note,) = (note for note in list_images(source, "auto").notes if "not used" in note)
+        assert "edm/dataset.json are" in note and "(preview.png, ...)" in note
+    other = write_tree(tmp_path / "other", {"a/dataset.json": b'{"name": "x"}', "a/1.png": X, "b/1.png": X})
+    assert list_images(other).notes == ()
+    shard = {"s/1.jpg": X, "s/1.json": b'{"class": 1}', "s/2.jpg": X, "s/2.json": b'{"class": 0}'}
+    for files, told in ((shard, True), (shard | {"s/1.cls": b"1", "s/2.cls": b"0"}, False)):
+        (tmp_path / "t.tar").write_bytes(tar_bytes(files))
+        assert any("2 .json files" in note for note in list_images(tmp_path / "t.tar").notes) == told

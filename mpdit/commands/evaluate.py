@@ -46,6 +46,9 @@ _HELP = {
     "write_reference": "make ADM's reference npz of the images instead of measuring them (default: none)",
     "image_size": "crop the images of a reference's folder to N x N pixels, as `mpdit extract` does (default: none is "
     "cropped, they must be of one size)",
+    "bits": "bits that a reference's images of more than 8 use, as `mpdit extract --bits` has it (default: the file's "
+    "own)",
+    "max_skipped": "broken images of a reference to leave out before giving up (default: 100)",
     "inception": "weights of torch-fidelity's Inception (default: torch hub's cache, filled by a download where empty)",
 }
 
@@ -60,6 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     of_images("--reference", type=to_path, metavar="REF")
     of_images("--write-reference", type=to_path, metavar="REF.npz")
     of_images("--image-size", type=whole(1), metavar="N")
+    of_images("--bits", type=int, choices=range(8, 33), metavar="N")
+    of_images("--max-skipped", type=whole(0), metavar="N")
     of_images("--inception", type=to_path, metavar="FILE")
     add_sampler(parser, DIGITS_SAMPLER)
 
@@ -83,7 +88,7 @@ def _measure_model(args: argparse.Namespace) -> Outcome:
     settings = sampler(args)
     refuse(
         args,
-        ("reference", "write_reference", "image_size", "inception"),
+        ("reference", "write_reference", "image_size", "bits", "max_skipped", "inception"),
         f"is for images, and {args.source} is a model: draw images from it first, `mpdit sample {args.source} --out "
         "DIR`, then evaluate DIR",
     )
@@ -113,13 +118,18 @@ def _measure_images(args: argparse.Namespace) -> Outcome:
         )
     _refuse_sampler(args)
     out, device = _out(args), pick_device(args.device)
-    samples, reference = open_images(args.source), Reference(args.reference, args.image_size)
+    samples, reference = open_images(args.source), Reference(args.reference, args.image_size, **_reading(args))
     check_comparable(samples, reference)
     inception = Inception(args.inception, device)
     result = evaluate_images(samples, reference, inception, batch=args.batch)
     figures = dataclasses.asdict(result)
     _save(out, figures)
     return Outcome(f"{result}\n{len(samples)} samples against {args.reference}; written to {out}", figures)
+
+
+def _reading(args: argparse.Namespace) -> dict[str, Any]:
+    """Return how a reference's images are read, as far as it was given."""
+    return {name: getattr(args, name) for name in ("bits", "max_skipped") if getattr(args, name) is not None}
 
 
 def _write_reference(args: argparse.Namespace) -> Outcome:
@@ -135,7 +145,7 @@ def _write_reference(args: argparse.Namespace) -> Outcome:
         reason = "exists: nothing is overwritten, so give a new name" if path.exists() else "must end in .npz"
         raise ConfigError(f"--write-reference {path} {reason}")
     device = pick_device(args.device)
-    images = open_images(args.source, args.image_size)
+    images = open_images(args.source, args.image_size, **_reading(args))
     inception = Inception(args.inception, device)
     path.parent.mkdir(parents=True, exist_ok=True)
     figures = write_reference(images, path, inception, batch=args.batch)

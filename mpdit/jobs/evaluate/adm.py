@@ -39,6 +39,7 @@ from mpdit.jobs.evaluate.statistics import (
     inception_score,
     precision_recall,
 )
+from mpdit.jobs.extract.sources import MOST_SKIPPED
 from mpdit.jobs.npz import NpzReader, disk, new_npz
 
 PAPERS_SAMPLES = 50_000
@@ -107,11 +108,13 @@ class Reference:
 
     Statistics stored in the npz are used as they are, and its images for precision and recall alone, as ADM does.
     Without any the images give the statistics too. Of a folder at most 10 000 images, evenly taken, go into precision
-    and recall; of an npz all do. `crop` as in `open_images`. DataError for a file that holds neither, or statistics of
+    and recall; of an npz all do. Options as in `open_images`. DataError for a file that holds neither, or statistics of
     other shapes.
     """
 
-    def __init__(self, path: str | Path, crop: int | None = None) -> None:
+    def __init__(
+        self, path: str | Path, crop: int | None = None, *, bits: int | None = None, max_skipped: int = MOST_SKIPPED
+    ) -> None:
         self.path = as_path(path)
         self._is_npz = self.path.is_file() and not is_archive(self.path)
         self._stored: dict[str, Gaussian] = {}
@@ -128,7 +131,7 @@ class Reference:
                     f"{self.path} holds neither statistics (mu and sigma) nor images (arr_0), only "
                     f"{', '.join(reader.keys) or 'nothing'}: give ADM's reference npz"
                 )
-        self.images = open_images(self.path, crop) if has_images else None
+        self.images = open_images(self.path, crop, bits=bits, max_skipped=max_skipped) if has_images else None
         count = len(self.images or ())
         self._kept = evenly(count, count if self._is_npz else REFERENCE_IMAGES)
         """Numbers of the images for precision and recall."""

@@ -22,7 +22,7 @@ from mpdit.core.files import as_path
 from mpdit.core.progress import bar
 from mpdit.core.read_ahead import read_ahead
 from mpdit.core.text import counted
-from mpdit.jobs.extract.archives import ARCHIVES
+from mpdit.jobs.extract.archives import ARCHIVES, archive_kind, zip_members
 from mpdit.jobs.extract.decode import FACTS, decode_ahead, examine_image
 from mpdit.jobs.extract.sources import HIDDEN, MOST_SKIPPED, BrokenImage, ImageIndex, is_lost, list_images, summary
 from mpdit.jobs.npz import NpzReader
@@ -51,7 +51,7 @@ class ImageSet:
     batches: Callable[[int], Iterator[NDArray[np.uint8]]]
     """Yields uint8 RGB [n, H, W, 3] in order, so many images at a time, read ahead in threads.
 
-    Broken images are left out and added to `broken`. DataError when more than MOST_SKIPPED or all are.
+    Broken images are left out and added to `broken`. DataError when too many or all are.
     """
     cropped: bool = False
     """Whether they are cropped to that size on reading."""
@@ -77,17 +77,19 @@ class ImageSet:
         return notes
 
 
-def open_images(path: str | Path, crop: int | None = None) -> ImageSet:
+def open_images(
+    path: str | Path, crop: int | None = None, *, bits: int | None = None, max_skipped: int = MOST_SKIPPED
+) -> ImageSet:
     """Open an npz, a folder that `mpdit sample` wrote, or images wherever `mpdit extract` finds them (list_images).
 
-    They are decoded as for `mpdit extract`. With `crop` files are cropped to squares of that side; without, they must
-    be of one size. Broken ones are left out and told, as many as `mpdit extract` leaves out by default. DataError when
+    They are decoded as for `mpdit extract`, with its `bits`. With `crop` files are cropped to squares of that side;
+    without, they must be of one size. Broken ones, `max_skipped` at most, are left out and told. DataError when
     there are none, too many are broken, sizes differ, or they aren't as many as their protocol says; every file's
     header is read before that is said.
     """
     path = as_path(path)
     file = path if path.is_file() and not is_archive(path) else path / "samples.npz"
-    images = _open_npz(path, file, crop) if file.is_file() else _open_files(path, crop)
+    images = _open_npz(path, file, crop) if file.is_file() else _open_files(path, crop, bits, max_skipped)
     wanted = (images.protocol or {}).get("images")
     if isinstance(wanted, int) and wanted != images.count:
         raise DataError(
@@ -98,8 +100,15 @@ def open_images(path: str | Path, crop: int | None = None) -> ImageSet:
 
 
 def is_archive(path: Path) -> bool:
-    """Return whether a file is a tar or zip, or another archive, by its name; an npz isn't called one."""
-    return path.name.lower().endswith(ARCHIVES)
+    """Return whether a file is a tar or zip, or another archive, by its name or contents; an npz isn't called one."""
+    if path.name.lower().endswith(ARCHIVES):
+        return True
+    try:
+        with open(path, "rb") as file:
+            kind = archive_kind(path, file)
+        return kind == "tar" or not any(member.name.endswith(".npy") for member in zip_members(path))
+    except (DataError, OSError):  # neither, or damaged, which reading it as an npz tells
+        return False
 
 
 def _open_npz(path: Path, file: Path, crop: int | None) -> ImageSet:
@@ -132,7 +141,7 @@ def _open_npz(path: Path, file: Path, crop: int | None) -> ImageSet:
     return ImageSet(path, shape[0], (shape[1], shape[2]), protocol, batches)
 
 
-def _open_files(path: Path, crop: int | None) -> ImageSet:
+def _open_files(path: Path, crop: int | None, bits: int | None, max_skipped: int) -> ImageSet:
     protocol = _protocol_beside(path)
     if protocol is None and (path / _UNFINISHED).is_dir():
         raise DataError(f"{path} holds unfinished samples: repeat the `mpdit sample` command that draws them")
@@ -144,15 +153,15 @@ def _open_files(path: Path, crop: int | None) -> ImageSet:
 
     def leave_out(number: int, why: str) -> None:
         broken[images.names[number]] = why
-        if len(broken) > MOST_SKIPPED or len(broken) == len(images):
+        if len(broken) > max_skipped or len(broken) == len(images):
             raise DataError(
                 f"{len(broken)} of {counted(len(images), 'image')} in {path} can't be used ({_first(broken)}): replace "
-                f"or delete them, {MOST_SKIPPED} at most are left out"
+                f"or delete them, {max_skipped} at most are left out (of a reference --max-skipped N says how many)"
             )
 
     sizes: dict[int, tuple[int, int]] = {}
     with bar("checking images", len(images)) as progress, ThreadPoolExecutor(_workers()) as pool:
-        headers = (functools.partial(_read_size, images, number) for number in range(len(images)))
+        headers = (functools.partial(_read_size, images, number, bits) for number in range(len(images)))
         for number, found in enumerate(read_ahead(pool, headers, 1000)):
             if isinstance(found, str):
                 leave_out(number, found)
@@ -173,7 +182,7 @@ def _open_files(path: Path, crop: int | None) -> ImageSet:
     def batches(count: int) -> Iterator[NDArray[np.uint8]]:
         facts.clear()
         numbers = [number for number in sizes if images.names[number] not in broken]
-        results = decode_ahead(images, numbers, size=crop, bits=None, workers=_workers(), ahead=_AHEAD * count)
+        results = decode_ahead(images, numbers, size=crop, bits=bits, workers=_workers(), ahead=_AHEAD * count)
         held = []
         with contextlib.closing(results) as decoded:
             for number, (result, _) in zip(numbers, decoded, strict=True):
@@ -193,13 +202,13 @@ def _open_files(path: Path, crop: int | None) -> ImageSet:
     return ImageSet(path, len(images), size, protocol, batches, crop is not None, remarks, broken, facts)
 
 
-def _read_size(images: ImageIndex, number: int) -> tuple[int, int] | str:
+def _read_size(images: ImageIndex, number: int, bits: int | None) -> tuple[int, int] | str:
     """Return height and width of an image, by its header; or why it is broken, as extraction says it."""
     # PIL raises what it likes for foreign bytes: OSError, SyntaxError, ...
     with contextlib.suppress(Exception), images.open(number) as file, Image.open(file) as image:
         return image.height, image.width
     try:
-        height, width, _ = examine_image(images.read(number), None).pixels.shape
+        height, width, _ = examine_image(images.read(number), None, bits).pixels.shape
     except BrokenImage as error:
         return str(error)
     return height, width

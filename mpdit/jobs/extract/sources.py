@@ -48,6 +48,7 @@ _NOT_DECODED = {
     "EPS",
     "MPEG",
 }  # Pillow hands EPS to Ghostscript, a program that runs what is in it; of MPEG it has the size
+_UNREAD_FIELDS = ("class", "class_id", "class_index", "class_idx", "label_id", "category", "category_id", "target", "y")
 _LABEL_SUFFIXES = (".cls", ".json")  # of webdataset's files that may hold the label of the image of the same key
 _SYSTEMS = {
     "__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information", "thumbs.db",
@@ -70,6 +71,7 @@ HIDDEN = "hidden or the system's"
 _NO_IMAGE = "is no image by its name"
 _ARCHIVE = "is an archive in a folder or another, not looked into"
 _BESIDE = "lies beside the archives"
+_OF_KEY = "lies beside the image of its key"
 _LINKED = "is a link to a folder, whose images aren't taken again"
 
 _PLACE = np.dtype([("container", np.int64), ("offset", np.int64), ("size", np.int64), ("crc", np.int64)])
@@ -205,10 +207,12 @@ def list_images(path: str | Path, classes: ClassMode | None = "auto") -> ImageIn
     It is a folder tree, whose links are followed; a .tar or .zip; a folder of those; or FILE.zip/FOLDER, what lies in a
     folder of an archive. Tars in a tar count as folders. Images are known by suffixes that Pillow decodes here. What an
     image's class is says `classify`: labels beside it (webdataset's KEY.cls and KEY.json, EDM's dataset.json), else the
-    folders it lies in, else the archive. For None all are of one class, in the order of their paths' parts.
+    folders it lies in, else the archive. For None all that "auto" takes are of one class, in the order of their paths'
+    parts; where it would refuse the classes, all images are.
 
-    Labels are read for "auto" and "label" only; of several images of a labelled key KEY.jpg is taken, and KEY.seg.png
-    ignored. Of several members of one name the last is taken, as unpacking has it; links in archives lead to members.
+    Labels are read for None, "auto" and "label" only; of several images of a labelled key KEY.jpg is taken, and
+    KEY.seg.png ignored. Of several members of one name the last is taken, as unpacking has it; links in archives lead
+    to members.
     Hidden and other files are counted in the result, and images left out are told in its notes. Raises DataError when
     there are no images or no classes, it isn't clear which, only some images have one, a class folder is empty, or an
     archive is damaged, cut short, compressed as a whole, or holds what can't be read.
@@ -218,7 +222,7 @@ def list_images(path: str | Path, classes: ClassMode | None = "auto") -> ImageIn
     for parent in [] if path.exists() else path.parents:
         if parent.is_file():
             top, inside = parent, f"{path.relative_to(parent).as_posix()}/"
-    listing = _Listing(classes in ("auto", "label"), inside)
+    listing = _Listing(classes in (None, "auto", "label"), inside, classes is None)
     with tqdm(desc="listing images", unit="img", disable=None, file=sys.stderr, leave=False) as listing.progress:
         try:
             if top.is_dir():
@@ -272,10 +276,10 @@ def _is_stub(format: str) -> bool:
 class _Listing(FoundImages):
     """Collects images and what their classes may be."""
 
-    def __init__(self, reads_labels: bool, inside: str = "") -> None:
+    def __init__(self, reads_labels: bool, inside: str = "", allows_no_classes: bool = False) -> None:
         super().__init__()
         self.progress: Any = None
-        self._reads_labels = reads_labels
+        self._reads_labels, self._allows_no_classes, self._no_classes = reads_labels, allows_no_classes, False
         self.inside = inside
         self._containers: list[Container] = []
         self._places = array("q")
@@ -293,9 +297,18 @@ class _Listing(FoundImages):
             class_names, labels = classify(path, self, classes or "one")
         except DataError as error:
             raise DataError(f"{error}; {told}" if (told := self._told_lost(path)) else str(error)) from None
+        if classes is None:
+            kept = [*self.notes]
+            try:
+                if self._no_classes:
+                    raise DataError("labels that can't be used")
+                labels = classify(path, self, "auto")[1]
+            except DataError:  # then extraction would be told to take them otherwise: all are taken
+                self.ignored = [each for each in self.ignored if each[1] != _OF_KEY]
+            self.notes = kept
         self.ignored += hidden
         if classes is None:
-            order = sorted(range(len(self.names)), key=lambda i: self.names[i].split("/"))
+            order = sorted(np.flatnonzero(labels >= 0).tolist(), key=lambda i: self.names[i].split("/"))
         else:
             numbers, offsets = labels.tolist(), places["offset"].tolist()
             order = sorted(np.flatnonzero(labels >= 0).tolist(), key=lambda i: (numbers[i], self.names[i], offsets[i]))
@@ -402,6 +415,7 @@ class _Listing(FoundImages):
         links: dict[str, str] = {}
         others: dict[str, Member] = {}
         guessed: list[str] = []
+        unread: list[str] = []
         for member in members:
             name = member.name if container.kind == "folder" else clean_name(member.name)
             whole = f"{prefix}{name}/"
@@ -429,7 +443,7 @@ class _Listing(FoundImages):
                     if name.rpartition("/")[2] == LABELS_NAME:
                         datasets[name] = member
                     elif 0 <= member.size <= _MOST_LABEL_BYTES and _read_label(
-                        read, member, name, f"{container.path}: {prefix}{name}", labels
+                        read, member, name, f"{container.path}: {prefix}{name}", labels, unread
                     ):
                         continue
                 others[name] = member
@@ -441,12 +455,38 @@ class _Listing(FoundImages):
         self._resolve(first, prefix, links, others)
         self._drop_replaced(first)
         for name, member in datasets.items():
-            folder = f"{prefix}{name.removesuffix(LABELS_NAME)}"
-            if all(image.startswith(folder) for image in self.names[first:]):
-                self._read_dataset_json(functools.partial(read, member), f"{container.path}/{name}", folder)
+            folder, where = f"{prefix}{name.removesuffix(LABELS_NAME)}", f"{container.path}/{name}"
+            outside = next((image for image in self.names[first:] if not image.startswith(folder)), None)
+            try:
+                pairs = _read_dataset_json(functools.partial(read, member), where)
+            except DataError:
+                if outside is None and not self._allows_no_classes:
+                    raise
+                self._no_classes |= outside is None
+                continue
+            if outside is None:
+                self.dataset_labels |= {folder + image: label for image, label in (pairs or {}).items()}
+                self.unlabelled |= pairs is None
                 del others[name]
+            elif pairs and not self._allows_no_classes:
+                self.notes.append(
+                    f"the labels in {where} are not used, as images lie outside its folder ({outside}, ...): give that "
+                    "folder, or move them"
+                )
         self.ignored += [(prefix + name, _ARCHIVE if name.lower().endswith(ARCHIVES) else _NO_IMAGE) for name in others]
-        self._apply_labels(container.path, first, prefix, labels)
+        if unread and not labels and not self._allows_no_classes:
+            stems = {image.removeprefix(prefix).rpartition(".")[0] for image in self.names[first:]}
+            if found := [f"{key}.json" for key in unread if key in stems]:
+                self.notes.append(
+                    f"the numbers in {len(found)} .json files of {container.path} ({some(found, 1)}) are not read as "
+                    'labels: name them "label", if they are'
+                )
+        try:
+            self._apply_labels(container.path, first, prefix, labels)
+        except DataError:
+            if not self._allows_no_classes:
+                raise
+            self._no_classes = True
 
     def _add_image(self, name: str, member: Member) -> None:
         # Classes go by a name's folders also where Windows' separators have come into names of a tree.
@@ -536,22 +576,24 @@ class _Listing(FoundImages):
             for index in images:
                 self.labels[index] = label if index == meant[0] else IGNORED
                 if index != meant[0]:
-                    self.ignored.append((self.names[index], "lies beside the image of its key"))
-
-    def _read_dataset_json(self, read: Callable[[], bytes], where: str, folder: str) -> None:
-        """Note the label of each name below a folder; null where there are none, as of EDM's unlabelled sets."""
-        try:
-            pairs = json.loads(read())["labels"]
-            self.dataset_labels |= {folder + name: label for name, label in dict(pairs or ()).items()}
-            self.unlabelled |= pairs is None
-        except (ValueError, TypeError, KeyError, RecursionError, BrokenImage) as error:
-            raise DataError(
-                f'{where} is no list of labels ({error}): it must hold {{"labels": [["folder/image.png", 5], ...]}}, '
-                "unless other classes are chosen than its"
-            ) from error
+                    self.ignored.append((self.names[index], _OF_KEY))
 
 
-def _read_label(read: Callable[[Member], bytes], member: Member, name: str, shown: str, labels: _Labels) -> bool:
+def _read_dataset_json(read: Callable[[], bytes], where: str) -> dict[str, Any] | None:
+    """Return the label of each name below its folder; None where it says null, as of EDM's unlabelled sets."""
+    try:
+        pairs = json.loads(read())["labels"]
+        return None if pairs is None else dict(pairs)
+    except (ValueError, TypeError, KeyError, RecursionError, BrokenImage) as error:
+        raise DataError(
+            f'{where} is no list of labels ({error}): it must hold {{"labels": [["folder/image.png", 5], ...]}}, '
+            "unless other classes are chosen than its"
+        ) from error
+
+
+def _read_label(
+    read: Callable[[Member], bytes], member: Member, name: str, shown: str, labels: _Labels, unread: list[str]
+) -> bool:
     """Note the label that webdataset's KEY.cls or KEY.json holds, or what is wrong with it; return whether it does.
 
     Whether it is wrong matters only if there is an image of that key.
@@ -563,6 +605,8 @@ def _read_label(read: Callable[[Member], bytes], member: Member, name: str, show
         document = {"cls": int(text.decode(json.detect_encoding(text)))} if is_class else json.loads(text)
         value = document.get("label", document.get("cls")) if isinstance(document, dict) else None
         if value is None:
+            if isinstance(document, dict) and any(type(document.get(field)) is int for field in _UNREAD_FIELDS):
+                unread.append(key)
             return False
         label: int | DataError = as_label(value)
     except (ValueError, RecursionError, OSError, BrokenImage) as error:
