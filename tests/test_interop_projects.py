@@ -164,13 +164,155 @@ def test_what_is_given_goes_before_what_is_assumed_but_not_before_what_is_said(
 
 def test_arguments_that_speak_for_two_projects_are_refused(tmp_path: Path, state: dict[str, Tensor]) -> None:
     content = {"ema": state, "args": said(path_type="linear", prediction="velocity")}
-    with pytest.raises(
-        CheckpointError, match=r"its path_type 'linear' is REPA's, its prediction 'velocity' is SiT's: g"
-    ):
-        read(tmp_path, content)
+    for enc_type in (None, "dinov2-vit-b"):  # one that is REPA's alone says no more of t
+        content["args"] = said(path_type="linear", prediction="velocity", enc_type=enc_type)
+        with pytest.raises(CheckpointError, match=r" is REPA's, its prediction 'velocity' is SiT's: give --convention"):
+            read(tmp_path, content)
     assert read(tmp_path, content, convention="sit")[0].config.convention == "sit"
-    content["args"] = said(path_type="linear", prediction="velocity", enc_type="dinov2-vit-b")
-    assert read(tmp_path, content)[1]["training"]["official"] == "REPA"
+    content["args"] = said(path_type="Linear", prediction="velocity", proj_coeff=0.5)
+    with pytest.raises(CheckpointError, match=r"its proj_coeff 0\.5 is REPA's, its path_type 'Linear' is SiT's"):
+        read(tmp_path, content)
+    content["args"] = said(model="DiT-B/2", num_heads=2, objective="flow_matching")
+    with pytest.raises(CheckpointError, match="its objective 'flow_matching' is not what DiT predicts: give --conv"):
+        read(tmp_path, content)
+    assert "objective" not in read(tmp_path, content, convention="mpdit")[1]["training"]
+
+
+OBJECTIVES = {
+    "objective": ("x0", "data"),
+    "pred_type": ("epsilon", "noise"),
+    "model_mean_type": ("ModelMeanType.START_X", "data"),
+    "parameterization": ("eps", "noise"),
+    "target": ("score", "score"),
+    "predict_xstart": (True, "data"),
+    "loss_type": ("ddpm", "a velocity on the ddpm path"),
+    "interpolant": ("VP", "a velocity on the VP path"),
+    "noise_schedule": ("linear", "a velocity on the linear path"),
+    "training_objective": ("consistency", "consistency"),
+    "prediction_type": ("v_prediction", "v_prediction"),
+    "interpolant_type": ("ot", None),
+    "pred": ("velocity", None),
+    "lr_schedule": ("cosine", None),
+    "sampling_method": ("ddpm", None),
+    "exp_name": ("vp", None),
+    "loss": ("l2", None),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_is_read_by_whatever_name(tmp_path: Path, state: dict[str, Tensor], name: str) -> None:
+    word, objective = OBJECTIVES[name]
+    for beside in ({"args": said(**{name: word})}, {"model_args": vars(said()), "cfg": {"flow": {name: word}}}):
+        training = read(tmp_path, {"ema": state} | beside)[1]["training"]
+        assert (training["official"], training.get("objective")) == ("SiT", objective)
+    sure = word not in ("consistency", "v_prediction")  # what no table says, --convention may
+    training = read(tmp_path, {"ema": state} | beside, convention="sit")[1]["training"]
+    assert training.get("objective") == (objective if sure else None)
+
+
+def test_objectives_that_contradict_one_another_are_refused(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    for fields, message in (
+        ({"prediction": "velocity", "pred": "x"}, "its prediction 'velocity' against its pred 'x': give --convention"),
+        ({"path_type": "Linear", "interpolant": "GVP"}, "its path_type 'Linear' against its interpolant 'GVP'"),
+        ({"path_type": "Linear", "x": {"path_type": "VP"}}, r"its path_type is 'Linear' \(args\.path_type\) and 'VP'"),
+    ):
+        content = {"ema": state, "args": said(**fields)}
+        with pytest.raises(CheckpointError, match=message):
+            read(tmp_path, content)
+        assert "objective" not in read(tmp_path, content, convention="sit")[1]["training"]
+
+
+def test_what_is_said_of_another_part_is_not_read(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    parts = {"encoder": {"num_heads": 12, "num_classes": 3}, "teacher_config": {"num_heads": 8}}
+    for config in (
+        {"model": {"model_type": "SiT-XL/2", "num_heads": 2}, "data": {"num_classes": 6}, **parts},
+        {"model": "SiT-XL/2", "num_heads": "2", "num-classes": 6, **parts},
+        {"net": {"denoiser": {"model/num_heads": 2, **parts}}, "model.model_type": "SiT-XL/2"},
+    ):
+        loaded, metadata = read(tmp_path, {"state_dict": state, "hyper_parameters": config})
+        assert (loaded.config.heads, loaded.config.num_classes, loaded.config.convention) == (2, 6, "sit")
+        told = " ".join(metadata["training"]["notes"])
+        assert "not read, and may matter: hyper_parameters." in told and "encoder.num_heads" in told
+    both = {"ema": state, "config": {"num_heads": 2, "model": {"num_heads": 4}, "data": {"vae": "ema"}, "vae": "mse"}}
+    with pytest.raises(CheckpointError, match=r"num_heads is 2 \(config\.num_heads\) and 4 \(config\.model\."):
+        read(tmp_path, both)
+    loaded, metadata = read(tmp_path, both, 4)
+    assert loaded.config.heads == 4
+    assert any(
+        note.startswith("its vae is 'ema' (config.data.vae) and 'mse'") for note in metadata["training"]["notes"]
+    )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *[
+            {"use_rope": True},
+            {"qk_norm": True},
+            {"num_registers": 1},
+            {"mlp_type": "SwiGLU"},
+            {"norm_layer": "RMSNorm"},
+        ],
+        *[{"pos_embed": "learned"}, {"time_scale": 1000.0}, {"window_size": 7}, {"attn": {"use_qk-norm": 1}}],
+    ],
+)
+def test_what_tensors_need_not_show_is_refused_by_its_argument(
+    tmp_path: Path, state: dict[str, Tensor], fields: dict[str, Any]
+) -> None:
+    config = {"model": vars(said()), "network": fields} if "attn" not in fields else vars(said()) | fields["attn"]
+    name = next(iter(fields.get("attn", fields))).replace("-", "_")
+    with pytest.raises(CheckpointError, match=rf"its {name} is .*: no model with that is read, whatever its tensors"):
+        read(tmp_path, {"ema": state, "config": config})
+
+
+def test_arguments_without_a_meaning_here_are_listed_once(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    off = {
+        "use_rope": False,
+        "qk_norm": "none",
+        "time_scale": 1,
+        "exp_name": "rope",
+        "swiglu": 0,
+    }
+    plain = {"lr": 1e-4, "fused_attn": True, "global_batch_size": 256, "results_dir": "x", "loss_weight": None}
+    notes = read(tmp_path, {"ema": state, "args": said(**REPA | off | plain)})[1]["training"]["notes"]
+    assert not any("not read" in note for note in notes)
+    odd = {f"fancy_{letter}": 1 for letter in "abcdefgh"}
+    notes = read(tmp_path, {"ema": state, "args": said(**odd)})[1]["training"]["notes"]
+    assert "of its arguments these were not read, and may matter: fancy_a, fancy_b, fancy_c, fancy_d, " in " ".join(
+        notes
+    )
+    assert [note.endswith("fancy_f and 2 more") for note in notes].count(True) == 1
+
+
+def test_the_vae_is_the_one_that_the_file_names(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    def data(**fields: Any) -> tuple[dict[str, Any], str]:
+        metadata = read(tmp_path, {"ema": state, "args": said(**fields)})[1]
+        return metadata.get("data", {}), " ".join(metadata["training"]["notes"])
+
+    for name in ("stabilityai/sd-vae-ft-mse", "mse", "/models/sd-vae-ft-mse/", {"name": "stabilityai/sd-vae-ft-mse"}):
+        assert data(vae=name)[0]["decoder"]["vae"] == "stabilityai/sd-vae-ft-mse"
+    found, told = data(vae="stabilityai/sdxl-vae")
+    assert not found and "its vae is 'stabilityai/sdxl-vae', not SiT's sd-vae-ft-ema" in told and "0.13025" in told
+    found, told = data(vae={"path": "x/sd3", "scaling_factor": 0.5, "shift_factor": 0.25})
+    assert found["normalization"] == {"mean": [0.25] * 4, "std": [2.0] * 4} and "its latents are those of x/sd3" in told
+
+
+def test_single_numbers_of_a_model_are_not_dropped(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    with pytest.raises(CheckpointError, match=r"tensors no official model has: blocks\.0\.alpha"):
+        read(tmp_path, {"ema": state | {"blocks.0.alpha": torch.tensor(0.3)}, "args": said()})
+
+
+def test_averages_and_what_lies_beside(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    bias = "final_layer.linear.bias"
+    other = state | {bias: state[bias] + 1}
+    for raw, average in (("model_no_ema", "weights_avg"), ("net_non_ema", "averaged_model"), ("model", "swa_model")):
+        for which, expected in (("ema", state), ("model", other)):
+            found, metadata = read(tmp_path, {raw: other, average: state, "args": said()}, which=which)
+            assert torch.equal(found.final.bias, expected[bias]) and metadata["training"]["weights"] == which
+    lora = {"blocks.0.attn.qkv.lora_A": torch.ones(2, 2)}
+    content = {"model": state, "lora": lora, "optimizer": {"m": torch.ones(2)}, "args": said()}
+    notes = read(tmp_path, content, which="model")[1]["training"]["notes"]
+    assert "of its tensors those under model are read; left out: lora" in notes
 
 
 def test_odd_arguments_are_passed_over(tmp_path: Path, state: dict[str, Tensor]) -> None:
@@ -245,6 +387,8 @@ def test_what_the_table_leaves_open_is_asked(tmp_path: Path, state: dict[str, Te
         *[({"class_dropout_prob": 0.0}, 0.0), ({"class_dropout_prob": 0.2}, 0.2), ({"cfg_prob": 0.1} | REPA, 0.1)],
         # REPA's model drops a tenth of the classes even then.
         *[({"cfg_prob": 0.0} | REPA, None), ({}, None)],
+        *[({"label_dropout": 0.0}, 0.0), ({"uncond_prob": 0.0}, 0.0), ({"network": {"cond_drop_prob": 0.15}}, 0.15)],
+        *[({"p_uncond": 0.2, "class_dropout": 0.1}, None), ({"label_dropout_rate": 0}, 0.0)],
     ],
 )
 def test_dropped_classes_are_kept_on_record(

@@ -22,10 +22,10 @@ from torch import Tensor
 from mpdit.core.errors import CheckpointError, first_line
 from mpdit.core.files import as_path, new_file
 from mpdit.core.text import counted
-from mpdit.data.normalization import PAPER
+from mpdit.data.normalization import KNOWN_SCALES, PAPER
 from mpdit.data.readers.npy import SD_SCALE
 from mpdit.interop.diffusers_folder import from_pipeline
-from mpdit.interop.projects import Project, find_model, identify, model_name
+from mpdit.interop.projects import Project, check_arguments, find_model, identify, model_name
 from mpdit.interop.source import is_our_pipeline, load_source
 from mpdit.interop.state_dict import (
     CLASS_TABLE,
@@ -61,6 +61,8 @@ _ASSUMED = (
 )
 _NEVER_ZERO = re.compile(r".*blocks.*\.\d+\.(attn\.qkv|mlp\.fc1)\.weight")
 """Matches weights that no model begins as zeros; downloads that were cut short may leave them so."""
+_PUBLISHED = re.compile(r"(?:.*sd-vae-ft-)?(ema|mse)(?:-original|\.\w+|/)?")
+"""Matches the VAEs of Stable Diffusion that the projects train with."""
 _NAME = re.compile(r"(?:MPDiT|MPDiTv2|LightningDiT|DiT|SiT)-(S|B|L|XL)(?:/(\w+))?")
 
 
@@ -127,7 +129,11 @@ def read_official(
     said = found.arguments
     try:
         if identity.against and not convention:
-            raise CheckpointError(f"{identity.known_by} is {identity.project.name}'s, {identity.against}: {_SAY}")
+            raise CheckpointError(f"{identity.against}: {_SAY}")
+        for name, given in (("num_heads", num_heads), ("num_classes", num_classes)):
+            if name in found.disputed and not given:
+                raise CheckpointError(f"its {name} is {found.disputed[name]}: give --{name.replace('_', '-')}")
+        unread = check_arguments(found, identity.project)
         tensors = as_official(found.tensors, identity.project, said)
         if "mpdit" in checkpoint:
             config, metadata = parse_description(checkpoint["mpdit"], 'the entry "mpdit"')
@@ -149,12 +155,16 @@ def read_official(
     notes = [
         _ASSUMED if assumed else identity.describe(convention, objective),
         *([f"its latents are those of {vae}"] if (vae := data.get("decoder", {}).get("vae")) else []),
+        *_doubts_of_vae(said, identity.project, data),
         *([about_classes] if about_classes else []),
         *([f"left out, as sampling doesn't need them: {', '.join(left_out)}"] if left_out else []),
+        *unread,
         *found.notes,
         *_doubts(config, num_heads, _stated_heads(said), tensors),
     ]
-    training: dict[str, Any] = {"official": identity.project.name, "weights": found.weights, "step": found.step}
+    # A bare file's convention, where given, shows whose figures it may repeat.
+    origin = identity.project.name if identity.known_by or not convention else {"sit": "SiT"}.get(convention)
+    training: dict[str, Any] = {"official": origin, "weights": found.weights, "step": found.step}
     training |= {"objective": objective, "class_dropout": dropout, "notes": notes}
     training = {name: value for name, value in training.items() if value is not None}
     return model, ({"data": data} if data else {}) | {"training": training}
@@ -186,13 +196,22 @@ def _check_named(name: str, config: ModelConfig) -> None:
         raise CheckpointError(f"it names a {name}, of {blocks[0]} blocks, and holds {blocks[1]}: the file is not whole")
 
 
+_DROPPED = re.compile(
+    r"(class(es)?|labels?|cond(ition(ing)?)?|y|cfg|caption)_?drop\w*|drop_?(class|label|cond|y)\w*|"
+    r"(p|prob)_?(uncond|null)\w*|(uncond\w*|null|cfg)_(p|prob\w*|rate|ratio)"
+)
+"""Names of arguments that say how often the class was dropped."""
+
+
 def _class_dropout(said: Mapping[str, Any]) -> float | None:
-    for name in ("class_dropout_prob", "class_dropout", "cfg_prob"):
-        value = said.get(name)
+    """Return how often classes were dropped, where the arguments say it, and all the same."""
+    found = {
+        float(value)
+        for name, value in said.items()
         # REPA's model drops a tenth whatever its --cfg-prob says: 0 there does not mean that no class was dropped.
-        if isinstance(value, int | float) and not isinstance(value, bool) and (value or name != "cfg_prob"):
-            return float(value)
-    return None
+        if _DROPPED.fullmatch(name) and type(value) in (int, float) and (value or name != "cfg_prob") and 0 <= value < 1
+    }
+    return found.pop() if len(found) == 1 else None
 
 
 def save_official(
@@ -316,7 +335,9 @@ def _data(
     config: ModelConfig, project: Project, said: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """Return the "data" of models as their project trains them; none where its latents' constants aren't known."""
-    mean, std = [0.0] * config.channels, [1 / SD_SCALE] * config.channels
+    scale = _number(said, "scaling_factor", "vae.scaling_factor", "vae.scale_factor")
+    shift = _number(said, "shift_factor", "vae.shift_factor")
+    mean, std = [shift or 0.0] * config.channels, [1 / (scale or SD_SCALE)] * config.channels
     running = [tensors.get(f"bn.running_{name}") for name in ("mean", "var")]
     multiplier = said.get("latent_multiplier", SD_SCALE)
     if project.latents == "paper":
@@ -327,17 +348,42 @@ def _data(
         std = [1 / multiplier] * config.channels
     elif project.latents != "scaled":
         return {}
-    if len(mean) != config.channels or (project.latents == "scaled" and config.channels != len(PAPER.mean)):
+    vae = _vae(said)
+    another = vae and project.vae and not _PUBLISHED.fullmatch(vae)
+    if len(mean) != config.channels or (
+        project.latents == "scaled" and config.channels != len(PAPER.mean) and not scale
+    ):
         return {}
-    named = re.search(r"f(\d+)d\d+", f"{said.get('vae')} {said.get('model_name')}")  # as REPA-E and LightningDiT do
+    if another and not (scale and project.latents == "scaled"):  # a project's constants are its own VAE's
+        return {}
+    named = re.search(r"f(\d+)d\d+", f"{vae} {said.get('model_name')}")  # as REPA-E and LightningDiT do
     factor = int(named[1]) if named else VAE_FACTOR
     size = config.input_size * factor
-    vae = said.get("vae") if said.get("vae") in ("ema", "mse") else project.vae
     decoder = {"kind": DECODER_KIND, "factor": factor, "range": list(SIGNED)}
-    if vae and project.vae:
-        decoder["vae"] = f"stabilityai/sd-vae-ft-{vae}"
+    if project.vae:
+        published = _PUBLISHED.fullmatch(vae or project.vae)
+        decoder["vae"] = f"stabilityai/sd-vae-ft-{published[1]}" if published else vae
     return {
         "kind": f"imagenet{size}" if config.num_classes == 1000 else "latents",
         "normalization": {"mean": mean, "std": std},
         "decoder": decoder,
     }
+
+
+def _vae(said: Mapping[str, Any]) -> str | None:
+    """Return the VAE that the arguments name, if any."""
+    names = ("vae", *(f"vae.{name}" for name in ("model_name", "name", "pretrained_model_name_or_path", "path", "vae")))
+    return next((value for value in map(said.get, names) if isinstance(value, str)), None)
+
+
+def _number(said: Mapping[str, Any], *names: str) -> float | None:
+    return next((value for value in map(said.get, names) if type(value) is float and value), None)
+
+
+def _doubts_of_vae(said: Mapping[str, Any], project: Project, data: Mapping[str, Any]) -> Iterator[str]:
+    named = _vae(said)
+    if named and not data and project.vae and not _PUBLISHED.fullmatch(named):
+        yield (
+            f"its vae is {named!r}, not {project.name}'s sd-vae-ft-{project.vae}, and it doesn't say what latents were "
+            f"multiplied by: give `mpdit sample` --data-scale ({KNOWN_SCALES})"
+        )

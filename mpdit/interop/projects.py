@@ -6,7 +6,6 @@ whose it is and what showed it. What the models have in common, names and shapes
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from mpdit.core.errors import CheckpointError
+from mpdit.interop.arguments import objective_of, read_arguments, says_objective
 from mpdit.model.config import Convention
 
 
@@ -40,10 +40,20 @@ class Project:
     """Pattern of the beginning of its models' names."""
     extra: str = "(?!)"
     """Pattern of the beginning of tensors that training needs and sampling does not."""
+    others: frozenset[str] = frozenset()
+    """Arguments that sampling needn't know, beside those of `_KNOWN` and `_TRAINING`."""
 
 
 PROJECTS = (
-    Project("MPDiT", "quandao10/MPDiT", "mpdit", "paper", tensors=r"time_modulation\.", model="MPDiT"),
+    Project(
+        "MPDiT",
+        "quandao10/MPDiT",
+        "mpdit",
+        "paper",
+        tensors=r"time_modulation\.",
+        model="MPDiT",
+        others=frozenset({"p_mean", "p_std", "reweight", "time_emb", "num_condition_tokens", "skip_connection"}),
+    ),
     Project(
         "REPA-E",
         "End2End-Diffusion/REPA-E",
@@ -61,10 +71,25 @@ PROJECTS = (
         "scaled",
         vae="mse",
         tensors=r"projectors\.|decoder_blocks\.",
-        arguments={"enc_type": (), "proj_coeff": (), "encoder_depth": (), "path_type": ("linear", "cosine")},
+        arguments={
+            "enc_type": (),
+            "proj_coeff": (),
+            "encoder_depth": (),
+            "path_type": ("linear", "cosine"),
+            "prediction": ("v",),
+        },
         extra=r"projectors\.",
+        others=frozenset({"fused_attn", "legacy", "weighting"}),
     ),
-    Project("LightningDiT", "hustvl/LightningDiT", "sit", "own", vae=None, model="LightningDiT"),
+    Project(
+        "LightningDiT",
+        "hustvl/LightningDiT",
+        "sit",
+        "own",
+        vae=None,
+        model="LightningDiT",
+        others=frozenset({"use_lognorm", "downsample_ratio", "in_chans"}),
+    ),
     Project(
         "SiT",
         "willisma/SiT",
@@ -72,6 +97,7 @@ PROJECTS = (
         "scaled",
         arguments={"path_type": ("Linear", "GVP", "VP"), "prediction": ("velocity", "noise", "score")},
         model="SiT",
+        others=frozenset({"sample_eps", "train_eps"}),
     ),
     Project(
         "diffusers' DiT",
@@ -80,16 +106,50 @@ PROJECTS = (
         "scaled",
         predicts="noise",
         tensors=r"transformer_blocks\.",
+        others=frozenset(
+            {"attention_bias", "attention_head_dim", "attention_type", "norm_elementwise_affine", "norm_eps"}
+            | {"norm_num_groups", "out_channels", "num_layers", "upcast_attention"}
+        ),
     ),
     Project("DiT", "facebookresearch/DiT", "mpdit", "scaled", predicts="noise", model="DiT"),
 )
 """The first that a file shows is taken; one that shows none, a bare state dict of DiT's or SiT's, is the last's."""
 
-_ARGUMENTS = ("args", "config", "hyper_parameters", "hparams", "cfg")
 _STEPS = ("train_steps", "steps", "global_step", "step")
-_VELOCITY = ("v", "velocity")
+_KNOWN = frozenset(
+    {"model", "model_type", "num_heads", "num_attention_heads", "num_classes", "num_embeds_ada_norm", "latent_norm"}
+    | {"latent_multiplier", "vae", "scaling_factor", "shift_factor", "norm_type", "activation_fn", "sample_size"}
+    | {"image_size", "resolution", "latent_size", "input_size", "patch_size", "patch_sizes", "in_channels", "channels"}
+    | {"hidden_size", "depth", "depth_list", "mlp_ratio", "learn_sigma", "vae_rate", "z_dims", "projector_dim"}
+)
+"""Arguments that are read, or that shapes show."""
+_TRAINING = re.compile(
+    r"(.*_)?(lr|learning|batch|seed|epochs?|iters?|steps?|every|interval|num_workers|workers|\w*dir|paths?|folder|root|"
+    r"files?|log\w*|wandb|\w*name|tag|eval\w*|fid|samples?|sampling|sampler|cfg|guidance|ema|optim\w*|adam\w*|betas?|"
+    r"decay|warmup|grad\w*|clip\w*|precision|fp16|bf16|amp|tf32|device|gpus?|rank|world|dist|nodes?|compile|resume|"
+    r"ckpt|checkpoint\w*|save|debug|version|weight|weights|report|project|entity|cache|pin|shuffle|flip|crop|loss|"
+    r"p|prob|drop|dropout|eps|epsilon|time|port|url|max|min|total|amount)(_.*)?"
+)
+"""Names of what is about training or sampling alone."""
+_SWITCH = re.compile(
+    r"(^|.*_)(rope|rotary|qk_?norm|norm(alized?)?_?qk|swi_?glu|ge_?glu|rms_?norm|registers?|wo_shift|window_size|"
+    r"causal|cosine_att\w*|soft_?cap|logit_?(scale|cap)|self_?cond\w*|parallel_(blocks?|att\w*)|sandwich|post_norm|"
+    r"alibi|moe|experts|linear_att\w*|gated_att\w*|kv_heads|value_residual|mean_?flow|layer_?scale)(_.*|$)",
+    re.IGNORECASE,
+)
+"""Parts of a model that change what it computes, and that need not show in its tensors."""
+_SCALE = re.compile(r"(t|time|timesteps?)_(scale|factor|multiplier)")
+_LAYER = re.compile(r"(.*_)?(norm|act|activation|mlp|ffn|attn|attention|pos|embed|position\w*|block)(_.*)?")
+_LISTED = 6
+_OFF = ("", "none", "false", "no", "off")
 _WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _ANCHOR = re.compile(r"(|.*\.)(x_embedder|pos_embed)\.proj\.weight")
+_COUNTERS = re.compile(r"(.*\.)?num_batches_tracked|n_averaged|initted|decay|num_updates|(global_)?steps?|epoch")
+_OPTIMIZER = re.compile(
+    r"(opt|optim|optimi[sz]er|lr|sched|scaler|scheduler|grad|rng|amp|callbacks|loops)\w*", re.IGNORECASE
+)
+_AVERAGE = re.compile(r"(^|[._])(ema|avg|averaged?|swa|polyak|shadow)", re.IGNORECASE)
+_NO_AVERAGE = re.compile(r"(no|non|not|without)[._]?(ema|avg|averaged?|swa)", re.IGNORECASE)
 _ELSEWHERE = "only DiT, SiT, REPA, MPDiT and models of their shape are read"
 _OTHERS = (
     (r".*lora", "a LoRA", "merge it into its model where it was trained, and give that"),
@@ -122,6 +182,10 @@ class FoundModel:
     weights: str | None
     """"ema" or "model", where the checkpoint has both or says which; None for a state dict alone."""
     arguments: dict[str, Any]
+    disputed: dict[str, str]
+    """Arguments that are given twice and differently, and therefore not taken."""
+    elsewhere: tuple[str, ...]
+    """Arguments of other parts, which are not read."""
     step: int | None
     notes: tuple[str, ...]
 
@@ -138,7 +202,7 @@ class Identity:
     stated: bool
     """Whether the objective is the file's own statement."""
     against: str | None = None
-    """What speaks for another project as much, if anything does."""
+    """What it says that contradicts itself, if anything does."""
 
     def describe(self, convention: Convention | None, objective: str | None) -> str:
         """Say in a line what was concluded from what; convention is the one given, objective the one chosen."""
@@ -182,9 +246,12 @@ def find_model(checkpoint: Any, which: str, path: object) -> FoundModel:
     tensors: dict[str, Tensor] = {}
     beside = set()
     for place, name, value in held:
-        if place != entry or not isinstance(value, Tensor) or not value.ndim:  # counters, as an average's
+        if not isinstance(value, Tensor) or (not value.ndim and _COUNTERS.fullmatch(name)):
             continue
-        if not name.startswith(prefix):
+        if place != entry:
+            if not any(place == e and name.startswith(p) for e, p in found):
+                beside.add(place.partition(".")[0] or name.partition(".")[0])
+        elif not name.startswith(prefix):
             beside.add(name.partition(".")[0])
         elif not name.startswith(others):
             short = name.removeprefix(prefix)
@@ -193,52 +260,96 @@ def find_model(checkpoint: Any, which: str, path: object) -> FoundModel:
             tensors[short] = value
     _refuse_others(tensors, path)
     notes = []
-    if prefix and beside:
-        notes.append(f"of its tensors those under {prefix} are read; left out: {', '.join(sorted(beside))}")
+    beside = {name for name in beside if not _OPTIMIZER.fullmatch(name)}
+    if beside:
+        under = prefix or entry or "no prefix"
+        notes.append(f"of its tensors those under {under} are read; left out: {', '.join(sorted(beside))}")
     if weights is None and entry:
         notes.append(f"its weights are those of {entry}, which it doesn't call an average")
     step = next((checkpoint[name] for name in _STEPS if isinstance(checkpoint.get(name), int)), None)
-    arguments: dict[str, Any] = {}
-    for name in _ARGUMENTS:
-        arguments = dict(_fields(checkpoint.get(name))) | arguments
-    return FoundModel(tensors, weights, arguments, step, tuple(notes))
+    said = read_arguments(checkpoint)
+    return FoundModel(tensors, weights, said.values, said.disputed, said.elsewhere, step, tuple(notes))
 
 
 def identify(model: FoundModel) -> Identity:
-    """Say whose a model is, by the first row of `PROJECTS` that its tensors, its name or its arguments fit."""
+    """Say whose a model is, by the first row of `PROJECTS` that its tensors, its arguments or its name fit."""
     given, name = model.arguments, model_name(model.arguments)
     shown = []
     for project in PROJECTS:
         tensor = next((n for n in model.tensors if re.match(project.tensors, n)), None)
         own = [n for n, values in project.arguments.items() if n in given and (not values or given[n] in values)]
         if tensor:
-            shown.append((project, True, f"its tensor {tensor}"))
-        elif own:
-            certain = any(not project.arguments[n] for n in own)
-            shown.append((project, certain, f"its {own[0]} {given[own[0]]!r:.40}"))
-        elif re.match(project.model, name):
-            shown.append((project, True, f"its name {name}"))
-    if not shown:
-        return Identity(PROJECTS[-1], None, *_objective(PROJECTS[-1], given))
-    project, certain, known_by = shown[0]
-    against = next((f"{what} is {other.name}'s" for other, sure, what in shown[1:] if not sure and not certain), None)
-    return Identity(project, known_by, *_objective(project, given), against)
+            shown.append((project, f"its tensor {tensor}"))
+        shown += [(project, f"its {n} {given[n]!r:.40}") for n in own]
+        if not tensor and not own and re.match(project.model, name):
+            shown.append((project, f"its name {name}"))
+    project, known_by = shown[0] if shown else (PROJECTS[-1], None)
+    predicts, path, known = objective_of(given)
+    what, way = next(iter(predicts), project.predicts), next(iter(path), "")
+    if what == "velocity":
+        objective = f"a velocity on the {way} path" if way else None
+    else:
+        objective = f"{what} on the {way} path" if way else what
+    against = next(_contradictions(model, shown, predicts, path), None)
+    return Identity(project, known_by, objective, bool(predicts or path) and known and not against, against)
+
+
+def _contradictions(
+    model: FoundModel, shown: list[tuple[Project, str]], predicts: dict[str, str], path: dict[str, str]
+) -> Iterator[str]:
+    """Yield what in a file speaks against what else it says of t and of what is predicted."""
+    for name in filter(says_objective, model.disputed):
+        yield f"its {name} is {model.disputed[name]}"
+    for said in (predicts, path):
+        if len(said) > 1:
+            yield " against ".join(said.values())
+    for other, what in shown[1:]:
+        # Models called SiT or DiT are in many projects: their names count only where nothing else does.
+        common = what.startswith("its name") and other.model in ("SiT", "DiT")
+        if other.convention != shown[0][0].convention and not common:
+            yield f"{shown[0][1]} is {shown[0][0].name}'s, {what} is {other.name}'s"
+    project = shown[0][0] if shown else PROJECTS[-1]
+    if project.predicts != "velocity" and "velocity" in predicts:
+        yield f"{predicts['velocity']} is not what {project.name} predicts"
+
+
+def check_arguments(model: FoundModel, project: Project) -> list[str]:
+    """Refuse a model whose arguments switch on what isn't read here; return notes on those that weren't read.
+
+    A switch need not show in tensors, as rotary positions don't. Raises CheckpointError.
+    """
+    unread = [where for where in model.elsewhere if where.rpartition(".")[2] in _KNOWN - {"vae", "model"}]
+    for name, value in model.arguments.items():
+        if not value or str(value).lower() in _OFF or name.startswith("vae."):
+            continue
+        if _switches(name, value):
+            raise CheckpointError(
+                f"its {name} is {value!r:.40}: no model with that is read, whatever its tensors; {_ELSEWHERE}"
+            )
+        known = name in _KNOWN | project.others or any(name in other.arguments for other in PROJECTS)
+        if not (known or says_objective(name) or _TRAINING.fullmatch(name)):
+            unread.append(name)
+    both = [name for name in model.disputed if name in _KNOWN or "drop" in name or "uncond" in name]
+    notes = [f"its {name} is {model.disputed[name]}: neither is taken" for name in both]
+    if unread:
+        more = f" and {len(unread) - _LISTED} more" if len(unread) > _LISTED else ""
+        notes.append(f"of its arguments these were not read, and may matter: {', '.join(unread[:_LISTED])}{more}")
+    return notes
+
+
+def _switches(name: str, value: Any) -> bool:
+    """Tell whether an argument changes what a model computes: by its name, or by the kind of layer it names."""
+    if _SCALE.fullmatch(name):
+        return isinstance(value, bool) or value != 1
+    if _SWITCH.fullmatch(name) or not isinstance(value, str) or not _LAYER.fullmatch(name):
+        return bool(_SWITCH.fullmatch(name))
+    other_position = name.startswith("pos") and "sin" not in value.lower()
+    return not _TRAINING.fullmatch(name) and bool(other_position or _SWITCH.fullmatch(value.replace("-", "_")))
 
 
 def model_name(arguments: Mapping[str, Any]) -> str:
     """Return the name a model has in a project's own table, such as "SiT-XL/2"; "" without one."""
     return next((v for n in ("model", "model_type") if isinstance(v := arguments.get(n), str)), "")
-
-
-def _objective(project: Project, arguments: Mapping[str, Any]) -> tuple[str | None, bool]:
-    """Return what the model predicts, None for the velocity of a straight path, and whether its arguments say so."""
-    said, path = arguments.get("prediction"), arguments.get("path_type")
-    predicts = said.lower() if isinstance(said, str) else project.predicts
-    straight = not isinstance(path, str) or path.lower() == "linear"
-    if straight and predicts in _VELOCITY:
-        return None, isinstance(said, str)
-    what = "a velocity" if predicts in _VELOCITY else predicts
-    return what if straight else f"{what} on the {path} path", isinstance(said, str) or not straight
 
 
 def _leaves(held: Mapping[Any, Any], entry: str = "", depth: int = 3) -> Iterator[tuple[str, str, Any]]:
@@ -252,7 +363,7 @@ def _leaves(held: Mapping[Any, Any], entry: str = "", depth: int = 3) -> Iterato
 
 def _choose(found: list[tuple[str, str]], which: str, path: object) -> tuple[str, str, str | None]:
     """Return entry and prefix of the model asked for, and what its file calls it: "ema", "model" or None."""
-    named = [(e, p, "ema" if re.search(r"(^|[._])ema", f"{e}.{p}") else "model") for e, p in found]
+    named = [(e, p, "ema" if _AVERAGE.search(_NO_AVERAGE.sub("", f"{e}.{p}")) else "model") for e, p in found]
     asked = [model for model in named if model[2] == which]
     if len(asked) == 1:
         entry, prefix, label = asked[0]
@@ -270,13 +381,3 @@ def _refuse_others(names: Iterable[str], path: object) -> None:
     for pattern, what, remedy in _OTHERS:
         if name := next((name for name in names if re.match(pattern, name)), None):
             raise CheckpointError(f"{path} holds {what} ({name}), no model that is read here: {remedy}")
-
-
-def _fields(arguments: Any, depth: int = 3) -> Iterator[tuple[str, Any]]:
-    """Yield what the arguments of a script, or a nested configuration, call by which name."""
-    held = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
-    for name, value in held.items() if isinstance(held, Mapping) else ():
-        if isinstance(value, Mapping | argparse.Namespace):
-            yield from _fields(value, depth - 1) if depth else ()
-        elif value is None or isinstance(value, str | int | float):
-            yield str(name), value
