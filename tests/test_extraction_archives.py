@@ -302,3 +302,70 @@ def test_times_in_headers_of_gnu_tar_are_no_folders(tmp_path: Path) -> None:
             data[start + 148 : start + 156] = b"%06o\0 " % sum(data[start : start + BLOCK])
     images = list_images(_tar(tmp_path / "t.tar", bytes(data)))
     assert images.class_names == ("cat", "dog", "long" * 40) and images.ignored == []
+
+
+def _packed(tree: Path, suffix: str, name: str = "t") -> Path:
+    """The tree in a tar or a zip whose links are links."""
+    path = tree.parent / f"{name}{suffix}"
+    if suffix == ".tar":
+        with tarfile.open(path, "w") as archive:
+            archive.add(tree, name)
+        return path
+    with zipfile.ZipFile(path, "w") as packed:
+        for folder, _, files in os.walk(tree):
+            for each in [Path(folder) / file for file in files] + [p for p in Path(folder).iterdir() if p.is_symlink()]:
+                info = zipfile.ZipInfo(f"{name}/{each.relative_to(tree).as_posix()}")
+                info.create_system, info.external_attr = 3, (0o120777 if each.is_symlink() else 0o100644) << 16
+                if info.filename not in packed.namelist():
+                    packed.writestr(info, os.readlink(each) if each.is_symlink() else each.read_bytes())
+    return path
+
+
+def test_links_out_of_the_folder_that_is_asked_for_are_followed(tmp_path: Path) -> None:
+    tree = write_tree(tmp_path / "t", {"all/0.png": X, "all/1.png": Y, ".pool/2.png": Z, "all/deep/owl/3.png": X})
+    for name in ("cat", "dog"):
+        (tree / "train" / name).mkdir(parents=True)
+    for name, target in (
+        ("all/again", "deep/owl"),
+        ("train/cat/0.png", "../../all/0.png"),
+        ("train/dog/2.png", "../../.pool/2.png"),
+        ("train/dog/4.png", "../../all/again/3.png"),
+        ("train/owl", "../all/again"),
+    ):
+        os.symlink(target, tree / name)
+    expected = {"cat/0.png": X, "dog/2.png": Z, "dog/4.png": X, "owl/3.png": X}
+    for suffix in (".tar", ".zip"):
+        images = list_images(_packed(tree, suffix) / "t" / "train")
+        assert _files(images) == {f"t/train/{name}": data for name, data in expected.items()}
+        assert images.class_names == ("cat", "dog", "owl") and images.notes == ()
+    os.link(tree / "all/1.png", tree / "train/cat/1.png")
+    images = list_images(_packed(tree, ".tar") / "t" / "train")
+    assert _files(images)["t/train/cat/1.png"] == Y
+
+
+def test_a_class_that_is_a_link_to_nowhere_is_missed(tmp_path: Path) -> None:
+    tree = write_tree(tmp_path / "t", {"cat/0.png": X, "dog/0.png": Y})
+    os.symlink("/elsewhere/notes.txt", tree / "notes.txt")
+    for source in (tree, _packed(tree, ".tar"), _packed(tree, ".zip")):
+        assert not any("left out" in note for note in list_images(source).notes)
+    os.symlink("../elsewhere/owl", tree / "owl")
+    for source in (tree, _packed(tree, ".tar"), _packed(tree, ".zip")):
+        with pytest.raises(DataError, match=r"1 class folder without an image \(owl\).*owl is a link to what "):
+            list_images(source)
+        assert "owl is a link to what" in list_images(source, "parent").notes[-1]
+
+
+def test_hard_links_stand_for_what_their_target_was(tmp_path: Path) -> None:
+    stream = io.BytesIO(tar_bytes({"cat/0.png": X}))
+    with tarfile.open(fileobj=stream, mode="a") as archive:
+        for name, data in (("dog/0.png", None), ("cat/0.png", Y), ("owl/0.png", None), ("owl/0.png", Z)):
+            member = tarfile.TarInfo(name)
+            member.size = len(data or b"")
+            if data is None:
+                member.type, member.linkname = tarfile.LNKTYPE, "cat/0.png"
+            archive.addfile(member, io.BytesIO(data or b""))
+    assert _files(list_images(_tar(tmp_path / "t.tar", stream.getvalue()))) == {
+        "cat/0.png": Y,
+        "dog/0.png": X,
+        "owl/0.png": Z,
+    }

@@ -36,7 +36,7 @@ class Member(NamedTuple):
 
     name: str
     """The member's name as it is written there."""
-    kind: Literal["file", "folder", "link", "odd"] = "file"
+    kind: Literal["file", "folder", "link", "hard link", "odd"] = "file"
     offset: int = 0
     """In the archive; of a zip, of the member's header."""
     size: int = -1
@@ -139,7 +139,7 @@ def _tar_member(member: tarfile.TarInfo, sparse: bool) -> Member:
     if member.isdir() or member.type == _GNU_FOLDER:
         return Member(member.name, "folder")
     if member.islnk():
-        return Member(member.name, "link", text=clean_name(member.linkname))
+        return Member(member.name, "hard link", text=clean_name(member.linkname))
     if member.issym():
         return Member(member.name, "link", text=_link_target(member.name, member.linkname))
     if sparse or not member.isreg():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import errno
 import functools
@@ -10,6 +11,8 @@ import importlib
 import io
 import json
 import os
+import posixpath
+import re
 import stat
 import sys
 import zipfile
@@ -72,6 +75,8 @@ _NO_IMAGE = "is no image by its name"
 _ARCHIVE = "is an archive in a folder or another, not looked into"
 _BESIDE = "lies beside the archives"
 _OF_KEY = "lies beside the image of its key"
+_NOWHERE = "is a link to what isn't there"
+_NOT_HELD = "is a link to what its archive doesn't hold"
 _LINKED = "is a link to a folder, whose images aren't taken again"
 
 _PLACE = np.dtype([("container", np.int64), ("offset", np.int64), ("size", np.int64), ("crc", np.int64)])
@@ -247,6 +252,8 @@ def is_lost(name: str, reason: str) -> bool:
     """Return whether an ignored file is, or may hold, images that are missed: a line warns of those."""
     if reason == _BESIDE:  # EDM's labels, or archives that are still being copied
         return name == LABELS_NAME or any(suffix in name.lower() for suffix in ARCHIVES)
+    if reason in (_NOWHERE, _NOT_HELD) and _may_be_folder(name):
+        return True
     return reason in (_ARCHIVE, _LINKED) or (reason not in (_NO_IMAGE, HIDDEN) and _suffix(name) in image_suffixes())
 
 
@@ -359,8 +366,10 @@ class _Listing(FoundImages):
                 if _is_hidden(entry.name):
                     yield Member(name)
                 elif not stat.S_ISDIR(status.st_mode):
-                    odd = bool(status.st_mode) and not stat.S_ISREG(status.st_mode)
-                    yield Member(name, "odd", text="is no file") if odd else Member(name, size=status.st_size)
+                    odd = "is no file" if status.st_mode and not stat.S_ISREG(status.st_mode) else ""
+                    if not status.st_mode and entry.is_symlink() and _may_be_folder(name):
+                        odd = _NOWHERE
+                    yield Member(name, "odd", text=odd) if odd else Member(name, size=status.st_size)
                     if status.st_mode and entry.is_symlink():
                         target = os.path.abspath(os.path.join(folder, os.readlink(entry.path)))
                         twice += [f"{name} is {target.removeprefix(whole)}"] * target.startswith(whole)
@@ -413,25 +422,41 @@ class _Listing(FoundImages):
         labels: _Labels = {}
         datasets: dict[str, Member] = {}
         links: dict[str, str] = {}
+        outside_links: set[str] = set()
         others: dict[str, Member] = {}
+        outside: dict[str, Member] = {}  # of the folder that was asked for, and hidden ones: links may lead there
+        numbered: dict[str, int] = {}
+        start = first
         guessed: list[str] = []
         unread: list[str] = []
         for member in members:
             name = member.name if container.kind == "folder" else clean_name(member.name)
             whole = f"{prefix}{name}/"
-            if not whole.startswith(self.inside) and not (inner is not None and self.inside.startswith(whole)):
-                continue
-            if hidden := _hidden_part(name):
-                self._hidden[prefix + hidden] = None
+            if member.kind == "hard link":  # to what the name stands for so far: it may be replaced later
+                numbered |= {self.names[index].removeprefix(prefix): index for index in range(start, len(self.names))}
+                start = len(self.names)
+                member = self._hard_linked(member, numbered, others, outside)
+            inside = whole.startswith(self.inside)
+            hidden = _hidden_part(name)
+            if member.kind == "link":
+                links[name] = member.text
+                outside_links |= set() if inside and not hidden else {name}
+            elif links:
+                links.pop(name, None)
+            if hidden or not (inside or (inner is not None and self.inside.startswith(whole))):
+                if inside:
+                    self._hidden[prefix + hidden] = None
+                if member.kind == "file" and container.kind != "folder":
+                    outside[name] = member
                 continue
             suffix = _suffix(name)
             if member.kind == "folder":
-                if whole.startswith(self.inside):
+                if inside:
                     self.all_folders.add(prefix + name)
             elif member.kind == "link":
-                links[name] = member.text
+                pass  # until all members are known
             elif member.kind == "odd":
-                self.ignored.append((prefix + name, member.text))
+                self._leave_out(prefix + name, member.text)
             elif suffix in image_suffixes():
                 self._add_image(prefix + name, member)
                 if member.text:
@@ -452,25 +477,25 @@ class _Listing(FoundImages):
                 f"{container.path} doesn't say how {len(guessed)} of its names are encoded ({some(guessed, 1)}): "
                 "classes by name may have another order than those of a folder"
             )
-        self._resolve(first, prefix, links, others)
+        self._resolve(first, prefix, links, outside_links, others, outside)
         self._drop_replaced(first)
         for name, member in datasets.items():
             folder, where = f"{prefix}{name.removesuffix(LABELS_NAME)}", f"{container.path}/{name}"
-            outside = next((image for image in self.names[first:] if not image.startswith(folder)), None)
+            stray = next((image for image in self.names[first:] if not image.startswith(folder)), None)
             try:
                 pairs = _read_dataset_json(functools.partial(read, member), where)
             except DataError:
-                if outside is None and not self._allows_no_classes:
+                if stray is None and not self._allows_no_classes:
                     raise
-                self._no_classes |= outside is None
+                self._no_classes |= stray is None
                 continue
-            if outside is None:
+            if stray is None:
                 self.dataset_labels |= {folder + image: label for image, label in (pairs or {}).items()}
                 self.unlabelled |= pairs is None
                 del others[name]
             elif pairs and not self._allows_no_classes:
                 self.notes.append(
-                    f"the labels in {where} are not used, as images lie outside its folder ({outside}, ...): give that "
+                    f"the labels in {where} are not used, as images lie outside its folder ({stray}, ...): give that "
                     "folder, or move them"
                 )
         self.ignored += [(prefix + name, _ARCHIVE if name.lower().endswith(ARCHIVES) else _NO_IMAGE) for name in others]
@@ -497,32 +522,61 @@ class _Listing(FoundImages):
         self._places.extend((len(self._containers) - 1, member.offset, member.size, member.crc))
         self.progress.update()
 
-    def _resolve(self, first: int, prefix: str, links: Mapping[str, str], others: Mapping[str, Member]) -> None:
+    def _leave_out(self, name: str, reason: str) -> None:
+        """Note a file that is no image; a link to nowhere that may have been a folder counts as an empty one."""
+        self.ignored.append((name, reason))
+        if reason in (_NOWHERE, _NOT_HELD) and _may_be_folder(name):
+            self.all_folders.add(name)
+
+    def _hard_linked(
+        self, link: Member, images: Mapping[str, int], others: Mapping[str, Member], outside: Mapping[str, Member]
+    ) -> Member:
+        """Return what a hard link stands for where members so far tell, else the link."""
+        if link.text in images:
+            _, offset, size, crc = self._places[4 * images[link.text] : 4 * images[link.text] + 4]
+            return Member(link.name, "file", offset, size, crc)
+        if member := others.get(link.text, outside.get(link.text)):
+            return member._replace(name=link.name)
+        return link._replace(kind="link")
+
+    def _resolve(
+        self,
+        first: int,
+        prefix: str,
+        links: Mapping[str, str],
+        outside_links: set[str],
+        others: Mapping[str, Member],
+        outside: Mapping[str, Member],
+    ) -> None:
         """Add the images that an archive has as links to its members; `first`: of its images."""
         if not links:
             return
-        images = {name.removeprefix(prefix): 4 * index for index, name in enumerate(self.names[first:], first)}
-        folders = {
+        images = {name.removeprefix(prefix): index for index, name in enumerate(self.names[first:], first)}
+        folders = self.all_folders | {
             str(above)
             for folder in {*self.folders[first:]}
             for above in (PurePosixPath(folder), *PurePosixPath(folder).parents)
         }
+        ordered = sorted(outside)
         for name, target in links.items():
-            for _ in range(_MOST_LINKS):
-                if target not in links:
-                    break
-                target = links[target]
+            if name in outside_links:
+                continue
+            target = _follow(target, links)
+            image = _suffix(name) in image_suffixes()
+            below = ordered[bisect.bisect(ordered, f"{target}/") : bisect.bisect(ordered, f"{target}0")]  # 0 is after /
             if prefix + target in folders:
                 self.ignored.append((prefix + name, _LINKED))
-            elif _suffix(name) not in image_suffixes():
-                self.ignored.append((prefix + name, _NO_IMAGE))
-            elif target in images:
-                _, offset, size, crc = self._places[images[target] : images[target] + 4]
-                self._add_image(prefix + name, Member(name, "file", offset, size, crc))
-            elif target in others:
-                self._add_image(prefix + name, others[target])
+            elif found := [other for other in below if _suffix(other) in image_suffixes()]:
+                for other in found:
+                    self._add_image(prefix + name + other.removeprefix(target), outside[other])
+            elif target in images or target in others or target in outside:
+                if image:
+                    found_member = self._hard_linked(Member(name, text=target), images, others, outside)
+                    self._add_image(prefix + name, found_member)
+                else:
+                    self.ignored.append((prefix + name, _NO_IMAGE))
             else:
-                self.ignored.append((prefix + name, "is a link to what its archive doesn't hold"))
+                self._leave_out(prefix + name, _NOT_HELD if image or _may_be_folder(name) else _NO_IMAGE)
 
     def _drop_replaced(self, first: int) -> None:
         """Leave out images, from `first` on, after which another of the same name comes: unpacking overwrites them."""
@@ -625,6 +679,21 @@ def _read_of_tar(descriptor: int, member: Member) -> bytes:
 
 def _read_file(folder: Path, member: Member) -> bytes:
     return (folder / member.name).read_bytes()
+
+
+def _follow(name: str, links: Mapping[str, str]) -> str:
+    """Return where a name in an archive leads, itself or a folder of its path being a link."""
+    for _ in range(_MOST_LINKS):
+        above = next((each for each in (name, *map(str, PurePosixPath(name).parents)) if each in links), None)
+        if above is None:
+            break
+        name = posixpath.normpath(links[above] + name.removeprefix(above))
+    return name
+
+
+def _may_be_folder(name: str) -> bool:
+    """Return whether what a name stands for may be a folder: a suffix as files have it is none."""
+    return not re.fullmatch(r"\.[a-z][a-z0-9_]*", _suffix(name))
 
 
 def _status(entry: os.DirEntry[str]) -> os.stat_result:
