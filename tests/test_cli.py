@@ -375,7 +375,13 @@ def test_output_that_is_closed_or_full_costs_nothing_and_no_file_takes_its_place
 
 
 @pytest.mark.parametrize(
-    "command", ["sample RUN --out LINK", "extract FULL LINK --vae a/b", "convert RUN LINK --to official"]
+    "command",
+    [
+        *("sample RUN --out LINK", "extract FULL LINK --vae a/b", "convert RUN LINK --to official", "verify LINK/data"),
+        *("sample LINK --out OUT", "verify LINK", "verify DATA", "sample HOLLOW --out OUT", "train --data LINK"),
+        *("train --out LINK/run", "train --out BEGUN", "train --init-from LINK", "train --config LINK"),
+        "evaluate SET --reference LINK",
+    ],
 )
 @pytest.mark.parametrize("kind", ["dangling", "loop"])
 def test_a_link_to_nothing_is_no_place_to_write_to(
@@ -383,7 +389,19 @@ def test_a_link_to_nothing_is_no_place_to_write_to(
 ) -> None:
     link = tmp_path / kind
     link.symlink_to(tmp_path / ("gone" if kind == "dangling" else kind))
-    names = {"LINK": link, "RUN": places / "RUN", "FULL": places / "FULL"}
-    assert cli.main([str(names.get(word, word)) for word in command.split()]) == 2
-    assert f"{link} is a link to nothing" in capsys.readouterr().err
+    inside = {"DATA": "manifest.json", "BEGUN": "checkpoints", "HOLLOW": "ema"}
+    for folder, name in inside.items():
+        if folder in command:
+            (tmp_path / folder).mkdir()
+            link = link.rename(tmp_path / folder / name)
+    words = re.sub(
+        "[A-Z]{3,}",
+        lambda found: str(
+            link if found[0] == "LINK" else (places if found[0] in ("RUN", "FULL") else tmp_path) / found[0]
+        ),
+        command,
+    ).split()
+    assert cli.main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{link} is a link to nothing" in line
     assert link.is_symlink() and not (tmp_path / "gone").exists()

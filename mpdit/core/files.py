@@ -14,7 +14,7 @@ import shutil
 import stat
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -49,6 +49,14 @@ def expand_path(text: str) -> str:
     if path.startswith("~") and not os.path.lexists(home):
         raise ConfigError(f"{text}: no home folder is known for {home}: write the path out, or ./{home} for that name")
     return path
+
+
+def check_links(*paths: Path) -> None:
+    """Raise ConfigError, naming it, where one of these paths or a folder above it is a link to nothing."""
+    for path in paths:
+        for place in (path, *path.absolute().parents):
+            if os.path.islink(place) and not os.path.exists(place):
+                raise ConfigError(f"{place} is a link to nothing: restore what it leads to, or give another path")
 
 
 def settle_folders() -> None:
@@ -94,6 +102,8 @@ def is_utf8(path: str | Path) -> bool:
 
 def read_bytes(path: str | Path) -> bytes:
     """Read a file whole. Raises OSError, also for a device, and for a pipe into which nothing is written."""
+    if os.path.islink(path) and not os.path.exists(path):
+        raise FileNotFoundError(errno.ENOENT, "is a link to nothing", str(path))
     with open(path, "rb", buffering=0, opener=_open_at_once) as file:
         if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
             if not select.select([file], [], [], _PIPE_SECONDS)[0]:
@@ -147,13 +157,27 @@ def new_file(path: Path) -> Iterator[Path]:
     sync_to_disk(path.parent)
 
 
+def make_folder(path: Path) -> list[Path]:
+    """Make a folder and those above it where missing. Return those that were made, for `remove_empty`."""
+    made = [place for place in (path, *path.absolute().parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of the folders, inner ones first, that hold nothing: what was refused leaves none."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Do as `new_file` for a folder that does not exist or is empty; what a killed attempt left is cleared first."""
     path = Path(os.path.realpath(path))  # Path's own fails at a loop of links, up to Python 3.12
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    made = make_folder(partial)
     try:
         yield partial
         for written in (*partial.rglob("*"), partial):
@@ -161,6 +185,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        remove_empty(made)
         raise
     sync_to_disk(path.parent)
 

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mpdit.core.errors import ConfigError
-from mpdit.core.files import expand_path
+from mpdit.core.files import check_links, expand_path
 from mpdit.core.other_names import hint
 
 
 def path_text(text: str) -> str:
-    """Parse an argument that is a path, or perhaps a hub id: see `expand_path`."""
+    """Parse an argument that is a path, or perhaps a hub id: see `expand_path` and `check_links`."""
     if not text:
         raise argparse.ArgumentTypeError("an empty value; give one, or leave it out")
     try:
-        return expand_path(text)
+        expanded = expand_path(text)
+        check_links(Path(expanded))
+        return expanded
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -89,7 +89,10 @@ class LatentSpec:
         if self.num_classes > MOST_CLASSES:
             raise DataError(f"num_classes is {self.num_classes}: give at most {MOST_CLASSES}, or mend the labels")
         for name in ("class_names", "variants"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            names = getattr(self, name)
+            if isinstance(names, str | bytes | Set | Mapping) or not isinstance(names, Iterable):  # in no order of ours
+                raise DataError(f"{name} is {names!r:.80}: give a list of names, in the order of their numbers")
+            object.__setattr__(self, name, tuple(names))
         if self.variants not in (ORIGINAL, ORIGINAL_AND_FLIPPED):
             raise DataError(f"variants is {self.variants!r:.80}: give {ORIGINAL} or {ORIGINAL_AND_FLIPPED}")
         if not self.class_names:

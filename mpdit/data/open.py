@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mpdit.core.errors import ConfigError, DataError
-from mpdit.core.files import as_path
+from mpdit.core.files import as_path, check_links
 from mpdit.data.latents import LatentDataset, PackedLatents
 from mpdit.data.manifest import JOB_NAME, MANIFEST_NAME, PARTS_NAME
 from mpdit.data.normalization import NormalizationMode, parse_scale
@@ -51,5 +51,6 @@ def open_latents(
             return reader(place, options)
     if (path / PARTS_NAME / JOB_NAME).is_file():
         raise DataError(f"{path} is an unfinished extraction: repeat the command that began it, which goes on with it")
+    check_links(path, *(path.iterdir() if path.is_dir() else ()))
     looked_for = ", ".join([f"{MANIFEST_NAME} (packed)", *(reader.looked_for for reader in READERS)])
     raise DataError(f"{path} holds no data set: looked for {looked_for}; check the path")

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from mpdit.core.errors import DataError, first_line
-from mpdit.core.files import as_path, locked, sync_to_disk
+from mpdit.core.files import as_path, locked, make_folder, remove_empty, sync_to_disk
 from mpdit.data.latents import PackedLatents
 from mpdit.data.manifest import INDEX_NAME, MANIFEST_NAME, LatentSpec, Manifest, StoredFile
 from mpdit.data.normalization import Normalization
@@ -97,8 +97,9 @@ class PackedWriter:
         """Hold the folder until the stack is closed. Raises DataError if it has a data set or is being written."""
         with contextlib.ExitStack() as stack:
             try:
-                self.path.mkdir(parents=True, exist_ok=True)
+                made = make_folder(self.path)
                 stack.enter_context(locked(self.path, wait=False))
+                stack.callback(remove_empty, made)  # by its owner alone
             except BlockingIOError:
                 raise DataError(f"{self.path} is being written by another process: give another folder") from None
             except OSError as error:
@@ -190,18 +191,23 @@ class PackedWriter:
 def as_array(values: Any, name: str, kinds: str) -> NDArray[Any]:
     """Return values as an array of numpy, bf16 as fp32. DataError unless it is of one of these kinds of dtype."""
     try:
-        if isinstance(values, Tensor):
-            values = values.detach().cpu()
-            values = (values.float() if values.is_floating_point() and values.itemsize < 4 else values).numpy()
-        array = np.asarray(values)
+        array = np.asarray(_without_tensors(values))
     except Exception as error:  # rows of different lengths, sparse tensors, ...
         raise DataError(f"{name} can't be taken as an array ({first_line(error)}): give one of numbers") from error
-    if np.ma.is_masked(values):
+    if any(map(np.ma.is_masked, values if isinstance(values, list | tuple) else [values])):
         raise DataError(f"{name} have masked values, which no record can hold: fill them in")
     if array.dtype.kind not in kinds:
         wanted = "numbers" if "f" in kinds else "whole numbers, one per record, and their names as class_names"
         raise DataError(f"{name} are {array.dtype} of shape {array.shape}: give {wanted}")
     return array
+
+
+def _without_tensors(values: Any) -> Any:
+    """Return values with arrays instead of tensors, as numpy takes them: no gradient, no bf16, no view of negatives."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().resolve_neg()
+        return (values.float() if values.is_floating_point() and values.itemsize < 4 else values).numpy()
+    return [_without_tensors(value) for value in values] if isinstance(values, list | tuple) else values
 
 
 def write_packed(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mpdit.core.errors import CheckpointError, ConfigError
 from mpdit.core.file_kind import explain_kind
-from mpdit.core.files import as_path, check_regular, is_utf8, new_file, read_bytes
+from mpdit.core.files import as_path, check_links, check_regular, is_utf8, new_file, read_bytes
 from mpdit.core.tensor_file import digest_of, write_tensors
 from mpdit.core.zips import find_damaged, is_zip
 from mpdit.model.config import ModelConfig
@@ -279,6 +279,7 @@ def weights_folder(path: Path) -> Path:
     for folder in (path, path / WEIGHTS_NAME):
         if (folder / "model.safetensors").is_file():
             return folder
+    check_links(*(folder / "model.safetensors" for folder in (path, path / WEIGHTS_NAME)))
     if not path.exists():
         raise CheckpointError(
             f"{path} does not exist: give a run's folder, a weights folder or a model.safetensors file"

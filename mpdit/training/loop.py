@@ -13,7 +13,7 @@ from torch import Tensor
 from mpdit.core import rng
 from mpdit.core.dist_env import gather, set_threads
 from mpdit.core.errors import ConfigError
-from mpdit.core.files import locked, write_atomically
+from mpdit.core.files import locked, make_folder, remove_empty, write_atomically
 from mpdit.core.text import counted
 from mpdit.data.loaders import GlobalOrder, make_loader, to_latents
 from mpdit.diffusion.flow import flow_loss
@@ -60,8 +60,9 @@ def train(run: Run, stop: StopRequests) -> str:
         watchdog.alive("opening the run's folder", PATIENCE)
         if env.rank == 0:  # two runs that save into one folder would destroy each other's checkpoints
             try:
-                run.out.mkdir(parents=True, exist_ok=True)
+                made = make_folder(run.out)
                 stack.enter_context(locked(run.out, wait=False))
+                stack.callback(remove_empty, made)  # by its owner alone
             except BlockingIOError:
                 raise ConfigError(
                     f"out {run.out} is in use by another run: wait for its end, or give another --out"

@@ -76,6 +76,10 @@ class Stopwatch:
         self._start += time.perf_counter() - self._paused
 
 
+_NOT_WRONG = ("WANDB_API_KEY", "WANDB_FINISH_TIMEOUT")
+"""Variables of W&B that a refusal needn't name: what is said of the first anyway, and what is set here."""
+
+
 class WandbRun:
     """Logs to a run of Weights & Biases, which OUT/wandb.json names, so that a run that is continued goes on in it.
 
@@ -93,6 +97,8 @@ class WandbRun:
             text.encode(errors="replace").decode()
             for text in (Path(place).name, json.dumps(run.describe(), ensure_ascii=False))
         )
+        named = sorted(name for name in os.environ if name.startswith("WANDB_") and name not in _NOT_WRONG)
+        correct = f"correct {', '.join(named)} if that is the cause, " if named else ""
         # At the end W&B is waited for, and without a network it would be for days (wandb 0.31; before it always is).
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", "600")
         remedy = "install it again with pip install 'mpdit[wandb]'"
@@ -101,8 +107,8 @@ class WandbRun:
 
             begin = wandb.init
             remedy = (
-                "log in with `wandb login` or WANDB_API_KEY, correct WANDB_ENTITY or WANDB_BASE_URL if they are set, "
-                "set WANDB_MODE=offline to keep the figures here for `wandb sync`"
+                f"log in with `wandb login` or WANDB_API_KEY, {correct}set WANDB_MODE=offline to keep the figures here "
+                "for `wandb sync`"
             )
             self._run: Any = begin(
                 project="mpdit", name=name[:128], id=known["id"], resume="allow", config=json.loads(config)

@@ -19,7 +19,7 @@ from mpdit_kernels.hardware import GPUS, Gpu, find_gpu
 
 from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import CheckpointError, ConfigError, DataError
-from mpdit.core.files import expand_path, is_utf8
+from mpdit.core.files import check_links, expand_path, is_utf8
 from mpdit.core.text import counted
 from mpdit.data.digits import VERSION, build_digits
 from mpdit.data.latents import LatentDataset
@@ -239,6 +239,7 @@ def check_folder(
 
     Fields of it that are `free` may differ.
     """
+    check_links(out, *(out.iterdir() if out.is_dir() else ()))
     at = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
     if not at.is_dir() or not os.access(at, os.W_OK | os.X_OK):
         raise ConfigError(f"out {out} can't be written: {at} is not a folder we may write to; give another --out")
