@@ -134,7 +134,7 @@ def test_odd_members_and_archives_within_are_counted_and_said(tmp_path: Path) ->
         archive.addfile(folder)
     with pytest.raises(DataError, match=r"without an image \(c\).* left out: b/c.tar.gz is an archive"):
         list_images(tmp_path / "t.tar")
-    beside = {"s-0.tar": tar_bytes({"a/1.png": X}), "s-1.tar.part": X, "dataset.json": X, "README.md": X}
+    beside = {"s-0.tar": tar_bytes({"a/1.png": X, "b/1.png": X}), "s-1.tar.part": X, "dataset.json": X, "README.md": X}
     (note,) = list_images(write_tree(tmp_path / "shards", beside)).notes
     assert note.startswith("2 of the images and archives in ") and "s-1.tar.part lies beside the archives" in note
 
