@@ -316,8 +316,8 @@ def test_what_is_odd_of_images_is_counted(vae: str, tmp_path: Path, capsys: pyte
         assert cli.main(command) == 0
         text = capsys.readouterr().out
         assert "note: 2 images with transparency, which is dropped, not blended" in text
-        assert "note: 2 images of grey" in text and "note: 1 image of 16 bits a value" in text
-        assert "b/10 bits.png has 16-bit pixels of at most" in text and ("finished before" in text) == finished
+        assert "note: 2 images of grey" in text and "note: 1 image of more than 8 bits" in text
+        assert "b/10 bits.png has 16-bit pixels, 95% of them" in text and ("finished before" in text) == finished
     counted = {"transparent": 2, "sixteen_bits": 1, "grey": 2}
     assert PackedLatents(tmp_path / "out").manifest.source["pixels"] == counted
     assert json.loads((tmp_path / "out/extraction.json").read_text())["pixels"] == counted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,7 +125,7 @@ def test_bits_of_grey_are_said_or_refused(bits: int, format: str) -> None:
     if bits == 16:
         np.testing.assert_array_equal(decode_image(data, 8)[..., 1], RAMP)
     else:
-        with pytest.raises(BrokenImage, match=f"at most {values.max()} of 65535, which are of fewer bits.* by --bits$"):
+        with pytest.raises(BrokenImage, match=r"of at most \d+ of 65535, which are of fewer bits.* by --bits$"):
             decode_image(data, 8)
         np.testing.assert_array_equal(decode_image(data, 8, 16)[..., 1], values >> 8)  # dark, and meant
     if bits > 8:
@@ -137,7 +138,7 @@ def test_bits_of_32_bit_grey() -> None:
     np.testing.assert_array_equal(decode_image(twenty, 8, 20)[..., 0], RAMP)
     with pytest.raises(BrokenImage, match="beyond the 16 bits expected"):
         decode_image(twenty, 8)
-    with pytest.raises(BrokenImage, match="of at most 255 of 65535"):
+    with pytest.raises(BrokenImage, match=r"of at most 2\d\d of 65535"):
         decode_image(encoded(RAMP.astype(np.int32), "TIFF"), 8)
     assert not decode_image(encoded(RAMP.astype(np.int32) * 0, "TIFF"), 8).any()  # black whatever its bits
 
@@ -147,8 +148,72 @@ def test_colours_of_16_bits(channels: int) -> None:
     values = np.repeat(RAMP.astype(np.uint16)[..., None] << 8, channels, axis=2)
     np.testing.assert_array_equal(decode_image(_deep_png(values), 8)[..., 0], RAMP)
     for shift in (4, 8):  # PIL has cut them to the upper 8 bits before we see them
-        with pytest.raises(BrokenImage, match=r"16-bit pixels of at most .*--bits 16 takes these$"):
+        with pytest.raises(BrokenImage, match=r"16-bit pixels, 95% of them of at most .*--bits 16 takes these$"):
             decode_image(_deep_png(values >> shift), 8, None if shift == 8 else 12)
+
+
+def _pnm(values: np.ndarray, largest: int) -> bytes:
+    kind, side = ("P5" if values.ndim == 2 else "P6"), values.shape[1]
+    return f"{kind}\n{side} {len(values)}\n{largest}\n".encode() + values.astype(">u2").tobytes()
+
+
+def _sgi(values: np.ndarray) -> bytes:
+    header = struct.pack(">HBBHHHHLL", 474, 0, 2, 3, values.shape[1], len(values), 3, 0, 65535)
+    return header.ljust(512, b"\0") + values.astype(">u2")[::-1].transpose(2, 0, 1).tobytes()
+
+
+def _planes(values: np.ndarray) -> bytes:
+    """A TIFF whose colours lie one after another: uint16 [H, W, 3]."""
+    height, width, planes = values.shape
+    fields = {256: [width], 257: [height], 258: [16] * 3, 259: [1], 262: [2], 273: [0] * 3, 277: [3], 278: [height]}
+    fields |= {279: [2 * height * width] * 3, 284: [2]}
+    start = 8 + 2 + 12 * len(fields) + 4
+    fields[273] = [start + 36 + number * 2 * height * width for number in range(planes)]
+    entries, kept = b"", b""
+    for tag, numbers in fields.items():
+        content = struct.pack(f"<{len(numbers)}I", *numbers)
+        entries += struct.pack("<HHI", tag, 4, len(numbers))
+        entries += content if len(numbers) == 1 else struct.pack("<I", start + len(kept))
+        kept += content if len(numbers) > 1 else b""
+    data = values.astype("<u2").transpose(2, 0, 1).tobytes()
+    return b"II*\0" + struct.pack("<IH", 8, len(fields)) + entries + bytes(4) + kept + data
+
+
+DEEP = np.repeat(RAMP.astype(np.uint16)[..., None], 3, axis=2)
+
+
+@pytest.mark.parametrize("write", [_deep_png, _sgi, lambda values: _pnm(values, 65535)])
+def test_depth_is_known_whatever_the_format(write: Any) -> None:
+    decoded = examine_image(write(DEEP * 257), 8)
+    np.testing.assert_array_equal(decoded.pixels, DEEP)
+    assert decoded.facts == ("sixteen_bits",)
+    for shift in (1, 16):
+        with pytest.raises(BrokenImage, match="--bits 16 takes these"):
+            decode_image(write(DEEP * shift), 8)
+
+
+def test_a_stated_range_is_believed() -> None:
+    for bits in (None, 12):  # Pillow has scaled by it
+        np.testing.assert_allclose(decode_image(_pnm(DEEP[..., 0] << 4, 4095), 8, bits), DEEP, atol=1)
+    np.testing.assert_allclose(decode_image(_pnm(DEEP << 4, 4095), 8), DEEP, atol=1)
+    assert decode_image(_pnm(DEEP // 8 << 4, 4095), 8).max() in (31, 32)  # dark, by the file's own word
+    np.testing.assert_array_equal(decode_image(encoded(DEEP[..., 0] * 257, "JPEG2000"), 8), DEEP)
+    with pytest.raises(BrokenImage, match="95% of them"):
+        decode_image(encoded(DEEP[..., 0] * 16, "JPEG2000"), 8)
+    with pytest.raises(BrokenImage, match="has planes of 16 bits, which Pillow reads as of 8"):
+        decode_image(_planes(DEEP * 257), 8)
+
+
+@pytest.mark.parametrize("spoil", [(0, 0), (3, slice(None)), (slice(None), 63)])
+def test_a_bright_row_or_pixel_defeats_no_check_of_the_range(spoil: Any) -> None:
+    values = np.repeat(np.tile(np.arange(64, dtype=np.uint16) * 64, (64, 1))[..., None], 3, axis=2)
+    values[spoil] = 65535
+    for data in (_deep_png(values), encoded(values[..., 0]), _pnm(values, 65535)):
+        with pytest.raises(BrokenImage, match="16-bit pixels, 95% of them of at most"):
+            decode_image(data, 64)
+    stars = np.zeros((64, 64), np.uint16)
+    stars[5, 7] = 60000
+    assert decode_image(encoded(stars), 64).max() == 234  # black is black whatever its bits
 
 
 def test_what_is_odd_of_a_file_is_told() -> None:

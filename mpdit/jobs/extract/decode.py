@@ -22,10 +22,15 @@ CROP = "adm_center"
 """Name of the crop, as a data set's manifest records it."""
 
 _MOST_PIXELS = 1 << 27  # of an image enlarged for its crop: one of a pixel's width would otherwise fill the memory
-_DEEP = re.compile(r"(RGB[AXa]*|CMYK|LA|L|I);(16|12)")
-"""Matches Pillow's raw modes of more than 8 bits a value; BGR;16 is five or six."""
-_UNCLEAR = 1 << 14
-"""An image whose brightest of 16 bits is below is dark, or of the 8 to 14 bits that cameras and scanners give."""
+_DEEP = re.compile(r"(RGB[AXa]*|CMYK|LA|L|I);16|'SGI16'")
+"""Matches what Pillow's decoders are told of more than 8 bits a value; BGR;16 is five or six."""
+_JPEG2000_START = b"\xff\x4f\xff\x51"  # of a codestream and its SIZ segment, whose Ssiz of the first component follows
+_SSIZ = 42
+_UNCLEAR, _SHARE = 1 << 14, 0.95
+"""An image of 16 bits where so many of its values are below is dark, or of the 8 to 14 bits that cameras and scanners
+give. Not the brightest alone is asked: a hot pixel, or a row or an inscription in white, is in many."""
+_BYTE, _MOST_BITS = 8, 16
+_BITS_PER_SAMPLE = 0x0102  # TIFF's tag
 _ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 _ADDRESS = re.compile(r"<_io\.\w+ object at 0x[0-9a-f]+>")  # in messages that are to be the same each time
 
@@ -35,7 +40,7 @@ FACTS = {
     "rotated": "with an EXIF orientation, which is not applied",
     "turned": "of TIFF with an orientation, which Pillow applies",
     "frames": "of several frames, of which the first is taken",
-    "sixteen_bits": "of 16 bits a value, of which the upper 8 are taken",
+    "sixteen_bits": "of more than 8 bits a value, of which the upper 8 are taken",
     "profile": "with a colour profile other than sRGB, which is not applied",
     "cmyk": "of CMYK, converted without a profile",
     "grey": "of grey, repeated for red, green and blue",
@@ -61,7 +66,7 @@ def examine_image(data: bytes, size: int | None, bits: int | None = None) -> Dec
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            several, deep = _has_frames(image), _is_deep(image)
+            several, deep = _has_frames(image), _depth(image) > _BYTE
             turned = image.format == "TIFF" and _orientation(image) != 1  # which Pillow undoes as it loads
             rgb = to_rgb(image, bits)
             return Decoded(
@@ -81,45 +86,62 @@ def to_rgb(image: Image.Image, bits: int | None = None) -> Image.Image:
     """Convert an image that is not loaded yet to 8 bits a channel, as ADM reads images, by PIL's convert("RGB").
 
     Alpha is dropped, not blended. Of values of 16 bits, which PIL would cut off at 255 where they are grey, the upper 8
-    are taken. `bits` says how many of its bits grey of 16 or 32 uses, where the file doesn't (TIFF of 12 does).
+    are taken. `bits` says how many of its bits grey of 16 or 32 uses, where the file doesn't.
 
     Raises:
         BrokenImage: a range that isn't known: floating point, values beyond `bits`, or without it values so low that
             they are most likely of fewer bits than 16, and would come out black.
     """
-    deep, twelve = _is_deep(image), "I;12" in _raw_modes(image)
+    depth = _depth(image)
+    stated = depth < _MOST_BITS
     if image.mode == "F":
         raise BrokenImage("has floating-point pixels, of no known range")
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
-        used = bits or (12 if twelve else 16)
+        # What files state Pillow (12.3) has scaled to 16 bits, but for TIFF's 12.
+        used = (depth if image.format == "TIFF" else _MOST_BITS) if stated else bits or _MOST_BITS
         if values.min() < 0 or values.max() >> used:
             raise BrokenImage(f"has {'16' if ';' in image.mode else '32'}-bit pixels, beyond the {used} bits expected")
-        unclear, brightest = bits is None and not twelve, int(values.max())
+        unclear = bits is None and not stated
         image, remedy = (
-            Image.fromarray((values >> (used - 8)).astype(np.uint8)),
+            Image.fromarray((values >> (used - _BYTE)).astype(np.uint8)),
             "say which to `mpdit extract` by --bits",
         )
+        values = values[values > 0]  # what is black is so whatever the bits
     else:
         image = image.convert("RGB")
-        unclear, remedy = deep and bits != 16, "of colours Pillow keeps the upper 8 bits alone: --bits 16 takes these"
-        brightest = max(high for _, high in image.getextrema()) << 8 | 0xFF if unclear else 0  # type: ignore[misc]
-    if unclear and 0 < brightest < _UNCLEAR:
+        unclear, remedy = (
+            not stated and bits != 16,
+            "of colours Pillow keeps the upper 8 bits alone: --bits 16 takes these",
+        )
+        values = np.asarray(image).max(2).astype(np.int64) << _BYTE | 0xFF if unclear else np.empty(0, np.int64)
+    if unclear and values.size and (bright := int(np.quantile(values, _SHARE))) < _UNCLEAR:
         raise BrokenImage(
-            f"has 16-bit pixels of at most {brightest} of 65535, which are of fewer bits, or a dark picture: store it "
-            f"in 8 bits, or {remedy}"
+            f"has 16-bit pixels, {_SHARE:.0%} of them of at most {bright} of 65535, which are of fewer bits, or a dark "
+            f"picture: store it in 8 bits, or {remedy}"
         )
     return image.convert("RGB")
 
 
-def _raw_modes(image: Image.Image) -> str:
-    """Return what Pillow's decoder is told of the values of an image that is not loaded yet."""
-    return " ".join(str(tile.args) for tile in getattr(image, "tile", ()))
+def _depth(image: Image.Image) -> int:
+    """Return how many bits a value has, by the file of an image that is not loaded yet.
 
-
-def _is_deep(image: Image.Image) -> bool:
-    """Return whether the values of an image that is not loaded yet have more than 8 bits."""
-    return image.mode.startswith("I") or bool(_DEEP.search(_raw_modes(image)))
+    From 9 to 15 where the file states them; 16, of which fewer may be used, or 8. BrokenImage for what Pillow misreads.
+    """
+    tiles = getattr(image, "tile", ())
+    told = " ".join(map(str, tiles))
+    if tiles and tiles[0].codec_name in ("ppm", "ppm_plain") and isinstance(tiles[0].args, tuple):
+        return max(_BYTE, int(tiles[0].args[1]).bit_length())  # of its largest value, by which Pillow divides
+    if image.format == "TIFF":
+        depth = max(image.tag_v2.get(_BITS_PER_SAMPLE, (_BYTE,)))  # type: ignore[attr-defined]
+        if depth > _BYTE and len(tiles) > 1 and ";" not in told:  # Pillow 12.3
+            raise BrokenImage("has planes of 16 bits, which Pillow reads as of 8: store its colours together")
+        return min(_MOST_BITS, max(_BYTE, depth))
+    if image.format == "JPEG2000":
+        data = image.fp.getvalue()  # type: ignore[attr-defined]
+        start = data.find(_JPEG2000_START)
+        return max(_BYTE, (data[start + _SSIZ] & 0x7F) + 1) if start >= 0 else _BYTE
+    return _MOST_BITS if image.mode.startswith("I") or _DEEP.search(told) else _BYTE
 
 
 def _has_frames(image: Image.Image) -> bool:
