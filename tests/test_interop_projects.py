@@ -196,6 +196,9 @@ OBJECTIVES = {
     "sampling_method": ("ddpm", None),
     "exp_name": ("vp", None),
     "loss": ("l2", None),
+    "use_flow_matching": (False, "a velocity on the diffusion path"),
+    "transport": ({"name": "GVP"}, "a velocity on the GVP path"),
+    "sampler": ({"type": "ddpm", "prediction": "x0"}, None),
 }
 
 
@@ -297,6 +300,17 @@ def test_the_vae_is_the_one_that_the_file_names(tmp_path: Path, state: dict[str,
     assert found["normalization"] == {"mean": [0.25] * 4, "std": [2.0] * 4} and "its latents are those of x/sd3" in told
 
 
+def test_figures_are_read_by_their_other_names(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    for fields in ({"n_heads": 2, "n_classes": 7}, {"attention_head_dim": 8, "nb_classes": 7}):
+        config = read(tmp_path, {"ema": state, "hparams": {"model": "SiT-XL/2"} | fields})[0].config
+        assert (config.heads, config.num_classes) == (2, 7)
+    with pytest.raises(CheckpointError, match="its depth is 28, and it holds 3 blocks: the file is not whole"):
+        read(tmp_path, {"ema": state, "args": said(depth=28)})
+    metadata = read(tmp_path, {"ema": state, "args": said(scale_factor=0.5, vae_scale_factor=8)})[1]
+    assert metadata["data"]["normalization"]["std"] == [2.0] * 4 and "vae" not in metadata["data"]["decoder"]
+    assert "its latents are times 0.5, as its arguments say" in metadata["training"]["notes"]
+
+
 def test_single_numbers_of_a_model_are_not_dropped(tmp_path: Path, state: dict[str, Tensor]) -> None:
     with pytest.raises(CheckpointError, match=r"tensors no official model has: blocks\.0\.alpha"):
         read(tmp_path, {"ema": state | {"blocks.0.alpha": torch.tensor(0.3)}, "args": said()})
@@ -309,6 +323,9 @@ def test_averages_and_what_lies_beside(tmp_path: Path, state: dict[str, Tensor])
         for which, expected in (("ema", state), ("model", other)):
             found, metadata = read(tmp_path, {raw: other, average: state, "args": said()}, which=which)
             assert torch.equal(found.final.bias, expected[bias]) and metadata["training"]["weights"] == which
+    both = {**prefixed("online_model.", other), **prefixed("ema_model.", state), "step": torch.tensor(3)}
+    found, metadata = read(tmp_path, {"ema": both | {"ema_model.initted": torch.tensor(True)}, "args": said()})
+    assert torch.equal(found.final.bias, state[bias]) and metadata["training"]["weights"] == "ema"
     lora = {"blocks.0.attn.qkv.lora_A": torch.ones(2, 2)}
     content = {"model": state, "lora": lora, "optimizer": {"m": torch.ones(2)}, "args": said()}
     notes = read(tmp_path, content, which="model")[1]["training"]["notes"]

@@ -75,11 +75,13 @@ def read_arguments(checkpoint: Mapping[Any, Any]) -> Arguments:
     elsewhere: list[str] = []
     for place, name, value in _walk(checkpoint):
         where = ".".join((*place, name))
+        if name in ("type", "name", "kind") and place and says_objective(place[-1]):
+            place, name = place[:-1], place[-1]
         if any(_VAE.fullmatch(part) for part in place):
             name = f"vae.{name}"
         elif not all(_SECTION.fullmatch(part) for part in place):
-            stated = _reads(name, value)
-            if not stated or not stated[2]:
+            stated = says_objective(name) and _reads(name, value)
+            if not stated or not stated[2] or any(_OTHER_USE.fullmatch(part) for part in place):
                 elsewhere.append(where)
                 continue
         seen.setdefault(name, {})[where] = value
@@ -118,6 +120,8 @@ def _reads(name: str, value: Any) -> tuple[str, str, bool] | None:
         what = _WORDS.get(_word(flag[1] or flag[2]))
         # diffusers' v_prediction is Salimans and Ho's v, on another path than the straight one.
         return ("predicts", what, what != "velocity") if what else None
+    if value is False and _word(name).removeprefix("use") in ("flowmatching", "rectifiedflow"):
+        return "path", "diffusion", True
     if not isinstance(value, str):
         return None
     word = _word(value)
@@ -155,5 +159,5 @@ def _walk(held: Any, place: tuple[str, ...] = (), depth: int = 5) -> Iterator[tu
                 yield from _walk(value, (*place, *more, name), depth - 1)
         elif isinstance(value, str) and value.isdecimal():
             yield (*place, *more), name, int(value)
-        elif isinstance(value, str | int | float):
+        elif isinstance(value, str | int | float) or (_ENTRY.fullmatch(name) and isinstance(value, list) and not place):
             yield (*place, *more), name, value

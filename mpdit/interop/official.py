@@ -25,7 +25,7 @@ from mpdit.core.text import counted
 from mpdit.data.normalization import KNOWN_SCALES, PAPER
 from mpdit.data.readers.npy import SD_SCALE
 from mpdit.interop.diffusers_folder import from_pipeline
-from mpdit.interop.projects import Project, check_arguments, find_model, identify, model_name
+from mpdit.interop.projects import CLASSES, HEADS, SCALING, Project, check_arguments, find_model, identify, model_name
 from mpdit.interop.source import is_our_pipeline, load_source
 from mpdit.interop.state_dict import (
     CLASS_TABLE,
@@ -130,10 +130,10 @@ def read_official(
     try:
         if identity.against and not convention:
             raise CheckpointError(f"{identity.against}: {_SAY}")
-        for name, given in (("num_heads", num_heads), ("num_classes", num_classes)):
-            if name in found.disputed and not given:
-                raise CheckpointError(f"its {name} is {found.disputed[name]}: give --{name.replace('_', '-')}")
-        unread = check_arguments(found, identity.project)
+        for names, option, given in ((HEADS, "num-heads", num_heads), (CLASSES, "num-classes", num_classes)):
+            if (name := next((name for name in names if name in found.disputed), None)) and not given:
+                raise CheckpointError(f"its {name} is {found.disputed[name]}: give --{option}")
+        unread = check_arguments(found)
         tensors = as_official(found.tensors, identity.project, said)
         if "mpdit" in checkpoint:
             config, metadata = parse_description(checkpoint["mpdit"], 'the entry "mpdit"')
@@ -144,7 +144,7 @@ def read_official(
         chosen = fallback.convention if fallback and assumed else convention
         classes, about_classes = count_classes(tensors, num_classes, said, fallback)
         config = infer_config(tensors, heads, chosen or identity.project.convention, classes)
-        _check_named(model_name(said), config)
+        _check_named(said, config)
         model = build(with_null_row(tensors, classes), config)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -182,8 +182,12 @@ def _doubts(config: ModelConfig, given: int | None, stated: int | None, tensors:
         yield f"warning: {matrices}, such as {empty[0]}: all zero, so is the file whole?"
 
 
-def _check_named(name: str, config: ModelConfig) -> None:
-    """Refuse a file with fewer or more blocks than the model that it names, if of its width and stages."""
+def _check_named(said: Mapping[str, Any], config: ModelConfig) -> None:
+    """Refuse a file of fewer or more blocks than it says, or than the model it names, if of its width and stages."""
+    name, count = model_name(said), config.stages[0].blocks
+    for depth in ("depth", "num_layers"):
+        if len(config.stages) == 1 and type(said.get(depth)) is int and said[depth] != count:
+            raise CheckpointError(f"its {depth} is {said[depth]}, and it holds {count} blocks: the file is not whole")
     match = _NAME.fullmatch(name)
     if not match or _SIZES[match[1]][0] != config.width:
         return
@@ -314,7 +318,7 @@ def official_args(config: ModelConfig) -> dict[str, Any]:
 
 
 def _stated_heads(said: Mapping[str, Any]) -> int | None:
-    found = (said.get(name) for name in ("num_heads", "num_attention_heads"))
+    found = (said.get(name) for name in HEADS)
     return next((heads for heads in found if type(heads) is int and heads > 0), None)
 
 
@@ -322,6 +326,9 @@ def _heads(said: Mapping[str, Any], tensors: Mapping[str, Tensor], fallback: Mod
     if stated := _stated_heads(said):
         return stated
     width = len(tensors["x_embedder.proj.bias"]) if "x_embedder.proj.bias" in tensors else None
+    size = said.get("head_dim", said.get("attention_head_dim"))
+    if width and type(size) is int and size > 0 and width % size == 0:
+        return width // size
     named = _NAME.fullmatch(model_name(said))
     if named and _SIZES[named[1]][0] == width:
         return _SIZES[named[1]][1]
@@ -335,8 +342,7 @@ def _data(
     config: ModelConfig, project: Project, said: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """Return the "data" of models as their project trains them; none where its latents' constants aren't known."""
-    scale = _number(said, "scaling_factor", "vae.scaling_factor", "vae.scale_factor")
-    shift = _number(said, "shift_factor", "vae.shift_factor")
+    scale, shift = _stated_scaling(said)
     mean, std = [shift or 0.0] * config.channels, [1 / (scale or SD_SCALE)] * config.channels
     running = [tensors.get(f"bn.running_{name}") for name in ("mean", "var")]
     multiplier = said.get("latent_multiplier", SD_SCALE)
@@ -360,7 +366,7 @@ def _data(
     factor = int(named[1]) if named else VAE_FACTOR
     size = config.input_size * factor
     decoder = {"kind": DECODER_KIND, "factor": factor, "range": list(SIGNED)}
-    if project.vae:
+    if project.vae and (vae or scale in (None, SD_SCALE)):
         published = _PUBLISHED.fullmatch(vae or project.vae)
         decoder["vae"] = f"stabilityai/sd-vae-ft-{published[1]}" if published else vae
     return {
@@ -376,12 +382,21 @@ def _vae(said: Mapping[str, Any]) -> str | None:
     return next((value for value in map(said.get, names) if isinstance(value, str)), None)
 
 
-def _number(said: Mapping[str, Any], *names: str) -> float | None:
-    return next((value for value in map(said.get, names) if type(value) is float and value), None)
+def _stated_scaling(said: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """Return what latents are multiplied by, and what is subtracted before, where the arguments say it."""
+    found: dict[bool, float] = {}
+    for name, value in said.items():
+        # Whole numbers above 1, as diffusers' vae_scale_factor, are of the image's size.
+        if SCALING.fullmatch(name) and type(value) in (int, float) and (value == 1 or value % 1):
+            found.setdefault("shift" in name, float(value))
+    return found.get(False), found.get(True)
 
 
 def _doubts_of_vae(said: Mapping[str, Any], project: Project, data: Mapping[str, Any]) -> Iterator[str]:
     named = _vae(said)
+    scale, shift = _stated_scaling(said)
+    if data and scale and project.latents == "scaled":
+        yield f"its latents are times {scale}{f' less {shift}' if shift else ''}, as its arguments say"
     if named and not data and project.vae and not _PUBLISHED.fullmatch(named):
         yield (
             f"its vae is {named!r}, not {project.name}'s sd-vae-ft-{project.vae}, and it doesn't say what latents were "

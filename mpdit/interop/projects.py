@@ -63,6 +63,7 @@ PROJECTS = (
         tensors=r"bn\.running_",
         arguments={"vae_align_proj_coeff": (), "bn_momentum": ()},
         extra=r"projectors\.|bn\.",
+        others=frozenset({"vae_learnable"}),
     ),
     Project(
         "REPA",
@@ -107,7 +108,7 @@ PROJECTS = (
         predicts="noise",
         tensors=r"transformer_blocks\.",
         others=frozenset(
-            {"attention_bias", "attention_head_dim", "attention_type", "norm_elementwise_affine", "norm_eps"}
+            {"attention_bias", "attention_type", "norm_elementwise_affine", "norm_eps"}
             | {"norm_num_groups", "out_channels", "num_layers", "upcast_attention"}
         ),
     ),
@@ -116,9 +117,11 @@ PROJECTS = (
 """The first that a file shows is taken; one that shows none, a bare state dict of DiT's or SiT's, is the last's."""
 
 _STEPS = ("train_steps", "steps", "global_step", "step")
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads", "n_head", "num_head")
+CLASSES = ("num_classes", "num_embeds_ada_norm", "n_classes", "nb_classes", "num_class", "label_dim")
 _KNOWN = frozenset(
-    {"model", "model_type", "num_heads", "num_attention_heads", "num_classes", "num_embeds_ada_norm", "latent_norm"}
-    | {"latent_multiplier", "vae", "scaling_factor", "shift_factor", "norm_type", "activation_fn", "sample_size"}
+    {*HEADS, *CLASSES, "head_dim", "attention_head_dim", "model", "model_type", "latent_norm"}
+    | {"latent_multiplier", "vae", "norm_type", "activation_fn", "sample_size"}
     | {"image_size", "resolution", "latent_size", "input_size", "patch_size", "patch_sizes", "in_channels", "channels"}
     | {"hidden_size", "depth", "depth_list", "mlp_ratio", "learn_sigma", "vae_rate", "z_dims", "projector_dim"}
 )
@@ -138,13 +141,18 @@ _SWITCH = re.compile(
     re.IGNORECASE,
 )
 """Parts of a model that change what it computes, and that need not show in its tensors."""
+SCALING = re.compile(r"(vae[._])?(scaling|scale|shift)_factor|(vae|latents?)[._](scaling|scale|shift)(_factor)?")
+"""Matches arguments that latents are multiplied by, or that are subtracted from them before."""
 _SCALE = re.compile(r"(t|time|timesteps?)_(scale|factor|multiplier)")
 _LAYER = re.compile(r"(.*_)?(norm|act|activation|mlp|ffn|attn|attention|pos|embed|position\w*|block)(_.*)?")
 _LISTED = 6
 _OFF = ("", "none", "false", "no", "off")
 _WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _ANCHOR = re.compile(r"(|.*\.)(x_embedder|pos_embed)\.proj\.weight")
-_COUNTERS = re.compile(r"(.*\.)?num_batches_tracked|n_averaged|initted|decay|num_updates|(global_)?steps?|epoch")
+_COUNTERS = re.compile(
+    r"(?!.*blocks)(.*\.)?(num_batches_tracked|n_averaged|initted|decay|num_updates|(global_)?steps?|epoch)"
+)
+"""Matches single numbers that wrappers and averages keep beside a model's tensors."""
 _OPTIMIZER = re.compile(
     r"(opt|optim|optimi[sz]er|lr|sched|scaler|scheduler|grad|rng|amp|callbacks|loops)\w*", re.IGNORECASE
 )
@@ -313,7 +321,7 @@ def _contradictions(
         yield f"{predicts['velocity']} is not what {project.name} predicts"
 
 
-def check_arguments(model: FoundModel, project: Project) -> list[str]:
+def check_arguments(model: FoundModel) -> list[str]:
     """Refuse a model whose arguments switch on what isn't read here; return notes on those that weren't read.
 
     A switch need not show in tensors, as rotary positions don't. Raises CheckpointError.
@@ -326,8 +334,8 @@ def check_arguments(model: FoundModel, project: Project) -> list[str]:
             raise CheckpointError(
                 f"its {name} is {value!r:.40}: no model with that is read, whatever its tensors; {_ELSEWHERE}"
             )
-        known = name in _KNOWN | project.others or any(name in other.arguments for other in PROJECTS)
-        if not (known or says_objective(name) or _TRAINING.fullmatch(name)):
+        known = name in _KNOWN or any(name in other.arguments or name in other.others for other in PROJECTS)
+        if not (known or says_objective(name) or _TRAINING.fullmatch(name) or SCALING.fullmatch(name)):
             unread.append(name)
     both = [name for name in model.disputed if name in _KNOWN or "drop" in name or "uncond" in name]
     notes = [f"its {name} is {model.disputed[name]}: neither is taken" for name in both]
@@ -363,7 +371,9 @@ def _leaves(held: Mapping[Any, Any], entry: str = "", depth: int = 3) -> Iterato
 
 def _choose(found: list[tuple[str, str]], which: str, path: object) -> tuple[str, str, str | None]:
     """Return entry and prefix of the model asked for, and what its file calls it: "ema", "model" or None."""
-    named = [(e, p, "ema" if _AVERAGE.search(_NO_AVERAGE.sub("", f"{e}.{p}")) else "model") for e, p in found]
+    named = [(e, p, _label(f"{e}.{p}")) for e, p in found]
+    if [label for _, _, label in named].count("ema") > 1 and any(_label(p) == "ema" for _, p in found):
+        named = [(e, p, _label(p)) for e, p in found]  # ema_pytorch's "ema" holds online_model and ema_model
     asked = [model for model in named if model[2] == which]
     if len(asked) == 1:
         entry, prefix, label = asked[0]
@@ -374,6 +384,10 @@ def _choose(found: list[tuple[str, str]], which: str, path: object) -> tuple[str
     if asked:
         raise CheckpointError(f"{path} holds several models ({held}): save the state dict of one alone")
     raise CheckpointError(f"{path} has no entry {which!r}: it holds {held}; ask for that, or give another file")
+
+
+def _label(place: str) -> str:
+    return "ema" if _AVERAGE.search(_NO_AVERAGE.sub("", place)) else "model"
 
 
 def _refuse_others(names: Iterable[str], path: object) -> None:

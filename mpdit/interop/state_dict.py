@@ -16,14 +16,13 @@ from torch import Tensor
 
 from mpdit.core.errors import CheckpointError
 from mpdit.interop.diffusers_dit import from_diffusers
-from mpdit.interop.projects import Project, find_model, identify
+from mpdit.interop.projects import CLASSES, Project, find_model, identify
 from mpdit.model.config import Convention, ModelConfig, StageSpec
 from mpdit.model.layers import sincos_position
 from mpdit.model.mpdit import MPDiT
 from mpdit.model.weights import check_values
 
 CLASS_TABLE = "y_embedder.embedding_table.weight"
-_CLASSES = ("num_classes", "num_embeds_ada_norm")
 _POSITIONS = re.compile(r"pos_embed(_downsampled|_lvl\d+)?")
 
 _RENAMED = (
@@ -256,7 +255,7 @@ def count_classes(
     DiT's, SiT's and REPA's table has that row only if classes were dropped in training; no shape shows it.
     """
     rows = _shape(tensors, CLASS_TABLE, 2)[0]
-    stated = next((n for n in (given, *map(said.get, _CLASSES)) if type(n) is int), None)
+    stated = next((n for n in (given, *map(said.get, CLASSES)) if type(n) is int), None)
     if stated is None and fallback and fallback.num_classes in (rows, rows - 1):
         stated = fallback.num_classes
     if stated is None and "time_modulation.1.weight" in tensors:
