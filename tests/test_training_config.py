@@ -246,3 +246,11 @@ def test_nothing_reads_the_gradient_norm_back_without_clipping(stage: int) -> No
     full = complete(ds, TrainConfig(clip=0.0, precision="fp32"), world_size=1)
     assert full["zero_optimization"]["compute_grad_norm"] is False
     assert ds == {"zero_optimization": {"stage": stage}}, "the given configuration is left alone"
+
+
+def test_what_a_run_began_with_may_be_gone_when_it_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "removed")
+    for option in ("--resume", "--init-from"):
+        assert parse_arguments([option, str(tmp_path / "link")]) == {option[2:].replace("-", "_"): f"{tmp_path}/link"}
+    with pytest.raises(ConfigError, match=r"argument --data: .*link is a link to nothing"):
+        parse_arguments(["--data", str(tmp_path / "link" / "packed")])

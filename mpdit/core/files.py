@@ -51,12 +51,17 @@ def expand_path(text: str) -> str:
     return path
 
 
+def broken_link(path: Path) -> Path | None:
+    """Return the link to nothing that a path, or a folder above it, is."""
+    places = (path, *path.absolute().parents)
+    return next((place for place in places if os.path.islink(place) and not os.path.exists(place)), None)
+
+
 def check_links(*paths: Path) -> None:
     """Raise ConfigError, naming it, where one of these paths or a folder above it is a link to nothing."""
     for path in paths:
-        for place in (path, *path.absolute().parents):
-            if os.path.islink(place) and not os.path.exists(place):
-                raise ConfigError(f"{place} is a link to nothing: restore what it leads to, or give another path")
+        if link := broken_link(path):
+            raise ConfigError(f"{link} is a link to nothing: restore what it leads to, or give another path")
 
 
 def settle_folders() -> None:

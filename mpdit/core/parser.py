@@ -13,13 +13,17 @@ from mpdit.core.files import check_links, expand_path
 from mpdit.core.other_names import hint
 
 
-def path_text(text: str) -> str:
-    """Parse an argument that is a path, or perhaps a hub id: see `expand_path` and `check_links`."""
+def path_text(text: str, *, gone: bool = False) -> str:
+    """Parse an argument that is a path, or perhaps a hub id: see `expand_path`.
+
+    A link to nothing is refused, unless what is there may be `gone` by the time the command is repeated.
+    """
     if not text:
         raise argparse.ArgumentTypeError("an empty value; give one, or leave it out")
     try:
         expanded = expand_path(text)
-        check_links(Path(expanded))
+        if not gone:
+            check_links(Path(expanded))
         return expanded
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None

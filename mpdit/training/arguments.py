@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Hashable, Sequence
@@ -26,7 +27,9 @@ from mpdit.training.config import RENAMED, TrainConfig, parse_override
 _DEFAULT_IN_HELP = {"override", "out", "init_from", "plan_gpu", "plan_gpus"}
 """Fields whose help says by itself what holds when they are not given."""
 
-_PATHS = {"ds_config", "data", "out", "resume", "init_from"}
+_READ_ONCE = {"resume", "init_from"}
+"""What a run begins with, and doesn't need any more when it is continued."""
+_PATHS = {"ds_config", "data", "out", *_READ_ONCE}
 
 _METAVARS = {
     "resume": "auto|never|DIR",
@@ -135,7 +138,9 @@ def _kind(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
     if choices := field.metadata["choices"] or (get_args(kind) if get_origin(kind) is Literal else ()):
         return {"choices": choices}
     metavar = {int: "N", float: "X"}.get(kind) or _METAVARS.get(field.name)
-    return {"type": path_text if field.name in _PATHS else kind, "metavar": metavar or field.name.upper()}
+    if field.name in _PATHS:
+        kind = functools.partial(path_text, gone=field.name in _READ_ONCE)
+    return {"type": kind, "metavar": metavar or field.name.upper()}
 
 
 def _help(field: dataclasses.Field[Any]) -> str:

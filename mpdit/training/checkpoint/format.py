@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mpdit.core.errors import CheckpointError
-from mpdit.core.files import read_bytes, sync_to_disk, write_atomically
+from mpdit.core.files import broken_link, read_bytes, sync_to_disk, write_atomically
 from mpdit.core.tensor_file import write_tensors
 
 FORMAT = "mpdit-checkpoint-2"
@@ -68,10 +68,9 @@ class Checkpoint:
     def open(cls, folder: Path) -> Checkpoint:
         """Read the manifest and check that all files are there in full. Raises CheckpointError."""
         if not os.path.isdir(folder):
-            raise CheckpointError(
-                f"checkpoint {folder} does not exist, or may not be read: give a folder like "
-                "OUT/checkpoints/step-00000500"
-            )
+            missing = f"checkpoint {folder} does not exist, or may not be read"
+            what = f"{link} is a link to nothing" if (link := broken_link(folder)) else missing
+            raise CheckpointError(f"{what}: give a folder like OUT/checkpoints/step-00000500")
         path, marker = folder / "manifest.json", folder / MARKER
         try:
             text, committed = read_bytes(path), read_bytes(marker).strip()
