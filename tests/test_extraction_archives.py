@@ -369,3 +369,45 @@ def test_hard_links_stand_for_what_their_target_was(tmp_path: Path) -> None:
         "dog/0.png": X,
         "owl/0.png": Z,
     }
+
+
+def test_archives_by_other_names_are_told(tmp_path: Path) -> None:
+    shard = tar_bytes({"a/1.png": X, "b/1.png": X})
+    lost = {"s-1": shard, "s-2.zip.001": X, "s-3.z01": X}
+    files = {"s-0.tar": shard, "notes": b"x", "s-0.idx": b"x", "empty": b""} | lost
+    (note,) = list_images(write_tree(tmp_path / "shards", files)).notes
+    assert note.startswith("3 of the images and archives") and all(name in note for name in lost)
+    names = ("a.zip.001", "b.tar.aa", "c.tar.lzma", "d.z01", "e.tlz", "f.tar.gz.part")
+    tree = {"a/1.png": X, "b/1.png": Y} | {f"b/{name}": X for name in (*names, "g.tar.md5", "h.zip.json", "i.txt")}
+    images = list_images(write_tree(tmp_path / "tree", tree))
+    assert {name for name, reason in images.ignored if "archive" in reason} == {f"b/{name}" for name in names}
+    assert images.notes[0].startswith(f"{len(names)} of the images and archives")
+    with pytest.raises(DataError, match="compressed as a whole"):
+        list_images(write_tree(tmp_path / "whole", {"c.tar.lzma": X}))
+
+
+def test_zips_that_hide_members_behind_other_bytes_are_refused(tmp_path: Path) -> None:
+    one, two = (write_zip(tmp_path / f"{k}.zip", {f"{k}/{i}.png": data for i, data in enumerate((X, Y))}) for k in "ab")
+    path = tmp_path / "c.zip"
+    stub = b"#!/bin/sh\n PK\3\4 is the mark of a member\n" + b"PK\3\4" * 20 + bytes(4000)
+    path.write_bytes(stub + two.read_bytes())
+    assert len(list_images(path, "one")) == 2
+    for start in (stub, bytes(512), (b"x" * ((1 << 22) - 2))):  # the last has its mark across two pieces
+        path.write_bytes(start + one.read_bytes() + two.read_bytes())
+        with pytest.raises(
+            DataError, match=f"from byte {len(start)} on it holds data that its table of contents lacks"
+        ):
+            list_images(path)
+    for hidden in (False, True):
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in (("a/0.png", X), ("a/1.png", Y), ("b/2.png", Z)):
+                archive.writestr(name, data)
+                archive.fp.write(bytes(200))  # type: ignore[union-attr]
+                archive.start_dir = archive.fp.tell()  # type: ignore[attr-defined,union-attr]
+            if hidden:
+                del archive.filelist[1]
+        if hidden:
+            with pytest.raises(DataError, match="its table of contents lacks"):
+                list_images(path)
+        else:
+            assert len(list_images(path)) == 3

@@ -17,7 +17,7 @@ except ImportError:
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of a member, before its name and extra field: PKWARE's APPNOTE 4.3.7
 _HEADER, _TABLE_ENTRY, _END = 30, 46, 22  # bytes of a member's header, its entry in the table and the table's end
-_DESCRIPTOR = 24  # bytes at most of what may follow a member that was written as a stream
+_MOST_VERSION, _MOST_METHOD = 63, 99  # that a member needs and is compressed by: APPNOTE 4.4.3 and 4.4.5
 _SLACK = 96  # bytes between members that need no look: extra fields, a descriptor; hardly an image with its header
 _MOST_DEFLATED = 1032  # times its size is what deflate can stand for
 _PIECE = 1 << 22
@@ -85,8 +85,8 @@ def _find_unlisted(archive: zipfile.ZipFile, descriptor: int) -> int | None:
         member.header_offset: (_HEADER + name, member.compress_size) for name, member in zip(names, table, strict=True)
     }
     starts = sorted(sizes)
-    if (not starts or starts[0] > 0) and first and os.pread(descriptor, 4, 0) == b"PK\3\4":
-        return 0
+    if (place := _find_member(descriptor, 0, starts[0] if starts else first)) is not None:
+        return place
     for start, following in itertools.pairwise([*starts, first]):
         if following - start - sum(sizes[start]) <= _SLACK:
             continue
@@ -94,9 +94,27 @@ def _find_unlisted(archive: zipfile.ZipFile, descriptor: int) -> int | None:
             end = read_local_header(descriptor, start).end + sizes[start][1]
         except zipfile.BadZipFile:
             continue  # a broken member, which is told when it is read
-        found = os.pread(descriptor, _DESCRIPTOR + 4, end).find(b"PK\3\4")
-        if 0 <= found < following - end:
-            return end + found
+        if (place := _find_member(descriptor, end, following)) is not None:
+            return place
+    return None
+
+
+def _find_member(descriptor: int, start: int, stop: int) -> int | None:
+    """Return where in these bytes a member begins, by a header that can be one: programs hold its mark too."""
+    while start < stop:
+        piece = os.pread(descriptor, min(_PIECE, stop - start), start)
+        found = piece.find(b"PK\3\4")
+        if found < 0:
+            start += max(len(piece) - 3, 1)  # the mark may lie across two pieces
+            continue
+        start += found
+        header = os.pread(descriptor, _LOCAL_HEADER.size, start)
+        if len(header) == _LOCAL_HEADER.size:
+            _, version, _, method, *_, length, _ = _LOCAL_HEADER.unpack(header)
+            name = os.pread(descriptor, length, start + _LOCAL_HEADER.size)
+            if version & 0xFF <= _MOST_VERSION and method <= _MOST_METHOD and name and min(name) >= ord(" "):
+                return start
+        start += 4
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import re
 import stat
 import tarfile
 import zipfile
@@ -16,10 +17,16 @@ from mpdit.core.zips import ENCRYPTED, UTF8, ZIP_DAMAGE, is_zip, open_zip
 
 COMPRESSED = (
     ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4", ".tar.z",
+    ".taz", ".tar.lzma", ".tlz", ".tar.lz", ".tar.lzo", ".tar.br", ".tar.zstd",
 )  # fmt: skip
 ARCHIVES = (".tar", ".zip", *COMPRESSED, ".7z", ".rar", ".zipx")
 """Suffixes of archives, in small letters; the first two can be read."""
 
+_PART_OF_ARCHIVE = re.compile(
+    r"\.(?:tar|zip|7z|rar|tgz|tbz2?|txz|tzst|tlz|tar\.\w+)\.(?:\d{1,5}|[a-z]{2}|part\w*|filepart|crdownload|download|aria2)$"
+    r"|\.[zr]\d\d+$",
+    re.IGNORECASE,
+)
 _GZIP_BZIP_XZ_ZSTD = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 _PIECE = 1 << 20
 _END = 2 * tarfile.BLOCKSIZE  # zeros that end a tar, before those that fill its last record
@@ -46,6 +53,11 @@ class Member(NamedTuple):
     text: str = ""
     """Where a link leads, from the archive's top; of what is odd, why it can't be used; of a file a name's guessed
     encoding."""
+
+
+def is_archive_name(name: str) -> bool:
+    """Return whether a file is an archive, or a part or an unfinished download of one, by its name."""
+    return name.lower().endswith(ARCHIVES) or bool(_PART_OF_ARCHIVE.search(name))
 
 
 def archive_kind(path: Path, file: IO[bytes]) -> Literal["tar", "zip"]:

@@ -31,7 +31,15 @@ from tqdm import tqdm
 
 from mpdit.core.errors import DataError, one_line
 from mpdit.core.zips import read_local_header
-from mpdit.jobs.extract.archives import ARCHIVES, Member, archive_kind, clean_name, tar_members, zip_members
+from mpdit.jobs.extract.archives import (
+    ARCHIVES,
+    Member,
+    archive_kind,
+    clean_name,
+    is_archive_name,
+    tar_members,
+    zip_members,
+)
 from mpdit.jobs.extract.classes import (
     IGNORED,
     LABELS_NAME,
@@ -73,6 +81,7 @@ HIDDEN = "hidden or the system's"
 """Why a file is ignored that isn't told of by its name."""
 _NO_IMAGE = "is no image by its name"
 _ARCHIVE = "is an archive in a folder or another, not looked into"
+_UNNAMED = "is an archive without the suffix of one, beside those that have it"
 _BESIDE = "lies beside the archives"
 _OF_KEY = "lies beside the image of its key"
 _NOWHERE = "is a link to what isn't there"
@@ -251,10 +260,12 @@ def summary(ignored: Iterable[tuple[str, str]]) -> str:
 def is_lost(name: str, reason: str) -> bool:
     """Return whether an ignored file is, or may hold, images that are missed: a line warns of those."""
     if reason == _BESIDE:  # EDM's labels, or archives that are still being copied
-        return name == LABELS_NAME or any(suffix in name.lower() for suffix in ARCHIVES)
+        return name == LABELS_NAME or is_archive_name(name) or any(suffix in name.lower() for suffix in ARCHIVES)
     if reason in (_NOWHERE, _NOT_HELD) and _may_be_folder(name):
         return True
-    return reason in (_ARCHIVE, _LINKED) or (reason not in (_NO_IMAGE, HIDDEN) and _suffix(name) in image_suffixes())
+    return reason in (_ARCHIVE, _LINKED, _UNNAMED) or (
+        reason not in (_NO_IMAGE, HIDDEN) and _suffix(name) in image_suffixes()
+    )
 
 
 def kinds(ignored: Iterable[tuple[str, str]]) -> dict[str, int]:
@@ -346,7 +357,8 @@ class _Listing(FoundImages):
                 "the other"
             )
         self._hidden |= hidden
-        self.ignored += [(name, _BESIDE) for name, _ in inside if name not in archives]
+        for name in sorted({name for name, _ in inside}.difference(archives)):
+            self.ignored.append((name, _UNNAMED if _may_be_folder(name) and _is_archive(path / name) else _BESIDE))
         self.add_archives([path / name for name in archives])
 
     def _walk(self, top: str) -> Iterator[Member]:
@@ -498,7 +510,7 @@ class _Listing(FoundImages):
                     f"the labels in {where} are not used, as images lie outside its folder ({stray}, ...): give that "
                     "folder, or move them"
                 )
-        self.ignored += [(prefix + name, _ARCHIVE if name.lower().endswith(ARCHIVES) else _NO_IMAGE) for name in others]
+        self.ignored += [(prefix + name, _ARCHIVE if is_archive_name(name) else _NO_IMAGE) for name in others]
         if unread and not labels and not self._allows_no_classes:
             stems = {image.removeprefix(prefix).rpartition(".")[0] for image in self.names[first:]}
             if found := [f"{key}.json" for key in unread if key in stems]:
@@ -689,6 +701,14 @@ def _follow(name: str, links: Mapping[str, str]) -> str:
             break
         name = posixpath.normpath(links[above] + name.removeprefix(above))
     return name
+
+
+def _is_archive(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return bool(archive_kind(path, file))
+    except DataError:
+        return False
 
 
 def _may_be_folder(name: str) -> bool:
