@@ -68,6 +68,8 @@ FAULTS = tuple(Fault(*row) for row in (
      "        return self.num_classes - 1\n", "test_sampling.py -k null_class"),
     (M + "interop/projects.py", "REPA's checkpoints are read with SiT's time", '"sihyun-yu/REPA",\n        "mpdit",',
      '"sihyun-yu/REPA",\n        "sit",', "test_interop_projects.py -k whose"),
+    (M + "diffusion/inference.py", "a model prepared for sampling forgets what its file said",
+     'getattr(model, "metadata", {})', "{}", "test_inference.py -k prepared"),
     (M + "interop/state_dict.py", "a table without a row for no class loses a class",
      "classes = max(1, rows - 1) if stated is None else stated", "classes = max(1, rows - 1)",
      "test_interop_projects.py -k no_class_is_lost"),

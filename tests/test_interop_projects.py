@@ -188,7 +188,7 @@ OBJECTIVES = {
     "loss_type": ("ddpm", "a velocity on the ddpm path"),
     "interpolant": ("VP", "a velocity on the VP path"),
     "noise_schedule": ("linear", "a velocity on the linear path"),
-    "training_objective": ("consistency", "consistency"),
+    "training_objective": ("drifting", "drifting"),
     "prediction_type": ("v_prediction", "v_prediction"),
     "interpolant_type": ("ot", None),
     "pred": ("velocity", None),
@@ -196,6 +196,10 @@ OBJECTIVES = {
     "sampling_method": ("ddpm", None),
     "exp_name": ("vp", None),
     "loss": ("l2", None),
+    "v_prediction": (True, "v_prediction"),
+    "beta_start": (1e-4, "a velocity on the diffusion path"),
+    "algorithm": ("shortcut", "a velocity on the shortcut path"),
+    "method": ("DDPM", "a velocity on the DDPM path"),
     "use_flow_matching": (False, "a velocity on the diffusion path"),
     "transport": ({"name": "GVP"}, "a velocity on the GVP path"),
     "sampler": ({"type": "ddpm", "prediction": "x0"}, None),
@@ -208,7 +212,9 @@ def test_an_objective_is_read_by_whatever_name(tmp_path: Path, state: dict[str, 
     for beside in ({"args": said(**{name: word})}, {"model_args": vars(said()), "cfg": {"flow": {name: word}}}):
         training = read(tmp_path, {"ema": state} | beside)[1]["training"]
         assert (training["official"], training.get("objective")) == ("SiT", objective)
-    sure = word not in ("consistency", "v_prediction")  # what no table says, --convention may
+    sure = (
+        objective not in ("drifting", "v_prediction") and name != "beta_start"
+    )  # what no table says, --convention may
     training = read(tmp_path, {"ema": state} | beside, convention="sit")[1]["training"]
     assert training.get("objective") == (objective if sure else None)
 
@@ -256,7 +262,14 @@ def test_what_is_said_of_another_part_is_not_read(tmp_path: Path, state: dict[st
             {"mlp_type": "SwiGLU"},
             {"norm_layer": "RMSNorm"},
         ],
-        *[{"pos_embed": "learned"}, {"time_scale": 1000.0}, {"window_size": 7}, {"attn": {"use_qk-norm": 1}}],
+        *[
+            {"pos_embed": "learned"},
+            {"time_scale": 1000.0},
+            {"window_size": 7},
+            {"pe": "2d-rope"},
+            {"reverse_time": 1},
+            {"attn": {"use_qk-norm": 1}},
+        ],
     ],
 )
 def test_what_tensors_need_not_show_is_refused_by_its_argument(
@@ -277,7 +290,9 @@ def test_arguments_without_a_meaning_here_are_listed_once(tmp_path: Path, state:
         "swiglu": 0,
     }
     plain = {"lr": 1e-4, "fused_attn": True, "global_batch_size": 256, "results_dir": "x", "loss_weight": None}
-    notes = read(tmp_path, {"ema": state, "args": said(**REPA | off | plain)})[1]["training"]["notes"]
+    notes = read(tmp_path, {"ema": state, "args": said(**REPA | off | plain | {"enc_type": "dinov2-registers"})})[1][
+        "training"
+    ]["notes"]
     assert not any("not read" in note for note in notes)
     odd = {f"fancy_{letter}": 1 for letter in "abcdefgh"}
     notes = read(tmp_path, {"ema": state, "args": said(**odd)})[1]["training"]["notes"]
@@ -294,6 +309,7 @@ def test_the_vae_is_the_one_that_the_file_names(tmp_path: Path, state: dict[str,
 
     for name in ("stabilityai/sd-vae-ft-mse", "mse", "/models/sd-vae-ft-mse/", {"name": "stabilityai/sd-vae-ft-mse"}):
         assert data(vae=name)[0]["decoder"]["vae"] == "stabilityai/sd-vae-ft-mse"
+    assert not data(vae_path="stabilityai/sdxl-vae")[0] and not data(autoencoder="sdxl")[0]
     found, told = data(vae="stabilityai/sdxl-vae")
     assert not found and "its vae is 'stabilityai/sdxl-vae', not SiT's sd-vae-ft-ema" in told and "0.13025" in told
     found, told = data(vae={"path": "x/sd3", "scaling_factor": 0.5, "shift_factor": 0.25})
@@ -405,7 +421,7 @@ def test_what_the_table_leaves_open_is_asked(tmp_path: Path, state: dict[str, Te
         # REPA's model drops a tenth of the classes even then.
         *[({"cfg_prob": 0.0} | REPA, None), ({}, None)],
         *[({"label_dropout": 0.0}, 0.0), ({"uncond_prob": 0.0}, 0.0), ({"network": {"cond_drop_prob": 0.15}}, 0.15)],
-        *[({"p_uncond": 0.2, "class_dropout": 0.1}, None), ({"label_dropout_rate": 0}, 0.0)],
+        *[({"p_uncond": 0.2, "class_dropout": 0.1}, None), ({"label_dropout_rate": "0.0"}, 0.0)],
     ],
 )
 def test_dropped_classes_are_kept_on_record(

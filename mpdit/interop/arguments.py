@@ -42,7 +42,12 @@ _WORDS = _by_word(
 _STRAIGHT = _by_word(
     {"straight": "linear straight ot condot optimaltransport icfm rectified rectifiedflow rf flow fm flowmatching lerp"}
 )
-_CURVED = _by_word({"curved": "vp gvp ve vpsde vesde subvp cosine trig trigflow ddpm iddpm ddim edm gaussian"})
+_CURVED = _by_word(
+    {
+        "curved": "vp gvp ve vpsde vesde subvp cosine trig trigflow ddpm iddpm ddim edm gaussian",
+        "of two times": "shortcut consistency",
+    }
+)
 _ANYWHERE = (_CURVED.keys() - {"cosine", "gaussian"}) | {"eps", "epsilon", "x0", "xstart", "vprediction", "predv"}
 """Words that are about the objective whatever the argument is called."""
 _PREDICTS = re.compile(
@@ -54,6 +59,8 @@ _PATH = re.compile(
     r"(noise|beta|diffusion|train)_?(schedule|scheduler)(_type|_name)?"
 )
 _FLAG = re.compile(r"(?:use_)?(?:predicts?|pred|learn)_?(\w+)|(?:use_)?(\w+?)_?(?:pred|prediction|param)")
+_BETAS = re.compile(r"diffusion_steps|timestep_respacing|beta_(start|end|min|max)")
+"""Matches arguments that only diffusion over steps of noise has."""
 _OTHER_USE = re.compile(r".*(sampl|solver|eval|name|dir|folder|file|tag|lr|optim|log|ckpt|checkpoint).*")
 
 
@@ -117,9 +124,12 @@ def objective_of(values: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, s
 def _reads(name: str, value: Any) -> tuple[str, str, bool] | None:
     """Return ("predicts" or "path", what, whether the word is known) of an argument that says it; else None."""
     if value is True and (flag := _FLAG.fullmatch(name)):
-        what = _WORDS.get(_word(flag[1] or flag[2]))
+        word = _word(flag[1] or flag[2])
         # diffusers' v_prediction is Salimans and Ho's v, on another path than the straight one.
-        return ("predicts", what, what != "velocity") if what else None
+        what = name if word == "v" else _WORDS.get(word)
+        return ("predicts", what, word != "v") if what else None
+    if value and isinstance(value, int | float) and _BETAS.fullmatch(name):
+        return "path", "diffusion", False
     if value is False and _word(name).removeprefix("use") in ("flowmatching", "rectifiedflow"):
         return "path", "diffusion", True
     if not isinstance(value, str):
@@ -159,5 +169,7 @@ def _walk(held: Any, place: tuple[str, ...] = (), depth: int = 5) -> Iterator[tu
                 yield from _walk(value, (*place, *more, name), depth - 1)
         elif isinstance(value, str) and value.isdecimal():
             yield (*place, *more), name, int(value)
+        elif isinstance(value, str) and re.fullmatch(r"\d*\.\d+", value):
+            yield (*place, *more), name, float(value)
         elif isinstance(value, str | int | float) or (_ENTRY.fullmatch(name) and isinstance(value, list) and not place):
             yield (*place, *more), name, value

@@ -63,6 +63,9 @@ _NEVER_ZERO = re.compile(r".*blocks.*\.\d+\.(attn\.qkv|mlp\.fc1)\.weight")
 """Matches weights that no model begins as zeros; downloads that were cut short may leave them so."""
 _PUBLISHED = re.compile(r"(?:.*sd-vae-ft-)?(ema|mse)(?:-original|\.\w+|/)?")
 """Matches the VAEs of Stable Diffusion that the projects train with."""
+_NAMES_VAE = re.compile(
+    r"(vae|auto_?encoder|first_stage)(_type|_kind|[._](path|name|model|id|model_name|repo\w*|pretrained\w*))?"
+)
 _NAME = re.compile(r"(?:MPDiT|MPDiTv2|LightningDiT|DiT|SiT)-(S|B|L|XL)(?:/(\w+))?")
 
 
@@ -378,8 +381,7 @@ def _data(
 
 def _vae(said: Mapping[str, Any]) -> str | None:
     """Return the VAE that the arguments name, if any."""
-    names = ("vae", *(f"vae.{name}" for name in ("model_name", "name", "pretrained_model_name_or_path", "path", "vae")))
-    return next((value for value in map(said.get, names) if isinstance(value, str)), None)
+    return next((value for name, value in said.items() if isinstance(value, str) and _NAMES_VAE.fullmatch(name)), None)
 
 
 def _stated_scaling(said: Mapping[str, Any]) -> tuple[float | None, float | None]:

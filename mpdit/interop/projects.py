@@ -137,14 +137,14 @@ _TRAINING = re.compile(
 _SWITCH = re.compile(
     r"(^|.*_)(rope|rotary|qk_?norm|norm(alized?)?_?qk|swi_?glu|ge_?glu|rms_?norm|registers?|wo_shift|window_size|"
     r"causal|cosine_att\w*|soft_?cap|logit_?(scale|cap)|self_?cond\w*|parallel_(blocks?|att\w*)|sandwich|post_norm|"
-    r"alibi|moe|experts|linear_att\w*|gated_att\w*|kv_heads|value_residual|mean_?flow|layer_?scale)(_.*|$)",
+    r"alibi|moe|experts|linear_att\w*|gated_att\w*|kv_heads|value_residual|mean_?flow|layer_?scale|"
+    r"(reversed?|flip|invert)_?(t|time))(_.*|$)",
     re.IGNORECASE,
 )
 """Parts of a model that change what it computes, and that need not show in its tensors."""
 SCALING = re.compile(r"(vae[._])?(scaling|scale|shift)_factor|(vae|latents?)[._](scaling|scale|shift)(_factor)?")
 """Matches arguments that latents are multiplied by, or that are subtracted from them before."""
 _SCALE = re.compile(r"(t|time|timesteps?)_(scale|factor|multiplier)")
-_LAYER = re.compile(r"(.*_)?(norm|act|activation|mlp|ffn|attn|attention|pos|embed|position\w*|block)(_.*)?")
 _LISTED = 6
 _OFF = ("", "none", "false", "no", "off")
 _WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -328,14 +328,15 @@ def check_arguments(model: FoundModel) -> list[str]:
     """
     unread = [where for where in model.elsewhere if where.rpartition(".")[2] in _KNOWN - {"vae", "model"}]
     for name, value in model.arguments.items():
-        if not value or str(value).lower() in _OFF or name.startswith("vae."):
+        if not value or str(value).lower() in _OFF or re.match("vae|auto_?encoder|first_stage", name):
             continue
-        if _switches(name, value):
+        theirs = any(name in other.arguments or name in other.others for other in PROJECTS)
+        if _switches(name, True if theirs else value):
             raise CheckpointError(
                 f"its {name} is {value!r:.40}: no model with that is read, whatever its tensors; {_ELSEWHERE}"
             )
-        known = name in _KNOWN or any(name in other.arguments or name in other.others for other in PROJECTS)
-        if not (known or says_objective(name) or _TRAINING.fullmatch(name) or SCALING.fullmatch(name)):
+        objective = says_objective(name) or any(objective_of({name: value})[:2])
+        if not (theirs or objective or name in _KNOWN or _TRAINING.fullmatch(name) or SCALING.fullmatch(name)):
             unread.append(name)
     both = [name for name in model.disputed if name in _KNOWN or "drop" in name or "uncond" in name]
     notes = [f"its {name} is {model.disputed[name]}: neither is taken" for name in both]
@@ -346,13 +347,15 @@ def check_arguments(model: FoundModel) -> list[str]:
 
 
 def _switches(name: str, value: Any) -> bool:
-    """Tell whether an argument changes what a model computes: by its name, or by the kind of layer it names."""
+    """Tell whether an argument changes what a model computes: by its name, or by the kind of part it names."""
     if _SCALE.fullmatch(name):
         return isinstance(value, bool) or value != 1
-    if _SWITCH.fullmatch(name) or not isinstance(value, str) or not _LAYER.fullmatch(name):
-        return bool(_SWITCH.fullmatch(name))
+    if _SWITCH.fullmatch(name):
+        return True
+    if not isinstance(value, str) or _TRAINING.fullmatch(name):
+        return False
     other_position = name.startswith("pos") and "sin" not in value.lower()
-    return not _TRAINING.fullmatch(name) and bool(other_position or _SWITCH.fullmatch(value.replace("-", "_")))
+    return bool(other_position or _SWITCH.fullmatch(re.sub(r"\W", "_", value)))
 
 
 def model_name(arguments: Mapping[str, Any]) -> str:
