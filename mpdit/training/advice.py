@@ -78,8 +78,16 @@ def _learning(run: Run) -> Iterator[str]:
         )
     if config.lr == 0:
         yield "lr is 0, so nothing is learnt"
+    if config.lr > 0.1:
+        yield f"lr is {config.lr:g}, by which AdamW changes each weight at each step, and weights are mostly below 1"
+    if 0 < config.clip <= 1e-6:
+        yield f"clip is {config.clip:g}, so gradients vanish beside AdamW's epsilon: give about 1, or 0 for none"
+    if config.time_sampler == "logit_normal" and abs(config.logit_mean) > 5:
+        yield f"logit_mean is {config.logit_mean:g}, so that nearly all times are {int(config.logit_mean > 0)}"
     if config.class_dropout == 1:
         yield "class_dropout is 1, so classes are not trained"
+    elif config.class_dropout > 0.5:
+        yield f"class_dropout is {config.class_dropout:g}, so most samples are trained without their class"
     if config.class_dropout == 0 and run.model.num_classes > 1:
         yield "class_dropout is 0, so guidance is not trained: draw with --guidance 1 (here --sample-guidance 1)"
     if (kind := run.ds.get("communication_data_type", "fp32")) not in ("fp32", "float32"):
