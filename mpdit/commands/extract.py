@@ -49,7 +49,7 @@ _HELP = {
     "dtype": "what the VAE computes in",
     "pixel_range": "what black and white are to the VAE: signed is -1..1, as it was trained and as DiT and MPDiT have "
     "it; unit is 0..1, as EDM2 and REPA have it",
-    "bits": "bits that grey of 16 or 32 bits a value uses, 8 to 32 (default: 16, and pictures where 95% of the values "
+    "bits": "bits that grey of 16 or 32 bits a value uses, 8 to 32 (default: 16, and pictures where 19 of 20 values "
     "need no more than 14 are left out: they may be of fewer bits, or dark)",
     "batch": "images the VAE encodes at a time, as memory allows (default: 64 at 256 pixels, 16 at 512)",
     "workers": "decoding threads for each GPU (default: this machine's cores shared out)",
