@@ -272,10 +272,7 @@ def test_zeros_that_may_stand_for_members_are_refused_or_told(tmp_path: Path) ->
                 list_images(_tar(tmp_path / "t.tar", each))
     for hole in (slice(10 * member, 20 * member), slice(10 * member, 39 * member)):
         data = whole[: hole.start] + bytes(hole.stop - hole.start) + whole[hole.stop :]
-        with pytest.raises(DataError, match="members are missing there"):
-            list_images(_tar(tmp_path / "t.tar", data))
-    data = whole[: 10 * member] + bytes(member) + whole[11 * member :]
-    assert "members are missing" in list_images(_tar(tmp_path / "t.tar", data)).notes[0]
+        assert "members are missing" in list_images(_tar(tmp_path / "t.tar", data)).notes[0]
     (note,) = list_images(_tar(tmp_path / "t.tar", whole[:between] + bytes(size - between))).notes
     assert f"has {size - between} bytes of zeros at byte {between} (t.tar)" in note and "checksum" in note
     # What tar -b pads for tapes, and what cat joins, is whole.

@@ -119,7 +119,7 @@ def tar_members(file: IO[bytes], path: Path, shown: str, start: int, end: int, n
         told = f"{path} has {zeros} bytes of zeros at byte {stopped} ({shown}), more than its end takes"
         file.seek(max(last_bytes.stop - tarfile.BLOCKSIZE, 0))
         cut = zeros > _FULL_END and last_bytes and not file.read(tarfile.BLOCKSIZE).strip(b"\0")
-        if cut or (zeros > _FULL_END and not _is_padding(_ALL_RECORDS if start == end else _RECORDS, zeros, size)):
+        if cut or (zeros > _FULL_END and not _is_padding(_ALL_RECORDS, zeros, size)):
             raise DataError(
                 f"{told}: members are missing there, as after a download that stopped, so copy it again; if nothing is "
                 "missing, unpack it (tar -xif) and give the folder"
