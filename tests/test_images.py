@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from mpdit.core.errors import DataError
-from mpdit.diffusion.images import decode, denormalize, grid, save_sample_grid
+from mpdit.data.normalization import Scale
+from mpdit.diffusion.images import decode, denormalize, grid, save_sample_grid, unscaled
 
 SD = {
     "kind": "imagenet",
@@ -132,3 +133,12 @@ def test_bad_shapes(shape: tuple[int, ...]) -> None:
 def test_one_class_per_image() -> None:
     with pytest.raises(DataError, match="2 classes for 3 images"):
         grid(_noise_tiles(3), classes=[0, 1])
+
+
+def test_weights_without_constants_are_decoded_by_a_given_scale() -> None:
+    stored = torch.linspace(-2, 2, 64).reshape(1, 4, 4, 4)
+    with pytest.raises(DataError, match="no constants to decode latents by: give --data-scale"):
+        denormalize(stored, {})
+    data = unscaled({"decoder": {"factor": 8}}, Scale(0.5, 0.25), 4)
+    assert data["decoder"] == {"factor": 8}
+    torch.testing.assert_close(denormalize(stored, data), stored / 0.5 + 0.25)

@@ -144,7 +144,7 @@ def _convert_model(args: argparse.Namespace, theirs: bool, target: str) -> Outco
         save_official(made, model, metadata=metadata)
     else:
         if scale := parse_scale(args.data_scale or "auto"):
-            metadata = {**metadata, "data": unscaled(metadata.get("data") or {}, scale)}
+            metadata = {**metadata, "data": unscaled(metadata.get("data") or {}, scale, model.config.channels)}
         remarks += save_diffusers(args.out, model, metadata, args.vae)
     figures = {
         "source": str(args.source),

@@ -38,7 +38,12 @@ def denormalize(latents: Tensor, data: Mapping[str, Any]) -> Tensor:
 
     `data` is the "data" entry of a weight file's metadata. DataError when its statistics don't fit the channels.
     """
-    normalization = data.get("normalization") or {"mean": [], "std": []}
+    normalization = data.get("normalization")
+    if not normalization:
+        raise DataError(
+            "the weights' config.json has no constants to decode latents by: give --data-scale, what latents were "
+            'multiplied by, or add them to its "data"'
+        )
     mean, std = (torch.tensor(normalization[name], dtype=torch.float32) for name in ("mean", "std"))
     if latents.ndim != 4 or mean.shape != (latents.shape[1],) or std.shape != mean.shape:
         raise DataError(
@@ -49,15 +54,13 @@ def denormalize(latents: Tensor, data: Mapping[str, Any]) -> Tensor:
     return latents.float() * std.view(column).to(latents.device) + mean.view(column).to(latents.device)
 
 
-def unscaled(data: Mapping[str, Any], scale: Scale) -> Mapping[str, Any]:
-    """Return `data` for weights whose latents were changed by `scale` before they were packed.
+def unscaled(data: Mapping[str, Any], scale: Scale, channels: int) -> Mapping[str, Any]:
+    """Return `data` for weights whose latents of `channels` were changed by `scale` before they were packed.
 
     With stored = (latent - shift) * factor, a normalised latent x is the encoder's latent
-    (x * std + mean) / factor + shift, so only the constants that denormalise differ.
+    (x * std + mean) / factor + shift, so only the constants that denormalise differ. Without any, x is what was stored.
     """
-    constants = data.get("normalization")
-    if not constants:
-        return data
+    constants = data.get("normalization") or {"mean": [0.0] * channels, "std": [1.0] * channels}
     means = [value / scale.factor + scale.shift for value in constants["mean"]]
     return {**data, "normalization": {"mean": means, "std": [value / scale.factor for value in constants["std"]]}}
 

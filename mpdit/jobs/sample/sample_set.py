@@ -143,7 +143,7 @@ def _plan(
     scale, digits = parse_scale(options.data_scale), data.get("kind") == "digits"
     if digits and (unread := "--vae" if options.vae else "--data-scale" if scale else ""):
         raise ConfigError(f"the model is of the embedded digits, which are decoded without a VAE: leave {unread} out")
-    data = unscaled(data, scale) if scale else data
+    data = unscaled(data, scale, config.channels) if scale else data
     present = data.get("present_classes")
     labels = Labels.choose(config.num_classes, options.classes, options.labels, sampler.seed, present)
     vae, remarks = load_vae(options, data), []
