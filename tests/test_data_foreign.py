@@ -32,6 +32,7 @@ from mpdit.data import (
     to_latents,
     write_packed,
 )
+from mpdit.data.convert import convert_latents
 from mpdit.data.latents import LatentDataset
 from mpdit.data.normalization import PAPER, apart, choose_normalization, seen
 from mpdit.data.readers import base, npy
@@ -263,8 +264,17 @@ def test_latents_that_may_have_been_multiplied_are_remarked_on(tmp_path: Path) -
     found = formats.write_pairs(tmp_path / "pairs", LATENTS * np.float32(0.18215), LABELS)
     (remark,) = open_latents(found).manifest.remarks()
     assert "divided by 0.18215 (found by their std)" in remark and "by --data-scale" in remark
+    kept = convert_latents(found, tmp_path / "kept").manifest  # in doubt still, and in weights trained on it
+    assert kept.remarks() == [remark] and kept.metadata()["scale_origin"] == "found by their std"
     for manifest in (open_latents(files, scale=1).manifest, open_latents(found, scale=0.18215).manifest):
         assert manifest.remarks() == []
+    (remark,) = open_latents(
+        formats.write_pairs(tmp_path / "raw pairs", LATENTS, LABELS), scale=0.18215
+    ).manifest.remarks()
+    assert "as no published VAE's own have: check --data-scale" in remark
+    pixels = np.random.default_rng(0).integers(0, 256, (COUNT, 3, 4, 4), np.uint8)
+    (remark,) = write_packed(tmp_path / "pixels", pixels, LABELS).manifest.remarks()
+    assert "have std 7" in remark and "that they are latents" in remark
     assert open_latents(formats.write_edm2(tmp_path / "raw", MOMENTS, LABELS)).manifest.remarks() == []
 
 

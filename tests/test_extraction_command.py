@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -316,6 +317,7 @@ def test_what_is_odd_of_images_is_counted(vae: str, tmp_path: Path, capsys: pyte
         assert cli.main(command) == 0
         text = capsys.readouterr().out
         assert "note: 2 images with transparency, which is dropped, not blended" in text
+        assert re.search(r"\nnote: the latents have std \S+, and the VAE's config.json was written for 5.49: ", text)
         assert "note: 2 images of grey" in text and "note: 1 image of more than 8 bits" in text
         assert "b/10 bits.png has 16-bit pixels, 95% of them" in text and ("finished before" in text) == finished
     counted = {"transparent": 2, "sixteen_bits": 1, "grey": 2}

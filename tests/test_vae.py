@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mpdit.core.errors import CheckpointError, ConfigError
+from mpdit.data.normalization import Scale
+from mpdit.diffusion.images import unscaled
 from mpdit.model.vae import SIGNED, UNIT, VAE, pixel_range_of
 
 
@@ -208,6 +211,9 @@ def test_what_does_not_fit(folder: Path) -> None:
         ({}, 4.2, None),  # diffusers' default is 0.18215
         ({}, 0.8, "0.18215"),
         ({}, 12.0, "0.18215"),
+        ({"scaling_factor": 0.13025}, 4.7, "0.13025"),  # read as Stable Diffusion's
+        ({"scaling_factor": 0.13025}, 6.6, None),
+        ({"scaling_factor": 1.5305, "shift_factor": 0.0609}, 1.0, "1.5305,0.0609"),
         ({"scaling_factor": 0.3611, "shift_factor": 0.1159}, 2.5, None),
         ({"scaling_factor": 0.3611, "shift_factor": 0.1159}, 0.95, "0.3611,0.1159"),
         ({"scaling_factor": 0.5, "latents_std": [8.5, 5.9, 6.5]}, 7.0, None),
@@ -227,6 +233,38 @@ def test_latents_of_another_scale_than_the_vaes_are_remarked_on(
     assert len(remarks) == (scale is not None)
     assert scale is None or f"give --data-scale {scale}, or images" in remarks[0]
     assert vae.check_latents(3, data | {"decoder": vae.decoder_metadata()}) == []  # which made them
+
+
+@pytest.mark.parametrize(
+    ("fields", "mean", "told"),
+    [
+        ({"shift_factor": 7.0}, [0.0, 0.5, -0.5], r"latents have mean 0, and .* set for 7 by"),
+        ({"shift_factor": 7.0}, [6.0, 8.0, 7.0], None),
+        ({"latents_mean": [9.0, -9.0, 9.0]}, [0.0, 0.0, 0.0], r"have mean 0, and .* set for 3 by"),
+        ({"latents_mean": [9.0, -9.0, 9.0]}, [9.0, -7.0, 8.0], None),
+        ({}, [9.0, -7.0, 8.0], None),
+    ],
+)
+def test_latents_without_the_vaes_shift_are_remarked_on(folder: Path, fields: Any, mean: Any, told: str | None) -> None:
+    vae = VAE.load(str(folder))
+    vae.module.register_to_config(**fields)
+    remarks = vae.check_latents(3, {"normalization": {"mean": mean, "std": [4.5] * 3}})
+    assert len(remarks) == (told is not None)
+    assert told is None or re.search(told, remarks[0])
+
+
+def test_a_factor_that_was_found_is_held_to_the_vae(folder: Path) -> None:
+    vae = VAE.load(str(folder))
+    data = {
+        "normalization": {"mean": [0.0] * 3, "std": [5.0] * 3},
+        "scale": 0.18215,
+        "scale_origin": "found by their std",
+    }
+    assert vae.check_latents(3, data) == []
+    vae.module.register_to_config(scaling_factor=0.13025)
+    (remark,) = vae.check_latents(3, data)
+    assert "divided by 0.18215 (found by their std)" in remark and "give --data-scale 0.7151, or" in remark
+    assert vae.check_latents(3, unscaled(data, Scale(0.7151))) == []
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

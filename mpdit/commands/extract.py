@@ -21,6 +21,7 @@ from mpdit.core.parser import path_text, to_path
 from mpdit.core.text import counted
 
 if TYPE_CHECKING:
+    from mpdit.data.manifest import Manifest
     from mpdit.jobs.extract.extract import ExtractReport, Timing
 
 SUMMARY = "encode a folder or archive of images into a packed data set"
@@ -36,6 +37,9 @@ DESCRIPTION = (
     "not applied, as ADM and DiT don't."
 )
 _SHOWN = 10
+_OFF = 2.0
+"""How many times off the VAE's usual std latents are remarked on; pixels in 0..1 and other domains than photographs'
+take less (Stable Diffusion's of ImageNet are 1.05 to 1.4 off)."""
 
 _HELP = {
     "images": "a folder of images, a .tar, a .zip, a folder of them, or a folder in one: FILE.zip/train",
@@ -93,6 +97,7 @@ def run(args: argparse.Namespace) -> Outcome:
     if report is None:  # another rank's report is printed
         return Outcome(f"this rank's parts of {args.out} are done", {"path": str(args.out)})
     rates = _rates(report.timing) if report.timing else None
+    notes = [*_scale_remark(report.manifest), *report.manifest.remarks()]
     figures = {
         "path": str(report.path),
         "images": report.images,
@@ -102,17 +107,17 @@ def run(args: argparse.Namespace) -> Outcome:
         "skipped_images": report.skipped[:_SHOWN],
         "ignored": report.ignored,
         "ignored_kinds": report.ignored_kinds,
-        "notes": [*report.notes, *report.manifest.remarks()],
+        "notes": [*report.notes, *notes],
         "empty_classes": report.empty_classes,
         "pixels": report.pixels,
         "statistics": dataclasses.asdict(report.manifest.statistics),
         "normalization": dataclasses.asdict(report.manifest.normalization),
         "rates": rates,
     }
-    return Outcome("\n".join(_lines(report, rates)), figures)
+    return Outcome("\n".join(_lines(report, rates, notes)), figures)
 
 
-def _lines(report: ExtractReport, rates: dict[str, Any] | None) -> Iterator[str]:
+def _lines(report: ExtractReport, rates: dict[str, Any] | None, notes: list[str]) -> Iterator[str]:
     from mpdit.data.normalization import overall_std
     from mpdit.jobs.extract.decode import FACTS
 
@@ -122,14 +127,14 @@ def _lines(report: ExtractReport, rates: dict[str, Any] | None) -> Iterator[str]
         f"{counted(manifest.num_samples, 'sample')} of {counted(manifest.num_classes, 'class', 'classes')}, "
         f"{'x'.join(map(str, manifest.record_shape))} fp16 each, {size:.1f} MB: {report.path}"
     )
-    notes = report.path / "extraction.json"
+    listing = report.path / "extraction.json"
     if report.skipped:
-        yield f"skipped: {counted(len(report.skipped), 'broken image')}, listed in {notes}"
+        yield f"skipped: {counted(len(report.skipped), 'broken image')}, listed in {listing}"
         yield from (f"  {name} {reason}" for name, reason in report.skipped[:_SHOWN])
         yield from ["  ..."] * (len(report.skipped) > _SHOWN)
     if report.ignored:
         told = "; ".join(f"{kind}: {count}" for kind, count in report.ignored_kinds.items())
-        yield f"ignored: {counted(report.ignored, 'other file')} ({told}), the first listed in {notes}"
+        yield f"ignored: {counted(report.ignored, 'other file')} ({told}), the first listed in {listing}"
     for name, count in report.pixels.items():
         yield f"note: {counted(count, 'image')} {FACTS[name]}"
     if empty := report.empty_classes:
@@ -138,7 +143,7 @@ def _lines(report: ExtractReport, rates: dict[str, Any] | None) -> Iterator[str]
     yield from channels_lines(manifest.statistics, manifest.normalization)
     if usual := manifest.decoder.get("usual_std"):
         yield f"std of all channels: {overall_std(manifest.statistics.std):.4g}; the VAE is set for {usual:.4g}"
-    yield from (f"note: {remark}" for remark in manifest.remarks())
+    yield from (f"note: {remark}" for remark in notes)
     if rates is None or report.timing is None:
         yield "it was finished before: nothing was done"
         return
@@ -152,6 +157,18 @@ def _lines(report: ExtractReport, rates: dict[str, Any] | None) -> Iterator[str]
         f"VAE waited for images {rates['waited_share']:.0%} of the time; {rates['bound']} bounds: "
         f"{remedy[rates['bound']]}"
     )
+
+
+def _scale_remark(manifest: Manifest) -> Iterator[str]:
+    """Yield a remark where the latents aren't of the std that the VAE's config.json was written for."""
+    from mpdit.data.normalization import overall_std
+
+    usual, std = manifest.decoder.get("usual_std"), overall_std(manifest.statistics.std)
+    if usual and std and not 1 / _OFF < usual / std < _OFF:
+        yield (
+            f"the latents have std {std:.3g}, and the VAE's config.json was written for {usual:.3g}: unless that holds "
+            "diffusers' default, check --pixel-range, and whether it belongs to these weights"
+        )
 
 
 def _rates(timing: Timing) -> dict[str, Any]:

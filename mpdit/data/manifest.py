@@ -42,6 +42,8 @@ ORIGINAL_AND_FLIPPED = ("original", "flipped")
 _SCALED_STD = (0.55, 1.45)
 """Where the std of latents lies that were multiplied by a VAE's scaling_factor, which is about 1 / std: 0.73 to 1 for
 Stable Diffusion's on photographs."""
+_LIKELY_STD = (0.1, 16.0)
+"""Where the std of a VAE's own latents lies: 0.65 (SD3) to 8.5 (SDXL's first channel, of playground-v2.5)."""
 
 
 @dataclass(frozen=True)
@@ -170,10 +172,17 @@ class DatasetInfo(LatentSpec):
                 )
                 break
         std, origin = overall_std(self.statistics.std), self.source.get("scale_origin")
-        if self.kind == "digits" or origin == "given" or "vae_sha256" in self.source:
+        if self.kind == "digits" or "vae_sha256" in self.source:
             return found
-        if self.source.get("scale", 1) != 1:
-            if "path" not in self.source:  # of the files that were packed
+        if not _LIKELY_STD[0] < std < _LIKELY_STD[1]:
+            found.append(
+                f"the latents have std {std:.3g}, as no published VAE's own have: check --data-scale (it is what they "
+                "were multiplied by), and that they are latents"
+            )
+        elif origin == "given":
+            return found
+        elif self.source.get("scale", 1) != 1:
+            if origin:  # packed, it stays in doubt
                 found.append(
                     f"{self.describe_source()}: where they are of another VAE than Stable Diffusion's, say by "
                     "--data-scale what they were multiplied by"
@@ -196,11 +205,16 @@ class DatasetInfo(LatentSpec):
 
     def metadata(self) -> dict[str, Any]:
         """Return, in JSON types, what a weight file must carry about its data to decode samples without it."""
+        scaled = self.source.get("scale", 1) != 1
         return {
             "kind": self.kind,
             "class_names": list(self.class_names),
             "normalization": {name: list(getattr(self.normalization, name)) for name in ("mean", "std")},
             "decoder": dict(self.decoder),
+            # Another VAE than that of this factor shows that it was found wrongly.
+            **(
+                {name: self.source[name] for name in ("scale", "scale_origin") if name in self.source} if scaled else {}
+            ),
         }
 
     def check_model(self, config: ModelConfig) -> None:

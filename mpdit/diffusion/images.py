@@ -62,7 +62,8 @@ def unscaled(data: Mapping[str, Any], scale: Scale, channels: int) -> Mapping[st
     """
     constants = data.get("normalization") or {"mean": [0.0] * channels, "std": [1.0] * channels}
     means = [value / scale.factor + scale.shift for value in constants["mean"]]
-    return {**data, "normalization": {"mean": means, "std": [value / scale.factor for value in constants["std"]]}}
+    known = {name: value for name, value in data.items() if name not in ("scale", "scale_origin")}  # and set right here
+    return {**known, "normalization": {"mean": means, "std": [value / scale.factor for value in constants["std"]]}}
 
 
 def decode(latents: Tensor, data: Mapping[str, Any]) -> NDArray[np.uint8]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -29,9 +30,12 @@ UNIT: PixelRange = (0.0, 1.0)
 _LARGEST_PIXEL = 1e6
 """What black and white stay below; a larger one is damage."""
 DECODER_KIND = "diffusers_vae"
-_SCALE_BOUND = 2.0
-"""Latents whose std differs by more from what the VAE was set for are remarked on, not refused: VAEs are saved with
-diffusers' default of 0.18215 whatever their latents (config.json of GLM-Image's, of std 2 to 5, and of many's own)."""
+_SCALE_BOUNDS = 0.65, 1.3
+"""Latents of a std outside, as a share of what the VAE was set for, or of means a std off, are remarked on, not
+refused: VAEs are saved with diffusers' default of 0.18215 whatever their latents (config.json of GLM-Image's, of std 2
+to 5, and of many's own). Stable Diffusion's of ImageNet have 0.72 (EDM2's constants) to 0.95, SDXL's 0.87; the factors
+that people confuse (0.13025, 0.18215, 0.3611, 1.5305) are 1.4 times apart and more.
+"""
 _RGB = 3
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -177,14 +181,30 @@ class VAE:
         if named.get("sha256"):
             made_by = f"the one the latents were made with ({named.get('vae')})"
             remarks.append(f"vae {self.name!r} has other weights than {made_by}")
-        stds = (data.get("normalization") or {}).get("std") or [0.0]
-        std = math.sqrt(sum(value**2 for value in stds) / len(stds))
-        if std and self.usual_std and not 1 / _SCALE_BOUND <= std / self.usual_std <= _SCALE_BOUND:
+        constants = data.get("normalization") or {}
+        means, stds = constants.get("mean") or [0.0], constants.get("std") or [0.0]
+        std, usual = _root_mean_square(stds), self.usual_std
+        found, factor = _positive(data.get("scale")), _positive(self.module.config.get("scaling_factor"))
+        if found and factor and not math.isclose(found, factor, rel_tol=0.02):
             remarks.append(
-                f"the model's latents have std {std:.3g}, and vae {self.name!r} was set for {self.usual_std:.3g} by "
+                f"the latents were divided by {found:g} ({data.get('scale_origin', 'as their data set says')}), and "
+                f"vae {self.name!r} has scaling_factor {factor:g} in its config.json: if that is theirs, give "
+                f"--data-scale {factor / found:.4g}, or images come out at another contrast"
+            )
+        elif std and usual and not _SCALE_BOUNDS[0] <= std / usual <= _SCALE_BOUNDS[1]:
+            remarks.append(
+                f"the model's latents have std {std:.3g}, and vae {self.name!r} was set for {usual:.3g} by "
                 f"its config.json (scaling_factor {self.scale}): if they were multiplied before they were packed, give "
                 f"--data-scale {self.scale}, or images come out at another contrast"
             )
+        elif usual and self._means:
+            apart = [mean - expected for mean, expected in zip(means, itertools.cycle(self._means), strict=False)]
+            if _root_mean_square(apart) > usual:
+                remarks.append(
+                    f"the model's latents have mean {sum(means) / len(means):.3g}, and vae {self.name!r} was set for "
+                    f"{sum(self._means) / len(self._means):.3g} by its config.json: if that was subtracted before they "
+                    "were packed, say so by --data-scale FACTOR,SHIFT"
+                )
         return remarks
 
     @property
@@ -198,9 +218,15 @@ class VAE:
         """Return the std of the latents its config.json was written for; 0 where that doesn't say."""
         config = self.module.config
         if stds := [_positive(value) for value in config.get("latents_std") or ()]:
-            return math.sqrt(sum(value**2 for value in stds) / len(stds))
+            return _root_mean_square(stds)
         factor = _positive(config.get("scaling_factor"))
         return 1 / factor if factor else 0.0
+
+    @property
+    def _means(self) -> list[float]:
+        """Return the means of the latents its config.json was written for, or one for all; none if it says none."""
+        given = self.module.config.get("latents_mean") or [self.module.config.get("shift_factor")]
+        return [float(mean) for mean in given if type(mean) in (int, float) and math.isfinite(mean)]
 
     def decoder_metadata(self) -> dict[str, Any]:
         """Return the "decoder" entry of a data set's manifest: what decodes its latents; plain JSON types."""
@@ -249,6 +275,10 @@ def _check_folder(path: Path, name: str) -> None:
         ) from error
     if kind != "AutoencoderKL":
         raise ConfigError(f"vae {name!r} holds a {kind}: only diffusers' AutoencoderKL can be used")
+
+
+def _root_mean_square(values: Sequence[float]) -> float:
+    return math.sqrt(sum(value**2 for value in values) / len(values))
 
 
 def _positive(value: Any) -> float:
