@@ -264,7 +264,7 @@ def test_a_factor_that_was_found_is_held_to_the_vae(folder: Path) -> None:
     vae.module.register_to_config(scaling_factor=0.13025)
     (remark,) = vae.check_latents(3, data)
     assert "divided by 0.18215 (found by their std)" in remark and "give --data-scale 0.7151, or" in remark
-    assert vae.check_latents(3, unscaled(data, Scale(0.7151))) == []
+    assert vae.check_latents(3, unscaled(data, Scale(0.7151), 3)) == []
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
