@@ -331,3 +331,10 @@ def test_numbered_folders_of_images_and_splits_in_one_word_are_refused(folders: 
     for source in _each(tmp_path, *(f"{folder}/images/{k}.png" for k, folder in enumerate(folders.split()))):
         with pytest.raises(DataError, match="parts of a data set and no classes"):
             list_images(source)
+
+
+def test_masks_beside_images_are_told(tmp_path: Path) -> None:
+    names = ("a/x (1).png", "a/x (1)_mask.png", "a/x (1)_mask_1.png", "b/1.jpg", "b/1.seg.png", "b/face_mask.jpg")
+    (note,) = list_images(write_tree(tmp_path / "t", dict.fromkeys(names, X))).notes
+    assert note.startswith("3 of the images in ") and "(a/x (1)_mask.png, ...)" in note
+    assert list_images(write_tree(tmp_path / "u", dict.fromkeys(("a/1.jpg", "b/face_mask.jpg"), X))).notes == ()

@@ -61,6 +61,10 @@ _NOT_DECODED = {
 }  # Pillow hands EPS to Ghostscript, a program that runs what is in it; of MPEG it has the size
 _UNREAD_FIELDS = ("class", "class_id", "class_index", "class_idx", "label_id", "category", "category_id", "target", "y")
 _LABEL_SUFFIXES = (".cls", ".json")  # of webdataset's files that may hold the label of the image of the same key
+_MASK = re.compile(
+    r"[-_. ](?:mask|seg|segmentation|gt|groundtruth|label|annotation|depth|thumb|thumbnail)s?(?:[-_ ]?\d+)?\.\w+$",
+    re.IGNORECASE,
+)  # ends names of what lies beside the image that is named without it
 _SYSTEMS = {
     "__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information", "thumbs.db",
     "ehthumbs.db", "desktop.ini",
@@ -333,6 +337,13 @@ class _Listing(FoundImages):
         if told := self._told_lost(path):
             self.notes.append(told)
         names = [self.names[i] for i in order]
+        if masks := [(name, found.start()) for name in names if (found := _MASK.search(name))]:
+            stems = {name.rpartition(".")[0] for name in names}
+            if doubles := [name for name, end in masks if name[:end] in stems]:
+                self.notes.append(
+                    f"{len(doubles)} of the images in {path} are named as masks or the like of others and count as images "
+                    f"({some(doubles, 1)}): move them if they are none"
+                )
         containers, notes = tuple(self._containers), tuple(map(one_line, self.notes))
         return ImageIndex(class_names, labels[order], names, containers, places[order], self.ignored, notes)
 
