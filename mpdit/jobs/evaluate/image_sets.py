@@ -156,7 +156,7 @@ def _open_files(path: Path, crop: int | None, bits: int | None, max_skipped: int
         if len(broken) > max_skipped or len(broken) == len(images):
             raise DataError(
                 f"{len(broken)} of {counted(len(images), 'image')} in {path} can't be used ({_first(broken)}): replace "
-                f"or delete them, {max_skipped} at most are left out (of a reference --max-skipped N says how many)"
+                f"or delete them, {max_skipped} at most are left out (--max-skipped N, of a reference)"
             )
 
     sizes: dict[int, tuple[int, int]] = {}

@@ -105,7 +105,7 @@ def to_rgb(image: Image.Image, bits: int | None = None) -> Image.Image:
         unclear = bits is None and not stated
         image, remedy = (
             Image.fromarray((values >> (used - _BYTE)).astype(np.uint8)),
-            "say which to `mpdit extract` by --bits",
+            "say which by --bits",
         )
         values = values[values > 0]  # what is black is so whatever the bits
     else:

@@ -341,7 +341,7 @@ class _Listing(FoundImages):
             stems = {name.rpartition(".")[0] for name in names}
             if doubles := [name for name, end in masks if name[:end] in stems]:
                 self.notes.append(
-                    f"{len(doubles)} of the images in {path} are named as masks or the like of others and count as images "
+                    f"{len(doubles)} of the images in {path} are named as masks of others, and count as images "
                     f"({some(doubles, 1)}): move them if they are none"
                 )
         containers, notes = tuple(self._containers), tuple(map(one_line, self.notes))
