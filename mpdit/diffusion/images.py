@@ -42,7 +42,7 @@ def denormalize(latents: Tensor, data: Mapping[str, Any]) -> Tensor:
     if not normalization:
         raise DataError(
             "the weights' config.json has no constants to decode latents by: give --data-scale, what latents were "
-            'multiplied by, or add them to its "data"'
+            'multiplied by, or add them (mean and std, as "normalization") to its "data"'
         )
     mean, std = (torch.tensor(normalization[name], dtype=torch.float32) for name in ("mean", "std"))
     if latents.ndim != 4 or mean.shape != (latents.shape[1],) or std.shape != mean.shape:
