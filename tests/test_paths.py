@@ -6,6 +6,7 @@ import getpass
 import io
 import json
 import os
+import pwd
 import tarfile
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("~", "HOME"),
         ("~/runs/a", "HOME/runs/a"),
-        ("~root/x", "/root/x"),
+        ("~root/x", f"{pwd.getpwnam('root').pw_dir}/x"),
         ("$SCRATCH/runs", "/scratch/me/runs"),
         ("/data/${SCRATCH}x", "/data//scratch/mex"),
         ("$HOME/a", "HOME/a"),

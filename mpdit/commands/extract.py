@@ -38,8 +38,8 @@ DESCRIPTION = (
 )
 _SHOWN = 10
 _OFF = 2.0
-"""How many times off the VAE's usual std latents are remarked on; pixels in 0..1 and other domains than photographs'
-take less (Stable Diffusion's of ImageNet are 1.05 to 1.4 off)."""
+"""Bounds how many times off the VAE's usual std latents may be without a remark; pixels in 0..1 and other domains
+than photographs' take less (Stable Diffusion's of ImageNet are 1.05 to 1.4 off)."""
 
 _HELP = {
     "images": "a folder of images, a .tar, a .zip, a folder of them, or a folder in one: FILE.zip/train",

@@ -23,7 +23,7 @@ from mpdit.core.text import readable_bytes
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})", re.ASCII)
 _PIPE_SECONDS = 5
-"""How long something is waited for that writes into a pipe."""
+"""Bounds the wait for whatever writes into a pipe, in seconds."""
 
 
 def expand_path(text: str) -> str:

@@ -66,7 +66,7 @@ solver|sampler|ode|method =>  => method
 device|^cuda =>  => device
 label|class =>  => classes
 """
-"""What is looked for in a name, what training calls that, what other commands do; the first line that matches counts.
+"""Maps a pattern of names to training's name for it, then to other commands'; the first line that matches counts.
 
 "override X" is a field of the model, other text with spaces what to say instead of a name.
 """

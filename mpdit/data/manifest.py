@@ -40,10 +40,10 @@ ORIGINAL_AND_FLIPPED = ("original", "flipped")
 
 
 _SCALED_STD = (0.55, 1.45)
-"""Where the std of latents lies that were multiplied by a VAE's scaling_factor, which is about 1 / std: 0.73 to 1 for
+"""Bounds the std of latents that were multiplied by a VAE's scaling_factor, which is about 1 / std: 0.73 to 1 for
 Stable Diffusion's on photographs."""
 _LIKELY_STD = (0.1, 16.0)
-"""Where the std of a VAE's own latents lies: 0.65 (SD3) to 8.5 (SDXL's first channel, of playground-v2.5)."""
+"""Bounds the std of a VAE's own latents: 0.65 (SD3) to 8.5 (SDXL's first channel, of playground-v2.5)."""
 
 
 @dataclass(frozen=True)
