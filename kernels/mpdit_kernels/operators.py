@@ -17,6 +17,48 @@ recording = False
 _waiting: list[tuple[Any, Callable[..., int]]] = []
 
 
+class KernelOp:
+    """An operator that is run by Triton kernels, with its gradient; called like a function of tensors.
+
+    A call costs the CPU little more than its launches, through an autograd function around the launcher. What
+    torch.compile traces, and what a mode watches (FlopCounterMode, fake tensors, selective checkpointing), is the
+    operator of torch.library, which these know, and whose Python costs several times a kernel's launch (torch 2.13).
+    """
+
+    def __init__(self, name: str, arguments: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+        self.name, self.run = name, run
+        self.operator: Any = torch.library.custom_op(
+            f"mpdit_kernels::{name}", run, mutates_args=(), schema=f"({arguments}"
+        )
+        self.operator.register_fake(lambda *args: run(*args) if recording else fake(*args))
+        self.lists = "Tensor[]" in arguments.split("->")[0]
+        self.function: Any = None
+
+    def register_autograd(self, gradients: Callable[..., Any], save: Callable[..., Any]) -> None:
+        """Take `gradients(ctx, *of_outputs)` as backward, and `save(ctx, inputs, output)` as what it keeps."""
+        self.operator.register_autograd(gradients, setup_context=save)
+        if self.lists:  # an autograd function sees no tensors in them
+            return
+
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = self.run(*inputs)
+            save(ctx, inputs, output)
+            return output
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+        self.function = type(self.name, (torch.autograd.Function,), methods)
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or recording:
+            return self.operator(*args)
+        if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+            return self.operator(*args)
+        if self.function is not None:
+            return self.function.apply(*args)
+        # The operator's gradient, or its refusal of one: launchers write into memory that autograd knows nothing of.
+        return self.operator(*args) if torch.is_grad_enabled() else self.run(*args)
+
+
 def kernel_op(folder: str, launcher: str, schema: str, products: bool = False) -> Callable[[Callable[..., Any]], Any]:
     """Define the operator torch.ops.mpdit_kernels.NAME of a schema "NAME(Tensor x) -> Tensor".
 
@@ -36,11 +78,9 @@ def kernel_op(folder: str, launcher: str, schema: str, products: bool = False) -
             return found
         return type(found)(absent(tensor) if x is None else x for x in found)
 
-    def define(fake: Callable[..., Any]) -> Any:
+    def define(fake: Callable[..., Any]) -> KernelOp:
         name, arguments = schema.split("(", 1)
-        operator = torch.library.custom_op(f"mpdit_kernels::{name}", run, mutates_args=(), schema=f"({arguments}")
-        operator.register_fake(lambda *args: run(*args) if recording else fake(*args))
-        return operator
+        return KernelOp(name, arguments, run, fake)
 
     return define
 

@@ -10,6 +10,7 @@ from mpdit_kernels import adaln_modulate, dispatch, gated_residual, gated_residu
 from mpdit_kernels.adaln import op, reference
 from proof import DEVICE, DTYPES, NIGHT, leaf, prove, strided
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 SHAPES = [(1, 1, 32), (3, 17, 72), (2, 41, 96), (1, 17, 1152), (1, 3, 97)]
 SHAPES += [pytest.param(shape, marks=NIGHT) for shape in ((1, 272, 32), (1, 80, 768), (2, 81, 96))]
@@ -96,11 +97,11 @@ def test_operator_is_sound(parts: str) -> None:
     gate, shift, scale = _vectors(2, 24, 3)
     residual = (branch, gate) if parts != "norm" else (None, None)
     norm = (shift, scale) if parts != "residual" else (None, None)
-    torch.library.opcheck(op._adaln, (x, *residual, *norm, 1e-6, torch.float32))
+    torch.library.opcheck(op._adaln.operator, (x, *residual, *norm, 1e-6, torch.float32))
     residual_gradient, norm_gradient = (x if parts != "norm" else None), (x if parts != "residual" else None)
     statistics = torch.rand(2, 2, 5, device=DEVICE) if norm_gradient is not None else None
     backward = (residual_gradient, norm_gradient, x, *residual, norm[1], statistics)
-    torch.library.opcheck(op._adaln_backward, tuple(None if v is None else v.detach() for v in backward))
+    torch.library.opcheck(op._adaln_backward.operator, tuple(None if v is None else v.detach() for v in backward))
 
 
 def test_compiles_without_a_break() -> None:
@@ -148,3 +149,13 @@ def test_a_refusal_is_told_once_and_under_compilation_too(caplog: pytest.LogCapt
         "adaln_modulate takes its reference: a tensor is torch.float64, and the kernels take torch.float32, "
         "torch.bfloat16, torch.float16",
     ]
+
+
+def test_an_eager_call_is_an_autograd_function_and_one_that_is_watched_the_operator() -> None:
+    x, (shift, scale) = leaf(2, 5, 24), _vectors(2, 24, 2)
+    with use("triton"):
+        assert type(adaln_modulate(x, shift, scale).grad_fn).__name__ == "adalnBackward"
+        with FlopCounterMode(display=False) as counter:
+            adaln_modulate(x, shift, scale).sum().backward()
+    names = {str(name) for name in counter.get_flop_counts()["Global"]}
+    assert {"mpdit_kernels.adaln", "mpdit_kernels.adaln_backward"} <= names

@@ -120,11 +120,12 @@ def test_operator_is_sound(parts: str) -> None:
     x, branch, gate, shift, scale = _inputs((3, 5), 24)
     residual = (branch, gate) if parts != "norm" else (None, None)
     norm = (shift, scale) if parts != "residual" else (None, None)
-    torch.library.opcheck(op._adaln, (x, *residual, *norm, 1e-6, torch.float32, [0, 3, 8]))
+    torch.library.opcheck(op._adaln.operator, (x, *residual, *norm, 1e-6, torch.float32, [0, 3, 8]))
     residual_gradient, norm_gradient = (x if parts != "norm" else None), (x if parts != "residual" else None)
     statistics = torch.rand(2, 8, device=DEVICE) if norm_gradient is not None else None
     backward = (residual_gradient, norm_gradient, x, *residual, norm[1], statistics)
-    torch.library.opcheck(op._adaln_backward, (*(None if v is None else v.detach() for v in backward), [0, 3, 8]))
+    detached = [None if v is None else v.detach() for v in backward]
+    torch.library.opcheck(op._adaln_backward.operator, (*detached, [0, 3, 8]))
 
 
 @pytest.mark.parametrize("mode", [pytest.param("reference", marks=NIGHT), "triton"])

@@ -169,7 +169,7 @@ def test_reference_passes_gradcheck(layers: int) -> None:
 
 @pytest.mark.parametrize("batch", [2, pytest.param(0, marks=NIGHT)])
 def test_operator_is_sound(batch: int) -> None:
-    torch.library.opcheck(op._fno, (times(batch), list(draw(16, 24).values())))
+    torch.library.opcheck(op._fno.operator, (times(batch), list(draw(16, 24).values())))
 
 
 BACKWARDS = [(batch, of_t, of_weights) for batch in (0, 3) for of_t in (False, True) for of_weights in (False, True)]
@@ -187,7 +187,7 @@ def test_backward_operator_is_sound(batch: int, of_t: bool, of_weights: bool) ->
         found = op._fno_backward(*arguments)
     assert all(x.isfinite().all() for x in (out, *saved, *found))
     assert [x.numel() > 0 for x in found] == [of_t and batch > 0, *[of_weights] * len(weights)]
-    torch.library.opcheck(op._fno_backward, arguments)
+    torch.library.opcheck(op._fno_backward.operator, arguments)
 
 
 def test_the_kernels_gradients_are_taken_once() -> None:

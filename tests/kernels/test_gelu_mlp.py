@@ -169,9 +169,9 @@ def test_reference_passes_gradcheck() -> None:
 def test_operator_is_sound() -> None:
     x, *weights = _inputs(2, 5, 24, hidden=40)
     with kernels():
-        torch.library.opcheck(op._gelu_linear, (x, *weights, True))
-        torch.library.opcheck(op._gelu_linear, (x, *weights[:2], None, None, True))
-        torch.library.opcheck(op._gelu_linear, (*(value.detach() for value in (x, *weights)), False))
+        torch.library.opcheck(op._gelu_linear.operator, (x, *weights, True))
+        torch.library.opcheck(op._gelu_linear.operator, (x, *weights[:2], None, None, True))
+        torch.library.opcheck(op._gelu_linear.operator, (*(value.detach() for value in (x, *weights)), False))
 
 
 ALL = (True,) * 5
@@ -188,7 +188,7 @@ def test_backward_operator_is_sound(rows: int) -> None:
         for second, needs in calls:
             dy = torch.randn(rows, 40 if second is None else 24, device=DEVICE)
             arguments = (dy, x, weight1, second, hidden, needs)
-            torch.library.opcheck(op._gelu_linear_backward, arguments)
+            torch.library.opcheck(op._gelu_linear_backward.operator, arguments)
             with _poisoned_memory():
                 gradients = op._gelu_linear_backward(*arguments)
             assert [g.numel() > 0 for g in gradients] == [

@@ -210,10 +210,10 @@ def test_operators_are_sound(query_start: int) -> None:
         ):
             qkv = leaf(*shape)
             arguments = (starts, lengths, 0.2, query_start)
-            torch.library.opcheck(op._short_attention, (qkv, *arguments))
+            torch.library.opcheck(op._short_attention.operator, (qkv, *arguments))
             out, logs = op._short_attention(qkv.detach(), *arguments)
             backward = (torch.randn_like(out), qkv.detach(), out, logs, *arguments)
-            torch.library.opcheck(op._short_attention_backward, backward)
+            torch.library.opcheck(op._short_attention_backward.operator, backward)
 
 
 @pytest.mark.parametrize("sizes", [[(2, 17)], pytest.param([(2, 17), (3, 20)], marks=NIGHT)], ids=str)

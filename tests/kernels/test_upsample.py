@@ -199,7 +199,7 @@ def test_operator_is_sound(skip: bool) -> None:
         arguments = (x, expand, bias, refine, refine_bias, None, None, None)
     else:
         arguments = (x, expand, bias, leaf(24, 32), refine_bias, patches, skip_bias, position)
-    torch.library.opcheck(op._upsample, (*arguments, [1, 2, 1, 2], 1e-6, torch.float32))
+    torch.library.opcheck(op._upsample.operator, (*arguments, [1, 2, 1, 2], 1e-6, torch.float32))
 
 
 ALL = [*range(8)]
@@ -216,7 +216,7 @@ def test_operator_of_gradients_is_sound(case: Case, asked: Sequence[int]) -> Non
     sizes, refine = [m, r, h, w], leaf(width, width + 16).detach()
     out, *saved = op._upsample(x, expand, bias, refine, refine_bias, patches, skip_bias, position, sizes, 1e-6, x.dtype)
     arguments = (out, *saved, expand, refine, patches, sizes, 1e-6, x.dtype, [index in asked for index in range(8)])
-    torch.library.opcheck(op._upsample_backward, arguments)
+    torch.library.opcheck(op._upsample_backward.operator, arguments)
     for gradient in op._upsample_backward(*arguments):
         assert gradient.untyped_storage().nbytes() == gradient.nbytes  # memory of its own, and no more
 
