@@ -14,7 +14,9 @@ from extraction_data import encoded, pixels, tar_bytes, write_tree, write_zip
 from PIL import Image
 
 from mpdit.core.errors import DataError
-from mpdit.jobs.extract.sources import BrokenImage, ImageIndex, image_suffixes, list_images
+from mpdit.jobs.extract.archives import BrokenImage
+from mpdit.jobs.extract.contents import image_suffixes
+from mpdit.jobs.extract.sources import ImageIndex, list_images
 
 X, Y, Z = (encoded(pixels(seed, 12, 12)) for seed in range(3))
 BLOCK = tarfile.BLOCKSIZE
@@ -371,6 +373,22 @@ def test_hard_links_stand_for_what_their_target_was(tmp_path: Path) -> None:
     }
 
 
+def test_labels_that_are_links_are_read(tmp_path: Path) -> None:
+    tree = write_tree(
+        tmp_path / "t", {"0.jpg": X, "0.cls": b"0", "1.jpg": Y, "2.jpg": Z, "3.jpg": X, "3.json": b'{"label": 2}'}
+    )
+    os.link(tree / "0.cls", tree / "1.cls")
+    os.symlink("3.json", tree / "2.json")
+    for source in (tree, _packed(tree, ".tar")):
+        assert list_images(source).labels.tolist() == [0, 0, 2, 2]
+    (tree / "4.png").write_bytes(Z)
+    os.symlink("0.cls", tree / "4.cls")
+    assert list_images(_packed(tree, ".zip")).labels.tolist() == [0, 0, 0, 2, 2]
+    edm = write_tree(tmp_path / "edm", {"0.png": X, "labels": b'{"labels": [["0.png", 1]]}'})
+    os.link(edm / "labels", edm / "dataset.json")
+    assert list_images(_packed(edm, ".tar", "edm") / "edm").labels.tolist() == [1]
+
+
 def test_archives_by_other_names_are_told(tmp_path: Path) -> None:
     shard = tar_bytes({"a/1.png": X, "b/1.png": X})
     lost = {"s-1": shard, "s-2.zip.001": X, "s-3.z01": X}
@@ -384,6 +402,15 @@ def test_archives_by_other_names_are_told(tmp_path: Path) -> None:
     assert images.notes[0].startswith(f"{len(names)} of the images and archives")
     with pytest.raises(DataError, match="compressed as a whole"):
         list_images(write_tree(tmp_path / "whole", {"c.tar.lzma": X}))
+    unnamed = {"b/shard": shard, "b/v1.0": write_zip(tmp_path / "z.zip", {"a/1.png": X}).read_bytes()}
+    files = {"a/1.png": X, "b/1.png": Y, "b/COPYING": b"text", "b/empty": b""} | unnamed
+    for source in (
+        write_tree(tmp_path / "unnamed", files),
+        _tar(tmp_path / "unnamed.tar", tar_bytes(files)),
+        write_zip(tmp_path / "unnamed.zip", files),
+    ):
+        (note,) = list_images(source).notes
+        assert note.startswith("2 of the images and archives") and all(name in note for name in unnamed)
 
 
 def test_zips_that_hide_members_behind_other_bytes_are_refused(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 from extraction_data import decode_image, encoded, pixels
 from PIL import Image
 
+from mpdit.jobs.extract.archives import BrokenImage
 from mpdit.jobs.extract.decode import FACTS, center_crop, examine_image
-from mpdit.jobs.extract.sources import BrokenImage
 
 BOX, BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
 

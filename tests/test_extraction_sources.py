@@ -14,7 +14,9 @@ import pytest
 from extraction_data import encoded, pixels, some_files, tar_bytes, write_tree, write_zip
 
 from mpdit.core.errors import DataError
-from mpdit.jobs.extract.sources import BrokenImage, ImageIndex, list_images, summary
+from mpdit.jobs.extract.archives import BrokenImage
+from mpdit.jobs.extract.contents import summary
+from mpdit.jobs.extract.sources import ImageIndex, list_images
 
 FILES = some_files({"bee": 2, "ant": 3, "Cat": 1})
 IMAGE = encoded(pixels(0))

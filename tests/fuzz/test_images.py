@@ -31,7 +31,8 @@ from hypothesis import strategies as st
 
 from mpdit.jobs.evaluate.adm import Reference
 from mpdit.jobs.evaluate.image_sets import open_images
-from mpdit.jobs.extract.sources import BrokenImage, list_images
+from mpdit.jobs.extract.archives import BrokenImage
+from mpdit.jobs.extract.sources import list_images
 from mpdit.jobs.npz import NpzReader
 
 LABELS = {"labels": [[name, index % 2] for index, name in enumerate(sorted(fuzz_places.images()))]}

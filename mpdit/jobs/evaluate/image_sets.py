@@ -22,9 +22,10 @@ from mpdit.core.files import as_path
 from mpdit.core.progress import bar
 from mpdit.core.read_ahead import read_ahead
 from mpdit.core.text import counted
-from mpdit.jobs.extract.archives import ARCHIVES, archive_kind, zip_members
+from mpdit.jobs.extract.archives import ARCHIVES, BrokenImage, archive_kind, zip_members
+from mpdit.jobs.extract.contents import HIDDEN, is_lost, summary
 from mpdit.jobs.extract.decode import FACTS, decode_ahead, examine_image
-from mpdit.jobs.extract.sources import HIDDEN, MOST_SKIPPED, BrokenImage, ImageIndex, is_lost, list_images, summary
+from mpdit.jobs.extract.sources import MOST_SKIPPED, ImageIndex, list_images
 from mpdit.jobs.npz import NpzReader
 
 NPZ_KEYS = ("arr_0", "images")

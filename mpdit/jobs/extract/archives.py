@@ -8,12 +8,13 @@ import re
 import stat
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, Self
 
 from mpdit.core.errors import DataError
-from mpdit.core.zips import ENCRYPTED, UTF8, ZIP_DAMAGE, is_zip, open_zip
+from mpdit.core.zips import ENCRYPTED, UTF8, ZIP_DAMAGE, is_zip, open_zip, read_local_header
 
 COMPRESSED = (
     ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4", ".tar.z",
@@ -27,6 +28,7 @@ _PART_OF_ARCHIVE = re.compile(
     r"|\.[zr]\d\d+$",
     re.IGNORECASE,
 )
+_USTAR = b"ustar"  # at byte 257 of a header
 _GZIP_BZIP_XZ_ZSTD = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 _PIECE = 1 << 20
 _END = 2 * tarfile.BLOCKSIZE  # zeros that end a tar, before those that fill its last record
@@ -35,7 +37,13 @@ _RECORDS = (tarfile.RECORDSIZE, *(tarfile.BLOCKSIZE << shift for shift in range(
 _ALL_RECORDS = range(tarfile.BLOCKSIZE, _RECORDS[-1] + 1, tarfile.BLOCKSIZE)
 _FULL_END = _END + tarfile.RECORDSIZE
 _GNU_FOLDER = b"D"  # with a list of what is in it, as `tar -g` stores a folder
+MOST_BYTES = 1 << 30
+"""Of one image's file, so that a zip bomb is no more than a broken image."""
 _MOST_LINK_BYTES = 4096  # of where a link leads to: Linux's PATH_MAX
+
+
+class BrokenImage(Exception):
+    """Says why one image can't be used. It is listed and left out."""
 
 
 class Member(NamedTuple):
@@ -68,11 +76,16 @@ def archive_kind(path: Path, file: IO[bytes]) -> Literal["tar", "zip"]:
         raise DataError(
             f"{path} is compressed as a whole, so that no image in it can be read by itself: decompress it first"
         )
-    if name.endswith(".tar") or start[257:262] == b"ustar":
+    if name.endswith(".tar") or start[257:262] == _USTAR:
         return "tar"
     if name.endswith(".zip") or is_zip(path):
         return "zip"
     raise DataError(f"{path} is neither a folder nor a .tar nor a .zip: give one of them, or unpack it")
+
+
+def starts_as_archive(start: bytes) -> bool:
+    """Return whether a file is an archive by its first bytes, a tar's block of them."""
+    return start[257:262] == _USTAR or start.startswith((b"PK\3\4", b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\7"))
 
 
 def tar_members(file: IO[bytes], path: Path, shown: str, start: int, end: int, notes: list[str]) -> Iterator[Member]:
@@ -223,3 +236,48 @@ def clean_name(name: str) -> str:
 
 def _link_target(name: str, target: str) -> str:
     return posixpath.normpath(posixpath.join(posixpath.dirname(clean_name(name)), target))
+
+
+def _check_size(size: int) -> None:
+    if not size:
+        raise BrokenImage("is empty")
+    if size > MOST_BYTES:
+        raise BrokenImage(f"is larger than {MOST_BYTES >> 20} MiB")
+
+
+def read_exactly(descriptor: int, size: int, offset: int) -> bytes:
+    """Read so many bytes. Raises BrokenImage."""
+    _check_size(size)
+    data = os.pread(descriptor, size, offset)
+    while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
+        data += more
+    if len(data) < size:
+        raise BrokenImage("lies past the end of its archive, which was truncated after it was listed")
+    return data
+
+
+def read_zip_member(descriptor: int, offset: int, size: int, crc: int) -> bytes:
+    """Read the member whose local header is at `offset`; a ZipFile for each thread would hold the table each time.
+
+    Raises BrokenImage.
+    """
+    try:
+        header = read_local_header(descriptor, offset)
+    except zipfile.BadZipFile:
+        raise BrokenImage("has no header in its zip, which is damaged there") from None
+    if header.flags & ENCRYPTED:
+        raise BrokenImage("is encrypted")
+    data = read_exactly(descriptor, size, header.end)
+    if header.method == zipfile.ZIP_DEFLATED:
+        try:
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, MOST_BYTES + 1)
+        except zlib.error as error:
+            raise BrokenImage(f"can't be decompressed: {error}") from error
+        _check_size(len(data))
+    elif header.method != zipfile.ZIP_STORED:
+        raise BrokenImage(
+            f"is compressed by zip's method {header.method}; only stored and deflated members can be read"
+        )
+    if zlib.crc32(data) != crc:  # the table's: a zip written as a stream has none in its headers
+        raise BrokenImage("does not match its checksum in the zip")
+    return data

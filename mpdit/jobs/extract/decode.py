@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from mpdit.core.read_ahead import read_ahead
-from mpdit.jobs.extract.sources import BrokenImage, ImageIndex
+from mpdit.jobs.extract.archives import BrokenImage
+from mpdit.jobs.extract.sources import ImageIndex
 
 CROP = "adm_center"
 """Name of the crop, as a data set's manifest records it."""

@@ -55,8 +55,9 @@ from mpdit.data.records import INDEX_DTYPE, ChannelStatistics, find_defect, inde
 from mpdit.data.writer import PartialFile
 from mpdit.diffusion.inference import computing
 from mpdit.jobs.extract.classes import ClassMode
+from mpdit.jobs.extract.contents import kinds
 from mpdit.jobs.extract.decode import CROP, FACTS, decode_ahead
-from mpdit.jobs.extract.sources import MOST_SKIPPED, ImageIndex, kinds, list_images
+from mpdit.jobs.extract.sources import MOST_SKIPPED, ImageIndex, list_images
 from mpdit.jobs.npz import disk
 from mpdit.jobs.workers import DoPart, Job, Report, begin, choose_devices, run_parts
 from mpdit.model.vae import SIGNED, VAE, PixelRange, VAEDtype

@@ -2,107 +2,67 @@
 
 from __future__ import annotations
 
-import bisect
-import contextlib
 import errno
 import functools
 import hashlib
-import importlib
 import io
-import json
 import os
-import posixpath
 import re
 import stat
 import sys
-import zipfile
-import zlib
-from array import array
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile
 from tqdm import tqdm
 
 from mpdit.core.errors import DataError, one_line
-from mpdit.core.zips import read_local_header
 from mpdit.jobs.extract.archives import (
     ARCHIVES,
+    BrokenImage,
     Member,
     archive_kind,
     clean_name,
-    is_archive_name,
+    read_exactly,
+    read_zip_member,
     tar_members,
     zip_members,
 )
-from mpdit.jobs.extract.classes import (
-    IGNORED,
-    LABELS_NAME,
-    UNLABELLED,
-    ClassMode,
-    FoundImages,
-    as_label,
-    classify,
-    some,
+from mpdit.jobs.extract.classes import ClassMode, FoundImages, classify, some
+from mpdit.jobs.extract.contents import (
+    BESIDE,
+    HIDDEN,
+    NOWHERE,
+    OF_KEY,
+    UNNAMED,
+    Contents,
+    Reader,
+    image_suffixes,
+    is_hidden,
+    is_lost,
+    is_unnamed_archive,
+    may_be_folder,
+    suffix,
+    summary,
 )
 
-# Pillow's formats that others add; they are known once these are imported, in processes that decode too.
-for _plugin in ("pillow_jxl", "pillow_avif", "pillow_heif.HeifImagePlugin"):
-    with contextlib.suppress(ImportError):
-        importlib.import_module(_plugin)
-_NOT_DECODED = {
-    "EPS",
-    "MPEG",
-}  # Pillow hands EPS to Ghostscript, a program that runs what is in it; of MPEG it has the size
-_UNREAD_FIELDS = ("class", "class_id", "class_index", "class_idx", "label_id", "category", "category_id", "target", "y")
-_LABEL_SUFFIXES = (".cls", ".json")  # of webdataset's files that may hold the label of the image of the same key
 _MASK = re.compile(
     r"[-_. ](?:mask|seg|segmentation|gt|groundtruth|label|annotation|depth|thumb|thumbnail)s?(?:[-_ ]?\d+)?\.\w+$",
     re.IGNORECASE,
 )  # ends names of what lies beside the image that is named without it
-_SYSTEMS = {
-    "__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information", "thumbs.db",
-    "ehthumbs.db", "desktop.ini",
-}  # fmt: skip
-"""Names that macOS, Synology, Windows and Linux put beside the real ones, in small letters."""
-
-_ENCRYPTED = 1  # a bit of a zip member's flags
-_MOST_BYTES = 1 << 30  # of one image's file, so that a zip bomb is no more than a broken image
-_MOST_LABEL_BYTES = 1 << 20
-_MOST_LINKS = 40  # from one to the next, as Linux follows
 _NAMED = 3  # of many files, as many are named in a message
 # What is wrong with one file alone; any other error of the system would strike the next ones too.
 _OF_ONE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 MOST_SKIPPED = 100
 """Broken images that are left out, unless it is said otherwise."""
-HIDDEN = "hidden or the system's"
-"""Why a file is ignored that isn't told of by its name."""
-_NO_IMAGE = "is no image by its name"
-_ARCHIVE = "is an archive in a folder or another, not looked into"
-_UNNAMED = "is an archive without the suffix of one, beside those that have it"
-_BESIDE = "lies beside the archives"
-_OF_KEY = "lies beside the image of its key"
-_NOWHERE = "is a link to what isn't there"
-_NOT_HELD = "is a link to what its archive doesn't hold"
-_LINKED = "is a link to a folder, whose images aren't taken again"
 
 _PLACE = np.dtype([("container", np.int64), ("offset", np.int64), ("size", np.int64), ("crc", np.int64)])
 """Of an image: number of its container; offset in it (of a zip, of the member's header); bytes as stored, which of a
 link to nowhere are -1; CRC-32 of the file by a zip's table of contents, 0 elsewhere."""
-
-
-_Labels = dict[tuple[str, bool], int | DataError]
-"""The label of a key, or what is wrong with it, and whether a .cls says so, which goes before a .json."""
-
-
-class BrokenImage(Exception):
-    """Says why one image can't be used. It is listed and left out."""
 
 
 @dataclass(frozen=True)
@@ -160,63 +120,17 @@ class ImageIndex:
         path = os.path.join(container.path, self.names[index]) if container.kind == "folder" else container.path
         try:
             with open(path, "rb", buffering=0) as file:
+                if container.kind == "zip":
+                    return read_zip_member(file.fileno(), offset, size, crc)
                 if container.kind == "folder":
-                    _check_size(os.fstat(file.fileno()).st_size)
-                    return _limited(file.readall())
-                if container.kind == "tar":
-                    return _read_exactly(file.fileno(), size, offset)
-                return _read_zip_member(file.fileno(), offset, size, crc)
+                    size = os.fstat(file.fileno()).st_size
+                return read_exactly(file.fileno(), size, offset)
         except OSError as error:
             if container.kind == "folder" and error.errno in _OF_ONE_FILE:
                 raise BrokenImage(f"can't be read: {error.strerror}") from error
             raise DataError(
                 f"{path} can't be read ({error.strerror}): mend that and repeat the command; what is finished stays"
             ) from error
-
-
-def _limited(data: bytes) -> bytes:
-    if not data:
-        raise BrokenImage("is empty")
-    _check_size(len(data))
-    return data
-
-
-def _check_size(size: int) -> None:
-    if size > _MOST_BYTES:
-        raise BrokenImage(f"is larger than {_MOST_BYTES >> 20} MiB")
-
-
-def _read_exactly(descriptor: int, size: int, offset: int) -> bytes:
-    _check_size(size)
-    data = os.pread(descriptor, size, offset)
-    while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
-        data += more
-    if len(data) < size:
-        raise BrokenImage("lies past the end of its archive, which was truncated after it was listed")
-    return _limited(data)
-
-
-def _read_zip_member(descriptor: int, offset: int, size: int, crc: int) -> bytes:
-    """Read the member whose local header is at `offset`; a ZipFile for each thread would hold the table each time."""
-    try:
-        header = read_local_header(descriptor, offset)
-    except zipfile.BadZipFile:
-        raise BrokenImage("has no header in its zip, which is damaged there") from None
-    if header.flags & _ENCRYPTED:
-        raise BrokenImage("is encrypted")
-    data = _read_exactly(descriptor, size, header.end)
-    if header.method == zipfile.ZIP_DEFLATED:
-        try:
-            data = _limited(zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, _MOST_BYTES + 1))
-        except zlib.error as error:
-            raise BrokenImage(f"can't be decompressed: {error}") from error
-    elif header.method != zipfile.ZIP_STORED:
-        raise BrokenImage(
-            f"is compressed by zip's method {header.method}; only stored and deflated members can be read"
-        )
-    if zlib.crc32(data) != crc:  # the table's: a zip written as a stream has none in its headers
-        raise BrokenImage("does not match its checksum in the zip")
-    return data
 
 
 def list_images(path: str | Path, classes: ClassMode | None = "auto") -> ImageIndex:
@@ -256,45 +170,6 @@ def list_images(path: str | Path, classes: ClassMode | None = "auto") -> ImageIn
     return listing.index(path, classes)
 
 
-def summary(ignored: Iterable[tuple[str, str]]) -> str:
-    """Return in words how many files of which kind were ignored: ".txt: 10; no suffix: 2"."""
-    return "; ".join(f"{kind}: {number}" for kind, number in kinds(ignored).items())
-
-
-def is_lost(name: str, reason: str) -> bool:
-    """Return whether an ignored file is, or may hold, images that are missed: a line warns of those."""
-    if reason == _BESIDE:  # EDM's labels, or archives that are still being copied
-        return name == LABELS_NAME or is_archive_name(name) or any(suffix in name.lower() for suffix in ARCHIVES)
-    if reason in (_NOWHERE, _NOT_HELD) and _may_be_folder(name):
-        return True
-    return reason in (_ARCHIVE, _LINKED, _UNNAMED) or (
-        reason not in (_NO_IMAGE, HIDDEN) and _suffix(name) in image_suffixes()
-    )
-
-
-def kinds(ignored: Iterable[tuple[str, str]]) -> dict[str, int]:
-    """Count ignored files by suffix, where their name is the reason, else by the reason; most first."""
-    found = Counter((_suffix(name) or "no suffix") if reason == _NO_IMAGE else reason for name, reason in ignored)
-    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
-
-
-@functools.cache
-def image_suffixes() -> frozenset[str]:
-    """Return the suffixes, in small letters, of formats that Pillow decodes here, with what plugins are installed."""
-    Image.init()
-    return frozenset(
-        suffix
-        for suffix, format in Image.registered_extensions().items()
-        # MPO, several JPEGs in a file, is opened as JPEG. Stubs know a format, and need a decoder from elsewhere.
-        if format == "MPO" or (format in Image.OPEN and format not in _NOT_DECODED and not _is_stub(format))
-    )
-
-
-def _is_stub(format: str) -> bool:
-    factory = Image.OPEN[format][0]
-    return isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)
-
-
 class _Listing(FoundImages):
     """Collects images and what their classes may be."""
 
@@ -304,7 +179,7 @@ class _Listing(FoundImages):
         self._reads_labels, self._allows_no_classes, self._no_classes = reads_labels, allows_no_classes, False
         self.inside = inside
         self._containers: list[Container] = []
-        self._places = array("q")
+        self._places: list[NDArray[np.void]] = []
         self._hidden: dict[str, None] = {}
         self._same: dict[str, str] = {}
 
@@ -314,7 +189,7 @@ class _Listing(FoundImages):
         if not self.names:
             left = f" (ignored: {told})" if (told := summary(self.ignored + hidden)) else ""
             raise DataError(f"{path} holds no images that can be decoded here{left}: check the path")
-        places = np.array(self._places).view(_PLACE)
+        places = np.concatenate(self._places)
         try:
             class_names, labels = classify(path, self, classes or "one")
         except DataError as error:
@@ -326,7 +201,7 @@ class _Listing(FoundImages):
                     raise DataError("labels that can't be used")
                 labels = classify(path, self, "auto")[1]
             except DataError:  # then extraction would be told to take them otherwise: all are taken
-                self.ignored = [each for each in self.ignored if each[1] != _OF_KEY]
+                self.ignored = [each for each in self.ignored if each[1] != OF_KEY]
             self.notes = kept
         self.ignored += hidden
         if classes is None:
@@ -355,10 +230,10 @@ class _Listing(FoundImages):
         """Add a tree of images, or a folder of archives."""
         with os.scandir(path) as entries:
             inside = sorted((entry.name, stat.S_ISDIR(_status(entry).st_mode)) for entry in entries)
-        hidden = dict.fromkeys(name for name, _ in inside if _is_hidden(name))
+        hidden = dict.fromkeys(name for name, _ in inside if is_hidden(name))
         inside = [(name, folder) for name, folder in inside if name not in hidden]
         archives = [name for name, folder in inside if name.lower().endswith(ARCHIVES) and not folder]
-        others = [name for name, folder in inside if folder or _suffix(name) in image_suffixes()]
+        others = [name for name, folder in inside if folder or suffix(name) in image_suffixes()]
         if not archives:
             self._add(Container(str(path), "folder"), "", self._walk(str(path)), functools.partial(_read_file, path))
             return
@@ -369,7 +244,8 @@ class _Listing(FoundImages):
             )
         self._hidden |= hidden
         for name in sorted({name for name, _ in inside}.difference(archives)):
-            self.ignored.append((name, _UNNAMED if _may_be_folder(name) and _is_archive(path / name) else _BESIDE))
+            unnamed = is_unnamed_archive(name, functools.partial(_read_file, path, Member(name)))
+            self.ignored.append((name, UNNAMED if unnamed else BESIDE))
         self.add_archives([path / name for name in archives])
 
     def _walk(self, top: str) -> Iterator[Member]:
@@ -386,12 +262,12 @@ class _Listing(FoundImages):
             for entry in found:
                 name, status = inside + entry.name, _status(entry)
                 identity = (status.st_dev, status.st_ino)
-                if _is_hidden(entry.name):
+                if is_hidden(entry.name):
                     yield Member(name)
                 elif not stat.S_ISDIR(status.st_mode):
                     odd = "is no file" if status.st_mode and not stat.S_ISREG(status.st_mode) else ""
-                    if not status.st_mode and entry.is_symlink() and _may_be_folder(name):
-                        odd = _NOWHERE
+                    if not status.st_mode and entry.is_symlink() and may_be_folder(name):
+                        odd = NOWHERE
                     yield Member(name, "odd", text=odd) if odd else Member(name, size=status.st_size)
                     if status.st_mode and entry.is_symlink():
                         target = os.path.abspath(os.path.join(folder, os.readlink(entry.path)))
@@ -424,307 +300,56 @@ class _Listing(FoundImages):
     def _add_tar(self, file: IO[bytes], path: Path, shown: str, start: int, end: int, prefix: str) -> None:
         """Add the images of the tar in these bytes of a file, and of the tars in it; messages call it `shown`."""
         read = functools.partial(_read_of_tar, file.fileno())
-        inner: list[tuple[str, Member]] | None = [] if start == 0 else None
         members = tar_members(file, path, shown, start, end, self.notes)
-        self._add(Container(str(path), "tar"), prefix, members, read, inner)
-        for name, member in inner or ():
+        for name, member in self._add(Container(str(path), "tar"), prefix, members, read, nests=start == 0):
             self.archives[f"{prefix}{name}/"] = Path(name).stem
             self._add_tar(file, path, name, member.offset, member.offset + member.size, f"{prefix}{name}/")
 
     def _add(
-        self,
-        container: Container,
-        prefix: str,
-        members: Iterable[Member],
-        read: Callable[[Member], bytes],
-        inner: list[tuple[str, Member]] | None = None,
-    ) -> None:
-        """Add the images among a container's members, their names behind `prefix`. Tars in it go into `inner`."""
-        self._containers.append(container)
-        first = len(self.names)
-        labels: _Labels = {}
-        datasets: dict[str, Member] = {}
-        links: dict[str, str] = {}
-        outside_links: set[str] = set()
-        others: dict[str, Member] = {}
-        outside: dict[str, Member] = {}  # of the folder that was asked for, and hidden ones: links may lead there
-        numbered: dict[str, int] = {}
-        start = first
-        guessed: list[str] = []
-        unread: list[str] = []
+        self, container: Container, prefix: str, members: Iterable[Member], read: Reader, nests: bool = False
+    ) -> list[tuple[str, Member]]:
+        """Add the images among a container's members, their names behind `prefix`. Returns the tars among them."""
+        listed = len(self.names)
+        found = Contents(container.path, prefix, self.inside, read, nests=nests, reads_labels=self._reads_labels)
         for member in members:
-            name = member.name if container.kind == "folder" else clean_name(member.name)
-            whole = f"{prefix}{name}/"
-            if member.kind == "hard link":  # to what the name stands for so far: it may be replaced later
-                numbered |= {self.names[index].removeprefix(prefix): index for index in range(start, len(self.names))}
-                start = len(self.names)
-                member = self._hard_linked(member, numbered, others, outside)
-            inside = whole.startswith(self.inside)
-            hidden = _hidden_part(name)
-            if member.kind == "link":
-                links[name] = member.text
-                outside_links |= set() if inside and not hidden else {name}
-            elif links:
-                links.pop(name, None)
-            if hidden or not (inside or (inner is not None and self.inside.startswith(whole))):
-                if inside:
-                    self._hidden[prefix + hidden] = None
-                if member.kind == "file" and container.kind != "folder":
-                    outside[name] = member
-                continue
-            suffix = _suffix(name)
-            if member.kind == "folder":
-                if inside:
-                    self.all_folders.add(prefix + name)
-            elif member.kind == "link":
-                pass  # until all members are known
-            elif member.kind == "odd":
-                self._leave_out(prefix + name, member.text)
-            elif suffix in image_suffixes():
-                self._add_image(prefix + name, member)
-                if member.text:
-                    guessed.append(f"{name} by {member.text}")
-            elif suffix == ".tar" and inner is not None:
-                inner.append((name, member))
-            else:
-                if suffix in _LABEL_SUFFIXES and self._reads_labels:
-                    if name.rpartition("/")[2] == LABELS_NAME:
-                        datasets[name] = member
-                    elif 0 <= member.size <= _MOST_LABEL_BYTES and _read_label(
-                        read, member, name, f"{container.path}: {prefix}{name}", labels, unread
-                    ):
-                        continue
-                others[name] = member
-        if guessed:
-            self.notes.append(
-                f"{container.path} doesn't say how {len(guessed)} of its names are encoded ({some(guessed, 1)}): "
-                "classes by name may have another order than those of a folder"
-            )
-        self._resolve(first, prefix, links, outside_links, others, outside)
-        self._drop_replaced(first)
-        for name, member in datasets.items():
-            folder, where = f"{prefix}{name.removesuffix(LABELS_NAME)}", f"{container.path}/{name}"
-            stray = next((image for image in self.names[first:] if not image.startswith(folder)), None)
-            try:
-                pairs = _read_dataset_json(functools.partial(read, member), where)
-            except DataError:
-                if stray is None and not self._allows_no_classes:
-                    raise
-                self._no_classes |= stray is None
-                continue
-            if stray is None:
-                self.dataset_labels |= {folder + image: label for image, label in (pairs or {}).items()}
-                self.unlabelled |= pairs is None
-                del others[name]
-            elif pairs and not self._allows_no_classes:
-                self.notes.append(
-                    f"the labels in {where} are not used, as images lie outside its folder ({stray}, ...): give that "
-                    "folder, or move them"
-                )
-        self.ignored += [(prefix + name, _ARCHIVE if is_archive_name(name) else _NO_IMAGE) for name in others]
-        if unread and not labels and not self._allows_no_classes:
-            stems = {image.removeprefix(prefix).rpartition(".")[0] for image in self.names[first:]}
-            if found := [f"{key}.json" for key in unread if key in stems]:
-                self.notes.append(
-                    f"the numbers in {len(found)} .json files of {container.path} ({some(found, 1)}) are not read as "
-                    'labels: name them "label", if they are'
-                )
-        try:
-            self._apply_labels(container.path, first, prefix, labels)
-        except DataError:
-            if not self._allows_no_classes:
-                raise
-            self._no_classes = True
-
-    def _add_image(self, name: str, member: Member) -> None:
-        # Classes go by a name's folders also where Windows' separators have come into names of a tree.
-        folder = name.replace("\\", "/").rpartition("/")[0]
-        self.names.append(name)
-        self.folders.append(self._same.setdefault(folder, folder))  # the same string for all of a class
-        self.labels.append(UNLABELLED)
-        self._places.extend((len(self._containers) - 1, member.offset, member.size, member.crc))
-        self.progress.update()
-
-    def _leave_out(self, name: str, reason: str) -> None:
-        """Note a file that is no image; a link to nowhere that may have been a folder counts as an empty one."""
-        self.ignored.append((name, reason))
-        if reason in (_NOWHERE, _NOT_HELD) and _may_be_folder(name):
-            self.all_folders.add(name)
-
-    def _hard_linked(
-        self, link: Member, images: Mapping[str, int], others: Mapping[str, Member], outside: Mapping[str, Member]
-    ) -> Member:
-        """Return what a hard link stands for where members so far tell, else the link."""
-        if link.text in images:
-            _, offset, size, crc = self._places[4 * images[link.text] : 4 * images[link.text] + 4]
-            return Member(link.name, "file", offset, size, crc)
-        if member := others.get(link.text, outside.get(link.text)):
-            return member._replace(name=link.name)
-        return link._replace(kind="link")
-
-    def _resolve(
-        self,
-        first: int,
-        prefix: str,
-        links: Mapping[str, str],
-        outside_links: set[str],
-        others: Mapping[str, Member],
-        outside: Mapping[str, Member],
-    ) -> None:
-        """Add the images that an archive has as links to its members; `first`: of its images."""
-        if not links:
-            return
-        images = {name.removeprefix(prefix): index for index, name in enumerate(self.names[first:], first)}
-        folders = self.all_folders | {
-            str(above)
-            for folder in {*self.folders[first:]}
-            for above in (PurePosixPath(folder), *PurePosixPath(folder).parents)
-        }
-        ordered = sorted(outside)
-        for name, target in links.items():
-            if name in outside_links:
-                continue
-            target = _follow(target, links)
-            image = _suffix(name) in image_suffixes()
-            below = ordered[bisect.bisect(ordered, f"{target}/") : bisect.bisect(ordered, f"{target}0")]  # 0 is after /
-            if prefix + target in folders:
-                self.ignored.append((prefix + name, _LINKED))
-            elif found := [other for other in below if _suffix(other) in image_suffixes()]:
-                for other in found:
-                    self._add_image(prefix + name + other.removeprefix(target), outside[other])
-            elif target in images or target in others or target in outside:
-                if image:
-                    found_member = self._hard_linked(Member(name, text=target), images, others, outside)
-                    self._add_image(prefix + name, found_member)
-                else:
-                    self.ignored.append((prefix + name, _NO_IMAGE))
-            else:
-                self._leave_out(prefix + name, _NOT_HELD if image or _may_be_folder(name) else _NO_IMAGE)
-
-    def _drop_replaced(self, first: int) -> None:
-        """Leave out images, from `first` on, after which another of the same name comes: unpacking overwrites them."""
-        names = self.names[first:]
-        last = {name: index for index, name in enumerate(names)}
-        if len(last) == len(names):
-            return
-        kept = [index for index, name in enumerate(names) if last[name] == index]
-        self.ignored += [
-            (name, "is replaced by a later one of the same name")
-            for index, name in enumerate(names)
-            if last[name] != index
-        ]
-        places = self._places[4 * first :]
-        self.names[first:] = [names[index] for index in kept]
-        self.folders[first:] = [self.folders[first + index] for index in kept]
-        del self.labels[first + len(kept) :], self._places[4 * first :]
-        for index in kept:
-            self._places.extend(places[4 * index : 4 * index + 4])
-
-    def _apply_labels(self, path: str, first: int, prefix: str, labels: _Labels) -> None:
-        """Give each image from `first` on the label of its key: its name up to the suffix, else up to the first dot.
-
-        A key's label is of one image, KEY.jpg, as webdataset has it: others such as KEY.seg.png are ignored. DataError
-        when it isn't clear which.
-        """
-        samples: dict[str, list[int]] = {}
-        for index in range(first, len(self.names) if labels else first):
-            name = self.names[index].removeprefix(prefix)
-            folder, slash, base = name.rpartition("/")
-            for key in (name.rpartition(".")[0], folder + slash + base.partition(".")[0]):
-                if (key, True) in labels or (key, False) in labels:
-                    samples.setdefault(key, []).append(index)
-                    break
-        self.ignored += [
-            (f"{prefix}{key}{_LABEL_SUFFIXES[not is_class]}", _NO_IMAGE)
-            for key, is_class in labels
-            if key not in samples
-        ]
-        for key, images in samples.items():
-            plain = [index for index in images if self.names[index].removeprefix(prefix).rpartition(".")[0] == key]
-            meant = images if len(images) == 1 else plain
-            if len(meant) != 1:
-                raise DataError(
-                    f"{path} has {len(images)} images of the key {key} ({self.names[images[0]]}, "
-                    f"{self.names[images[1]]}, ...) and one label: leave one of them, or choose other classes"
-                )
-            label = labels.get((key, True), labels.get((key, False), UNLABELLED))
-            if isinstance(label, DataError):
-                raise label
-            for index in images:
-                self.labels[index] = label if index == meant[0] else IGNORED
-                if index != meant[0]:
-                    self.ignored.append((self.names[index], _OF_KEY))
+            found.take(member.name if container.kind == "folder" else clean_name(member.name), member)
+            self.progress.update(listed + len(found.names) - self.progress.n)
+        found.finish()
+        if found.wrong and not self._allows_no_classes:
+            raise found.wrong
+        self._no_classes |= found.wrong is not None
+        self.notes += [] if self._allows_no_classes else found.notes
+        places = np.zeros(len(found.names), _PLACE)
+        places["container"] = len(self._containers)
+        for column, values in zip(("offset", "size", "crc"), np.array(found.places).reshape(-1, 3).T, strict=True):
+            places[column] = values
+        self._containers.append(container)
+        self._places.append(places)
+        for name in found.names:
+            # Classes go by a name's folders also where Windows' separators have come into names of a tree.
+            folder = (prefix + name).replace("\\", "/").rpartition("/")[0]
+            self.names.append(prefix + name)
+            self.folders.append(self._same.setdefault(folder, folder))  # the same string for all of a class
+        self.labels += found.labels
+        self.all_folders |= {prefix + name for name in found.folders}
+        self.dataset_labels |= {prefix + name: label for name, label in found.dataset_labels.items()}
+        self.unlabelled |= found.unlabelled
+        self.ignored += [(prefix + name, reason) for name, reason in found.ignored]
+        self._hidden |= {prefix + name: None for name in found.hidden}
+        return found.tars
 
 
-def _read_dataset_json(read: Callable[[], bytes], where: str) -> dict[str, Any] | None:
-    """Return the label of each name below its folder; None where it says null, as of EDM's unlabelled sets."""
-    try:
-        pairs = json.loads(read())["labels"]
-        return None if pairs is None else dict(pairs)
-    except (ValueError, TypeError, KeyError, RecursionError, BrokenImage) as error:
-        raise DataError(
-            f'{where} is no list of labels ({error}): it must hold {{"labels": [["folder/image.png", 5], ...]}}, '
-            "unless other classes are chosen than its"
-        ) from error
+def _read_of_zip(descriptor: int, member: Member, most: int) -> bytes:
+    return read_zip_member(descriptor, member.offset, member.size, member.crc)[:most]
 
 
-def _read_label(
-    read: Callable[[Member], bytes], member: Member, name: str, shown: str, labels: _Labels, unread: list[str]
-) -> bool:
-    """Note the label that webdataset's KEY.cls or KEY.json holds, or what is wrong with it; return whether it does.
-
-    Whether it is wrong matters only if there is an image of that key.
-    """
-    key, _, suffix = name.rpartition(".")
-    is_class = suffix.lower() == "cls"
-    try:
-        text = read(member)
-        document = {"cls": int(text.decode(json.detect_encoding(text)))} if is_class else json.loads(text)
-        value = document.get("label", document.get("cls")) if isinstance(document, dict) else None
-        if value is None:
-            if isinstance(document, dict) and any(type(document.get(field)) is int for field in _UNREAD_FIELDS):
-                unread.append(key)
-            return False
-        label: int | DataError = as_label(value)
-    except (ValueError, RecursionError, OSError, BrokenImage) as error:
-        label = DataError(f"{shown} holds no label that can be used ({error}): mend it, or choose other classes")
-    labels[key, is_class] = label
-    return True
+def _read_of_tar(descriptor: int, member: Member, most: int) -> bytes:
+    return read_exactly(descriptor, min(member.size, most), member.offset)
 
 
-def _read_of_zip(descriptor: int, member: Member) -> bytes:
-    return _read_zip_member(descriptor, member.offset, member.size, member.crc)
-
-
-def _read_of_tar(descriptor: int, member: Member) -> bytes:
-    return _read_exactly(descriptor, member.size, member.offset)
-
-
-def _read_file(folder: Path, member: Member) -> bytes:
-    return (folder / member.name).read_bytes()
-
-
-def _follow(name: str, links: Mapping[str, str]) -> str:
-    """Return where a name in an archive leads, itself or a folder of its path being a link."""
-    for _ in range(_MOST_LINKS):
-        above = next((each for each in (name, *map(str, PurePosixPath(name).parents)) if each in links), None)
-        if above is None:
-            break
-        name = posixpath.normpath(links[above] + name.removeprefix(above))
-    return name
-
-
-def _is_archive(path: Path) -> bool:
-    try:
-        with open(path, "rb") as file:
-            return bool(archive_kind(path, file))
-    except DataError:
-        return False
-
-
-def _may_be_folder(name: str) -> bool:
-    """Return whether what a name stands for may be a folder: a suffix as files have it is none."""
-    return not re.fullmatch(r"\.[a-z][a-z0-9_]*", _suffix(name))
+def _read_file(folder: Path, member: Member, most: int) -> bytes:
+    with open(folder / member.name, "rb") as file:
+        return file.read(most)
 
 
 def _status(entry: os.DirEntry[str]) -> os.stat_result:
@@ -733,26 +358,3 @@ def _status(entry: os.DirEntry[str]) -> os.stat_result:
         return entry.stat()
     except OSError:
         return os.stat_result((0, 0, 0, 0, 0, 0, -1, 0, 0, 0))
-
-
-def _suffix(name: str) -> str:
-    """Return what follows a name's last dot, with it, in small letters; "" without one."""
-    base = name.rpartition("/")[2]
-    return base[base.rfind(".") :].lower() if "." in base else ""
-
-
-def _hidden_part(name: str) -> str:
-    """Return a path up to the first part that is hidden or not a user's; "" when there is none."""
-    folder, _, base = name.rpartition("/")
-    return _hidden_folder(folder) or (name if _is_hidden(base) else "")
-
-
-@functools.lru_cache(1 << 16)
-def _hidden_folder(folder: str) -> str:
-    parts = folder.split("/")
-    first = next((index for index, part in enumerate(parts) if _is_hidden(part)), None)
-    return "" if first is None else "/".join(parts[: first + 1])
-
-
-def _is_hidden(part: str) -> bool:
-    return (part[:1] == "." and part not in (".", "..")) or part.lower() in _SYSTEMS
