@@ -146,7 +146,7 @@ FAULTS = tuple(Fault(*row) for row in (
     (M + "diffusion/sampling.py", "the SDE's last step adds noise", "        if i < steps - 1:",
      "        if i < steps:",
      "test_sampling_solvers.py test_sampling.py"),
-    (M + "core/rng.py", "seeds above 2**32 repeat others", "(seed & _LOW, seed >> 32))", "(seed & _LOW, 0))",
+    (K + "philox/reference.py", "seeds above 2**32 repeat others", "(seed & _LOW, seed >> 32))", "(seed & _LOW, 0))",
      "test_rng.py"),
     # data
     (M + "data/loaders.py", "every epoch has the first one's order", "torch.tensor([epoch])", "torch.tensor([0])",

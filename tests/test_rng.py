@@ -4,11 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mpdit_kernels.philox import reference
+from mpdit_kernels.philox.reference import philox
 from scipy import special, stats
 
-from mpdit.core import rng
 from mpdit.core.errors import ConfigError
-from mpdit.core.rng import Stream, bits, normal, philox, uniform
+from mpdit.core.rng import Stream, bits, normal, uniform
 
 WORD = st.integers(0, 2**32 - 1)
 DRAWS = [lambda *args: bits(*args[:3], args[3][0]), uniform, normal]
@@ -142,7 +143,7 @@ def test_one_number_a_sample():
 
 
 def test_uniform_is_open_and_centred():
-    ends = rng._to_uniform(torch.tensor([0, 2**32 - 1]))
+    ends = reference.to_uniform(torch.tensor([0, 2**32 - 1]))
     assert ends.tolist() == [2.0**-24, 1 - 2.0**-24]
 
 
@@ -150,14 +151,14 @@ def test_normal_is_the_quantile_of_its_word():
     generator = torch.Generator().manual_seed(0)
     word = torch.cat([torch.randint(0, 2**32, (1 << 18,), generator=generator), torch.arange(5000)])
     word = torch.cat([word, 2**31 - 1 - torch.arange(5000)]).unique()
-    got = rng._to_normal(word).double().numpy()
+    got = reference.to_normal(word).double().numpy()
     lower = special.ndtri((2 * (word % 2**31).double().numpy() + 1) / 2**33)
     exact = lower * (1 - 2 * (word.numpy() >> 31))
     assert (abs(got - exact) <= 2e-7 * abs(exact).clip(1)).all()
     assert abs(got).max() > 6.3
     upper = word < 2**31
-    assert (rng._to_normal(word[upper]).diff() >= 0).all(), "the quantile rises with the word"
-    assert torch.equal(rng._to_normal(word ^ 2**31), -rng._to_normal(word)), "the sign bit mirrors"
+    assert (reference.to_normal(word[upper]).diff() >= 0).all(), "the quantile rises with the word"
+    assert torch.equal(reference.to_normal(word ^ 2**31), -reference.to_normal(word)), "the sign bit mirrors"
 
 
 def test_distributions():
@@ -192,12 +193,12 @@ def test_streams_seeds_draws_rows_and_columns_are_uncorrelated():
 
 
 def test_first_use_under_inference_mode_leaves_the_table_usable_for_training():
-    rng._quantiles.cache_clear()
+    reference.quantiles.cache_clear()
     with torch.inference_mode():
         normal(0, Stream.NOISE, torch.arange(2), (3,))
     scale = torch.ones(3, requires_grad=True)
     (normal(0, Stream.NOISE, torch.arange(2), (3,)) * scale).sum().backward()
-    assert not any(table.is_inference() for table in rng._quantiles(torch.device("cpu")))
+    assert not any(table.is_inference() for table in reference.quantiles(torch.device("cpu")))
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 0.5, None])

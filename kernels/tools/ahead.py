@@ -29,7 +29,7 @@ _POINTERS = {
     torch.int64: "*i64",
     torch.int32: "*i32",
 }
-_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
 
 _MOVES = re.compile(r"\b(ld|st)(?:\.[\w:]+)*?\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.[bsuf](\d+)\b")
 _ASYNC_LOADS = re.compile(r"\bcp\.async\.c[ag]\.shared\S*\.global\S*\s*\[[^]]*\],\s*\[[^]]*\],\s*(0x[0-9a-fA-F]+|\d+)")
@@ -159,14 +159,14 @@ def _specialization(recorded: Launch) -> tuple[dict[str, str], dict[Any, Any], d
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = values.get(parameter.name, parameter.default)
-        divisible = False
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        divisible, special = False, not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and special):
             kind, constants[(index,)] = "constexpr", value
         elif isinstance(value, Tensor):
             kind, meta = _POINTERS[value.dtype], value.device.type == "meta"
             divisible = (value.storage_offset() * value.element_size() if meta else value.data_ptr()) % 16 == 0
         elif type(value) is int:
-            kind, divisible = "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
+            kind, divisible = "i32" if -(2**31) <= value < 2**31 else "i64", special and value % 16 == 0
         else:
             kind = "u1" if isinstance(value, bool) else "fp32"
         signature[parameter.name] = kind
