@@ -263,3 +263,32 @@ BROKEN = {
 def test_broken_images_say_why(data: bytes, message: str) -> None:
     with pytest.raises(BrokenImage, match=message):
         decode_image(data, 32)
+
+
+@pytest.mark.parametrize("settings", [{}, {"restart_marker_rows": 1}, {"optimize": True}, {"subsampling": 0}], ids=str)
+def test_jpegs_that_lack_data_are_broken(settings: dict[str, Any]) -> None:
+    whole = encoded(pixels(3, 400, 300), "JPEG", quality=96, **settings)
+    half, end = len(whole) // 2, b"\xff\xd9"
+    assert examine_image(whole, 64).facts == ()
+    for data, told in (
+        (whole[:half] + end, "data end before its picture"),
+        (whole[:half] + end + b"trailer \xff\xda", "data end before its picture"),
+        (whole[:half] + bytes(len(whole) - half), "zeros in place|truncated"),
+        (whole[:half] + bytes(2048) + whole[half + 2048 :], "zeros in place|data end before"),
+    ):
+        with pytest.raises(BrokenImage, match=told):
+            examine_image(data, 64)
+
+
+@pytest.mark.parametrize("settings", [{}, {"optimize": True}, {"progressive": True}], ids=str)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpegs_that_are_grey_or_flat_by_themselves_are_whole(mode: str, settings: dict[str, Any]) -> None:
+    picture = np.full((320, 640, 3), 128, np.uint8)
+    for detailed in (0, 160):
+        picture[:detailed] = pixels(1, 640, detailed) if detailed else 0
+        data = encoded(Image.fromarray(picture).convert(mode), "JPEG", **settings)
+        for whole in (data, data + bytes(4096), data[:2] + b"\xff\xe1\x10\x02" + bytes(4096) + data[2:]):
+            assert examine_image(whole, None).pixels.shape == picture.shape
+    flat = encoded(Image.new(mode, (2048, 2048)), "JPEG", **settings)
+    assert (bytes(512) in flat) == bool(settings)  # as a hole has them
+    examine_image(flat, 64)

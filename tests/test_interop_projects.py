@@ -662,7 +662,7 @@ def test_the_commands_say_what_was_concluded(
         "cpu",
     ]
     assert cli.main(draw) == 0
-    assert note in capsys.readouterr().out
+    assert note in capsys.readouterr().err
     torch.save({"ema": state | {TABLE: state[TABLE][:6].clone()}, "args": said()}, tmp_path / "x.pt")
     assert cli.main(["convert", str(tmp_path / "x.pt"), str(tmp_path / "no-null")]) == 0
     draw[1], draw[7] = str(tmp_path / "no-null"), str(tmp_path / "t")

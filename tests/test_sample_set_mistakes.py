@@ -16,10 +16,13 @@ from mpdit.jobs.sample.drawing import Labels
 
 def test_a_preview_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_model(tmp_path / "weights", {"kind": "diffusers_vae", "vae": "stabilityai/sd-vae-ft-ema"})
-    assert draw(tmp_path, tmp_path / "out", "--num", "5", vae=False) == 0
-    out = capsys.readouterr().out
-    assert "note: these are linear previews at latent resolution (16 x 16)" in out
-    assert "the weights name stabilityai/sd-vae-ft-ema" in out
+    for when in ("drawn", "there already"):  # once: before they are drawn, or with the report
+        assert draw(tmp_path, tmp_path / "out", "--num", "5", vae=False) == 0
+        done = capsys.readouterr()
+        told = done.err if when == "drawn" else done.out
+        assert "note: these are linear previews at latent resolution (16 x 16)" in told
+        assert "the weights name stabilityai/sd-vae-ft-ema" in told
+        assert (done.err + done.out).count("note: ") == 1
     assert json.loads((tmp_path / "out" / "protocol.json").read_text())["decoder"]["kind"] == "preview"
 
 
@@ -34,7 +37,7 @@ def test_how_a_published_model_was_guided_is_said(
     told = []
     for name, options in {"all": (), "three": ("--guidance-channels", "3"), "unguided": ("--guidance", "1")}.items():
         assert draw(tmp_path, tmp_path / name, "--num", "2", *options, vae=False) == 0
-        told.append("SiT's published figures were drawn with three guided" in capsys.readouterr().out)
+        told.append("SiT's published figures were drawn with three guided" in capsys.readouterr().err)
     assert told == [origin == "SiT", False, False]
     protocols = [json.loads((tmp_path / name / "protocol.json").read_text()) for name in ("all", "three")]
     assert [protocol.get("guidance_channels") for protocol in protocols] == [None, 3]
@@ -48,11 +51,10 @@ def test_latents_that_were_multiplied_are_given_to_the_vae_as_the_encoder_made_t
     save_model(tmp_path / "weights")  # of latents with std 1.2
     save_vae(tmp_path / "vae", scaling_factor=0.18215)  # diffusers' default
     assert draw(tmp_path, tmp_path / "as they are", "--num", "2") == 0
-    done = capsys.readouterr()
-    for told in (done.err, done.out):
-        assert "the model's latents have std 1.17, and vae " in told and "give --data-scale 0.18215, or" in told
+    told = capsys.readouterr().err
+    assert "the model's latents have std 1.17, and vae " in told and "give --data-scale 0.18215, or" in told
     assert draw(tmp_path, tmp_path / "divided", "--num", "2", "--data-scale", "0.25,3") == 0
-    assert "note:" not in capsys.readouterr().out
+    assert "note:" not in capsys.readouterr().err
     stored, made = (np.load(tmp_path / name / "latents.npy") for name in ("as they are", "divided"))
     np.testing.assert_allclose(made, stored / 0.25 + 3, rtol=1e-5, atol=1e-5)
     protocol = json.loads((tmp_path / "divided/protocol.json").read_text())

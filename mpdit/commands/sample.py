@@ -104,7 +104,8 @@ def run(args: argparse.Namespace) -> Outcome:
         "notes": list(report.remarks),
         "protocol": report.protocol,
     }
-    return Outcome("\n".join([_told(report), *(f"note: {remark}" for remark in report.remarks)]), figures)
+    notes = [f"note: {remark}" for remark in report.remarks if not report.drawn]  # else told before
+    return Outcome("\n".join([_told(report), *notes]), figures)
 
 
 def _told(report: DrawReport) -> str:

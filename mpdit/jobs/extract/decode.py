@@ -17,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from mpdit.core.read_ahead import read_ahead
 from mpdit.jobs.extract.archives import BrokenImage
+from mpdit.jobs.extract.jpeg import missing_data
 from mpdit.jobs.extract.sources import ImageIndex
 
 CROP = "adm_center"
@@ -70,6 +71,8 @@ def examine_image(data: bytes, size: int | None, bits: int | None = None) -> Dec
             several, deep = _has_frames(image), _depth(image) > _BYTE
             turned = image.format == "TIFF" and _orientation(image) != 1  # which Pillow undoes as it loads
             rgb = to_rgb(image, bits)
+            if image.format in ("JPEG", "MPO") and (missing := missing_data(data, image)):
+                raise BrokenImage(missing)
             return Decoded(
                 np.asarray(rgb) if size is None else center_crop(rgb, size),
                 (*_facts(image, several, deep), *["turned"] * turned),
