@@ -9,7 +9,7 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, Self
 
@@ -88,16 +88,16 @@ def starts_as_archive(start: bytes) -> bool:
     return start[257:262] == _USTAR or start.startswith((b"PK\3\4", b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\7"))
 
 
-def tar_members(file: IO[bytes], path: Path, shown: str, start: int, end: int, notes: list[str]) -> Iterator[Member]:
+def tar_members(file: IO[bytes], path: Path, shown: str, start: int, end: int) -> Iterator[Member]:
     """Yield the members of the tar in these bytes of a file; messages call it `shown`.
 
     Every byte is accounted for: headers follow each other without a gap, and after the zeros that end a tar and fill
-    its last record there may be another tar, as `cat a.tar b.tar` makes one, and nothing else. DataError otherwise;
-    zeros that may stand for members or for padding are told in `notes`.
+    its last record there may be another tar, as `cat a.tar b.tar` makes one, and nothing else. DataError otherwise.
     """
     bounded: Any = _Bounded(file, end)
     last_bytes = range(0)
-    while True:
+    ends: list[tuple[int, int, int]] = []
+    while start < end or not ends:
         began = start
         file.seek(start)
         try:
@@ -128,24 +128,35 @@ def tar_members(file: IO[bytes], path: Path, shown: str, start: int, end: int, n
         if start < end and start - stopped < tarfile.BLOCKSIZE:
             where = "after its end, where there is no other tar" if stopped == began else "where a header should be"
             raise DataError(f"{path} is damaged at byte {stopped}, {where}: copy it again")
-        zeros, size = start - stopped, start - began
-        told = f"{path} has {zeros} bytes of zeros at byte {stopped} ({shown}), more than its end takes"
-        file.seek(max(last_bytes.stop - tarfile.BLOCKSIZE, 0))
-        cut = zeros > _FULL_END and last_bytes and not file.read(tarfile.BLOCKSIZE).strip(b"\0")
-        if cut or (zeros > _FULL_END and not _is_padding(_ALL_RECORDS, zeros, size)):
-            raise DataError(
-                f"{told}: members are missing there, as after a download that stopped, so copy it again; if nothing is "
-                "missing, unpack it (tar -xif) and give the folder"
-            )
-        if (start < end or zeros > _FULL_END) and not _is_padding(_RECORDS, zeros, size):
-            notes.append(f"{told}: if nobody padded it so, members are missing; compare its checksum or copy it again")
-        if start == end:
-            return
+        ends.append((stopped, start - stopped, start - began))
+    file.seek(max(last_bytes.stop - tarfile.BLOCKSIZE, 0))
+    cut = ends[-1][1] > _FULL_END and last_bytes and not file.read(tarfile.BLOCKSIZE).strip(b"\0")
+    if (hole := _find_hole(ends)) or cut:
+        stopped, zeros, _ = hole or ends[-1]
+        raise DataError(
+            f"{path} has {zeros} bytes of zeros at byte {stopped} ({shown}), more than its end takes: members are "
+            "missing there, as after a download that stopped, so copy it again; if nothing is missing, unpack it "
+            "(tar -xif) and give the folder"
+        )
 
 
-def _is_padding(records: Iterable[int], zeros: int, size: int) -> bool:
-    """Return whether so many zeros are what ends a tar of this size, which is written in records of one of these."""
-    return zeros <= _END or any(size % record == 0 and zeros < _END + record for record in records)
+def _find_hole(ends: Sequence[tuple[int, int, int]]) -> tuple[int, int, int] | None:
+    """Return the first end of a tar, of those that follow each other, whose zeros may be in the place of members.
+
+    An end is where it begins, how many zeros there are, and the tar's size with them. Zeros fill the last of the
+    records that a tar is written in: of one tar a usual size is believed, of several GNU tar's default, or one that
+    suits all.
+    """
+
+    def fits(end: tuple[int, int, int], records: Iterable[int]) -> bool:
+        return any(end[2] % record == 0 and end[1] < _END + record for record in records)
+
+    if len(ends) > 1 and any(all(fits(end, [record]) for end in ends) for record in _ALL_RECORDS):
+        return None
+    for end in ends[:-1]:
+        if end[1] > _END and not fits(end, _RECORDS[:1]):
+            return end
+    return ends[-1] if ends[-1][1] > _FULL_END and not fits(ends[-1], _RECORDS) else None
 
 
 class _Header(tarfile.TarInfo):

@@ -300,7 +300,7 @@ class _Listing(FoundImages):
     def _add_tar(self, file: IO[bytes], path: Path, shown: str, start: int, end: int, prefix: str) -> None:
         """Add the images of the tar in these bytes of a file, and of the tars in it; messages call it `shown`."""
         read = functools.partial(_read_of_tar, file.fileno())
-        members = tar_members(file, path, shown, start, end, self.notes)
+        members = tar_members(file, path, shown, start, end)
         for name, member in self._add(Container(str(path), "tar"), prefix, members, read, nests=start == 0):
             self.archives[f"{prefix}{name}/"] = Path(name).stem
             self._add_tar(file, path, name, member.offset, member.offset + member.size, f"{prefix}{name}/")
