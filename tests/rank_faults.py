@@ -22,27 +22,44 @@ import mpdit.core.tensor_file
 import mpdit.model.weights
 import mpdit.training.plots
 from mpdit.core.dist_env import DistEnv
-from mpdit.training import loop, metrics
+from mpdit.training import loop, metrics, step
 from mpdit.training.checkpoint import format, resume, save
 from mpdit.training.checkpoint.deepspeed_state import fragments, optimizer_steps
 from mpdit.training.checkpoint.format import KINDS
 from mpdit.training.safety.guard import Guard, Skipped
 
 
-def before_step(rank: int, step: int, act: Callable[[], object]) -> None:
+def before_step(rank: int, number: int, act: Callable[[], object]) -> None:
     """Do `act` on this rank before the forward pass of this step."""
     if DistEnv.from_environment().rank != rank:
         return
-    real, begun = loop.flow_loss, 0
+    real, begun = step.flow_loss, 0
 
     def flow_loss(*arguments: Any, **options: Any) -> Tensor:
         nonlocal begun
         begun += 1
-        if begun == step:
+        if begun == number:
             act()
         return real(*arguments, **options)
 
-    loop.flow_loss = flow_loss
+    step.flow_loss = flow_loss
+
+
+def replay_steps() -> None:
+    """Have steps recorded as on a GPU, where a recording is what it records: a function that is called again."""
+
+    class Capture:
+        stream = None
+
+        def __init__(self, device: torch.device) -> None:
+            pass
+
+        def __call__(self, function: Callable[[], Any]) -> Callable[[], Any]:
+            for _ in range(4):
+                function()
+            return function
+
+    loop.no_graph, loop.CudaCapture = lambda run, device: "", Capture  # type: ignore[assignment, misc, return-value]
 
 
 def be_killed() -> None:
@@ -125,7 +142,7 @@ def spoil_samples(faults: Sequence[tuple[str, int]]) -> None:
     is a million times too large. After every step a rank adds a line to OUT/state-RANK.jsonl: SHA-256 of its weights,
     moments and average, of the weights that the model computes with, and the optimiser's count of steps.
     """
-    real, factors = loop.flow_loss, {"gradient": torch.inf, "spike": 1e6}
+    real, factors = step.flow_loss, {"gradient": torch.inf, "spike": 1e6}
 
     def flow_loss(model: Any, latents: Any, labels: Tensor, positions: Tensor, **options: Any) -> Tensor:
         losses: Tensor = real(model, latents, labels, positions, **options)
@@ -143,15 +160,15 @@ def spoil_samples(faults: Sequence[tuple[str, int]]) -> None:
         _RecordingGuard.file = (run.out / f"state-{run.env.rank}.jsonl").open("a")
         return build(run, device, skip)
 
-    loop.flow_loss, loop.Guard, loop.build_engine = flow_loss, _RecordingGuard, build_engine  # type: ignore[misc]
+    step.flow_loss, loop.Guard, loop.build_engine = flow_loss, _RecordingGuard, build_engine  # type: ignore[misc]
 
 
 class _RecordingGuard(Guard):
     file: Any
 
-    def decide(self, step: int, means: Sequence[Tensor]) -> None:
+    def note(self, step: int, verdict: Tensor, samples: list[tuple[Tensor, Tensor, Tensor]]) -> None:
         self._step = step
-        super().decide(step, means)
+        super().note(step, verdict, samples)
 
     def flush(self, unread: int = 0) -> list[Skipped]:
         if unread:  # once a step, after the optimiser

@@ -229,7 +229,7 @@ def test_what_only_the_ds_config_gives_is_taken(tmp_path: Path) -> None:
 
 def test_what_the_ds_config_lacks_is_filled_in() -> None:
     config = TrainConfig(global_batch=64, grad_accum_steps=4, clip=0.5, precision="bf16")
-    full = complete({"zero_optimization": {"stage": 2}}, config, world_size=2)
+    full = complete({"zero_optimization": {"stage": 2}}, config, world_size=2, gpu=True)
     assert full["train_batch_size"] == 64
     assert full["gradient_accumulation_steps"] == 4
     assert full["train_micro_batch_size_per_gpu"] == 8
@@ -243,9 +243,25 @@ def test_what_the_ds_config_lacks_is_filled_in() -> None:
 @pytest.mark.parametrize("stage", [1, 2])
 def test_nothing_reads_the_gradient_norm_back_without_clipping(stage: int) -> None:
     ds = {"zero_optimization": {"stage": stage}}
-    full = complete(ds, TrainConfig(clip=0.0, precision="fp32"), world_size=1)
+    full = complete(ds, TrainConfig(clip=0.0, precision="fp32"), world_size=1, gpu=False)
     assert full["zero_optimization"]["compute_grad_norm"] is False
     assert ds == {"zero_optimization": {"stage": stage}}, "the given configuration is left alone"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "ranks", "zero", "stage"),
+    [
+        (True, 1, {"stage": 2}, 0),
+        (True, 1, {"stage": 3}, 3),
+        (True, 1, {"stage": 2, "offload_optimizer": {"device": "cpu"}}, 2),
+        (True, 2, {"stage": 2}, 2),
+        (False, 1, {"stage": 2}, 2),
+    ],
+)
+def test_one_gpu_has_nothing_to_shard(gpu: bool, ranks: int, zero: dict[str, Any], stage: int) -> None:
+    full = complete({"zero_optimization": zero}, TrainConfig(clip=0.0, precision="fp32"), ranks, gpu)
+    assert full["zero_optimization"]["stage"] == stage
+    assert full["zero_optimization"].get("overlap_comm", True) is (ranks > 1)
 
 
 def test_what_a_run_began_with_may_be_gone_when_it_goes_on(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from rank_faults import replay_steps
 from training_runs import Finished, new_folder, start, trained
 
 from mpdit.core.dist_env import DistEnv
@@ -165,3 +166,23 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     assert "2 steps in a row had to be skipped" in run.errors[0]
     assert "lower --lr" in run.errors[0]
     assert not (run.out / "checkpoints" / "step-00000020").exists()
+
+
+@pytest.mark.parametrize(("stage", "micro_steps"), [(0, 1), (2, 2)])
+def test_a_recorded_step_is_the_step(stage: int, micro_steps: int) -> None:
+    arguments = ("--clip", "0", "--grad-accum-steps", str(micro_steps), "--skip-spikes", "3")
+    eager = start(new_folder("eager"), *arguments, stage=stage)
+    recorded = start(new_folder("recorded"), *arguments, stage=stage, fault=replay_steps)
+    assert recorded.code == eager.code == 0, recorded.stderr
+    assert recorded.losses() == eager.losses()
+    shard = "checkpoints/step-00000020/rank-00000.safetensors"
+    assert (recorded.out / shard).read_bytes() == (eager.out / shard).read_bytes()
+
+
+def test_a_step_that_cannot_be_recorded_is_taken_as_it_is_or_refused() -> None:
+    for asked, code in (("auto", 0), ("on", 2)):
+        run = start(new_folder("graph"), "--steps", "1", "--cuda-graph", asked)
+        assert run.code == code, run.stderr
+        assert ("cuda_graph on: a step can't be one (there is no GPU): give --cuda-graph off" in run.stderr) == bool(
+            code
+        )

@@ -23,9 +23,9 @@ from mpdit.model.mpdit import MPDiT
 
 Precision = Literal["fp32", "tf32", "bf16"]
 
-Replay = Callable[[], Tensor]
-Capture = Callable[[Callable[[], Tensor]], Replay]
-"""Records a function of no arguments, that reads fixed tensors; the replay does the same work into the same result."""
+Replay = Callable[[], Any]
+Capture = Callable[[Callable[[], Any]], Replay]
+"""Records a function of no arguments, that reads fixed tensors; the replay does the same work into the same results."""
 
 _WARM = 3  # calls before the recording, for what is compiled, chosen by trial or allocated once
 _SHAPES = 8
@@ -107,7 +107,7 @@ class SamplingModel(nn.Module):
             for block in (block for stage in model.stages for block in stage.blocks):
                 block.attention.to(torch.bfloat16)  # autocast would cast them in every call
                 block.mlp.to(torch.bfloat16)
-        self._capture = (capture or CudaCapture()) if graphed else None
+        self._capture = (capture or CudaCapture(next(model.parameters()).device)) if graphed else None
         self._graphs: dict[Any, tuple[tuple[Tensor, ...], Replay]] = {}
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -136,7 +136,8 @@ class SamplingModel(nn.Module):
 
     def _record(self, key: Any, arguments: tuple[Tensor, ...]) -> None:
         """Capture a graph of the velocity of such arguments."""
-        places = tuple(value.clone() for value in arguments)
+        with torch.inference_mode(False):  # a tensor of inference mode can't be written to outside of it
+            places = tuple(value.clone() for value in arguments)
         try:
             self._graphs[key] = places, self._capture(lambda: self._compute(*places))  # type: ignore[misc]
         except torch.OutOfMemoryError:
@@ -154,24 +155,34 @@ class SamplingModel(nn.Module):
 
 
 class CudaCapture:
-    """Captures by torch.cuda.CUDAGraph; graphs of one CudaCapture share their memory, as only one runs at a time."""
+    """Captures by torch.cuda.CUDAGraph; graphs of one CudaCapture share their memory, as only one runs at a time.
 
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+    torch captures on the current GPU and in the current streams, whatever tensors a function takes: hence the device.
 
-    def __call__(self, function: Callable[[], Tensor]) -> Replay:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM):
-                function()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            result = function()
+    Attributes:
+        stream: what is captured runs there.
+    """
 
-        def replay() -> Tensor:
-            graph.replay()
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        with torch.cuda.device(device):
+            self.stream = torch.cuda.Stream()
+            self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, function: Callable[[], Any]) -> Replay:
+        with torch.cuda.device(self._device):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                for _ in range(_WARM):
+                    function()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=self.stream):
+                result = function()
+
+        def replay() -> Any:
+            with torch.cuda.device(self._device):
+                graph.replay()
             return result
 
         return replay

@@ -35,6 +35,7 @@ DIGITS = "digits"
 Loader = Literal["dali", "torch"]
 Precision = Literal["auto", "bf16", "fp32"]
 Schedule = Literal["constant", "cosine", "linear"]
+CudaGraph = Literal["auto", "on", "off"]
 
 
 def _option(
@@ -155,6 +156,10 @@ class TrainConfig:
         "auto: bf16 on GPUs that have it, fp32 elsewhere",
     )
     tf32: bool = _option(False, "let GPUs round the inputs of fp32 products to TF32")
+    cuda_graph: CudaGraph = _option(
+        "auto",
+        "record a step once and launch it by one call, on a GPU: on, off, or where it can be (auto)",
+    )
     activation_checkpointing: bool = _option(False, "recompute activations in the backward pass, to save memory")
 
     log_every: int = _option(10, "steps between lines of metrics", imagenet_default=100, minimum=1)

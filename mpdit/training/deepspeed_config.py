@@ -104,8 +104,12 @@ def arguments_from(ds: Mapping[str, Any], given: Mapping[str, Any], world_size: 
     return taken
 
 
-def complete(ds: Mapping[str, Any], config: TrainConfig, world_size: int) -> dict[str, Any]:
+def complete(ds: Mapping[str, Any], config: TrainConfig, world_size: int, gpu: bool) -> dict[str, Any]:
     """Return what DeepSpeed is given: `ds` with everything that `config` decides. precision must not be "auto".
+
+    One GPU alone takes stage 0 instead of 1 or 2, unless states are offloaded: with nothing to shard, those only copy
+    each gradient, and need more memory. One rank doesn't overlap communication with computing either, for which
+    DeepSpeed waits for the device after every micro step. On a CPU the stage stays, and with it a norm's last bits.
 
     bf16 is DeepSpeed's torch_autocast, not its bf16 block: the block rounds every weight, the time embedding's and the
     modulation's too. With no module named lower-precision safe, gradients are reduced and ZeRO-3's weights gathered
@@ -117,6 +121,10 @@ def complete(ds: Mapping[str, Any], config: TrainConfig, world_size: int) -> dic
     """
     full: dict[str, Any] = copy.deepcopy(dict(ds))
     zero = full.setdefault("zero_optimization", {"stage": 0})
+    if world_size == 1:
+        if gpu and zero.get("stage") in (1, 2) and not zero.get("offload_optimizer"):
+            zero["stage"] = 0
+        zero["overlap_comm"] = False
     full["train_batch_size"] = config.global_batch
     full["gradient_accumulation_steps"] = config.grad_accum_steps
     full["train_micro_batch_size_per_gpu"] = config.global_batch // (world_size * config.grad_accum_steps)

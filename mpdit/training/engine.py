@@ -49,10 +49,20 @@ def build_engine(run: Run, device: torch.device, skip: Tensor) -> tuple[Any, Any
     model.activation_checkpointing = config.activation_checkpointing
     optimizer: Any = build_optimizer(config, model.parameters(), device, run.ds)
     optimizer.skip = skip
+    ds = copy.deepcopy(run.ds)
+    if clips_by_itself(run, device):
+        optimizer.max_norm, ds["gradient_clipping"] = config.clip, 0.0
     with _deepspeed_errors(config.ds_config):
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=copy.deepcopy(run.ds))
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds)
+    if run.env.size == 1 and run.zero_stage == 0:
+        engine.enable_backward_allreduce = False  # of all gradients, copied there and back, among one rank
     model.try_attention(torch.bfloat16 if config.precision == "bf16" else torch.float32)
     return engine, optimizer
+
+
+def clips_by_itself(run: Run, device: torch.device) -> bool:
+    """Return whether our optimiser clips, without waiting for the device, instead of DeepSpeed, which waits."""
+    return run.zero_stage == 0 and device.type == "cuda" and run.config.optimizer == optimizers.DEFAULT
 
 
 def build_optimizer(

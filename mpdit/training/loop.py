@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +16,9 @@ from mpdit.core.dist_env import gather, set_threads
 from mpdit.core.errors import ConfigError
 from mpdit.core.files import locked, make_folder, remove_empty, write_atomically
 from mpdit.core.text import counted
-from mpdit.data.loaders import GlobalOrder, make_loader, to_latents
-from mpdit.diffusion.flow import flow_loss
+from mpdit.data.loaders import GlobalOrder, make_loader
 from mpdit.diffusion.images import save_sample_grid
+from mpdit.diffusion.inference import CudaCapture
 from mpdit.diffusion.sampling import sample
 from mpdit.model.mpdit import MPDiT
 from mpdit.training.advice import advice
@@ -33,6 +34,7 @@ from mpdit.training.run import Run
 from mpdit.training.safety.guard import Guard
 from mpdit.training.safety.stop import StopRequests, reasons
 from mpdit.training.safety.watchdog import PATIENCE, Watchdog
+from mpdit.training.step import Step, no_graph
 
 
 def train(run: Run, stop: StopRequests) -> str:
@@ -48,7 +50,7 @@ def train(run: Run, stop: StopRequests) -> str:
     Raises UserError for what the user can mend: a configuration DeepSpeed refuses, a checkpoint that doesn't fit, a
     damaged record, too many steps in a row that had to be skipped, a full disk, a GPU whose memory runs out.
     """
-    config, flow, env, manifest = run.config, run.config.flow, run.env, run.manifest
+    config, env, manifest = run.config, run.env, run.manifest
     set_threads(env)
     stopped = ""
     with contextlib.ExitStack() as stack:
@@ -73,10 +75,9 @@ def train(run: Run, stop: StopRequests) -> str:
         resumed = resume.find(run)
         watchdog.alive("building the model", PATIENCE)
         skip = torch.zeros((), dtype=torch.bool, device=device)  # of each step, from the guard to the optimiser
-        engine, optimizer = build_engine(run, device, skip)
+        engine, optimizer, guard, take_step = _build(run, device, skip, resumed, profile)
         plan = run.batch_plan()
         if resumed is not None:
-            restore(engine, optimizer, resumed)
             # The order goes on where the samples taken so far end, also after a change of the batch.
             plan = run.batch_plan(resumed.step, resumed.position)
         wandb, refused = None, ""
@@ -102,10 +103,7 @@ def train(run: Run, stop: StopRequests) -> str:
             device=device,
             gpu_stage=config.gpu_stage,
         )
-        guard = Guard(engine, skip, env.size, config.skip_spikes)
         skips = SkipLog(run, plan.start_step, wait_for_save=saver.wait)
-        if resumed is not None:
-            guard.restore(resumed.counters)
         # Ranks agree between steps over a group of their own: no device is waited for, training's messages are not
         # mixed with these, and a rank that is gone is noticed within a step, by an error.
         hosts = torch.distributed.new_group(backend="gloo")
@@ -117,36 +115,7 @@ def train(run: Run, stop: StopRequests) -> str:
         for step in profile.steps(range(plan.start_step + 1, config.steps + 1)):
             watchdog.alive(f"step {step}")
             lr = config.learning_rate(step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            micro_losses = []
-            for micro in range(plan.grad_accum_steps):
-                with profile.range("data"):
-                    batch = next(loader)
-                with profile.range("h2d"):
-                    latents = to_latents(batch, manifest, config.seed, device)  # fp32 [b, C, H, W]
-                    labels, positions = (x.to(device, non_blocking=True) for x in (batch.labels, batch.positions))
-                with profile.range("forward"):
-                    losses = flow_loss(
-                        engine,
-                        latents,
-                        labels,
-                        positions,
-                        seed=config.seed,
-                        config=flow,
-                        null_class=run.model.null_class,
-                    )  # fp32 [b]
-                    loss = losses.mean()
-                    micro_losses.append(loss.detach())
-                    guard.record(losses, batch)
-                with profile.range("backward"):
-                    engine.backward(loss)
-                with profile.range("optimizer"):
-                    if micro == plan.grad_accum_steps - 1:
-                        # One sum over all ranks: whether loss or gradient is not finite, or the gradient's norm leaps.
-                        guard.decide(step, micro_losses)
-                        loss_mean.add(micro_losses, skip)
-                    engine.step()  # after the last micro step: clip, AdamW, and the average (EMA) with it
+            loss_mean.add(take_step(step, lr, loader), skip)
             skips.add(guard.flush(unread=1))  # all but this step's decision, which is still on its way from the device
             images += config.global_batch
             log.advance()
@@ -200,6 +169,38 @@ def train(run: Run, stop: StopRequests) -> str:
         plot_loss(run.out / "metrics.jsonl", run.out / "loss.png")
         print(f"trained {config.steps} steps: {run.out}", flush=True)
     return stopped
+
+
+def _build(
+    run: Run, device: torch.device, skip: Tensor, resumed: Checkpoint | None, profile: Profiler
+) -> tuple[Any, Any, Guard, Step]:
+    """Build the engine, from a checkpoint if there is one, its optimiser and guard, and the step, as a graph if asked.
+
+    Raises ConfigError where a graph is insisted on and can't be had.
+    """
+    asked = run.config.cuda_graph
+    refused = "it is off" if asked == "off" else no_graph(run, device)
+    while True:
+        capture = None if refused else CudaCapture(device)
+        # Gradients are summed on the stream where DeepSpeed meets the weights first: it has to be the graph's.
+        with torch.cuda.stream(None if capture is None else capture.stream):
+            engine, optimizer = build_engine(run, device, skip)
+            if resumed is not None:
+                restore(engine, optimizer, resumed)
+        guard = Guard(engine, skip, run.env.size, run.config.skip_spikes)
+        if resumed is not None:
+            guard.restore(resumed.counters)
+        step = Step(run, engine, optimizer, guard, profile)
+        if capture is not None:
+            refused = next(filter(None, gather(step.record(capture))), "")
+        if refused and asked == "on":
+            raise ConfigError(f"cuda_graph on: a step can't be one ({refused}): give --cuda-graph off")
+        if capture is None or not refused:
+            break
+        del engine, optimizer, guard, step  # before the memory is needed again
+    if refused and asked == "auto" and device.type == "cuda" and run.env.rank == 0:
+        print(f"note: steps are no CUDA graph: {refused}", file=sys.stderr, flush=True)
+    return engine, optimizer, guard, step
 
 
 def _due(step: int, every: int, last: int) -> bool:

@@ -155,7 +155,7 @@ def prepare(arguments: Sequence[str], env: DistEnv) -> Run:
     return Run(
         config,
         model,
-        complete(ds, config, env.size),
+        complete(ds, config, env.size, torch.cuda.is_available()),
         # Reads as `dataset` does, but a damaged record becomes the next sound one, up to --bad-records of them.
         Quarantine(dataset, config.bad_records, out / QUARANTINE_NAME, identity["data"], write=not config.dry_run),
         env,

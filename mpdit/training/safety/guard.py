@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from mpdit.core.dist_env import gather
-from mpdit.data.loaders import Batch
 from mpdit.training.engine import gradient_sum_of_squares
 
 LARGEST_NORM = 1e19
@@ -84,18 +83,14 @@ class Guard:
         self.skipped = self.in_a_row = 0
         self.norm = math.nan
         self._norms = torch.zeros(2, dtype=torch.float64, device=engine.device)  # their average, how many
-        self._samples: list[tuple[Tensor, Tensor, Tensor]] = []
         self._unread: deque[_Verdict] = deque()
 
-    def record(self, losses: Tensor, batch: Batch) -> None:
-        """Note the losses [b] of a micro step, to say later which of its samples were bad."""
-        self._samples.append((losses.detach(), batch.positions, batch.indices))
-
     @torch.no_grad()
-    def decide(self, step: int, means: Sequence[Tensor]) -> None:
-        """Write down for the optimiser whether to skip step `step`, from the mean losses [] of its micro steps.
+    def judge(self, means: Sequence[Tensor]) -> Tensor:
+        """Write down for the optimiser whether to skip this step, from the mean losses [] of its micro steps.
 
-        All ranks must call it; it doesn't wait for the device.
+        All ranks must call it, between the last backward pass and the optimiser. It doesn't wait for the device, and
+        can be part of a CUDA graph. Returns what `note` takes: norm, loss and whether it is skipped, fp64 [3].
         """
         sums = torch.stack([gradient_sum_of_squares(self._engine), torch.stack([*means]).double().mean()])
         torch.distributed.all_reduce(sums)
@@ -103,10 +98,12 @@ class Guard:
         skip = ~(loss.isfinite() & (norm < LARGEST_NORM))  # a NaN is not below
         if self._skip_spikes:
             skip |= self._leaps(norm, skip)
-        values, arrived = _to_host(torch.stack([norm, loss, skip.double()]))
-        self._unread.append(_Verdict(step, values, arrived, self._samples))
-        self._samples = []
         self._skip.copy_(skip)
+        return torch.stack([norm, loss, skip.double()])
+
+    def note(self, step: int, verdict: Tensor, samples: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Begin to read what was judged of a step, from its samples: of each micro step losses, positions, indices."""
+        self._unread.append(_Verdict(step, *_to_host(verdict), samples))
 
     def flush(self, unread: int = 0) -> list[Skipped]:
         """Count and return the steps that were skipped, but for the last `unread` decisions, still on their way.
@@ -139,7 +136,7 @@ class Guard:
         count = count + 1
         # A plain mean of the first so many, then an exponential one that forgets at their rate.
         moved = torch.stack([average + (norm - average) / count.clamp(max=SPIKE_HORIZON), count])
-        self._norms = torch.where(skip | leaps, self._norms, moved)
+        self._norms.copy_(torch.where(skip | leaps, self._norms, moved))
         return leaps
 
     def _read(self, verdict: _Verdict) -> Iterator[Skipped]:
