@@ -52,6 +52,18 @@ def start(count: int) -> tuple[Tensor, Tensor]:
     return torch.randn(count, 4, 16, 16), torch.arange(count) % 10
 
 
+def test_a_graph_made_in_inference_mode_is_replayed_outside_of_it(model: mpdit.MPDiT) -> None:
+    tape = Tape()
+    graphed = SamplingModel(model, graphed=True, capture=tape)
+    x, y = start(2)
+    with torch.inference_mode():
+        first = graphed(x, torch.tensor([0.4, 0.6]), y)
+    with torch.no_grad():
+        assert torch.equal(graphed(x, torch.tensor([0.4, 0.6]), y), first)
+        assert torch.equal(model(x, torch.tensor([0.4, 0.6]), y), first)
+    assert (tape.captures, tape.replays) == (1, 2)
+
+
 @pytest.mark.parametrize("method", SAMPLERS)
 def test_a_graph_gives_the_same_samples(method: str, model: mpdit.MPDiT) -> None:
     tape = Tape()

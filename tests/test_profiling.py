@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -134,8 +134,22 @@ class TestWindow:
                 with profile.range("forward"):
                     disturbed.append(profile.take_disturbed())
         assert not calls
-        # Step 4 as well: what ends the window comes before it.
-        assert disturbed == [mode == "memory", True, True, True, False]
+        # Step 1 as well, where torch's profiler starts up, and step 4: what ends the window comes before it.
+        assert disturbed == [mode != "nsys", True, True, True, False]
+
+    def test_torch_warms_up_a_step_before_its_window(self, calls: list[str], tmp_path: Path) -> None:
+        class Trace:
+            def __getattr__(self, name: str) -> Callable[..., None]:
+                return lambda *_: calls.append(name)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.profiler, "profile", Trace)
+            with pytest.raises(KeyError):
+                _fail_in_step(1, KeyError(), "torch", tmp_path)
+            assert calls == ["prepare_trace"]
+            with pytest.raises(KeyError):
+                _fail_in_step(3, KeyError(), "torch", tmp_path)
+        assert calls[1:] == ["prepare_trace", "synchronize", "start_trace", "synchronize", "stop_trace"]
 
     def test_without_profiling_a_range_is_nothing(self, calls: list[str], tmp_path: Path) -> None:
         with _profiler("none", tmp_path) as profile:
@@ -271,7 +285,7 @@ class TestRun:
     def test_no_speed_is_quoted_where_profiling_slowed_the_run(self) -> None:
         run = trained(*PROFILED)
         speeds = {line["step"]: line["images_per_second"] for line in run.metrics()}
-        assert [step for step, speed in speeds.items() if speed is None] == [10, 11, 12, 13]
+        assert [step for step, speed in speeds.items() if speed is None] == [9, 10, 11, 12, 13]  # from the warm-up on
         assert all(speed is None or speed > 0 for speed in speeds.values())
         assert "profiled steps 10 to 12 on rank 0" in run.stderr
         assert "trace-rank0-steps10-12.json.gz" in run.stderr

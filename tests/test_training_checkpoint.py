@@ -19,7 +19,7 @@ from training_runs import ds_config
 from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import CheckpointError, ConfigError
 from mpdit.core.files import write_atomically
-from mpdit.training.checkpoint import format, resume
+from mpdit.training.checkpoint import format, resume, save
 from mpdit.training.checkpoint.format import KINDS, Checkpoint, ShardReader, read_values
 from mpdit.training.run import Run
 from mpdit.training.setup import prepare
@@ -315,6 +315,17 @@ def test_a_named_checkpoint_must_exist_and_be_of_this_run(
     named = ["--resume", str(run.out / "checkpoints" / "step-00000003"), *arguments]
     with pytest.raises((CheckpointError, ConfigError), match=message):
         resume.find(_run(tmp_path / "branch", *named))
+
+
+def test_memory_of_a_save_is_in_few_blocks_and_none_is_lent_twice() -> None:
+    sizes = [1_152, 40_000, 7, 331_776, 120_001] * 40
+    memory = save._memory_for({str(i): torch.empty(size, device="meta") for i, size in enumerate(sizes)})
+    assert [len(memory[str(i)]) for i in range(len(sizes))] == sizes
+    places = sorted((part.data_ptr(), part.data_ptr() + part.nbytes) for part in memory.values())
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(places))
+    blocks = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in memory.values()}
+    assert len(blocks) <= 40 and all(size.bit_count() == 1 for size in blocks.values())
+    assert sum(blocks.values()) < 1.25 * 4 * sum(sizes)
 
 
 def test_values_that_no_shard_holds_are_missed(run: Run) -> None:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from mpdit_kernels.hardware import GPUS
 from rank_faults import be_killed, before_step, limit_files
 from rank_processes import Ranks, free_port
@@ -22,7 +23,7 @@ from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import ConfigError
 from mpdit.model.presets import preset
 from mpdit.planning.memory import MEMORY_ERROR, MemorySetting, memory
-from mpdit.training import cli, loop, oom_advice
+from mpdit.training import cli, distributed, loop, oom_advice
 from mpdit.training.checkpoint.format import Checkpoint
 from mpdit.training.cli import main
 from mpdit.training.distributed import init_distributed
@@ -145,6 +146,21 @@ def test_a_path_that_is_no_text_is_printed_where_only_ascii_is(monkeypatch: pyte
     with cli._output_that_cannot_fail():
         print(os.fsdecode(b"caf\xe9 ou \xc3\xa9t\xc3\xa9"))
     assert stream.buffer.getvalue() == b"caf\\udce9 ou \\xe9t\\xe9\n"  # type: ignore[attr-defined]
+
+
+def test_a_rank_without_its_gpu_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match=r"rank 5 is process 1 of its machine.* there is 1 GPU .*--gpus-per-node"):
+        init_distributed(DistEnv(rank=5, size=8, local_rank=1, local_size=4))
+
+
+def test_variables_of_ours_are_the_same_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_ = {"MPDIT_KERNELS": "auto"}
+    monkeypatch.setattr(distributed, "gather", lambda _: [set_, set_])
+    distributed._check_alike()
+    monkeypatch.setattr(distributed, "gather", lambda _: [set_, {"MPDIT_KERNELS": "auto", "MPDIT_ATTENTION": "torch"}])
+    with pytest.raises(ConfigError, match=r"MPDIT_ATTENTION is not set on rank 0 and 'torch' on rank 1: .*alike"):
+        distributed._check_alike()
 
 
 @pytest.fixture

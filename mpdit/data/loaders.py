@@ -209,7 +209,7 @@ def make_loader(
     if gpu_stage and (kind != "dali" or device.type != "cuda"):
         raise ConfigError(f"gpu_stage needs loader dali and a GPU, not loader {kind} and device {device}: turn it off")
     steps = range(plan.start_step, stop_step)
-    reader = TorchLoader(dataset, order, plan, steps, kind == "torch" and device.type == "cuda")
+    reader = TorchLoader(dataset, order, plan, steps, device if kind == "torch" and device.type == "cuda" else None)
     if kind == "torch":
         return reader
     return DaliLoader(reader, device if gpu_stage else None, pin_memory=device.type == "cuda")
@@ -223,11 +223,14 @@ class TorchLoader(Loader):
     """
 
     def __init__(
-        self, dataset: LatentDataset, order: GlobalOrder, plan: BatchPlan, steps: range, pin_memory: bool
+        self, dataset: LatentDataset, order: GlobalOrder, plan: BatchPlan, steps: range, gpu: torch.device | None
     ) -> None:
-        self._dataset, self._order, self._plan = dataset, order, plan
-        self._memory = _Memory((plan.micro_batch, *dataset.manifest.record_shape), pin_memory)
-        self._threads = ThreadPoolExecutor(_BATCHES_AHEAD, thread_name_prefix="mpdit-read")
+        """`gpu` is the one that batches are pinned for, if any."""
+        self._dataset, self._order, self._plan, self._gpu = dataset, order, plan, gpu
+        self._memory = _Memory((plan.micro_batch, *dataset.manifest.record_shape), pin_memory=gpu is not None)
+        # A thread begins on GPU 0, which isn't ours to touch.
+        settle = (torch.cuda.set_device, (gpu,)) if gpu else (None, ())
+        self._threads = ThreadPoolExecutor(_BATCHES_AHEAD, "mpdit-read", *settle)
         self._may_read = threading.Semaphore(1)
         self._readers = 1
         self._adapting = threading.Lock()
@@ -257,7 +260,9 @@ class TorchLoader(Loader):
             _, labels = self._dataset.read(indices, out=moments.numpy())
             waited = time.perf_counter() - wall - (time.thread_time() - own)
             change = self._adapt(waited > _WAITING * len(labels))
-            return Batch(moments, *(torch.from_numpy(array) for array in (labels, indices, positions)))
+            # From memory that isn't pinned a copy to the GPU waits for all that it has to do before.
+            rest = (torch.from_numpy(array) for array in (labels, indices, positions))
+            return Batch(moments, *(x.pin_memory() if self._gpu else x for x in rest))
         finally:
             for _ in range(1 + change):
                 self._may_read.release()

@@ -172,6 +172,7 @@ def run_parts(job: Job, devices: Sequence[torch.device], label: str) -> bool:
                 return True
             set_threads(env)
             if todo:
+                _settle_device(devices[0])
                 do = job.open(devices[0])
                 for part in todo:
                     do(part, progress.update)
@@ -207,6 +208,12 @@ def choose_devices(device: str, processes: int) -> list[torch.device]:
     if processes > gpus:
         raise ConfigError(f"{processes} GPUs are asked for and this machine has {gpus}: ask for at most {gpus}")
     return [torch.device("cuda", (env.local_rank + index) % gpus) for index in range(processes)]
+
+
+def _settle_device(device: torch.device) -> None:
+    """Make a GPU that has a number the current one: streams, events and library handles are made on that."""
+    if device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def _spawn(job: Job, todo: Sequence[int], devices: Sequence[torch.device], advance: Report) -> None:
@@ -268,8 +275,7 @@ def _work(job: Job, device: str, processes: int, tasks: Any, reports: Any, paren
     try:
         place = torch.device(device)
         set_threads(DistEnv(local_size=processes))
-        if place.type == "cuda":
-            torch.cuda.set_device(place)
+        _settle_device(place)
         do = job.open(place)
         while (part := tasks.get()) is not None:
             do(part, report)

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from mpdit.core.dist_env import DistEnv
+from mpdit.core.dist_env import DistEnv, gather
 from mpdit.core.errors import ConfigError
+from mpdit.core.text import counted
 from mpdit.training.engine import import_deepspeed
 from mpdit.training.safety.watchdog import PATIENCE
 
@@ -27,9 +28,17 @@ def init_distributed(env: DistEnv, hang_timeout: float = 0, name: str = "") -> t
     Ranks wait for one another for `hang_timeout` seconds, at most ten minutes. A run's `name` keeps ranks apart that
     have come to another run's port.
 
-    Raises ConfigError when several ranks were started and MASTER_ADDR or MASTER_PORT doesn't say where they meet, when
-    the port is taken, and when a rank doesn't come in time.
+    Raises ConfigError when there is no GPU for this rank where others have one, when several ranks were started and
+    MASTER_ADDR or MASTER_PORT doesn't say where they meet, when the port is taken, when a rank doesn't come in time,
+    and when MPDIT_KERNELS or its like is not the same on all ranks.
     """
+    gpus = torch.cuda.device_count()
+    if gpus and env.local_rank >= gpus:
+        raise ConfigError(
+            f"rank {env.rank} is process {env.local_rank} of its machine, counted from 0, and there "
+            f"{'is' if gpus == 1 else 'are'} {counted(gpus, 'GPU')} that it can see: start as many processes a machine "
+            "as it has GPUs, and let each see them all (SLURM: --gpus-per-node, not --gpus-per-task)"
+        )
     for variable in ("MASTER_ADDR", "MASTER_PORT"):
         if env.size > 1 and variable not in os.environ:
             raise ConfigError(
@@ -64,7 +73,20 @@ def init_distributed(env: DistEnv, hang_timeout: float = 0, name: str = "") -> t
         )
     deepspeed.init_distributed(dist_backend=backend, timeout=limit, verbose=False)
     extend_timeouts(hang_timeout)
+    _check_alike()
     return device
+
+
+def _check_alike() -> None:
+    """Raise ConfigError, on every rank, when this project's own variables are not the same on all."""
+    ours = gather({name: value for name, value in os.environ.items() if name.startswith("MPDIT_")})
+    for rank, theirs in enumerate(ours):
+        for name in sorted(name for name in {**ours[0], **theirs} if ours[0].get(name) != theirs.get(name)):
+            values = [repr(values[name]) if name in values else "not set" for values in (ours[0], theirs)]
+            raise ConfigError(
+                f"{name} is {values[0]} on rank 0 and {values[1]} on rank {rank}: set it alike on all machines "
+                "(deepspeed passes on what stands in ~/.deepspeed_env, a line NAME=VALUE each)"
+            )
 
 
 def extend_timeouts(hang_timeout: float) -> None:

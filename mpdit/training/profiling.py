@@ -96,6 +96,8 @@ class Profiler:
             self._say(f"warning: nothing is profiled: step {last} of --profile-steps was done before")
             self._stop()
         for step in steps:
+            if profiled and window.mode == "torch" and step == max(first - 1, steps.start):
+                self._warm_up()
             if profiled and step == first:
                 self._begin()
             with self.range(f"step {step}"):
@@ -139,6 +141,13 @@ class Profiler:
         if advice is not None:
             raise ConfigError(advice) from error
 
+    def _warm_up(self) -> None:
+        """Have torch's profiler start up a step before its window: what that takes would lie in the first step."""
+        self._disturbed = True
+        if self._mode == "torch":
+            self._trace = torch.profiler.profile()  # of the CPU, and of a GPU where there is one
+            self._trace.prepare_trace()
+
     def _begin(self) -> None:
         self._inside = self._disturbed = True
         if self._mode in ("nsys", "ncu", "torch"):
@@ -146,8 +155,7 @@ class Profiler:
         if self._mode in ("nsys", "ncu"):
             torch.cuda.profiler.start()
         elif self._mode == "torch":
-            self._trace = torch.profiler.profile()  # of the CPU, and of a GPU where there is one
-            self._trace.start()
+            self._trace.start_trace()
 
     def _end(self, first: int) -> None:
         if self._mode == "none":
@@ -182,7 +190,7 @@ class Profiler:
         if self._mode != "torch":
             torch.cuda.profiler.stop()
         elif self._trace is not None:
-            self._trace.stop()
+            self._trace.stop_trace()
             self._trace = None
 
     def _synchronize(self) -> None:

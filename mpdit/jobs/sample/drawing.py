@@ -245,8 +245,6 @@ class SampleWorker:
             # As many threads whatever the number of processes: how many share a convolution decides how its sums are
             # cut, and so the last bits.
             torch.set_num_threads(len(os.sched_getaffinity(0)))
-        if device.index is not None:
-            torch.cuda.set_device(device)
         model, _ = load_weights(job.weights)
         if sha256_of(job.weights) != job.identity["weights_sha256"]:
             raise CheckpointError(f"{job.weights} has changed since the job began: repeat the command")
