@@ -136,10 +136,11 @@ class SamplingModel(nn.Module):
 
     def _record(self, key: Any, arguments: tuple[Tensor, ...]) -> None:
         """Capture a graph of the velocity of such arguments."""
-        with torch.inference_mode(False):  # a tensor of inference mode can't be written to outside of it
-            places = tuple(value.clone() for value in arguments)
         try:
-            self._graphs[key] = places, self._capture(lambda: self._compute(*places))  # type: ignore[misc]
+            # A tensor of inference mode can't be written to outside of it, and no gradient is taken through a graph.
+            with torch.inference_mode(False), torch.no_grad():
+                places = tuple(value.clone() for value in arguments)
+                self._graphs[key] = places, self._capture(lambda: self._compute(*places))  # type: ignore[misc]
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
