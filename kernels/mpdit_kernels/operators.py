@@ -34,15 +34,15 @@ class KernelOp:
         self.lists = "Tensor[]" in arguments.split("->")[0]
         self.function: Any = None
 
-    def register_autograd(self, gradients: Callable[..., Any], save: Callable[..., Any]) -> None:
-        """Take `gradients(ctx, *of_outputs)` as backward, and `save(ctx, inputs, output)` as what it keeps."""
-        self.operator.register_autograd(gradients, setup_context=save)
+    def register_autograd(self, gradients: Callable[..., Any], *, setup_context: Callable[..., Any]) -> None:
+        """Take `gradients(ctx, *of_outputs)` as backward; `setup_context(ctx, inputs, output)` keeps what it needs."""
+        self.operator.register_autograd(gradients, setup_context=setup_context)
         if self.lists:  # an autograd function sees no tensors in them
             return
 
         def forward(ctx: Any, *inputs: Any) -> Any:
             output = self.run(*inputs)
-            save(ctx, inputs, output)
+            setup_context(ctx, inputs, output)
             return output
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}

@@ -204,7 +204,7 @@ def _gradients(ctx: Any, d_residual: Tensor | None, d_y: Tensor | None, _: Tenso
     return d_residual if d_y is None else dx, None if branch is None else dbranch, *vectors, None, None, None
 
 
-_adaln.register_autograd(_gradients, _save)
+_adaln.register_autograd(_gradients, setup_context=_save)
 
 
 @count_flops(torch.ops.mpdit_kernels.adaln, torch.ops.mpdit_kernels.adaln_backward)

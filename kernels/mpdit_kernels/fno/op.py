@@ -125,7 +125,7 @@ def _gradients(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> tuple[Any, 
     return d_t if of_t else None, [x if asked else None for x, asked in zip(found, of_each, strict=True)]
 
 
-_fno.register_autograd(_gradients, _save)
+_fno.register_autograd(_gradients, setup_context=_save)
 
 
 @count_flops(torch.ops.mpdit_kernels.fno)

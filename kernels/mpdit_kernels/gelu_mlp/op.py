@@ -108,7 +108,7 @@ def _gradients(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]
     return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None
 
 
-_gelu_linear.register_autograd(_gradients, _save)
+_gelu_linear.register_autograd(_gradients, setup_context=_save)
 
 
 @count_flops(torch.ops.mpdit_kernels.gelu_linear)

@@ -177,7 +177,7 @@ def _gradients(ctx: Any, d_out: Tensor | None, _: Tensor | None) -> tuple[Any, .
     return gradient, None, None, None, None
 
 
-_short_attention.register_autograd(_gradients, _save)
+_short_attention.register_autograd(_gradients, setup_context=_save)
 
 
 # Backward counts five products, as torch's counter takes for every attention, whatever a kernel computes again.

@@ -221,7 +221,7 @@ def _gradients(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> tuple[Any, 
     return *gradients, None, None, None
 
 
-_upsample.register_autograd(_gradients, _save)
+_upsample.register_autograd(_gradients, setup_context=_save)
 
 
 @count_flops(torch.ops.mpdit_kernels.upsample)
