@@ -210,7 +210,7 @@ def test_a_run_that_is_too_large_for_the_gpu_is_refused_after_all_is_said(
     code, out, err = _main(capsys, *arguments, "--grad-accum-steps", "1")
     assert code == 2
     assert "does it fit?         no: " in out
-    assert "RTX 4090 has 23.50: give --grad-accum-steps for at most 96 images a micro step, not 256" in err
+    assert "RTX 4090 has 23.50: give --grad-accum-steps for at most 110 images a micro step, not 256" in err
     code, out, _ = _main(capsys, *arguments, "--grad-accum-steps", "1", "--activation-checkpointing")
     assert code == 0
 

@@ -44,7 +44,7 @@ class Request:
 
     Attributes:
         global_batch: images of a step, over all GPUs and micro steps.
-        zero: ZeRO stage.
+        zero: ZeRO stage; one GPU takes 0 for 1 and 2, as in training.
         grad_accum_steps: micro steps of a step; None takes the fewest that fit, or leave room at a tenth more time.
         precision: "bf16" (autocast over fp32 weights) or "fp32".
         epochs, images: length of the run, over a data set of so many images.
@@ -67,6 +67,8 @@ class Request:
     optimizer_bytes: float = ADAMW_EMA_BYTES
 
     def __post_init__(self) -> None:
+        if self.gpus == 1 and self.zero < 3:
+            object.__setattr__(self, "zero", 0)
         if not 0 < self.epochs < 1e9:
             raise ConfigError(f"epochs is {self.epochs:g}: give a number above 0 and below a billion")
         parts = self.gpus * (self.grad_accum_steps or 1)
@@ -151,7 +153,10 @@ class Plan:
         request, parameters = self.request, account(self.config).params_trainable
         stepped = parameters / request.gpus if request.zero else parameters
         shape = self.micro_batch, self.grad_accum_steps, stepped, request.precision, request.activation_checkpointing
-        return step_time(self.config, request.gpu, self.share, *shape, request.optimizer_bytes)
+        # DeepSpeed reduces once a step at stages 0 and 1, in every micro step at 2 and 3; one GPU reduces nothing.
+        copies = 0 if request.gpus == 1 else self.grad_accum_steps if request.zero >= 2 else 1
+        graphed = request.gpus == 1 and request.zero < 3
+        return step_time(self.config, request.gpu, self.share, *shape, request.optimizer_bytes, copies, graphed)
 
     @cached_property
     def communication(self) -> Communication:

@@ -5,10 +5,13 @@ do the passes over memory between them, so times add up. Bytes are those of our 
 write once, forward and backward.
 
 Communication: P parameters, N ranks; everything is fp32 unless torch_autocast names modules to send in bf16. A GPU
-sends and receives: stage 0 all-reduces gradients, 8P (N-1)/N bytes; stages 1 and 2 reduce-scatter them and gather the
-weights, 4P each; stage 3 gathers weights for forward and again for backward, and reduce-scatters gradients, 4P each.
-Stage 0 and 1 reduce once a step, stage 2 once a micro step, stage 3 does all of it each micro step (Rajbhandari et al.,
-SC 2020, section 7).
+sends and receives: stages 0 to 2 all-reduce gradients, 8P (N-1)/N bytes, and 1 and 2 gather the weights, 4P; stage 3
+gathers weights for forward and again for backward, and reduce-scatters gradients, 4P each. Stages 0 and 1 reduce once a
+step, stage 2 once a micro step, stage 3 does all of it each micro step (Rajbhandari et al., SC 2020, section 7). The
+paper's stages 1 and 2 reduce-scatter gradients, half the bytes; DeepSpeed 0.19.8 all-reduces them by default
+(use_multi_rank_bucket_allreduce).
+
+The host: Python launches each kernel, unless the step is one CUDA graph, as on one GPU. No step takes less than that.
 
 How much of a GPU's datasheet is reached was measured where somebody did (`measured.json`, see calibrate.py), and is
 assumed, saying so, elsewhere.
@@ -40,6 +43,11 @@ ADAMW_EMA_BYTES = 36
 """A parameter's in a step: gradient read, weight, two moments and average read and written (AdamWEMA, one pass)."""
 CAST_BYTES = 6
 """A weight's: read in fp32 and written in bf16, once a micro step."""
+DEEPSPEED_BYTES = 29
+"""A gradient's that DeepSpeed copies between buckets where it reduces them, by its launches at stage 2 (0.19.8)."""
+HOST_BLOCK = 2.5e-3
+"""Seconds of CPU that a block's launches take in a micro step, both ways, without a driver's own, on one core of an AMD
+EPYC: MPDiT-B's 12 blocks 31 to 41 ms with DeepSpeed and optimiser (docs/performance.md). Hosts may differ twofold."""
 HOP = 5e-6
 """Seconds that a collective takes more for each further node: an assumption."""
 ATTENTION, LINK = 0.3, 0.7
@@ -105,7 +113,9 @@ class StepTime:
         elementwise: norms, residuals and activations.
         casts: of weights.
         optimizer: AdamW with its average.
-        rest: what a whole step takes longer: launches, copies, products of awkward shapes.
+        copies: DeepSpeed's, of gradients.
+        rest: what a whole step takes longer: gaps between kernels, products of awkward shapes.
+        waiting: for the host, where its launches take longer than all of that.
     """
 
     products: float
@@ -113,7 +123,9 @@ class StepTime:
     elementwise: float
     casts: float
     optimizer: float
+    copies: float
     rest: float
+    waiting: float
 
     @property
     def total(self) -> float:
@@ -136,6 +148,8 @@ def step_time(
     dtype: str = "bf16",
     activation_checkpointing: bool = False,
     optimizer_bytes: float = ADAMW_EMA_BYTES,
+    copies: float = 0.0,
+    graphed: bool = True,
 ) -> StepTime:
     """Return the time of a step of `micro_steps` times so many images.
 
@@ -144,6 +158,8 @@ def step_time(
         dtype: fp32 products run outside of tensor cores.
         activation_checkpointing: computes each block's forward pass once more.
         optimizer_bytes: that the optimiser reads and writes for each parameter it steps.
+        copies: times that DeepSpeed copies every gradient.
+        graphed: the step is one CUDA graph.
     """
     found = account(config, images, dtype)
     rate = gpu.flops if dtype == "bf16" else gpu.flops32
@@ -159,8 +175,10 @@ def step_time(
     attention = max(flop[False] / (rate * share.attention), attended / bandwidth)
     casts = micro_steps * CAST_BYTES * found.params_trainable / bandwidth if dtype == "bf16" else 0.0
     stepped = found.params_trainable if parameters is None else parameters
-    known = (products, attention, moved / bandwidth, casts, optimizer_bytes * stepped / bandwidth)
-    return StepTime(*known, rest=(share.step - 1) * sum(known))
+    copied = copies * DEEPSPEED_BYTES * found.params_trainable / bandwidth
+    known = (products, attention, moved / bandwidth, casts, optimizer_bytes * stepped / bandwidth, copied)
+    host = 0.0 if graphed else HOST_BLOCK * micro_steps * sum(stage.blocks for stage in config.stages)
+    return StepTime(*known, rest=(share.step - 1) * sum(known), waiting=max(0.0, host - share.step * sum(known)))
 
 
 def _elementwise_bytes(config: ModelConfig, size: int) -> float:
@@ -263,8 +281,8 @@ def volume(zero: int, gpus: int, parameters: int, micro_steps: int) -> tuple[flo
     once = WORD * parameters * (gpus - 1) / gpus
     return (
         (2 * once, 0.0),
-        (once, once),
-        (micro_steps * once, once),
+        (2 * once, once),
+        (2 * micro_steps * once, once),
         (micro_steps * once, 2 * micro_steps * once),
     )[zero]
 
@@ -274,8 +292,8 @@ def communication(
 ) -> Communication:
     """Return what a step sends, and what of it is left when it overlaps with so many seconds of computing.
 
-    Stages 0 and 2 hide gradients behind the backward pass (overlap_comm), stage 3 gradients and prefetched weights
-    behind both passes; the gathering of stages 1 and 2 comes after the optimiser and hides behind nothing.
+    Stage 2 hides gradients behind the backward pass (overlap_comm), stage 3 gradients and prefetched weights behind
+    both passes. Stages 0 and 1 reduce once backward is over; stages 1 and 2 gather weights after the optimiser.
 
     Args:
         zero, gpus, parameters, micro_steps: as of `volume`.
@@ -288,7 +306,7 @@ def communication(
     gathering = fabric.seconds(weights, gpus, buckets * (2 * micro_steps if zero == 3 else 1)) if zero else 0.0
     if zero == 3:
         exposed = max(0.0, reducing + gathering - backward - forward)
-    elif zero == 1:  # reduces once backward is over
+    elif zero < 2:
         exposed = reducing + gathering
     else:
         exposed = max(0.0, reducing - backward) + gathering

@@ -14,7 +14,7 @@ from mpdit.core.errors import ConfigError
 from mpdit.model.kinds import TIME_EMBEDDINGS, TRANSITIONS
 from mpdit.planning import account, time
 from mpdit.planning.plan import Request, plan, usual_network
-from mpdit.planning.time import Efficiency, Fabric, communication, efficiency, step_time, volume
+from mpdit.planning.time import HOST_BLOCK, Efficiency, Fabric, communication, efficiency, step_time, volume
 
 XL, DIT = mpdit.PRESETS["MPDiT-XL/4-2"], mpdit.PRESETS["DiT-XL/2"]
 IDEAL = Efficiency(1, 1, 1, 1, 1, 0, "nowhere")
@@ -44,11 +44,11 @@ def test_gpus_are_found_by_key_and_by_the_drivers_name(name, key):
     assert (found.key if found else None) == key
 
 
-def test_volumes_are_those_of_the_zero_paper():
+def test_volumes_are_those_of_the_zero_paper_but_for_all_reduced_gradients():
     once = 4 * 1000 * 7 / 8
     assert volume(0, 8, 1000, 1) == (2 * once, 0)
-    assert volume(1, 8, 1000, 4) == (once, once)
-    assert volume(2, 8, 1000, 4) == (4 * once, once)
+    assert volume(1, 8, 1000, 4) == (2 * once, once)
+    assert volume(2, 8, 1000, 4) == (8 * once, once)
     assert volume(3, 8, 1000, 4) == (4 * once, 8 * once)
     assert volume(2, 1, 1000, 4) == (0, 0)
 
@@ -94,8 +94,27 @@ def test_gradients_hide_behind_backward_and_weights_do_not():
     fabric = Fabric(8, 100e9, 25e9, 1.0)
     found = communication(2, 8, 10**9, 1, backward=10.0, forward=5.0, fabric=fabric)
     assert found.exposed == pytest.approx(4e9 * 7 / 8 / 100e9, rel=0.02)
-    assert communication(2, 8, 10**9, 1, 0.0, 0.0, fabric).exposed == pytest.approx(2 * found.exposed, rel=0.02)
+    assert communication(2, 8, 10**9, 1, 0.0, 0.0, fabric).exposed == pytest.approx(3 * found.exposed, rel=0.02)
     assert communication(3, 8, 10**9, 1, 10.0, 5.0, fabric).exposed == 0
+    assert communication(0, 8, 10**9, 1, 10.0, 5.0, fabric).exposed > found.exposed, "reduced once backward is over"
+
+
+def test_a_step_takes_what_its_launches_take_unless_it_is_one_graph():
+    gpu, blocks = GPUS["h200"], sum(stage.blocks for stage in XL.stages)
+    graph = step_time(XL, gpu, IDEAL, 1)
+    launched = step_time(XL, gpu, IDEAL, 1, micro_steps=3, graphed=False)
+    assert graph.waiting == 0
+    assert launched.total == pytest.approx(3 * HOST_BLOCK * blocks)
+    assert step_time(XL, gpu, IDEAL, 1024, graphed=False).waiting == 0
+    request = Request(gpu, gpus=1, global_batch=1, zero=0)
+    assert plan(XL, request).time.waiting == 0 < plan(XL, dataclasses.replace(request, zero=3)).time.waiting
+
+
+def test_deepspeed_copies_gradients_where_it_reduces_them():
+    gpu = GPUS["h200"]
+    for gpus, zero, copies in ((1, 0, 0), (8, 0, 1), (8, 1, 1), (8, 2, 4), (8, 3, 4)):
+        found = plan(XL, Request(gpu, gpus, 1024, zero, grad_accum_steps=4))
+        assert found.time.copies == pytest.approx(copies * 29 * 480_839_216 / (gpu.bandwidth * found.share.bandwidth))
 
 
 def test_products_take_exact_flops_over_the_peak():
