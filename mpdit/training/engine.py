@@ -56,8 +56,30 @@ def build_engine(run: Run, device: torch.device, skip: Tensor) -> tuple[Any, Any
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds)
     if run.env.size == 1 and run.zero_stage == 0:
         engine.enable_backward_allreduce = False  # of all gradients, copied there and back, among one rank
+    if run.zero_stage in (1, 2) and device.type == "cuda":
+        _order_by_streams(engine.optimizer)
     model.try_attention(torch.bfloat16 if config.precision == "bf16" else torch.float32)
     return engine, optimizer
+
+
+def _order_by_streams(zero: Any) -> None:
+    """Have the end of a backward pass, at ZeRO-1 or -2 with overlap_comm, wait on the device instead of the host.
+
+    DeepSpeed (0.19.8) synchronises the device there, so that gradients are reduced before they are read and freed. That
+    the stream of computing waits for that of reducing is enough: memory is used again in its order.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator, epilogue = get_accelerator(), zero.independent_gradient_partition_epilogue
+
+    def ordered() -> None:
+        accelerator.synchronize = lambda: accelerator.current_stream().wait_stream(zero.reduction_stream)
+        try:
+            epilogue()
+        finally:
+            del accelerator.synchronize  # the class's again
+
+    zero.independent_gradient_partition_epilogue = ordered
 
 
 def clips_by_itself(run: Run, device: torch.device) -> bool:
