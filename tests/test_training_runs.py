@@ -186,3 +186,17 @@ def test_a_step_that_cannot_be_recorded_is_taken_as_it_is_or_refused() -> None:
         assert ("cuda_graph on: a step can't be one (there is no GPU): give --cuda-graph off" in run.stderr) == bool(
             code
         )
+
+
+def test_zero_3_is_not_compiled() -> None:
+    run = start(new_folder("compiled"), "--compile", stage=3)
+    assert run.code == 2
+    assert "compile needs weights that stay where they are" in run.stderr
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_alike() -> None:
+    arguments = ("--steps", "4", "--log-every", "1")
+    eager, compiled = (start(new_folder("compiled"), *arguments, *extra) for extra in ((), ("--compile",)))
+    assert compiled.code == 0, compiled.stderr
+    assert _relative(compiled, eager) < 1e-5

@@ -160,6 +160,9 @@ class TrainConfig:
         "auto",
         "record a step once and launch it by one call, on a GPU: on, off, or where it can be (auto)",
     )
+    compile: bool = _option(
+        False, "compile each block by torch.compile, from PyTorch's own operators instead of our kernels"
+    )
     activation_checkpointing: bool = _option(False, "recompute activations in the backward pass, to save memory")
 
     log_every: int = _option(10, "steps between lines of metrics", imagenet_default=100, minimum=1)

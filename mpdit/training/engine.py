@@ -47,6 +47,9 @@ def build_engine(run: Run, device: torch.device, skip: Tensor) -> tuple[Any, Any
     if run.initial is not None:
         run.initial.copy_to(model)
     model.activation_checkpointing = config.activation_checkpointing
+    if config.compile:
+        for block in (block for stage in model.stages for block in stage.blocks):
+            block.compile(dynamic=False)
     optimizer: Any = build_optimizer(config, model.parameters(), device, run.ds)
     optimizer.skip = skip
     ds = copy.deepcopy(run.ds)

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import torch
+from mpdit_kernels import use
 from torch import Tensor
 
 from mpdit.core import rng
@@ -54,6 +55,8 @@ def train(run: Run, stop: StopRequests) -> str:
     set_threads(env)
     stopped = ""
     with contextlib.ExitStack() as stack:
+        if config.compile:
+            stack.enter_context(use("reference"))
         watchdog = stack.enter_context(Watchdog(config.hang_timeout, run.out / "hang", env.rank))
         # What takes connections at another rank's port and says nothing would be waited for without end.
         watchdog.alive("meeting the other ranks", 1 if config.hang_timeout > 600 else PATIENCE)

@@ -152,10 +152,13 @@ def prepare(arguments: Sequence[str], env: DistEnv) -> Run:
         notes.append(
             f"input_size is {model.input_size}, as the data's latents are; {config.model} has {alone.input_size}"
         )
+    ds = complete(ds, config, env.size, torch.cuda.is_available())
+    if config.compile and ds["zero_optimization"].get("stage") == 3:
+        raise ConfigError("compile needs weights that stay where they are, and ZeRO-3 moves them: take a lower stage")
     return Run(
         config,
         model,
-        complete(ds, config, env.size, torch.cuda.is_available()),
+        ds,
         # Reads as `dataset` does, but a damaged record becomes the next sound one, up to --bad-records of them.
         Quarantine(dataset, config.bad_records, out / QUARANTINE_NAME, identity["data"], write=not config.dry_run),
         env,
