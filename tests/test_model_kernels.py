@@ -80,7 +80,7 @@ def test_the_kernels_really_run_and_with_checkpointing_give_the_same_losses(monk
     assert kernels == set()
     assert losses(MODELS["two stages"], "triton", checkpointing=True) == pytest.approx(expected, rel=2e-6)
     assert {kernel.split(".")[0] for kernel in kernels} == {
-        *("adaln", "adamw_ema", "fno", "gelu_mlp", "short_attn", "upsample")
+        *("adaln", "adamw_ema", "fno", "gelu_mlp", "philox", "short_attn", "upsample")
     }
     assert {"adaln._forward", "adaln._backward", "upsample._forward", "upsample._backward"} <= kernels
 

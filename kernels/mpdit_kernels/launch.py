@@ -23,6 +23,18 @@ operators.register_flops()  # no operator runs uncounted
 INTERPRETING: bool = triton.knobs.runtime.interpret
 """Read once: Triton decides when a kernel is decorated."""
 
+if INTERPRETING and triton.__version__.startswith("3.6."):
+    # Loops to a loaded bound call int() of an array [1], which numpy 2.5 refuses; mended in Triton 3.7.
+    from triton.runtime import interpreter
+
+    _replace_methods = interpreter._patch_lang_tensor
+
+    def _with_index(tensor: Any, scope: Any) -> None:
+        _replace_methods(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = _with_index
+
 Config = dict[str, Any]
 """Constants of a kernel (upper-case names) with num_warps and num_stages."""
 
