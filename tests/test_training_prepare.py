@@ -282,13 +282,24 @@ class TestFolder:
         assert (again.out, again.identity) == (earlier.out, earlier.identity)
         assert prepare([], DistEnv()).out != earlier.out, "on other ranks the name that 66 gives is not looked for"
 
-    def test_micro_steps_of_a_given_size_leave_the_batch_nothing_to_follow(self, tmp_path: Path) -> None:
+    def test_micro_steps_of_a_given_size_are_of_the_runs_batch(self, tmp_path: Path) -> None:
         ds = tmp_path / "ds.json"
-        ds.write_text('{"train_micro_batch_size_per_gpu": 8}')
         begun = _prepare(tmp_path / "run", env=DistEnv(size=6))
         _commit(begun, step=4)
+        newest = resume.find(begun)
+        assert newest
+        for place in (["--out", str(begun.out)], ["--out", str(tmp_path / "branch"), "--resume", str(newest.folder)]):
+            again = ["--ds_config", str(ds), *place]
+            ds.write_text('{"train_micro_batch_size_per_gpu": 11}')
+            run = prepare(again, DistEnv(size=3))
+            assert (run.config.global_batch, run.config.grad_accum_steps) == (66, 2)
+            assert run.identity == begun.identity and resume.find(run)
+            ds.write_text('{"train_micro_batch_size_per_gpu": 8}')
+            with pytest.raises(ConfigError, match="gpu 8, but a global batch of 66, as the run has it, over 1 ranks"):
+                prepare(again, DistEnv())
         with pytest.raises(ConfigError, match="global_batch 66 there, 64 here"):
-            prepare(["--ds_config", str(ds), "--out", str(begun.out)], DistEnv())
+            prepare(["--ds_config", str(ds), "--out", str(begun.out), "--global-batch", "64"], DistEnv())
+        assert prepare(["--ds_config", str(ds), "--out", str(tmp_path / "new")], DistEnv()).config.global_batch == 64
 
 
 def test_a_forced_run_that_was_killed_at_once_goes_on_either_way(tmp_path: Path) -> None:

@@ -72,10 +72,13 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
-def arguments_from(ds: Mapping[str, Any], given: Mapping[str, Any], world_size: int) -> dict[str, Any]:
+def arguments_from(
+    ds: Mapping[str, Any], given: Mapping[str, Any], world_size: int, recorded: Any = None
+) -> dict[str, Any]:
     """Return the fields of TrainConfig that the DeepSpeed configuration sets and the arguments don't.
 
-    Raises ConfigError, naming both values, when the two contradict each other.
+    Micro steps of a given size must make up the batch: as given, else as `recorded` by the run that goes on. Raises
+    ConfigError, naming both values, when the two contradict each other.
     """
     taken: dict[str, Any] = {}
     for key, name in _ARGUMENTS.items():
@@ -94,10 +97,13 @@ def arguments_from(ds: Mapping[str, Any], given: Mapping[str, Any], world_size: 
                 f"ds_config has train_micro_batch_size_per_gpu {micro!r}: give a whole number of at least 1"
             )
         per_step, both = micro * world_size, {**taken, **given}
+        goes_on = isinstance(recorded, int) and "global_batch" not in both
+        if goes_on:
+            taken["global_batch"] = both["global_batch"] = recorded
         batch = with_defaults(both)["global_batch"]
         steps = both.get("grad_accum_steps", max(1, batch // per_step))
         if per_step * steps != batch:
-            asked = f"a global batch of {batch} over {world_size} ranks"
+            asked = f"a global batch of {batch}{', as the run has it,' if goes_on else ''} over {world_size} ranks"
             asked += f" in {steps} micro steps" if "grad_accum_steps" in both else ""
             raise _contradiction("train_micro_batch_size_per_gpu", micro, asked)
         taken["grad_accum_steps"] = steps

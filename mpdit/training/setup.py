@@ -73,7 +73,8 @@ def prepare(arguments: Sequence[str], env: DistEnv) -> Run:
     if planned_gpus > 0:  # a dry run of one process stands for the first of so many ranks
         env = DistEnv(size=planned_gpus, local_size=planned_gpus)
     ds = read_ds_config(given.get("ds_config", TrainConfig.ds_config))
-    given |= arguments_from(ds, given, env.size)
+    places = [Path(path) for path in (given.get("out"), given.get("resume")) if path not in (None, "", "auto", "never")]
+    given |= arguments_from(ds, given, env.size, _begun(places)[1].get("global_batch"))
     asked = TrainConfig(**with_defaults(given))
     precisions = _precisions(asked, env)
     if asked.precision not in ("auto", *precisions):
@@ -112,7 +113,8 @@ def prepare(arguments: Sequence[str], env: DistEnv) -> Run:
     for name, path in zip(("out", "resume"), places, strict=False):
         if not is_utf8(whole := os.path.abspath(path)):
             raise ConfigError(f"{name} {whole!a} is not UTF-8, and safetensors opens no such path: give another")
-    begun, theirs = next(((path, found) for path in places if (found := _recorded_identity(path))), (out, {}))
+    begun, theirs = _begun(places)
+    begun = begun or out
 
     # What is trained with
     precision: Any = asked.precision
@@ -254,6 +256,11 @@ def check_folder(
     if theirs is None:
         raise ConfigError(f"out {out} holds files but no run ({out / 'config.json'} can't be read): give another --out")
     check_same(theirs, identity, f"out {out} holds", force, ConfigError, free)
+
+
+def _begun(places: Sequence[Path]) -> tuple[Path | None, dict[str, Any]]:
+    """Return the first of some folders and checkpoints that says what run it is of, and what it says."""
+    return next(((path, found) for path in places if (found := _recorded_identity(path))), (None, {}))
 
 
 def _recorded_identity(out: Path) -> dict[str, Any] | None:
