@@ -107,6 +107,8 @@ def test_manifest_says_where_the_latents_come_from(whole: Path, vae: str) -> Non
     assert expected.items() <= source.items() and source["vae_sha256"] == sha256 and source["pixel_range"] == [-1, 1]
     assert {"mpdit", "torch", "diffusers", "pillow"} == source["versions"].keys()
     decoder = {"kind": "diffusers_vae", "vae": vae, "sha256": sha256, "factor": 8, "range": [-1, 1]}
+    decoder["config"] = source["vae_config"]
+    assert decoder["config"]["scaling_factor"] == 0.18215 and decoder["config"]["shift_factor"] is None
     assert manifest.decoder == decoder | {"usual_std": pytest.approx(1 / 0.18215)}
     assert verify(whole)["class_counts"] == [5, 7, 6]
     assert sorted(path.name for path in whole.iterdir()) == [
@@ -409,10 +411,21 @@ def test_the_folder_of_another_job_is_refused(
     assert _bytes(tmp_path / "out").keys() == {".parts/job.json"}
 
 
-def test_another_vae_is_another_job(whole: Path, images: Path, tmp_path: Path) -> None:
+def test_another_vae_is_another_job(whole: Path, images: Path, vae: str, tmp_path: Path) -> None:
     other = str(save_vae(tmp_path / "vae", scale=1.5))
     with pytest.raises(ValueError, match="vae_sha256 "):
         extract(images, whole, other, OPTIONS)
+    config = json.loads((Path(vae) / "config.json").read_text())
+    copy = Path(shutil.copytree(vae, tmp_path / "copy"))
+    (copy / "config.json").write_text(json.dumps(config | {"shift_factor": 0.25}))
+    with pytest.raises(ValueError, match=r"vae_config.shift_factor None there, 0.25 here\)"):
+        extract(images, whole, copy, OPTIONS)
+    parts = tmp_path / "out" / ".parts"
+    parts.mkdir(parents=True)
+    job = json.loads((whole / "extraction.json").read_text())["job"]
+    del job["vae_config"]  # as earlier versions wrote it: it goes on
+    (parts / "job.json").write_text(json.dumps(job))
+    assert isinstance(extract(images, tmp_path / "out", vae, OPTIONS), ExtractReport)
 
 
 def test_vaes_of_other_channels_and_factors(images: Path, tmp_path: Path) -> None:

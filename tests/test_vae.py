@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,19 @@ def test_latents_of_another_scale_than_the_vaes_are_remarked_on(
     assert len(remarks) == (scale is not None)
     assert scale is None or f"give --data-scale {scale}, or images" in remarks[0]
     assert vae.check_latents(3, data | {"decoder": vae.decoder_metadata()}) == []  # which made them
+
+
+def test_vaes_of_the_same_tensors_are_told_apart_by_their_config(folder: Path, tmp_path: Path) -> None:
+    vae, other = VAE.load(str(folder)), tmp_path / "vae"
+    shutil.copytree(folder, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"norm_num_groups": 2, "shift_factor": 0.1}))
+    data: dict[str, Any] = {"decoder": vae.decoder_metadata()}
+    (remark,) = VAE.load(str(other)).check_latents(3, data)
+    groups = f"config.norm_num_groups {config['norm_num_groups']} there, 2 here"
+    assert remark.endswith(f": {groups}, config.shift_factor None there, 0.1 here")
+    del data["decoder"]["config"]  # as earlier versions wrote it
+    assert VAE.load(str(other)).check_latents(3, data) == []
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 
@@ -36,13 +36,15 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) 
     return "".join(f"| {' | '.join(line)} |\n" for line in ([head[i] for i in used], rule, *cells))
 
 
-def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, str]:
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], added: Collection[str] = ()) -> dict[str, str]:
     """Return, by name and in words, the settings that differ: {"sampler.steps": "sampler.steps 250 there, 50 here"}.
 
-    Settings are compared as JSON would keep them; one that is missing is None.
+    Settings are compared as JSON would keep them; one that is missing is None, or, where earlier versions didn't write
+    down what is `added`, as ours.
     """
     there, here = (_flat(json.loads(json.dumps(settings))) for settings in (theirs, ours))
-    names = [name for name in {**here, **there} if there.get(name) != here.get(name)]
+    unknown = {name for name in here.keys() - there.keys() if not set(added).isdisjoint(name.split("."))}
+    names = [name for name in {**here, **there} if there.get(name) != here.get(name) and name not in unknown]
     return {name: f"{name} {there.get(name)} there, {here.get(name)} here" for name in names}
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mpdit.core.errors import ConfigError, first_line
 from mpdit.core.files import expand_path, read_bytes
+from mpdit.core.text import differences
 from mpdit.model.config import one_of
 from mpdit.model.pretrained import is_hub_id
 from mpdit.model.weights import check_fit, check_values, read_diffusers
@@ -36,6 +37,7 @@ refused: VAEs are saved with diffusers' default of 0.18215 whatever their latent
 to 5, and of many's own). Stable Diffusion's of ImageNet have 0.72 (EDM2's constants) to 0.95, SDXL's 0.87; the factors
 that people confuse (0.13025, 0.18215, 0.3611, 1.5305) are 1.4 times apart and more.
 """
+_SETTINGS = ("act_fn", "norm_num_groups", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
 _RGB = 3
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -50,6 +52,7 @@ class VAE:
         pixel_range: what black and white are to it.
         module: diffusers' AutoencoderKL itself.
         sha256: hex, of its parameters by name in fp32, so the same whatever file they came in.
+        settings: what its config.json says that tensors don't show.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class VAE:
         self.channels = int(config.latent_channels)
         self.factor = 2 ** (len(config.block_out_channels) - 1)
         self.sha256 = _digest(module)
+        self.settings = {name: config.get(name) for name in _SETTINGS}
         # nn.Module's own `to`: diffusers' warns of a cast that is meant.
         self.module: Any = nn.Module.to(module, _DTYPES[dtype]).eval().requires_grad_(False)
 
@@ -175,12 +179,13 @@ class VAE:
                 f"vae {self.name!r} enlarges latents {self.factor} times, and the model's were made by one of factor "
                 f"{named['factor']} ({named.get('vae')}): give that one"
             )
-        if named.get("sha256") == self.sha256:
+        others = differences({"config": named.get("config") or {}}, {"config": self.settings}, ["config"])
+        if named.get("sha256") == self.sha256 and not others:
             return []
         remarks = []
         if named.get("sha256"):
-            made_by = f"the one the latents were made with ({named.get('vae')})"
-            remarks.append(f"vae {self.name!r} has other weights than {made_by}")
+            told = ", ".join(["other weights"] * (named["sha256"] != self.sha256) + [*others.values()])
+            remarks.append(f"vae {self.name!r} is not the one the latents were made with ({named.get('vae')}): {told}")
         constants = data.get("normalization") or {}
         means, stds = constants.get("mean") or [0.0], constants.get("std") or [0.0]
         std, usual = _root_mean_square(stds), self.usual_std
@@ -234,6 +239,7 @@ class VAE:
             "kind": DECODER_KIND,
             "vae": self.name,
             "sha256": self.sha256,
+            "config": self.settings,
             "factor": self.factor,
             "range": list(self.pixel_range),
             "usual_std": self.usual_std,

@@ -194,6 +194,7 @@ def _plan(source: Path, out: Path, name: str, options: ExtractOptions) -> Extrac
         "crop": CROP,
         "flip": options.flip,
         "vae_sha256": vae.sha256,
+        "vae_config": vae.settings,
         "dtype": options.dtype,
         "pixel_range": list(options.pixel_range),
         **({} if options.bits is None else {"bits": options.bits}),
@@ -236,7 +237,7 @@ def _begun(job: ExtractionJob) -> bool:
         raise DataError(f"{job.out} is not empty: {nothing_lost}")
     else:
         return False
-    if differing := ", ".join(differences(found or {}, job.identity).values()):
+    if differing := ", ".join(differences(found or {}, job.identity, ["vae_config"]).values()):
         raise DataError(
             f"{job.out} holds {what} of another extraction ({differing}): give another folder, delete this one, or "
             "repeat the command as it was"
@@ -326,7 +327,7 @@ class EncodeWorker:
         self._job, self._device = job, device
         options = job.options
         self._vae = VAE.load(job.vae, device=device, dtype=options.dtype, pixel_range=options.pixel_range)
-        if self._vae.sha256 != job.identity["vae_sha256"]:
+        if (self._vae.sha256, self._vae.settings) != (job.identity["vae_sha256"], job.identity["vae_config"]):
             raise DataError(f"vae {job.vae!r} has changed since the job began: repeat the command")
         self._batch = options.batch or max(1, _BATCH_PIXELS // options.image_size**2)
         sharing = max(options.processes, DistEnv.from_environment().local_size)

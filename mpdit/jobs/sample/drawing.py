@@ -159,6 +159,7 @@ class LatentDecoder:
         return protocol | {
             "vae": self._vae.name,
             "vae_sha256": self._vae.sha256,
+            "vae_config": self._vae.settings,
             "dtype": self._vae.dtype,
             "pixel_range": list(self._vae.pixel_range),
             "rounding": "floor(clip(127.5 x + 128, 0, 255)), x in -1..1",

@@ -202,7 +202,7 @@ def _plan(
 def _check_same(job: SampleJob) -> None:
     """Raise ConfigError when the folder holds parts, or a finished set, of another protocol or of more images."""
     for identity, images in _held(job.out):
-        if differing := ", ".join(differences(identity, job.identity).values()):
+        if differing := ", ".join(differences(identity, job.identity, ["vae_config"]).values()):
             raise ConfigError(f"--out {job.out} holds samples of another protocol ({differing}): give a new folder")
         if job.count < images:
             raise ConfigError(
