@@ -25,6 +25,7 @@ if os.environ["TRITON_INTERPRET"] == "1":
     import interpreter
 
     interpreter.speed_up()
+    interpreter.compute_narrow_floats()
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """How a kernel is proved: its error against float64 is at most twice that of PyTorch in the same dtype.
 
-On a machine with a GPU the kernels run on it; elsewhere in Triton's interpreter, on CPU tensors, in fp32.
+On a machine with a GPU the kernels run on it; elsewhere in Triton's interpreter, on CPU tensors.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.float32, torch.bfloat16, torch.float16]
-"""The interpreter is no judge of the narrow ones."""
-
 NIGHT = [pytest.mark.slow] if DEVICE == "cpu" else []
 """Marks cases that the interpreter takes long for, left to `make nightly`; on a GPU they run with the others."""
+
+DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=NIGHT)]
+"""What kernels are proved in."""
 
 FLOOR = 8
 """Roundings of the result's own dtype that are always allowed: PyTorch can be exact by luck on small shapes."""

@@ -12,8 +12,8 @@ from proof import DEVICE, DTYPES, NIGHT, leaf, prove, strided
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-SHAPES = [(1, 1, 32), (3, 17, 72), (2, 41, 96), (1, 17, 1152), (1, 3, 97)]
-SHAPES += [pytest.param(shape, marks=NIGHT) for shape in ((1, 272, 32), (1, 80, 768), (2, 81, 96))]
+SHAPES = [(1, 1, 32), (3, 17, 72), (2, 41, 32), (1, 17, 1152), (1, 3, 97)]
+SHAPES += [pytest.param(shape, marks=NIGHT) for shape in ((1, 272, 32), (1, 80, 768), (2, 41, 96), (2, 81, 96))]
 
 
 def _vectors(batch: int, width: int, count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -30,6 +30,16 @@ def test_kernels_are_as_exact_as_pytorch(shape: tuple[int, int, int], dtype: tor
     prove(adaln_modulate, [x, *_vectors(batch, width, 2)])
     prove(gated_residual, [x, branch, *_vectors(batch, width, 1, dtype)])
     prove(gated_residual_adaln, [x, branch, *_vectors(batch, width, 3)])
+
+
+@pytest.mark.parametrize("width", [24, pytest.param(1152, marks=NIGHT)])
+def test_an_fp32_stream_and_a_bf16_branch(width: int) -> None:
+    """As under autocast; float64 stays what it is."""
+
+    def call(x: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+        return gated_residual_adaln(x, *others, dtype=torch.bfloat16 if x.dtype == torch.float32 else x.dtype)
+
+    prove(call, [leaf(2, 5, width), leaf(2, 5, width, dtype=torch.bfloat16), *_vectors(2, width, 3)])
 
 
 def test_rows_whose_variance_is_of_the_size_of_eps() -> None:

@@ -67,13 +67,13 @@ def test_default_configurations_are_as_exact() -> None:
         prove(short_attention, [leaf(1, tokens, 3, 2, width)])
 
 
-@pytest.mark.parametrize("bytes", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("width", [128, *(pytest.param(width, marks=NIGHT) for width in (64, 72))])
-def test_every_candidate(width: int, bytes: int) -> None:
+def test_every_candidate(width: int, dtype: torch.dtype) -> None:
     for tunable in (triton_impl.FORWARD, triton_impl.BACKWARD):
-        for config in tunable.candidates(tokens=48, width=width, bytes=bytes):
+        for config in tunable.candidates(tokens=48, width=width, bytes=dtype.itemsize):
             with tunable.override(config):
-                prove(lambda x: short_attention(x, query_start=4), [leaf(1, 41, 3, 1, width)])
+                prove(lambda x: short_attention(x, query_start=4), [leaf(1, 41, 3, 1, width, dtype=dtype)])
 
 
 @EVERY
@@ -142,14 +142,6 @@ def test_large_scores_are_finite(config: str, low: bool) -> None:
         (gradient,) = torch.autograd.grad(out.sum(), qkv)
     assert out.isfinite().all() and gradient.isfinite().all()
     torch.testing.assert_close(out, reference.attention(qkv.detach(), 32**-0.5, 0))
-
-
-def test_half_precision_errs_like_pytorchs() -> None:
-    """fp16 is what the interpreter gets right; bf16 differs in the number of bits alone."""
-    qkv = leaf(1, 80, 3, 2, 72, dtype=torch.float16)
-    for config in CONFIGS:
-        with configured(config):
-            prove(short_attention, [qkv])
 
 
 @EVERY
