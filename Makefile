@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO ?= runs/demo
 
-.PHONY: help install demo test nightly gpu bench bench-gpu lint format clean
+.PHONY: help install demo test test-oldest nightly gpu bench bench-gpu lint format clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,10 +36,26 @@ PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 test: $(INSTALLED)  ## run the tests (minutes), without those of make nightly
 	$(PYTEST) -m "not slow" $(PARALLEL)
 
+# The oldest of what kernels are compiled and interpreted by, as pyproject.toml claims them; the rest as constraints.txt.
+# PyPI's torch is a CUDA build, 5.5 GB with its libraries; the tests use no GPU where there is none.
+OLDEST := torch|triton|numpy
+OLDEST_VENV := .venv-oldest
+OLDEST_PYTHON ?= python$(shell sed -n 's/^requires-python = ">=\(.*\)"/\1/p' pyproject.toml)
+$(OLDEST_VENV)/.installed: pyproject.toml constraints.txt
+	$(OLDEST_PYTHON) -m venv --clear $(OLDEST_VENV)
+	sed -nE 's/^ +"($(OLDEST))>=([0-9.]+).*/\1==\2/p' pyproject.toml > $(OLDEST_VENV)/constraints.txt
+	grep -vE '^($(OLDEST))==' constraints.txt >> $(OLDEST_VENV)/constraints.txt
+	DS_BUILD_OPS=0 $(OLDEST_VENV)/bin/python -m pip install --quiet --constraint $(OLDEST_VENV)/constraints.txt \
+		--editable . pytest pytest-benchmark pytest-xdist hypothesis
+	@touch $@
+
+test-oldest: $(OLDEST_VENV)/.installed  ## test kernels, model and benchmarks with the oldest Python, torch, triton, numpy
+	$(OLDEST_VENV)/bin/python -m pytest -m "not slow" $(PARALLEL) tests/kernels tests/benchmarks tests/test_model*.py
+
 PART ?=
 KILLS ?= 100
-NIGHTLY := kernels runs fuzz kills faults
-nightly: $(INSTALLED)  ## what make test leaves out, in parts of 25 minutes at most: PART=kernels|runs|fuzz|kills|faults
+NIGHTLY := kernels runs fuzz kills faults oldest
+nightly: $(INSTALLED)  ## what make test leaves out, in parts of 25 minutes at most: PART=kernels|runs|fuzz|kills|faults|oldest
 	@for part in $(or $(PART),$(NIGHTLY)); do $(MAKE) --no-print-directory nightly-$$part || exit; done
 
 nightly-kernels: $(INSTALLED)  # kernels at every size, every candidate of the tuner, every architecture's budget
@@ -54,6 +70,8 @@ nightly-fuzz: $(INSTALLED)  # thousands of drawn cases, new ones each time
 
 nightly-kills: $(INSTALLED)
 	$(BIN)/python tests/crash.py --kills $(KILLS)
+
+nightly-oldest: test-oldest
 
 nightly-faults: $(INSTALLED)  # what the tests are worth: each of some seventy planted faults must be found
 	$(BIN)/python tests/planted_faults.py --jobs 2
@@ -100,4 +118,4 @@ format: $(INSTALLED)  ## mend style
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv, caches and build leftovers; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .cache benchmarks/.cache
+	rm -rf $(VENV) $(OLDEST_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .cache benchmarks/.cache

@@ -73,3 +73,25 @@ def test_public_names_load_lazily(tmp_path):
 def test_unknown_public_name():
     with pytest.raises(AttributeError, match="nothing_here"):
         mpdit.nothing_here  # noqa: B018
+
+
+def test_the_oldest_versions_are_the_lower_bounds_of_pyproject(tmp_path: Path) -> None:
+    """make test-oldest's Python and constraints, without what it installs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    bounds = dict(re.match(r"([\w-]+)>=([\d.]+)", line).groups() for line in project["dependencies"])
+    target = f"{tmp_path}/.installed"
+    plan = subprocess.run(
+        ["make", "-n", "--no-print-directory", f"OLDEST_VENV={tmp_path}", target],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert plan[0].split()[0] == f"python{project['requires-python'].removeprefix('>=')}"
+    for line in plan:
+        if line.startswith(("sed ", "grep ")):
+            subprocess.run(line, shell=True, cwd=ROOT, check=True)
+    lines = (tmp_path / "constraints.txt").read_text().splitlines()
+    for name in ("torch", "triton", "numpy"):
+        assert [line for line in lines if line.startswith(f"{name}==")] == [f"{name}=={bounds[name]}"]
+    assert "scipy==" in "\n".join(lines)
