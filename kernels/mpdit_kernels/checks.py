@@ -83,8 +83,8 @@ def check_eps(eps: float) -> None:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return what autocast would have matrix products on x's device take, or None when it is off."""
-    device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    """Return autocast's dtype of matrix products on x's device (the CPU's for meta), or None when it is off."""
+    device = "cpu" if x.is_meta else x.device.type
+    if not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)

@@ -95,6 +95,11 @@ def key_text(key: dict[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in sorted(key.items()))
 
 
+def element_sizes(*tensors: torch.Tensor | None) -> str:
+    """Return what a key says of dtypes, bytes of an element of each tensor: "4+2"."""
+    return "+".join(str(x.element_size()) for x in tensors if x is not None)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """Run kernel[grid](*args, **constants); while recording, note it instead. An empty grid runs nothing."""
     if _records is not None:

@@ -19,17 +19,10 @@ import torch
 import triton
 from mpdit_kernels.launch import Launch
 from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
-
-_POINTERS = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-}
-_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
+from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 _MOVES = re.compile(r"\b(ld|st)(?:\.[\w:]+)*?\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.[bsuf](\d+)\b")
 _ASYNC_LOADS = re.compile(r"\bcp\.async\.c[ag]\.shared\S*\.global\S*\s*\[[^]]*\],\s*\[[^]]*\],\s*(0x[0-9a-fA-F]+|\d+)")
@@ -60,11 +53,11 @@ def compile_ahead(recorded: Launch, target: str) -> CompiledKernel:
     """Compile a recorded launch for a target such as "sm_90", specialised as Triton would for these arguments.
 
     Tensors may be meta: their storage is taken to begin at a multiple of 16 bytes, as torch's allocations do. The
-    binary stays in Triton's cache, where under Triton 3.6 a launch of these arguments finds it (3.7 compiles anew).
+    binary stays in Triton's cache, where a launch of these arguments finds it.
     """
-    signature, constants, attributes, options = _specialization(recorded)
+    signature, constants, attributes, options = _specialization(recorded, target)
     source = ASTSource(recorded.kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32), options=options)
+    return triton.compile(source, target=_gpu(target), options=options)
 
 
 def usages(jobs: Sequence[tuple[Launch, str]]) -> list[Usage | str]:
@@ -73,7 +66,7 @@ def usages(jobs: Sequence[tuple[Launch, str]]) -> list[Usage | str]:
     Returns:
         In the order of `jobs`: a Usage, or the first line of the error that compiling ended with.
     """
-    keys = [(job.kernel, target, form(job)) for job, target in jobs]
+    keys = [(job.kernel, target, form(job, target)) for job, target in jobs]
     distinct = {key: partial(_usage_or_error, *job) for key, job in zip(keys, jobs, strict=True)}
     found = dict(zip(distinct, _in_processes(list(distinct.values())), strict=True))
     return [found[key] for key in keys]
@@ -145,31 +138,41 @@ def widths(ptx: str) -> tuple[dict[int, int], dict[int, int]]:
     return loads, stores
 
 
-def form(recorded: Launch) -> str:
+def form(recorded: Launch, target: str) -> str:
     """Return a text that launches of a kernel share when they run the same binary."""
-    return repr(_specialization(recorded))
+    return repr(_specialization(recorded, target))
 
 
-def _specialization(recorded: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any], dict[str, Any]]:
-    """Return (signature, constants, attributes, options) of a launch, as Triton's own launcher derives them."""
-    kernel = recorded.kernel
-    options = {name: value for name, value in recorded.constants.items() if name in _OPTIONS}
-    values = dict(zip(kernel.arg_names, recorded.args, strict=False))
-    values |= {name: value for name, value in recorded.constants.items() if name not in options}
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(kernel.params):
-        value = values.get(parameter.name, parameter.default)
-        divisible, special = False, not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and special):
-            kind, constants[(index,)] = "constexpr", value
-        elif isinstance(value, Tensor):
-            kind, meta = _POINTERS[value.dtype], value.device.type == "meta"
-            divisible = (value.storage_offset() * value.element_size() if meta else value.data_ptr()) % 16 == 0
-        elif type(value) is int:
-            kind, divisible = "i32" if -(2**31) <= value < 2**31 else "i64", special and value % 16 == 0
-        else:
-            kind = "u1" if isinstance(value, bool) else "fp32"
-        signature[parameter.name] = kind
-        if divisible:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    return signature, constants, attributes, options
+@dataclass(frozen=True)
+class _Pointer:
+    """A tensor as Triton sees it."""
+
+    dtype: torch.dtype
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def pointer(x: Tensor) -> _Pointer:
+    """Return what Triton's launcher takes for a tensor, which may be meta."""
+    return _Pointer(x.dtype, int(x.storage_offset() * x.element_size()) if x.is_meta else x.data_ptr())
+
+
+def _specialization(recorded: Launch, target: str) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any], Any]:
+    """Return (signature, constants, attributes, options) of a launch by what Triton's launcher itself runs.
+
+    That is private (the same in 3.6.0 and 3.7.1), but a cached binary is found by all of its details: by an empty
+    attribute, for example, of each number that is not divisible by 16.
+    """
+    kernel, backend = recorded.kernel, make_backend(_gpu(target))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    args = [pointer(x) if isinstance(x, Tensor) else x for x in recorded.args]
+    modes = {"debug": knobs.runtime.debug, "instrumentation_mode": knobs.compilation.instrumentation_mode}
+    constants = recorded.constants | modes
+    options, signature, constants, attributes = kernel._pack_args(backend, constants, *bind(*args, **constants))
+    return signature, constants, attributes, options.__dict__
+
+
+def _gpu(target: str) -> GPUTarget:
+    return GPUTarget("cuda", int(target.removeprefix("sm_")), 32)

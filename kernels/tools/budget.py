@@ -77,7 +77,7 @@ def measure(cases: Sequence[Case], archs: Sequence[str]) -> list[CompiledKernel]
                 # "adaln.forward" for the kernel _forward of mpdit_kernels.adaln.triton_impl
                 function = recorded.kernel.fn
                 name = ".".join([*function.__module__.split(".")[-2:-1], function.__name__.lstrip("_")])
-                variants, form = seen.setdefault(name, []), ahead.form(recorded)
+                variants, form = seen.setdefault(name, []), ahead.form(recorded, arch)
                 if form in variants:
                     continue
                 variants.append(form)

@@ -65,7 +65,10 @@ TINY = (Shape("XL", width=64, heads=2, parameters=5000, batch=2, prefix=2, grids
 
 @dataclass(frozen=True)
 class Cost:
-    """The least one pass must do: bytes read and written once (bf16 activations, fp32 modulation), and FLOP.
+    """The least one pass must do: bytes read and written once, and FLOP.
+
+    Bytes are of the dtypes of training under bf16 autocast: the residual stream and the modulation are fp32, branches
+    and what products take and give bf16.
 
     FLOP are those of products and transforms, `flops` on tensor cores and `flops32` in fp32 outside of them;
     elementwise arithmetic is not counted, as it takes less time than its bytes.
@@ -88,7 +91,8 @@ class Case:
         operation: the public function's name.
         label: which of its calls, for example "XL, 80 tokens".
         inputs: (device, dtype) -> arguments of `call`, fresh random tensors (floats that get a gradient have
-            requires_grad set; modulation, times and optimiser states stay fp32). The device may be "meta".
+            requires_grad set). The dtype is that of products; what is fp32 in training under autocast stays fp32. The
+            device may be "meta".
         call: the public function of these arguments; `use` chooses the implementation.
         forward, backward: costs; backward is None where there is none.
         kernels: what runs our kernels in place of `call`, where that chooses among libraries.
@@ -120,17 +124,32 @@ def _adaln(shape: Shape) -> list[Case]:
     found: list[Case] = []
     for tokens in shape.tokens:
         size, label = (shape.batch, tokens, shape.width), f"{shape.name}, {tokens} tokens"
-        x, vector = 2 * shape.batch * tokens * shape.width, 4 * shape.batch * shape.width  # bytes of each
+        # Bytes of a branch or a modulated norm in bf16, of the residual stream, and of a vector of each sample.
+        y, x, vector = (n * shape.batch * shape.width for n in (2 * tokens, 4 * tokens, 4))
         # Backward: the norm reads x, dy and writes dx; the residual reads dresidual and branch, and writes dbranch.
         for function, gated, norm, forward, backward in (
-            (adaln_modulate, False, True, 2 * x + 2 * vector, 3 * x + 3 * vector),
-            (gated_residual, True, False, 3 * x + vector, 3 * x + 2 * vector),
-            (gated_residual_adaln, True, True, 4 * x + 3 * vector, 6 * x + 5 * vector),
+            (_adaln_modulate, False, True, x + y + 2 * vector, 2 * x + y + 3 * vector),
+            (gated_residual, True, False, 2 * x + y + vector, x + 2 * y + 2 * vector),
+            (_gated_residual_adaln, True, True, 2 * x + 2 * y + 3 * vector, 3 * x + 3 * y + 5 * vector),
         ):
             inputs = partial(_adaln_inputs, size, gated, norm)
-            name: str = function.__name__
+            name: str = function.__name__.lstrip("_")
             found.append(Case(name, label, inputs, function, Cost(forward), Cost(backward)))
     return found
+
+
+def _adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return adaln_modulate(x, shift, scale, dtype=_of_products(x))
+
+
+def _gated_residual_adaln(x: Tensor, branch: Tensor, *vectors: Tensor) -> tuple[Tensor, Tensor]:
+    gate, shift, scale = vectors
+    return gated_residual_adaln(x, branch, gate, shift, scale, dtype=_of_products(x))
+
+
+def _of_products(x: Tensor) -> torch.dtype:
+    """Return what autocast would have a norm of the residual stream come as; float64 is there to judge by."""
+    return torch.bfloat16 if x.dtype == torch.float32 else x.dtype
 
 
 def _adaln_inputs(
@@ -138,7 +157,7 @@ def _adaln_inputs(
 ) -> list[Tensor]:
     """Draw x, perhaps a branch, and vectors that are slices of one modulation [B, 6D], as in the model."""
     batch, _, width = size
-    tokens = [_random(*size, device=device, dtype=dtype) for _ in range(1 + gated)]
+    tokens = [_random(*size, device=device), *([_random(*size, device=device, dtype=dtype)] if gated else [])]
     modulation = _random(batch, 6 * width, device=device, grad=False).chunk(6, dim=-1)
     return [*tokens, *(vector.requires_grad_() for vector in modulation[: gated + 2 * norm])]
 
@@ -219,17 +238,18 @@ def _upsample(shape: Shape) -> list[Case]:
     expand, refine = factor**2 * width * width, width * (width + values)
     weights, table = 2 * (expand + refine), 4 * fine * width
     # Every tensor once where it is an argument or a result, and twice (written, read) where it has to be in memory
-    # between the products: before and after the kernel, here and on the way back. bf16, the result and positions fp32.
+    # between the products: before and after the kernel, here and on the way back. bf16; x, patches, positions, the
+    # result and their gradients fp32.
     #
     # What the implementation moves beyond that, at XL: the kernel writes the whole result, biases and positions, and
-    # the product reads and writes it again, 8 * tokens = 321 MB over the 511 of `forward`. This is because cuBLAS adds
+    # the product reads and writes it again, 8 * tokens = 321 MB over the 536 of `forward`. This is because cuBLAS adds
     # a product to a matrix in memory, and has no epilogue for positions. The alternative is a product in bf16 and a
     # kernel that adds: 4 * tokens = 160 MB over (as much as now where the result is bf16), and one more rounding. To be
     # decided by measurement. Smaller: image tokens of x copied (38 MB), and weights laid out again (27 MB). On the way
-    # back, over the 783 of `backward`: d_out written as bf16 and read so by both products, 6 * tokens = 241 MB.
-    forward = 2 * x + 4 * image + 4 * tokens + 2 * patches + 4 * tokens + weights + table
+    # back, over the 831 of `backward`: d_out written as bf16 and read so by both products, 6 * tokens = 241 MB.
+    forward = 4 * x + 4 * image + 4 * tokens + 4 * patches + 4 * tokens + weights + table
     # d_out, tokens before GELU and normalised again, the gradients of both, x and its gradient, weights and theirs.
-    backward = 4 * tokens + 2 * image + 4 * tokens + 4 * tokens + 4 * image + 4 * x + 2 * patches + 2 * weights
+    backward = 4 * tokens + 2 * image + 4 * tokens + 4 * tokens + 4 * image + 8 * x + 4 * patches + 2 * weights
     product = 2 * shape.batch * (coarse * expand + (shape.prefix + fine) * width * width)
     skip = 2 * shape.batch * fine * values * width
     return [
@@ -247,30 +267,35 @@ def _upsample(shape: Shape) -> list[Case]:
 def _upsample_inputs(
     shape: Shape, factor: int, values: int, device: str | torch.device, dtype: torch.dtype
 ) -> list[Tensor]:
-    """Draw x, weights and biases, patches, the skip's weight and bias, and a position table without gradient."""
+    """Draw x, weights and biases, patches, the skip's weight and bias, and a position table without gradient.
+
+    Weights are as autocast has cast them; the skip's are products of others, which it computed.
+    """
     width, (coarse, fine) = shape.width, shape.grids
-    make = partial(_random, device=device, dtype=dtype)
+    make, stream = (partial(_random, device=device, dtype=kind) for kind in (dtype, torch.float32))
 
     def matrix(rows: int, *columns: int) -> Tensor:
         return (make(rows, *columns, grad=False) * width**-0.5).requires_grad_()
 
     return [
-        make(shape.batch, shape.prefix + coarse**2, width),
+        stream(shape.batch, shape.prefix + coarse**2, width),
         matrix(width * factor**2, width),
         matrix(width * factor**2),
         matrix(width, width),
-        matrix(width),
-        make(shape.batch, fine**2, values, grad=False),
+        stream(width),
+        stream(shape.batch, fine**2, values, grad=False),
         matrix(width, values),
         matrix(width),
-        _random(fine**2, width, device=device, grad=False),
+        stream(fine**2, width, grad=False),
     ]
 
 
 def _upsample_call(prefix: int, factor: int, *inputs: Any) -> Tensor:
     x, expand_weight, expand_bias, refine_weight, refine_bias, *skip, position = inputs
     weights = (expand_weight, expand_bias, refine_weight, refine_bias)
-    return upsample_tokens(x, *weights, prefix, factor, tuple(skip), position)
+    dtype, device = expand_weight.dtype, "cpu" if x.is_meta else x.device.type
+    with torch.autocast(device, dtype, enabled=dtype.itemsize == 2):
+        return upsample_tokens(x, *weights, prefix, factor, tuple(skip), position)
 
 
 # The time embedding of one batch.

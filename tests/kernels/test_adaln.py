@@ -32,16 +32,6 @@ def test_kernels_are_as_exact_as_pytorch(shape: tuple[int, int, int], dtype: tor
     prove(gated_residual_adaln, [x, branch, *_vectors(batch, width, 3)])
 
 
-@pytest.mark.parametrize("width", [24, pytest.param(1152, marks=NIGHT)])
-def test_an_fp32_stream_and_a_bf16_branch(width: int) -> None:
-    """As under autocast; float64 stays what it is."""
-
-    def call(x: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
-        return gated_residual_adaln(x, *others, dtype=torch.bfloat16 if x.dtype == torch.float32 else x.dtype)
-
-    prove(call, [leaf(2, 5, width), leaf(2, 5, width, dtype=torch.bfloat16), *_vectors(2, width, 3)])
-
-
 def test_rows_whose_variance_is_of_the_size_of_eps() -> None:
     x = (1e-3 * torch.randn(2, 5, 24, device=DEVICE)).requires_grad_()
     prove(lambda *inputs: adaln_modulate(*inputs, eps=1e-6), [x, *_vectors(2, 24, 2)])

@@ -98,6 +98,19 @@ def test_the_tuner_times_no_candidate_that_spills_or_does_not_compile(toys: dict
     assert [candidate["N"] for candidate in toys["pruned"]] == [1024, 2048]
 
 
+def test_a_launch_finds_what_was_compiled_ahead(toys: dict[str, Any]) -> None:
+    """By Triton's own launcher: whole numbers that are 1, divisible by 16 or neither, and pointers likewise."""
+    assert toys["launched"] == ["found"] * 3
+
+
+@pytest.mark.slow
+def test_every_launch_of_a_training_step_finds_what_was_compiled_ahead() -> None:
+    done = _run(str(Path(__file__).with_name("toys.py")), "launched")
+    assert done.returncode == 0, done.stderr
+    launched = json.loads(done.stdout)["launched"]
+    assert len(launched) > 20 and set(launched) == {"found"}, launched
+
+
 @pytest.mark.parametrize(
     ("line", "loads", "stores"),
     [

@@ -1,6 +1,7 @@
 """Kernels and cases made for the tests of the budget and the tuner; run as a script, they go through the budget.
 
-The script needs a process without TRITON_INTERPRET. It prints one JSON object: what each step returned or found.
+The script needs a process without TRITON_INTERPRET. It prints one JSON object: what each step returned or found; with
+"launched" in place of a folder, whether Triton's launcher finds what was compiled ahead, for each launch of each case.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import contextlib
 import io
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -17,8 +19,11 @@ import triton
 import triton.language as tl
 from mpdit_kernels import launch
 from tools import ahead, budget
-from tools.cases import Case, Cost
+from tools.cases import Case, Cost, all_cases
 from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
 
 @triton.jit
@@ -45,6 +50,13 @@ def multiplier(a, b, c, K, N: tl.constexpr):
     for start in range(0, K, 64):
         total = tl.dot(tl.load(a + m * K + (start + k)[None, :]), tl.load(b + (start + k)[:, None] * N + n), total)
     tl.store(c + m * N + n, total.to(c.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["seed"])
+def taker(x, y, absent, even, odd, one, seed, large, factor, flag, N: tl.constexpr, PARTS: tl.constexpr = ((0, 2),)):
+    i = tl.arange(0, N)
+    value = tl.load(x + i) * factor + even + odd + one + seed + large
+    tl.store(y + i, tl.where(flag, value, 0.0).to(y.dtype.element_ty))
 
 
 COPY = launch.Tunable("toys.copy", lambda: {"N": 1024, "num_warps": 4}, lambda: [{"N": 2048, "num_warps": 4}])
@@ -91,6 +103,51 @@ def _usage(target: str, kernel: object, *args: object, **constants: int) -> dict
     return {"loads": used.loads, "stores": used.stores, "matrix": next(iter(used.products), ""), "spills": used.spills}
 
 
+class NoGpu:
+    """Makes Triton's launcher take an H200 for the current GPU, as far as compiling goes."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def _launched(launches: Sequence[launch.Launch]) -> list[str]:
+    """Say of each launch whether Triton's launcher found what was compiled ahead: "found", or the kernel's name."""
+    found: list[str] = []
+    said: list[bool] = []
+    with knobs.compilation.scope():
+        knobs.compilation.listener = lambda **event: said.append(event["cache_hit"])
+        for recorded in launches:
+            ahead.compile_ahead(recorded, "sm_90")
+            args = [ahead.pointer(x) if isinstance(x, Tensor) else x for x in recorded.args]
+            recorded.kernel.warmup(*args, grid=recorded.grid, **recorded.constants)
+            found.append("found" if said[-1] else recorded.kernel.__name__)
+    return found
+
+
+def _toys_launched() -> list[str]:
+    full, half = (torch.empty(1 << 16, device="meta", dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    with launch.record("sm_90") as launches:
+        for x, y in ((full, half), (half[1:], full[4:])):
+            launch.launch(taker, (1,), x, y, None, 32, 33, 1, 16, 1 << 40, 0.5, True, N=64, num_warps=2)
+        launch.launch(taker, (1,), full, full, half, 1, 7, 1, 1, 3, 2.0, False, N=64, PARTS=((0, 4), (4, 1)))
+    return _launched(launches)
+
+
+def _cases_launched() -> list[str]:
+    from tools.measure import launches
+
+    forms = {}
+    for case in all_cases():
+        forms |= {(x.kernel, ahead.form(x, "sm_90")): x for x in launches(case, "sm_90", torch.bfloat16)}
+    return _launched(list(forms.values()))
+
+
 def _left_by_pruning() -> list[dict[str, int]]:
     """Candidates of SPILL that the tuner would time."""
     from tools import measure
@@ -102,6 +159,9 @@ def _left_by_pruning() -> list[dict[str, int]]:
 
 
 def main(folder: Path) -> dict[str, object]:
+    driver.set_active(NoGpu())
+    if folder.name == "launched":
+        return {"launched": _cases_launched()}
     path, copied, spilled = folder / "budget.json", _case("copied", _copy), _case("spilled", _spill)
     found: dict[str, object] = {"missing": _budget(copied, path), "update": _budget(copied, path, "--update")}
     found["within"] = _budget(copied, path)
@@ -123,6 +183,7 @@ def main(folder: Path) -> dict[str, object]:
     found["spilling"] = _usage("sm_90", spiller, full, full, N=8192, num_warps=1)
     found["narrow"] = _usage("sm_90", copier, half[1:], half, N=1024)
     found["pruned"] = _left_by_pruning()
+    found["launched"] = _toys_launched()
     return found
 
 

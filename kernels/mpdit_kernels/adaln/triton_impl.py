@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mpdit_kernels.launch import Config, Tunable, launch
+from mpdit_kernels.launch import Config, Tunable, element_sizes, launch
 from mpdit_kernels.rows import (
     chunks,
     columns,
@@ -42,7 +42,7 @@ from mpdit_kernels.rows import (
 from mpdit_kernels.varlen import Sequences
 
 
-def _candidates(width: int, parts: str) -> list[Config]:
+def _candidates(width: int, parts: str, bytes: str) -> list[Config]:
     return [
         {"ROWS": rows, "TOKENS": tokens, "CAP": cap, "num_warps": warps, "num_stages": 1}
         for cap in (128, 512, 1024)
@@ -57,11 +57,11 @@ def _rows(width: int) -> int:
     return 2 if width <= 1536 else 1
 
 
-def _default(width: int, parts: str) -> Config:
+def _default(width: int, parts: str, bytes: str) -> Config:
     return {"ROWS": _rows(width), "TOKENS": 16, "CAP": 1024, "num_warps": 4, "num_stages": 1}
 
 
-def _default_backward(width: int, parts: str) -> Config:
+def _default_backward(width: int, parts: str, bytes: str) -> Config:
     warps = 8 if width > 1536 else 4
     return {"ROWS": _rows(width), "TOKENS": 40, "CAP": 1024, "num_warps": warps, "num_stages": 1}
 
@@ -274,7 +274,7 @@ def forward(
     residual = None if branch is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     y = None if shift is None else torch.empty(x.shape, dtype=dtype, device=x.device)
     statistics = None if shift is None else torch.empty(2, *x.shape[:-1], dtype=torch.float32, device=x.device)
-    config = _config(FORWARD, x, tokens, gated=branch is not None, norm=shift is not None)
+    config = _config(FORWARD, x, branch, y, tokens)
     launch(
         _forward,
         (batch, triton.cdiv(tokens, config["TOKENS"])),
@@ -314,7 +314,7 @@ def backward(
     norm = d_y is not None
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if norm else None
     dbranch = None if branch is None else torch.empty(x.shape, dtype=branch.dtype, device=x.device)
-    config = _config(BACKWARD, x, tokens, gated=branch is not None, norm=norm)
+    config = _config(BACKWARD, x, branch, d_y, tokens)
     parts = triton.cdiv(tokens, config["TOKENS"])
     partials = torch.empty((branch is not None) + 2 * norm, batch, parts, width, dtype=torch.float32, device=x.device)
     launch(
@@ -342,9 +342,10 @@ def _extent(x: Tensor, offsets: Sequence[int] | None) -> tuple[int, int, Tensor 
     return len(packed), packed.longest, packed.on(x.device)
 
 
-def _config(tunable: Tunable, x: Tensor, tokens: int, gated: bool, norm: bool) -> Config:
-    """Return the tuned configuration, with no more tokens to a program than there are."""
-    config = tunable.pick(width=x.shape[-1], parts="gate+norm" if gated and norm else "gate" if gated else "norm")
+def _config(tunable: Tunable, x: Tensor, branch: Tensor | None, y: Tensor | None, tokens: int) -> Config:
+    """Return the tuned configuration, with no more tokens to a program than there are; y or its gradient."""
+    parts = "gate+norm" if branch is not None and y is not None else "norm" if branch is None else "gate"
+    config = tunable.pick(width=x.shape[-1], parts=parts, bytes=element_sizes(x, branch, y))
     most = triton.cdiv(max(1, tokens), config["ROWS"]) * config["ROWS"]
     return config | {"TOKENS": min(config["TOKENS"], most)}
 

@@ -27,8 +27,8 @@ from mpdit_kernels.rows import gelu_gate, gelu_slope, rows_of
 
 PASS = Tunable(
     "gelu_mlp.pass",
-    lambda hidden: {"BLOCK": 2048, "num_warps": 4, "num_stages": 1},
-    lambda hidden: [
+    lambda hidden, bytes: {"BLOCK": 2048, "num_warps": 4, "num_stages": 1},
+    lambda hidden, bytes: [
         {"BLOCK": block, "num_warps": warps, "num_stages": 1}
         for warps in (4, 8)
         for block in (1024, 2048, 4096, 8192)
@@ -37,8 +37,8 @@ PASS = Tunable(
 )
 PASS_BACKWARD = Tunable(
     "gelu_mlp.pass_backward",
-    lambda hidden: {"ROWS": 4, "COLUMNS": 256, "TOKENS": 64, "num_warps": 4, "num_stages": 1},
-    lambda hidden: [
+    lambda hidden, bytes: {"ROWS": 4, "COLUMNS": 256, "TOKENS": 64, "num_warps": 4, "num_stages": 1},
+    lambda hidden, bytes: [
         {"ROWS": rows, "COLUMNS": columns, "TOKENS": tokens, "num_warps": 4, "num_stages": 1}
         for rows, columns in ((4, 256), (8, 256), (4, 512), (2, 1024))
         for tokens in (32, 64)
@@ -121,7 +121,7 @@ def backward(
         da = rows_of(dy) if weight2 is None else dy @ weight2
         dh = torch.empty_like(h) if weight2 is None else da  # a caller's gradient is not written to
         a = torch.empty_like(h) if need_weight2 else None
-        config = PASS_BACKWARD.pick(hidden=h.shape[1])
+        config = PASS_BACKWARD.pick(hidden=h.shape[1], bytes=h.element_size())
         parts = triton.cdiv(h.shape[0], config["TOKENS"])
         partials = torch.empty(parts, h.shape[1], dtype=torch.float32, device=h.device) if need_bias1 else None
         launch(
@@ -145,6 +145,6 @@ def backward(
 
 def _activation(h: Tensor, a: Tensor) -> Tensor:
     """Write gelu(h) into a, which may be h."""
-    config = PASS.pick(hidden=h.shape[-1])
+    config = PASS.pick(hidden=h.shape[-1], bytes=h.element_size())
     launch(_forward_pass, (triton.cdiv(h.numel(), config["BLOCK"]),), h, a, h.numel(), **config)
     return a

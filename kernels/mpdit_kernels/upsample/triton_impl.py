@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mpdit_kernels.launch import Config, Tunable, launch
+from mpdit_kernels.launch import Config, Tunable, element_sizes, launch
 from mpdit_kernels.rows import (
     chunks,
     columns,
@@ -48,7 +48,7 @@ from mpdit_kernels.rows import (
 )
 
 
-def _candidates(width: int) -> list[Config]:
+def _candidates(width: int, bytes: str) -> list[Config]:
     return [
         {"ROWS": rows, "TOKENS": tokens, "CAP": cap, "num_warps": warps, "num_stages": 1}
         for cap in (128, 512, 1024)
@@ -59,17 +59,22 @@ def _candidates(width: int) -> list[Config]:
     ]
 
 
-def _default(width: int) -> Config:
+def _default(width: int, bytes: str) -> Config:
     rows, warps = (2 if width <= 1024 else 1), (4 if width <= 2048 else 8)
     return {"ROWS": rows, "TOKENS": 16, "CAP": 1024, "num_warps": warps, "num_stages": 1}
 
 
 FORWARD = Tunable("upsample.forward", _default, _candidates)
-BACKWARD = Tunable("upsample.backward", lambda width: {**_default(width), "TOKENS": 32}, _candidates)
+BACKWARD = Tunable(
+    "upsample.backward",
+    # Two rows of 768 spill where patches are fp32.
+    lambda width, bytes: _default(width, bytes) | {"ROWS": 2 if width <= 512 else 1, "TOKENS": 32},
+    _candidates,
+)
 INCOMING = Tunable(
     "upsample.incoming",
-    lambda: {"SAMPLES": 4, "BATCH": 32, "COLUMNS": 1024, "num_warps": 4, "num_stages": 1},
-    lambda: [
+    lambda bytes: {"SAMPLES": 4, "BATCH": 32, "COLUMNS": 1024, "num_warps": 4, "num_stages": 1},
+    lambda bytes: [
         {"SAMPLES": samples, "BATCH": batch, "COLUMNS": columns, "num_warps": 4, "num_stages": 1}
         for samples in (1, 2, 4)
         for batch in (16, 32, 128)
@@ -332,7 +337,7 @@ def forward(
     refine_input = expand.new_empty(batch * tokens, refine.shape[1])
     out = x.new_empty(batch, tokens, width, dtype=dtype)
     patches = None if patches is None else rows_of(patches)
-    config, image_programs, grid = _plan(FORWARD, batch, width, sizes)
+    config, image_programs, grid = _plan(FORWARD, element_sizes(pre_gelu, out), batch, width, sizes)
     launch(
         _forward,
         grid,
@@ -403,7 +408,7 @@ def backward(
     # The way back through norm and GELU, and refine_input once more
     refine_input = pre_gelu.new_empty(batch * tokens, refine.shape[1]) if want.refine else None
     d_pre_gelu = torch.empty_like(pre_gelu) if through_gelu else None
-    config, image_programs, grid = _plan(BACKWARD, batch, width, sizes)
+    config, image_programs, grid = _plan(BACKWARD, element_sizes(pre_gelu, d_refine_input), batch, width, sizes)
     partials = pre_gelu.new_empty(image_programs // (r * r), r * r * width, dtype=torch.float32)
     patch_rows = None if patches is None else rows_of(patches)
     if through_gelu or want.refine:
@@ -451,7 +456,7 @@ def sum_and_cast(d_out: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """
     batch, elements = d_out.shape[0], d_out[0].numel() if len(d_out) else 0
     cast = None if d_out.dtype == dtype else torch.empty(d_out.shape, dtype=dtype, device=d_out.device)
-    config = INCOMING.pick()
+    config = INCOMING.pick(bytes=element_sizes(d_out, cast))
     splits = triton.cdiv(batch, config["BATCH"])
     sums = torch.empty(splits, *d_out.shape[1:], dtype=torch.float32, device=d_out.device)
     grid = (triton.cdiv(elements, config["COLUMNS"]), splits)
@@ -482,13 +487,13 @@ def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
-def _plan(tunable: Tunable, batch: int, width: int, sizes: Sequence[int]) -> tuple[Config, int, tuple[int]]:
+def _plan(tunable: Tunable, bytes: str, batch: int, width: int, sizes: Sequence[int]) -> tuple[Config, int, tuple[int]]:
     """Return the kernel's constants by its configuration, how many programs take image tokens, and the grid.
 
     The grid's other programs take class tokens.
     """
     m, r, h, w = sizes
-    config = dict(tunable.pick(width=width))
+    config = dict(tunable.pick(width=width, bytes=bytes))
     config["CHUNKS"] = chunks(width, config.pop("CAP"))
     most = max(1, batch * max(m, h * w))  # no more tokens to a program than there are
     tokens = config["TOKENS"] = min(config["TOKENS"], triton.cdiv(most, config["ROWS"]) * config["ROWS"])
