@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tools.gate import allowed_error, distance
+from mpdit_kernels.proof import allowed_error, distance
 from tools.timing import Clock, Prepare, out_of_memory, turns
 from torch import Tensor
 

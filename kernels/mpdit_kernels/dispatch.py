@@ -1,8 +1,8 @@
 """Which implementation an operation takes: its Triton kernels, or its reference in plain PyTorch.
 
-"auto" takes Triton for CUDA tensors, except where it was measured to lose, and the reference for the rest. "triton"
-takes Triton wherever it can run, "reference" never. Set by `use`, or for the whole process by MPDIT_KERNELS. Where
-Triton is refused, the reason is logged once under "mpdit_kernels".
+"auto" takes Triton for CUDA tensors, except where it was measured to lose or is wrong on this very GPU (`proof`), and
+the reference for the rest. "triton" takes Triton wherever it can run, "reference" never. Set by `use`, or for the whole
+process by MPDIT_KERNELS. Where Triton is refused, the reason is logged once under "mpdit_kernels".
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mpdit_kernels import operators
+from mpdit_kernels import operators, proof
+from mpdit_kernels.proof import Trial
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -78,18 +79,29 @@ def interpreting() -> bool:
     return triton.knobs.runtime.interpret
 
 
-def takes_triton(operation: str, *tensors: Tensor | None, refusal: str | None = None) -> bool:
+def takes_triton(
+    operation: str, *tensors: Tensor | None, refusal: str | None = None, trial: Trial | None = None
+) -> bool:
     """Decide for one call and, when Triton is refused, log why, once.
 
     Args:
         operation: name of the public function, which is also its name in the measured tables.
         *tensors: those whose device and dtype matter; the first one's device is the call's.
         refusal: why the operation itself can't serve these shapes, if so.
+        trial: by which "auto" proves the kernels on a GPU before it takes them for such tensors, see `proof`.
     """
     if mode() == "reference":
         return False
-    device, dtypes = tensors[0].device, tuple(x.dtype for x in tensors if x is not None)  # type: ignore[union-attr]
-    return _decide(operation, _mode, device, dtypes, refusal)
+    given = [x for x in tensors if x is not None]
+    device = given[0].device
+    if not _decide(operation, _mode, device, tuple(x.dtype for x in given), refusal):
+        return False
+    if trial is None or _mode != "auto" or operators.recording or torch.compiler.is_compiling():
+        return True
+    reason = proof.problem(operation, given, trial)
+    if reason:
+        _tell(operation, f"on this GPU its kernels did not pass their proof: {reason}", logging.WARNING)
+    return not reason
 
 
 def too_wide(x: Tensor) -> str | None:
@@ -124,12 +136,16 @@ def _decide(
     operation: str, mode: str, device: torch.device, dtypes: tuple[torch.dtype, ...], refusal: str | None
 ) -> bool:
     reason = no_kernels(mode, device, dtypes) or _loss(operation, mode, device) or refusal
-    if reason and (operation, reason) not in _told:
-        _told.add((operation, reason))
+    if reason:
         # On the CPU the reference is what "auto" means: worth a line for those who ask, no more.
-        expected = mode == "auto" and device.type == "cpu"
-        _log.log(logging.INFO if expected else logging.WARNING, "%s takes its reference: %s", operation, reason)
+        _tell(operation, reason, logging.INFO if mode == "auto" and device.type == "cpu" else logging.WARNING)
     return not reason
+
+
+def _tell(operation: str, reason: str, level: int) -> None:
+    if (operation, reason) not in _told:
+        _told.add((operation, reason))
+        _log.log(level, "%s takes its reference: %s", operation, reason)
 
 
 def no_kernels(mode: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:

@@ -12,10 +12,10 @@ import torch
 from mpdit_kernels import launch
 from mpdit_kernels.dispatch import shared_limit, use
 from mpdit_kernels.launch import Config, Tunable
+from mpdit_kernels.proof import allowed_error, distance
 from torch import Tensor
 
 from tools.cases import Case
-from tools.gate import allowed_error, distance
 from tools.timing import Clock, Prepare, compare
 
 WORTH = 0.98

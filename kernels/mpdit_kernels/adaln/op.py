@@ -5,6 +5,8 @@ One operator serves the three functions, parts left out being None going in and 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from mpdit_kernels.adaln import reference
 from mpdit_kernels.checks import autocast_dtype, check, check_eps, check_filled, check_shapes, check_tensors
 from mpdit_kernels.dispatch import takes_triton, too_wide
 from mpdit_kernels.operators import absent, count_flops, kernel_op
+from mpdit_kernels.proof import SAMPLES
 from mpdit_kernels.varlen import Offsets, Sequences, sequences
 
 MAX_TOKENS = 2**19
@@ -47,7 +50,8 @@ def adaln_modulate(
     """
     packed = _check(x, cu_seqlens, shift=shift, scale=scale)
     dtype = _result(x, eps, dtype)
-    if takes_triton("adaln_modulate", x, shift, scale, refusal=_refusal(x, packed)):
+    trial = partial(_trial, partial(adaln_modulate, eps=eps, dtype=dtype), packed, [x], [shift, scale])
+    if takes_triton("adaln_modulate", x, shift, scale, refusal=_refusal(x, packed), trial=trial):
         return _adaln(x, None, None, shift, scale, eps, dtype, _offsets(packed))[1]
     if packed is not None:
         return reference.packed(reference.adaln_modulate, packed.lengths, [x], [shift, scale], eps, dtype)[0]
@@ -69,7 +73,8 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, *, cu_seqlens: Offse
         ValueError: shapes, devices, dtypes or lengths that don't fit.
     """
     packed = _check(x, cu_seqlens, branch=branch, gate=gate)
-    if takes_triton("gated_residual", x, branch, gate, refusal=_refusal(x, packed)):
+    trial = partial(_trial, gated_residual, packed, [x, branch], [gate])
+    if takes_triton("gated_residual", x, branch, gate, refusal=_refusal(x, packed), trial=trial):
         return _adaln(x, branch, gate, None, None, 0.0, x.dtype, _offsets(packed))[0]
     if packed is not None:
         return reference.packed(reference.gated_residual, packed.lengths, [x, branch], [gate])[0]
@@ -104,11 +109,12 @@ def gated_residual_adaln(
     """
     packed = _check(x, cu_seqlens, branch=branch, gate=gate, shift=shift, scale=scale)
     dtype = _result(x, eps, dtype)
-    if takes_triton("gated_residual_adaln", x, branch, gate, shift, scale, refusal=_refusal(x, packed)):
+    tokens, vectors = [x, branch], [gate, shift, scale]
+    trial = partial(_trial, partial(gated_residual_adaln, eps=eps, dtype=dtype), packed, tokens, vectors)
+    if takes_triton("gated_residual_adaln", *tokens, *vectors, refusal=_refusal(x, packed), trial=trial):
         residual, y, _ = _adaln(x, branch, gate, shift, scale, eps, dtype, _offsets(packed))
         return residual, y
     if packed is not None:
-        tokens, vectors = [x, branch], [gate, shift, scale]
         residual, y = reference.packed(reference.gated_residual_adaln, packed.lengths, tokens, vectors, eps, dtype)
         return residual, y
     return reference.gated_residual_adaln(x, branch, gate, shift, scale, eps, dtype)
@@ -133,6 +139,16 @@ def _refusal(x: Tensor, packed: Sequences | None) -> str | None:
     if tokens > MAX_TOKENS:
         return f"there are {tokens} tokens, and the kernels take {MAX_TOKENS} at most"
     return too_wide(x)
+
+
+def _trial(
+    call: Callable[..., Any], packed: Sequences | None, tokens: Sequence[Tensor], vectors: Sequence[Tensor]
+) -> tuple[Callable[..., Any], list[Tensor]]:
+    """Return what a proof calls: the same with the first samples alone."""
+    if packed is None:
+        return call, [x[:SAMPLES] for x in (*tokens, *vectors)]
+    offsets = packed.offsets[: SAMPLES + 1]
+    return partial(call, cu_seqlens=offsets), [*(x[: offsets[-1]] for x in tokens), *(v[:SAMPLES] for v in vectors)]
 
 
 def _offsets(packed: Sequences | None) -> list[int] | None:

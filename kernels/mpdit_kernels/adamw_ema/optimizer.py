@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -280,7 +281,10 @@ def update_batch_(
         uploads: keeps the kernel's tables from step to step.
     """
     dense = _dense_alike(batch)
-    if takes_triton("adamw_ema", batch.params[0], batch.grads[0], batch.copies[0] if batch.copies else None):
+    kinds = (batch.params[0], batch.grads[0], batch.copies[0] if batch.copies else None)
+    # As one partition, as the kernel takes them: their shapes don't matter.
+    flat = [None if x is None else x.new_empty(0) for x in kinds]
+    if takes_triton("adamw_ema", *flat, trial=partial(_trial, flat)):
         from mpdit_kernels.adamw_ema import triton_impl
 
         triton_impl.update_(dense, settings, factor, skip, uploads)
@@ -291,6 +295,21 @@ def update_batch_(
             for target, source in zip(getattr(batch, name) or (), getattr(dense, name) or (), strict=True):
                 if target is not source:
                     target.copy_(source)
+
+
+def _trial(flat: list[Tensor | None]) -> tuple[Callable[..., tuple[Tensor, ...]], list[Any]]:
+    """Return what a proof calls: a step of a few thousand values."""
+    param, grad, copy = (None if x is None else x.new_empty(5000) for x in flat)
+
+    def call(*values: Tensor | None) -> tuple[Tensor, ...]:
+        param, grad, exp_avg, exp_avg_sq, ema, *copies = [x.detach().clone() for x in values if x is not None]
+        step = torch.full((), 10.0, device=param.device)
+        batch = Batch([param], [grad], [exp_avg], [exp_avg_sq.square_()], [ema], [step], copies or None)
+        settings = Settings(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, ema_decay=0.99)
+        update_batch_(batch, settings, None, None, Uploads())
+        return param, exp_avg, exp_avg_sq, ema, *copies
+
+    return call, [param, grad, param, param, param, copy]
 
 
 def _update_by_torch(batch: Batch, settings: Settings, factor: Tensor | None, skip: Tensor | None) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from mpdit_kernels.checks import check, check_shapes, check_tensors
 from mpdit_kernels.dispatch import takes_triton
 from mpdit_kernels.fno import reference
 from mpdit_kernels.operators import absent, count_flops, kernel_op
+from mpdit_kernels.proof import SAMPLES
 
 LAYERS = 3
 """Layers that the kernels are written for."""
@@ -42,7 +44,8 @@ def fno_time_embedding(t: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
     double = torch.float64 in (t.dtype, *(value.dtype for value in ordered))
     dtype = torch.float64 if double else torch.float32
     width = ordered[0].shape[0]
-    takes = takes_triton("fno_time_embedding", t, *ordered, refusal=_refusal(layers, width))
+    trial = partial(_trial, t, weights)
+    takes = takes_triton("fno_time_embedding", t, *ordered, refusal=_refusal(layers, width), trial=trial)
     t, ordered = t.to(dtype), [value.to(dtype) for value in ordered]
     if takes:
         return _fno(t, ordered)[0]
@@ -78,6 +81,14 @@ def _check(t: Tensor, weights: Mapping[str, Tensor]) -> tuple[int, list[Tensor]]
     layer = {name.format(i): shape for i in range(layers) for name, shape in parts.items()}
     check_shapes(sizes, **{name: (weights[name], shape) for name, shape in layer.items()})
     return layers, [weights[name] for name in names]
+
+
+def _trial(t: Tensor, weights: Mapping[str, Tensor]) -> tuple[Callable[..., Any], list[Tensor]]:
+    """Return what a proof calls: the same with the first samples alone."""
+    return lambda t, *values: fno_time_embedding(t, dict(zip(weights, values, strict=True))), [
+        t[:SAMPLES],
+        *weights.values(),
+    ]
 
 
 def _refusal(layers: int, width: int) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,13 +44,18 @@ def philox_normal(seed: int, purpose: int, positions: Tensor, count: int) -> Ten
 def _draw(
     transform: Callable[[Tensor], Tensor], normal: bool, seed: int, purpose: int, positions: Tensor, count: int
 ) -> Tensor:
-    if takes_triton("philox", positions.new_empty(0, dtype=torch.float32)):
+    if takes_triton("philox", positions.new_empty(0, dtype=torch.float32), trial=partial(_trial, positions)):
         key = [_signed(seed & 0xFFFFFFFF), _signed(seed >> 32), _signed(purpose)]
         return _philox(positions.to(torch.int64), key, count, normal)
     # Rows at a time: on a CPU so that a chunk stays in the cache, on a GPU so that its int64 words stay below 1 GB.
     columns = 1 << 16 if positions.device.type == "cpu" else 1 << 24
     chunks = positions.split(max(1, columns // max(1, count)))
     return torch.cat([transform(reference.words(seed, purpose, chunk, count)) for chunk in chunks])
+
+
+def _trial(positions: Tensor) -> tuple[Callable[..., tuple[Tensor, Tensor]], list[Tensor]]:
+    """Return what a proof calls: both kinds of numbers."""
+    return lambda x: (philox_normal(2**63 + 7, 2, x, 1030), philox_uniform(2**63 + 7, 2, x, 3)), [positions[:64]]
 
 
 def _signed(word: int) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from mpdit_kernels.checks import check, check_filled, check_shapes, check_tensors, takes_old_name
 from mpdit_kernels.dispatch import takes_triton
 from mpdit_kernels.operators import count_flops, kernel_op
+from mpdit_kernels.proof import SAMPLES
 from mpdit_kernels.short_attn import reference
 from mpdit_kernels.varlen import Offsets, Sequences, sequences
 
@@ -48,7 +49,8 @@ def short_attention(qkv: Tensor, scale: float | None = None, query_start: int = 
     tokens = qkv.shape[1]
     check_filled("qkv", qkv, 1, "at least one token")
     check_query_start(query_start, tokens)
-    if takes_triton("short_attention", qkv, refusal=refusal(tokens, qkv.shape[-1])):
+    trial = lambda: (functools.partial(short_attention, scale=scale, query_start=query_start), [qkv[:SAMPLES]])  # noqa: E731
+    if takes_triton("short_attention", qkv, refusal=refusal(tokens, qkv.shape[-1]), trial=trial):
         return run(qkv, scale, query_start)
     return reference.attention(qkv, scale, query_start)
 

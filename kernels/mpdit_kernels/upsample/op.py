@@ -7,6 +7,8 @@ refining weight with the skip's beside it. Laying them out is left to autograd.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch.nn.functional import pad
 from mpdit_kernels.checks import autocast_dtype, check, check_eps, check_filled, check_shapes, check_tensors
 from mpdit_kernels.dispatch import takes_triton, too_wide
 from mpdit_kernels.operators import absent, count_flops, kernel_op
+from mpdit_kernels.proof import SAMPLES
 from mpdit_kernels.upsample import reference
 
 
@@ -70,7 +73,8 @@ def upsample_tokens(
     for addend in (skip_bias, position):
         dtype = dtype if addend is None else torch.promote_types(dtype, addend.dtype)
     tensors = (x, expand_weight, expand_bias, refine_weight, refine_bias, patches, skip_weight, skip_bias, position)
-    if takes_triton("upsample_tokens", *tensors, refusal=too_wide(x)):
+    trial = partial(_trial, (num_class_tokens, factor, grid, eps), tensors)
+    if takes_triton("upsample_tokens", *tensors, refusal=too_wide(x), trial=trial):
         expand = _offset_major(expand_weight, factor, compute)
         refine = refine_weight
         if skip_weight is not None:
@@ -126,6 +130,22 @@ def _check(
     check_shapes(sizes, skip_weight=(skip_weight, "[D, K]"), skip_bias=(skip_bias, "[D]"))
     check_shapes(sizes, position=(position, "[n1, D]"))
     return grid
+
+
+def _trial(settings: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> tuple[Callable[..., Tensor], list[Any]]:
+    """Return what a proof calls: the same with the first samples alone."""
+    num_class_tokens, factor, grid, eps = settings
+    x, *weights, patches, skip_weight, skip_bias, position = tensors
+
+    def call(x: Tensor, *others: Any) -> Tensor:
+        *first, patches, skip_weight, skip_bias, position = others
+        skip = None if patches is None else (patches, skip_weight, skip_bias)
+        arguments = (x, *first, num_class_tokens, factor, skip, position, grid, eps)
+        return upsample_tokens(*arguments)
+
+    assert x is not None
+    few = None if patches is None else patches[:SAMPLES]
+    return call, [x[:SAMPLES], *weights, few, skip_weight, skip_bias, position]
 
 
 def _integer(value: object) -> bool:
