@@ -41,23 +41,34 @@ def distance(x: Tensor, exact: Tensor) -> float:
     return float((x - exact).norm() / exact.norm().clamp_min(1e-30))
 
 
+def known(device: torch.device) -> dict[str, str]:
+    """Return what was proved on a GPU: from operation, shape and dtypes to what is wrong, "" where nothing is."""
+    return dict(_known(_cache_file(device)))
+
+
+def forget(device: torch.device) -> None:
+    """Have everything proved anew on a GPU."""
+    _cache_file(device).unlink(missing_ok=True)
+    _known.cache_clear()
+
+
 def problem(operation: str, tensors: Sequence[Tensor], trial: Trial) -> str | None:
     """Return what is wrong with an operation's kernels for tensors like these on their GPU; None if nothing is.
 
     Tried at most once a process, and not while a CUDA graph is captured. Raises torch.OutOfMemoryError.
     """
     device = tensors[0].device
-    known = _known(_cache_file(device))
+    found = _known(_cache_file(device))
     key = f"{operation} {list(tensors[0].shape[1:])} {' '.join(str(x.dtype).removeprefix('torch.') for x in tensors)}"
-    if key not in known:
+    if key not in found:
         if _capturing(device):
             return None
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         # A thread of its own has none of the caller's modes: no_grad, inference, fake tensors, a tracer.
         with ThreadPoolExecutor(1) as thread:
-            known[key] = thread.submit(try_out, *trial(), device, dtype).result() or ""
-        _keep(_cache_file(device), known)
-    return known[key] or None
+            found[key] = thread.submit(try_out, *trial(), device, dtype).result() or ""
+        _keep(_cache_file(device), found)
+    return found[key] or None
 
 
 def _capturing(device: torch.device) -> bool:
@@ -150,12 +161,10 @@ def _known(path: Path) -> dict[str, str]:
         return {}
 
 
-def _keep(path: Path, known: dict[str, str]) -> None:
+def _keep(path: Path, found: dict[str, str]) -> None:
     """Write what is known, beside what other processes wrote meanwhile; a folder that can't be written is no matter."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _known.cache_clear()
-        known |= _known(path)
         part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(known, indent=1, sort_keys=True))
+        part.write_text(json.dumps(json.loads(path.read_text()) | found if path.exists() else found, indent=1))
         part.replace(path)

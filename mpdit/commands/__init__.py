@@ -6,7 +6,7 @@ A new one is a module and an entry below. They are all imported for every `mpdit
 
 from types import ModuleType
 
-from mpdit.commands import account, convert, evaluate, extract, plan, report, sample, verify
+from mpdit.commands import account, convert, doctor, evaluate, extract, plan, report, sample, verify
 from mpdit.commands.common import Outcome
 
 __all__ = ["COMMANDS", "Outcome"]
@@ -20,4 +20,5 @@ COMMANDS: dict[str, ModuleType] = {
     "verify": verify,
     "convert": convert,
     "report": report,
+    "doctor": doctor,
 }

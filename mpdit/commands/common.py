@@ -182,7 +182,11 @@ def pick_device(name: str) -> torch.device:
     """Return the device of --device. Raises ConfigError when it can't be used here."""
     import torch
 
+    from mpdit.core.gpu import gpu_problem
+
     if name == "auto":
+        if problem := gpu_problem():
+            raise ConfigError(f"{problem}; or give --device cpu")
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
+from mpdit.core.gpu import too_old
 from mpdit.core.text import counted, readable_bytes
 from mpdit.planning.account import account
 from mpdit.training.checkpoint.format import KINDS, committed_folders
@@ -39,6 +40,8 @@ def _launch(run: Run) -> Iterator[str]:
         if (size := os.environ.get(name, "")).isdigit() and int(size) > env.size:
             yield f"MPI has started {size} processes, each a run of its own: use deepspeed, torchrun or srun ({name})"
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus and (old := too_old(env.local_rank)):
+        yield old
     if gpus > env.local_size and not run.config.plan_gpus:
         yield f"this machine has {gpus} GPUs, the run takes {env.local_size}: deepspeed --module mpdit train takes all"
 

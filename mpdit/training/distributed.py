@@ -37,7 +37,7 @@ def init_distributed(env: DistEnv, hang_timeout: float = 0, name: str = "") -> t
         raise ConfigError(
             f"rank {env.rank} is process {env.local_rank} of its machine, counted from 0, and there "
             f"{'is' if gpus == 1 else 'are'} {counted(gpus, 'GPU')} that it can see: start as many processes a machine "
-            "as it has GPUs, and let each see them all (SLURM: --gpus-per-node, not --gpus-per-task)"
+            "as it has GPUs, and let each see them all (SLURM: GPUs for each node, not for each task)"
         )
     for variable in ("MASTER_ADDR", "MASTER_PORT"):
         if env.size > 1 and variable not in os.environ:

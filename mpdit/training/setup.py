@@ -20,6 +20,7 @@ from mpdit_kernels.hardware import GPUS, Gpu, find_gpu
 from mpdit.core.dist_env import DistEnv
 from mpdit.core.errors import CheckpointError, ConfigError, DataError
 from mpdit.core.files import check_links, expand_path, is_utf8
+from mpdit.core.gpu import gpu_problem
 from mpdit.core.text import counted
 from mpdit.data.digits import VERSION, build_digits
 from mpdit.data.latents import LatentDataset
@@ -76,6 +77,8 @@ def prepare(arguments: Sequence[str], env: DistEnv) -> Run:
     places = [Path(path) for path in (given.get("out"), given.get("resume")) if path not in (None, "", "auto", "never")]
     given |= arguments_from(ds, given, env.size, _begun(places)[1].get("global_batch"))
     asked = TrainConfig(**with_defaults(given))
+    if not asked.dry_run and (problem := gpu_problem()):
+        raise ConfigError(problem)
     precisions = _precisions(asked, env)
     if asked.precision not in ("auto", *precisions):
         raise ConfigError("precision is bf16, which this GPU lacks: give --precision fp32")
