@@ -150,7 +150,7 @@ def test_a_path_that_is_no_text_is_printed_where_only_ascii_is(monkeypatch: pyte
 
 def test_a_rank_without_its_gpu_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ConfigError, match=r"rank 5 is process 1 of its machine.* there is 1 GPU .*--gpus-per-node"):
+    with pytest.raises(ConfigError, match=r"rank 5 is process 1 of its machine.* there is 1 GPU .*GPUs for each node"):
         init_distributed(DistEnv(rank=5, size=8, local_rank=1, local_size=4))
 
 

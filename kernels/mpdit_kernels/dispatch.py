@@ -98,7 +98,7 @@ def takes_triton(
         return False
     if trial is None or _mode != "auto" or operators.recording or torch.compiler.is_compiling():
         return True
-    reason = proof.problem(operation, given, trial)
+    reason = proof.problem(operation, given, trial, use)
     if reason:
         _tell(operation, f"on this GPU its kernels did not pass their proof: {reason}", logging.WARNING)
     return not reason

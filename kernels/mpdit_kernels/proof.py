@@ -26,6 +26,8 @@ FLOOR = 8
 Trial = Callable[[], tuple[Callable[..., Any], Sequence[Any]]]
 """Returns a call of an operation and arguments for it, small ones, of which tensors give shape, dtype and device."""
 
+Use = Callable[[str], contextlib.AbstractContextManager[None]]
+
 SAMPLES = 2
 """Samples of a batch that trials take."""
 
@@ -52,10 +54,10 @@ def forget(device: torch.device) -> None:
     _known.cache_clear()
 
 
-def problem(operation: str, tensors: Sequence[Tensor], trial: Trial) -> str | None:
+def problem(operation: str, tensors: Sequence[Tensor], trial: Trial, use: Use) -> str | None:
     """Return what is wrong with an operation's kernels for tensors like these on their GPU; None if nothing is.
 
-    Tried at most once a process, and not while a CUDA graph is captured. Raises torch.OutOfMemoryError.
+    `use` is dispatch's. Tried once, and not while a CUDA graph is captured. Raises torch.OutOfMemoryError.
     """
     device = tensors[0].device
     found = _known(_cache_file(device))
@@ -66,7 +68,7 @@ def problem(operation: str, tensors: Sequence[Tensor], trial: Trial) -> str | No
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         # A thread of its own has none of the caller's modes: no_grad, inference, fake tensors, a tracer.
         with ThreadPoolExecutor(1) as thread:
-            found[key] = thread.submit(try_out, *trial(), device, dtype).result() or ""
+            found[key] = thread.submit(try_out, *trial(), use, device, dtype).result() or ""
         _keep(_cache_file(device), found)
     return found[key] or None
 
@@ -77,13 +79,18 @@ def _capturing(device: torch.device) -> bool:
 
 
 def try_out(
-    call: Callable[..., Any], arguments: Sequence[Any], device: torch.device, autocast: torch.dtype | None = None
+    call: Callable[..., Any],
+    arguments: Sequence[Any],
+    use: Use,
+    device: torch.device,
+    autocast: torch.dtype | None = None,
 ) -> str | None:
     """Return what is wrong with `call` by the kernels, results or gradients, or how it failed; None if it is right.
 
     Args:
         call: takes `arguments` and returns a tensor or several.
         arguments: tensors are replaced by random values of their shapes, dtypes and device, that get gradients.
+        use: chooses the implementation within a block, "triton" or "reference".
         device: of the tensors.
         autocast: dtype of the autocast that the kernels and the reference run under, if any.
     """
@@ -92,9 +99,9 @@ def try_out(
         inputs = [_random(value, generator) if isinstance(value, Tensor) else value for value in arguments]
         doubles = [x.detach().double().requires_grad_() if _floats(x) else x for x in inputs]
         try:
-            exact, incoming = _run(call, doubles, "reference", None, None)
-            usual, _ = _run(call, inputs, "reference", incoming, autocast)
-            ours, _ = _run(call, inputs, "triton", incoming, autocast)
+            exact, incoming = _run(call, doubles, use("reference"), None, None)
+            usual, _ = _run(call, inputs, use("reference"), incoming, autocast)
+            ours, _ = _run(call, inputs, use("triton"), incoming, autocast)
         except torch.OutOfMemoryError:  # says nothing of the kernel
             raise
         except Exception as error:  # whatever a compiler or a driver may end with
@@ -119,12 +126,14 @@ def _random(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _run(
-    call: Callable[..., Any], inputs: Sequence[Any], mode: str, incoming: list[Tensor] | None, autocast: Any
+    call: Callable[..., Any],
+    inputs: Sequence[Any],
+    using: contextlib.AbstractContextManager[None],
+    incoming: list[Tensor] | None,
+    autocast: torch.dtype | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return results with the gradients of the inputs, and the gradients that came in: drawn unless given."""
-    from mpdit_kernels.dispatch import use
-
-    with use(mode), torch.autocast("cuda", dtype=autocast, enabled=autocast is not None, cache_enabled=False):
+    with using, torch.autocast("cuda", dtype=autocast, enabled=autocast is not None, cache_enabled=False):
         results = call(*inputs)
         results = [results] if isinstance(results, Tensor) else list(results)
         differentiable = [x for x in results if x.requires_grad]
