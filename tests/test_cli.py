@@ -343,11 +343,14 @@ def test_a_flag_that_a_message_names_can_be_given() -> None:
     ours = {option for command in commands for action in command._actions for option in action.option_strings}
     training = {option for action in arguments._parser()._actions for option in action.option_strings}
     # Beginnings, examples, one of all commands, of `mpdit plan` and `mpdit report`; those of deepspeed, torchrun,
-    # SiT, `mpdit sample`, `convert` and pytest.
+    # SiT, `mpdit sample`, `convert`, pytest and SLURM.
     others = {"--no", "--option", "--global_batch", "--version", "--gpu", "--num_accelerators", "--master_port"}
     others |= {"--master_addr", "--node_rank", "--local_rank", "--world_info", "--log_level"}
     others |= {"--hostfile", "--module", "--nproc-per-node", "--cfg-prob", "--guidance", "--weights", "--to"}
-    others |= {"--benchmark-only", "--benchmark-json", "--trace", "--shm-size", "--ipc"}
+    others |= {"--benchmark-only", "--benchmark-json", "--trace", "--shm-size", "--ipc"} | {
+        "--gpus-per-node",
+        "--gpus-per-task",
+    }
     for path in Path(mpdit.__file__).parent.rglob("*.py"):
         known = training | others if "training" in path.parts else ours | training | others
         named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*[a-z0-9]", path.read_text()))
