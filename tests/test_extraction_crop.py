@@ -162,21 +162,31 @@ def _sgi(values: np.ndarray) -> bytes:
     return header.ljust(512, b"\0") + values.astype(">u2")[::-1].transpose(2, 0, 1).tobytes()
 
 
-def _planes(values: np.ndarray) -> bytes:
-    """A TIFF whose colours lie one after another: uint16 [H, W, 3]."""
-    height, width, planes = values.shape
-    fields = {256: [width], 257: [height], 258: [16] * 3, 259: [1], 262: [2], 273: [0] * 3, 277: [3], 278: [height]}
-    fields |= {279: [2 * height * width] * 3, 284: [2]}
+def _tiff(values: np.ndarray, photometric: int, sign: int = 1, channels: int = 1, planes: int = 1) -> bytes:
+    """A little-endian TIFF [H, W, planes] of these channels; sign 2 is of signed values."""
+    height, width = values.shape[:2]
+    strip, bits = values.nbytes // planes, 8 * values.itemsize
+    fields = {256: [width], 257: [height], 258: [bits] * channels, 259: [1], 262: [photometric], 273: [0] * planes}
+    fields |= {277: [channels], 278: [height], 279: [strip] * planes, 284: [2 if planes > 1 else 1]}
+    fields |= {338: [0] * (channels - 3)} if channels > 3 else {}
+    fields |= {339: [sign] * channels}
     start = 8 + 2 + 12 * len(fields) + 4
-    fields[273] = [start + 36 + number * 2 * height * width for number in range(planes)]
+    long = sum(4 * len(numbers) for numbers in fields.values() if len(numbers) > 1)
+    fields[273] = [start + long + number * strip for number in range(planes)]
     entries, kept = b"", b""
     for tag, numbers in fields.items():
         content = struct.pack(f"<{len(numbers)}I", *numbers)
         entries += struct.pack("<HHI", tag, 4, len(numbers))
         entries += content if len(numbers) == 1 else struct.pack("<I", start + len(kept))
         kept += content if len(numbers) > 1 else b""
-    data = values.astype("<u2").transpose(2, 0, 1).tobytes()
-    return b"II*\0" + struct.pack("<IH", 8, len(fields)) + entries + bytes(4) + kept + data
+    data = values.transpose(2, 0, 1) if planes > 1 else values
+    return b"II*\0" + struct.pack("<IH", 8, len(fields)) + entries + bytes(4) + kept + data.tobytes()
+
+
+def _fits(values: np.ndarray, *cards: str) -> bytes:
+    sizes = [f"NAXIS   = {values.ndim}", *(f"NAXIS{i + 1}  = {n}" for i, n in enumerate(values.shape[::-1]))]
+    lines = ["SIMPLE  = T", f"BITPIX  = {8 * values.itemsize}", *sizes, *cards, "END"]
+    return "".join(line.ljust(80) for line in lines).ljust(2880).encode() + values.tobytes().ljust(2880, b"\0")
 
 
 DEEP = np.repeat(RAMP.astype(np.uint16)[..., None], 3, axis=2)
@@ -201,7 +211,31 @@ def test_a_stated_range_is_believed() -> None:
     with pytest.raises(BrokenImage, match="95% of them"):
         decode_image(encoded(DEEP[..., 0] * 16, "JPEG2000"), 8)
     with pytest.raises(BrokenImage, match="has planes of 16 bits, which Pillow reads as of 8"):
-        decode_image(_planes(DEEP * 257), 8)
+        decode_image(_tiff(DEEP * 257, 2, channels=3, planes=3), 8)
+
+
+def test_the_sign_and_the_direction_of_values_are_asked() -> None:
+    """Pillow turns 8 bits over where 0 is white, and takes signed values, offsets and scales for plain ones."""
+    deep, signed = RAMP.astype(np.uint16) * 257, RAMP.astype(np.int16)
+    for right in (
+        _tiff(255 - RAMP, 0),
+        _tiff(RAMP, 1),
+        _tiff(deep, 1),
+        _fits(RAMP[::-1]),
+        _fits(RAMP[::-1], "BZERO = 0.0"),
+    ):
+        np.testing.assert_array_equal(decode_image(right, 8)[..., 0], RAMP)
+    for wrong, message in (
+        (_tiff(65535 - deep, 0), "of which 0 is white"),
+        (_tiff((signed - 128).astype(np.int8), 1, 2), "signed pixels, of no known range"),
+        (_tiff(signed * 128, 1, 2), "signed pixels, of no known range"),
+        (_fits((deep.astype(int) - 32768).astype(">i2"), "BZERO   = 32768", "BSCALE  = 1"), r"signed or to be scaled"),
+        (_fits((signed * 128).astype(">i2")), "signed or to be scaled"),
+        (_fits(RAMP, "BSCALE  = -1.0D0 / turned over"), "to be scaled"),
+        (_fits(np.stack([RAMP] * 3)), "several planes in FITS"),
+    ):
+        with pytest.raises(BrokenImage, match=message):
+            decode_image(wrong, 8, 16)
 
 
 @pytest.mark.parametrize("spoil", [(0, 0), (3, slice(None)), (slice(None), 63)])
@@ -229,6 +263,7 @@ def test_what_is_odd_of_a_file_is_told() -> None:
         "transparent grey": (encoded(np.dstack([GREY, GREY])),),
         "rotated": (encoded(SQUARE, "JPEG", exif=turned), encoded(SQUARE, "WEBP", exif=turned)),
         "turned": (encoded(SQUARE, "TIFF", exif=turned),),
+        "channels": tuple(_tiff(np.dstack([SQUARE, *[GREY] * n]), 2, channels=3 + n) for n in (1, 2)),
         "frames": tuple(
             encoded(frames[0].convert("RGB"), f, save_all=True, append_images=frames[1:]) for f in ("WEBP", "PNG")
         ),

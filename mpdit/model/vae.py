@@ -13,9 +13,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from mpdit.core.errors import ConfigError, first_line
+from mpdit.core.errors import CheckpointError, ConfigError, first_line
 from mpdit.core.files import expand_path, read_bytes
-from mpdit.core.text import differences
+from mpdit.core.text import counted, differences
 from mpdit.model.config import one_of
 from mpdit.model.pretrained import is_hub_id
 from mpdit.model.weights import check_fit, check_values, read_diffusers
@@ -83,7 +83,7 @@ class VAE:
 
         Raises ConfigError when diffusers is missing, when nothing is there that it can load, or when it is another
         kind of autoencoder, or one of images that are not RGB; CheckpointError when its files don't fill it, or hold
-        other tensors, other numbers than floats of 16 bits or more, NaN or infinity.
+        other tensors, other numbers than floats of 16 bits or more, NaN or infinity, or a matrix of zeros.
         """
         name = expand_path(name)
         path = Path(name)
@@ -117,6 +117,11 @@ class VAE:
         check_fit(
             where, tensors, expected, "give a VAE that was saved whole, with the config.json that it was saved with"
         )
+        # No training makes a map or kernel of zeros alone; a file that was allocated and not written has them.
+        empty = [key for key, value in sorted(tensors.items()) if value.ndim > 1 and not value.any()]
+        if empty:
+            found = counted(len(empty), "tensor")
+            raise CheckpointError(f"{where} holds {found} of zeros, such as {empty[0]}: copy or download it again")
         module.load_state_dict(tensors)
         for field in ("in_channels", "out_channels"):
             if (planes := getattr(module.config, field)) != _RGB:

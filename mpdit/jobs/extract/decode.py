@@ -32,13 +32,17 @@ _UNCLEAR, _SHARE = 1 << 14, 0.95
 """An image of 16 bits where so many of its values are below is dark, or of the 8 to 14 bits that cameras and scanners
 give. Not the brightest alone is asked: a hot pixel, or a row or an inscription in white, is in many."""
 _BYTE, _MOST_BITS = 8, 16
-_BITS_PER_SAMPLE = 0x0102  # TIFF's tag
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLES, _SAMPLE_FORMAT = 0x0102, 0x0106, 0x0115, 0x0153  # TIFF's tags
+_WHITE_IS_ZERO, _SIGNED = 0, 2  # a photometric interpretation, and a sample format
+_CARD = 80  # bytes of each line of a FITS header
+_FITS = re.compile(rb"(BITPIX|BSCALE|BZERO|NAXIS3|ZBITPIX|ZNAXIS3) *= *([-+.\w]+)")
 _ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 _ADDRESS = re.compile(r"<_io\.\w+ object at 0x[0-9a-f]+>")  # in messages that are to be the same each time
 
 
 FACTS = {
     "transparent": "with transparency, which is dropped, not blended: what lies under it is encoded",
+    "channels": "of TIFF with more channels than colours, which are dropped",
     "rotated": "with an EXIF orientation, which is not applied",
     "turned": "of TIFF with an orientation, which Pillow applies",
     "frames": "of several frames, of which the first is taken",
@@ -140,12 +144,31 @@ def _depth(image: Image.Image) -> int:
         depth = max(image.tag_v2.get(_BITS_PER_SAMPLE, (_BYTE,)))  # type: ignore[attr-defined]
         if depth > _BYTE and len(tiles) > 1 and ";" not in told:  # Pillow 12.3
             raise BrokenImage("has planes of 16 bits, which Pillow reads as of 8: store its colours together")
+        if depth > _BYTE and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # type: ignore[attr-defined]
+            raise BrokenImage("has 16-bit pixels of which 0 is white, which Pillow does not invert: store 0 as black")
+        # Of 32 bits Pillow's own files are signed; what is negative in them to_rgb refuses.
+        if depth <= _MOST_BITS and _SIGNED in image.tag_v2.get(_SAMPLE_FORMAT, ()):  # type: ignore[attr-defined]
+            raise BrokenImage("has signed pixels, of no known range: store values from 0, unsigned")
         return min(_MOST_BITS, max(_BYTE, depth))
     if image.format == "JPEG2000":
         data = image.fp.getvalue()  # type: ignore[attr-defined]
         start = data.find(_JPEG2000_START)
         return max(_BYTE, (data[start + _SSIZ] & 0x7F) + 1) if start >= 0 else _BYTE
+    if image.format == "FITS":
+        _check_fits(image)
     return _MOST_BITS if image.mode.startswith("I") or _DEEP.search(told) else _BYTE
+
+
+def _check_fits(image: Image.Image) -> None:
+    """Refuse FITS images whose header says what Pillow (12.3) passes over: a scale, an offset, a sign, more planes."""
+    header = image.fp.getvalue()[: image.tile[0].offset]  # type: ignore[attr-defined]
+    cards = (_FITS.match(header, start) for start in range(0, len(header), _CARD))
+    said = {card[1].decode(): float(card[2].upper().replace(b"D", b"E")) for card in cards if card}
+    signed = _MOST_BITS in (said.get("BITPIX"), said.get("ZBITPIX"))  # FITS has no unsigned values of 16 bits
+    if signed or said.get("BZERO", 0) != 0 or said.get("BSCALE", 1) != 1:
+        raise BrokenImage("has FITS values that are signed or to be scaled (BZERO, BSCALE): store it as PNG")
+    if max(said.get("NAXIS3", 1), said.get("ZNAXIS3", 1)) > 1:
+        raise BrokenImage("has several planes in FITS, of which Pillow reads one: store it as PNG")
 
 
 def _has_frames(image: Image.Image) -> bool:
@@ -161,6 +184,10 @@ def _facts(image: Image.Image, several: bool, deep: bool) -> Iterator[str]:
         image.mode not in ("RGBA", "LA") or image.getchannel("A").getextrema()[0] != 255  # opaque everywhere
     ):
         yield "transparent"
+    if image.format == "TIFF":
+        samples = image.tag_v2.get(_SAMPLES, 1)  # type: ignore[attr-defined]
+        if image.mode == "RGBX" or samples > len(image.getbands()):
+            yield "channels"
     if _orientation(image) != 1:
         yield "rotated"
     if several:
