@@ -93,10 +93,10 @@ def takes_triton(
     if mode() == "reference":
         return False
     given = [x for x in tensors if x is not None]
-    device = given[0].device
-    if not _decide(operation, _mode, device, tuple(x.dtype for x in given), refusal):
+    device, compiling = given[0].device, torch.compiler.is_compiling()
+    if not _decide(operation, _mode, device, tuple(x.dtype for x in given), refusal, compiling):
         return False
-    if trial is None or _mode != "auto" or operators.recording or torch.compiler.is_compiling():
+    if trial is None or _mode != "auto" or operators.recording or compiling:
         return True
     reason = proof.problem(operation, given, trial, use)
     if reason:
@@ -133,9 +133,14 @@ def constant_to_compiler(function: F) -> F:
 
 @constant_to_compiler  # files, the driver and the log; run where it is traced
 def _decide(
-    operation: str, mode: str, device: torch.device, dtypes: tuple[torch.dtype, ...], refusal: str | None
+    operation: str,
+    mode: str,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+    refusal: str | None,
+    compiling: bool,
 ) -> bool:
-    reason = no_kernels(mode, device, dtypes) or _loss(operation, mode, device) or refusal
+    reason = no_kernels(mode, device, dtypes) or _loss(operation, mode, device, compiling) or refusal
     if reason:
         # On the CPU the reference is what "auto" means: worth a line for those who ask, no more.
         _tell(operation, reason, logging.INFO if mode == "auto" and device.type == "cpu" else logging.WARNING)
@@ -168,12 +173,17 @@ def no_kernels(mode: str, device: torch.device, dtypes: tuple[torch.dtype, ...])
     return None
 
 
-def _loss(operation: str, mode: str, device: torch.device) -> str | None:
-    """Return why "auto" leaves the kernels out: None unless they were measured to lose on this GPU."""
+def _loss(operation: str, mode: str, device: torch.device, compiling: bool) -> str | None:
+    """Return why "auto" leaves the kernels out: None unless they were measured to lose on this GPU.
+
+    To what would run in their place, that is: the reference as it is or, under torch.compile, compiled.
+    """
     if device.type != "cuda" or mode != "auto":
         return None
     target = architecture_of(device)
     table = tuned_table(target)
+    if compiling:
+        table = table.get("compiled", {})
     if table.get("wins", {}).get(operation, True):
         return None
     why = table.get("losses", {}).get(operation, "it was measured slower")

@@ -77,7 +77,10 @@ def _provenance(figures: dict[str, Any]) -> list[str]:
             f" Ceilings of the same run: copying {copy / 1e12:.2f} TB/s (read and written), 8192³ bf16 products "
             f"{matmul / 1e12:.0f} TFLOP/s, 4096³ fp32 products without TF32 {matmul32 / 1e12:.1f} TFLOP/s."
         )
-    return lines + [f"`{name}` is off by default there: {why}." for name, why in figures.get("losses", {}).items()]
+    for where, verdict in (("", figures), (" under torch.compile", figures.get("compiled", {}))):
+        losses = verdict.get("losses", {})
+        lines += [f"`{name}` is off by default there{where}: {why}." for name, why in losses.items()]
+    return lines
 
 
 def _pair(values: Sequence[Any], number: Callable[[Any], float], unit: str = "", decimals: int | None = None) -> str:

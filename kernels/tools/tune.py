@@ -5,8 +5,10 @@
     python -m tools.tune --table | --update          the table of costs, printed or written into kernels/README.md
 
 For each case, the most valuable first: a gate (error against float64 at most twice PyTorch's), the fastest launch
-configurations, then times against the best of eager PyTorch and torch.compile. A table is written after every step, so
-that a run cut short leaves what it had. Exit codes: 0 done or out of time, 1 a red gate, 2 bad usage or no GPU.
+configurations, then times against eager PyTorch and torch.compile. Calls take the reference where it won: as it is by
+its eager times and, under torch.compile, by its compiled ones. No case takes more than 45 seconds. A table is written
+after every step, so that a run cut short leaves what it had. Exit codes: 0 done or out of time, 1 a red gate, 2 bad
+usage or no GPU.
 """
 
 from __future__ import annotations
@@ -30,8 +32,14 @@ from tools.command import Parser, aligned, write_atomically
 if TYPE_CHECKING:
     from tools.measure import Bench
 
+CASE_SECONDS = 45
+"""After which a case keeps what was found of it by then, and leaves the time to others."""
+FIRST = ("short_attention", "gated_residual_adaln", "adamw_ema", "fno_time_embedding")
+"""Operations whose gain over PyTorch is surest, and which a short run should have reached."""
 SAME_MACHINE = ("gpu", "torch", "triton")
 """Figures of another one are not kept beside new ones."""
+
+OPPONENTS = {"eager": "PyTorch", "compile": "torch.compile's code"}
 
 Table = dict[str, Any]
 
@@ -53,7 +61,7 @@ class Tuner:
 
     def __init__(self, cases: Sequence[Case], bench: Bench, target: str, out: Path | None, table: Table) -> None:
         self.cases, self.bench, self.target, self.out, self.table = cases, bench, target, out, table
-        self.end = float("inf")
+        self.end = self.case_end = float("inf")
         self.red: list[str] = []
         self._tuned: set[tuple[str, str]] = set()
 
@@ -61,18 +69,29 @@ class Tuner:
         """Take all cases in order of value, for so many minutes."""
         self.end = time.monotonic() + 60 * minutes
         before = signal.signal(signal.SIGALRM, _time_up)
-        signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
         try:
+            self._set_alarm(60 * minutes)
             self.table["machine"] = timing.machine(self.bench.device)
             self.table["ceilings"] = timing.ceilings(self.bench.clock, self.bench.device, small)
             self._publish()
             for case in in_order_of_value(self.cases):
-                self.take(case)
+                try:
+                    self._set_alarm(CASE_SECONDS)
+                    self.take(case)
+                except TimeUp:
+                    if time.monotonic() >= self.end:
+                        raise
+                    print(f"{case.name}: left after {CASE_SECONDS} seconds", flush=True)
         except TimeUp:
             print(f"stopped after {minutes:g} minutes", flush=True)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
+
+    def _set_alarm(self, seconds: float) -> None:
+        """Have TimeUp raised after so many seconds, or at the end of all if that is sooner."""
+        self.case_end = min(self.end, time.monotonic() + seconds)
+        signal.setitimer(signal.ITIMER_REAL, max(1e-3, self.case_end - time.monotonic()))
 
     def take(self, case: Case) -> None:
         """Gate, tune and time one case."""
@@ -86,7 +105,7 @@ class Tuner:
                     self._tune(tunable, key)
                 self.table["cases"][case.name] = measure.time_case(case, self.bench, self.table["ceilings"])
         except Exception as error:
-            if time.monotonic() >= self.end:  # what a library made of the alarm
+            if time.monotonic() >= self.case_end:  # what a library made of the alarm
                 raise TimeUp from error
             # A kernel that doesn't run is as bad as a wrong one, and the others get their turn; too little memory says
             # nothing of the kernel, as the gate's float64 takes much.
@@ -115,7 +134,8 @@ class Tuner:
         self._publish()
 
     def _publish(self) -> None:
-        self.table["wins"], self.table["losses"] = verdicts(self.table, self.cases)
+        self.table |= verdicts(self.table, self.cases, "eager")
+        self.table["compiled"] = verdicts(self.table | self.table["compiled"], self.cases, "compile")
         set_tuned_table(self.target, self.table)
         if self.out is not None:
             write_atomically(self.out, json.dumps(self.table, indent=1) + "\n")
@@ -126,7 +146,7 @@ def _time_up(*_: object) -> None:
 
 
 def in_order_of_value(cases: Sequence[Case]) -> list[Case]:
-    """Sort XL before the rest, then each operation's longest case before any operation's second."""
+    """Sort XL before the rest; of each, FIRST as listed, then of the others each one's longest case before a second."""
 
     def seconds(case: Case) -> float:
         return sum(costs.floor(cost, costs.GPUS[-1]) for cost in (case.forward, case.backward) if cost)
@@ -137,25 +157,37 @@ def in_order_of_value(cases: Sequence[Case]) -> list[Case]:
     for case in by_length:
         group = (_is_xl(case), case.operation)
         ranks[case.name] = seen[group] = seen.get(group, -1) + 1
-    return sorted(by_length, key=lambda case: (not _is_xl(case), ranks[case.name]))
+
+    def place(case: Case) -> tuple[bool, int, int]:
+        first = FIRST.index(case.operation) if case.operation in FIRST else len(FIRST)
+        return (not _is_xl(case), first, ranks[case.name])
+
+    return sorted(by_length, key=place)
 
 
-def verdicts(table: Table, cases: Sequence[Case]) -> tuple[dict[str, bool], dict[str, str]]:
-    """Return (operation: does it win, operation: why not), kept from earlier where no XL case of it was measured."""
-    wins, losses = dict(table.get("wins", {})), dict(table.get("losses", {}))
+def verdicts(table: Table, cases: Sequence[Case], opponent: str) -> Table:
+    """Return {"wins": {operation: does it win}, "losses": {operation: why not}} against "eager" or "compile".
+
+    Kept from `table` where no XL case of an operation was measured beside this opponent.
+    """
+    wins, losses = dict(table["wins"]), dict(table["losses"])
     for operation in dict.fromkeys(case.operation for case in cases):
         measured = {case: table["cases"].get(case.name, {}) for case in cases if case.operation == operation}
         red = [f"{case.name}: {figures['red']}" for case, figures in measured.items() if "red" in figures]
-        timed = [figures for case, figures in measured.items() if _is_xl(case) and "forward" in figures]
+        timed = [
+            figures
+            for case, figures in measured.items()
+            if _is_xl(case) and opponent in figures.get("forward", {}).get("seconds", ())
+        ]
         if red:
             wins[operation], losses[operation] = False, f"its kernels failed the gate at {red[0]}"
         elif timed:
-            ratio = sum(map(_best_opponent, timed)) / sum(_seconds(figures, "triton") for figures in timed)
+            ratio = sum(_seconds(figures, opponent) for figures in timed) / sum(_seconds(x, "triton") for x in timed)
             wins[operation] = ratio >= 1
             losses.pop(operation, None)
             if ratio < 1:
-                losses[operation] = f"it was measured {ratio:.2f} times as fast as the best of eager and torch.compile"
-    return wins, losses
+                losses[operation] = f"it was measured {ratio:.2f} times as fast as {OPPONENTS[opponent]}"
+    return {"wins": wins, "losses": losses}
 
 
 def _summary(figures: dict[str, Any]) -> str:
@@ -177,13 +209,10 @@ def _seconds(figures: dict[str, Any], variant: str) -> float:
     return sum(figures[name]["seconds"][variant][0] for name in ("forward", "backward") if name in figures)
 
 
-def _best_opponent(figures: dict[str, Any]) -> float:
-    return min(_seconds(figures, variant) for variant in figures["forward"]["seconds"] if variant != "triton")
-
-
 def earlier(path: Path | None, machine: dict[str, Any]) -> Table:
     """Return the table in a file if it was measured on this machine, otherwise an empty one."""
-    empty: Table = {"configs": {}, "wins": {}, "losses": {}, "machine": machine, "ceilings": {}, "cases": {}}
+    verdict: Table = {"wins": {}, "losses": {}}
+    empty = {"configs": {}, **verdict, "compiled": verdict, "machine": machine, "ceilings": {}, "cases": {}}
     table = json.loads(path.read_text()) if path and path.exists() else {}
     same = all(table.get("machine", {}).get(name) == machine.get(name) for name in SAME_MACHINE)
     return empty | table if same else empty
@@ -235,15 +264,19 @@ def _bench(dry: bool) -> Bench:
 
     if dry:
         return Bench(timing.WallClock(), "cpu", torch.float32, partial(torch.compile, backend="eager"), 2, 2)
-    compiler = partial(torch.compile, dynamic=False, mode="max-autotune-no-cudagraphs")
+    # The mode "max-autotune-no-cudagraphs" but for Triton's products, which take minutes to try and seldom win.
+    options = {"max_autotune": True, "coordinate_descent_tuning": True, "max_autotune_gemm_backends": "ATEN"}
+    compiler = partial(torch.compile, dynamic=False, options=options)
     return Bench(timing.GpuClock(), "cuda", torch.bfloat16, compiler)
 
 
 def _report(table: Table, cases: Sequence[Case], out: Path | None) -> str:
-    rows = [("operation", "wins", "why not")]
+    rows: list[tuple[str, ...]] = [("operation", "wins", "wins compiled", "why not")]
     for operation in dict.fromkeys(case.operation for case in cases):
-        wins = {None: "?", True: "yes", False: "no"}[table["wins"].get(operation)]
-        rows.append((operation, wins, table["losses"].get(operation, "")))
+        both = (table, table["compiled"])
+        wins = [{None: "?", True: "yes", False: "no"}[one["wins"].get(operation)] for one in both]
+        why = dict.fromkeys(one["losses"][operation] for one in both if operation in one["losses"])
+        rows.append((operation, *wins, "; ".join(why)))
     lines, missing = [aligned(rows)], [case.name for case in cases if case.name not in table["cases"]]
     if missing:
         lines.append(f"not reached: {'; '.join(missing)}")

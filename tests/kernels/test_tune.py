@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import torch
 from mpdit_kernels import adaln_modulate, dispatch, launch, use
 from mpdit_kernels.dispatch import takes_triton
 from tools import command, measure, timing, tune
-from tools.cases import Case, Cost
+from tools.cases import Case, Cost, all_cases
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -117,7 +118,8 @@ class TestToys:
         assert toy.tunable.pick(width=8) == {"SIZE": 2}
         assert toy.tunable.pick(width=9) == DEFAULT, "only what was tuned"
         saved = json.loads((tmp_path / "cpu.json").read_text())
-        assert saved["wins"] == {"toy": True} and saved["losses"] == {}
+        assert saved["wins"] == saved["compiled"]["wins"] == {"toy": True}
+        assert saved["losses"] == saved["compiled"]["losses"] == {}
         figures = saved["cases"]["toy, XL, toy"]
         assert figures["forward"]["seconds"] == {
             "triton": pytest.approx([1.0] * 3),
@@ -147,10 +149,52 @@ class TestToys:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
         dispatch.set_tuned_table("sm_90", tuner.table)
         cuda = torch.device("cuda")
-        reason = "on sm_90, it was measured 0.25 times as fast as the best of eager and torch.compile"
-        assert dispatch._loss("toy", "auto", cuda) == f"{reason}; use('triton') takes its kernels all the same"
-        assert dispatch._loss("toy", "triton", cuda) is None
-        assert dispatch._loss("another", "auto", cuda) is None
+        for compiling, theirs in ((False, "PyTorch"), (True, "torch.compile's code")):
+            reason = f"on sm_90, it was measured 0.25 times as fast as {theirs}"
+            found = dispatch._loss("toy", "auto", cuda, compiling)
+            assert found == f"{reason}; use('triton') takes its kernels all the same"
+            assert dispatch._loss("toy", "triton", cuda, compiling) is None
+            assert dispatch._loss("another", "auto", cuda, compiling) is None
+
+    @pytest.mark.parametrize("faster", ["eager", "compile"])
+    def test_the_reference_is_taken_where_what_would_run_of_it_is_faster(
+        self, faster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        clock = FakeClock()
+        toy = Toy(clock, {1: 2.0}, reference=1.0 if faster == "eager" else 3.0)
+
+        def compiler(call: Callable[..., Any]) -> Callable[..., Any]:
+            def compiled(x: Tensor) -> Tensor:
+                toy.reference = 1.0 if faster == "compile" else 3.0
+                result = toy.call(x)
+                toy.reference = 1.0 if faster == "eager" else 3.0
+                return result
+
+            return compiled
+
+        monkeypatch.setitem(globals(), "_bench", lambda clock: measure.Bench(clock, "cpu", torch.float32, compiler, 5))
+        table = _tune([toy.case()], clock, tmp_path / "t").table
+        assert table["wins"] == {"toy": faster != "eager"}
+        assert table["compiled"]["wins"] == {"toy": faster != "compile"}
+
+    def test_a_case_that_takes_too_long_leaves_the_rest_their_time(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        class Endless(Toy):
+            def call(self, x: Tensor) -> Tensor:
+                if x.dtype == torch.float64:  # in the gate
+                    time.sleep(30)
+                return super().call(x)
+
+        monkeypatch.setattr(tune, "CASE_SECONDS", 0.2)
+        monkeypatch.setattr(timing, "ceilings", lambda *_: CEILINGS)
+        clock = FakeClock()
+        slow, quick = Endless(clock, {1: 1.0}, 2.0), Toy(clock, {1: 1.0}, 2.0)
+        cases = [slow.case("slow"), quick.case("quick")]
+        tuner = tune.Tuner(cases, _bench(clock), launch.architecture(), None, tune.earlier(None, {}))
+        tuner.run(1.0)
+        assert "slow, XL, toy: left after 0.2 seconds" in capsys.readouterr().out
+        assert tuner.red == [] and list(tuner.table["cases"]) == ["quick, XL, toy"]
 
     def test_a_red_gate_means_no_times_and_no_win(self, tmp_path: Path) -> None:
         clock = FakeClock()
@@ -194,7 +238,7 @@ class TestToys:
 
     def test_an_alarm_that_a_library_turned_into_an_error_is_not_red(self, tmp_path: Path) -> None:
         def stopped(*_: object) -> list[Tensor]:
-            tuner.end = 0.0
+            tuner.case_end = 0.0
             raise RuntimeError("made of the alarm")
 
         case = dataclasses.replace(Toy(FakeClock(), {1: 1.0}, 2.0).case(), inputs=stopped)
@@ -242,6 +286,22 @@ class TestToys:
             assert stopped.value.code == 2 and message in error and error.count("\n") == 1
 
 
+def test_the_compiled_reference_is_what_a_compiled_call_is_measured_against(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiling: list[bool] = []
+
+    @dispatch.constant_to_compiler
+    def decide(*arguments: Any) -> bool:
+        compiling.append(arguments[-1])
+        return False
+
+    monkeypatch.setattr(dispatch, "_decide", decide)
+    x, vector = torch.zeros(2, 5, 32), torch.zeros(2, 32)
+    with use("triton"):
+        adaln_modulate(x, vector, vector)
+        torch.compile(adaln_modulate, fullgraph=True, backend="eager")(x, vector, vector)
+    assert compiling == [False, True]
+
+
 def test_xl_comes_first_and_every_operation_before_a_second_case() -> None:
     def case(operation: str, label: str, size: int) -> Case:
         return Case(operation, label, lambda *_: [], lambda: (), Cost(size))
@@ -249,6 +309,11 @@ def test_xl_comes_first_and_every_operation_before_a_second_case() -> None:
     cases = [case("a", "B, 1", 9), case("a", "XL, 1", 5), case("a", "XL, 2", 8), case("b", "XL, 1", 2)]
     order = [(case.operation, case.label) for case in tune.in_order_of_value(cases)]
     assert order == [("a", "XL, 2"), ("b", "XL, 1"), ("a", "XL, 1"), ("a", "B, 1")]
+
+
+def test_attention_and_the_modulated_norm_come_before_the_rest() -> None:
+    order = list(dict.fromkeys(case.operation for case in tune.in_order_of_value(all_cases())))
+    assert order[:4] == list(tune.FIRST)
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
