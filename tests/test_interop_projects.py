@@ -415,8 +415,46 @@ def test_what_the_table_leaves_open_is_asked(tmp_path: Path, state: dict[str, Te
 
 
 @pytest.mark.parametrize(
+    ("arguments", "classes"),
+    [
+        ({"class_dropout_prob": 0}, 20),
+        ({"label_drop_rate": 0.1}, 19),
+        ({"use_cfg": False, "label_drop": 0.0}, 20),
+        ({"use_cfg": False}, None),
+        ({"use_cfg": False, "cfg_prob": 0.1} | REPA, None),
+        ({"cfg_prob": 0.0} | REPA, None),
+        ({"dropout_prob": 0.0}, None),
+    ],
+)
+@pytest.mark.parametrize("rows", [20, 17])
+def test_whether_a_row_is_for_no_class_is_as_the_file_says(
+    tmp_path: Path, state: dict[str, Tensor], rows: int, arguments: dict[str, Any], classes: int | None
+) -> None:
+    content = {"ema": state | {TABLE: torch.ones(rows, 16)}, "args": said(num_classes="?", **arguments)}
+    if classes is None:
+        with pytest.raises(
+            CheckpointError, match=rf"{rows} rows, which may be {rows} classes .* by `mpdit convert --num"
+        ):
+            read(tmp_path, content)
+    for given in (rows, rows - 1) if classes is None else (None,):
+        loaded, metadata = read(tmp_path, content, num_classes=given)
+        assert loaded.config.num_classes == (given or rows - 20 + classes)
+        assert len(loaded.state_dict()["classes.table.weight"]) == loaded.config.num_classes + 1
+        assert not any("are taken for" in note for note in metadata["training"]["notes"])
+    # One class too many: that which it calls its last is no class.
+    content["args"] = said(num_classes=rows, class_dropout_prob=0.1)
+    with pytest.raises(CheckpointError, match=rf"has {rows} rows, as many as it says .* one of them is for 'no class'"):
+        read(tmp_path, content)
+
+
+@pytest.mark.parametrize(
     ("arguments", "share"),
     [
+        *[
+            ({name: 0.0}, 0.0)
+            for name in ("unconditional_dropout", "null_label_prob", "cf_guidance_p", "class_cond_drop")
+        ],
+        *[({"guidance_dropout": 0.1}, 0.1), ({"attn_drop": 0.0, "drop_path_rate": 0.0, "cfg_scale": 0.0}, None)],
         *[({"class_dropout_prob": 0.0}, 0.0), ({"class_dropout_prob": 0.2}, 0.2), ({"cfg_prob": 0.1} | REPA, 0.1)],
         # REPA's model drops a tenth of the classes even then.
         *[({"cfg_prob": 0.0} | REPA, None), ({}, None)],
@@ -437,6 +475,14 @@ def test_dropped_classes_are_kept_on_record(
             mpdit.sample(found, X, Y, 1, guidance=1.5)
     else:
         mpdit.sample(found, X, Y, 1, guidance=1.5)
+
+
+def test_what_may_be_a_dropout_of_classes_is_told(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    for fields in ({"dropout_prob": 0.0}, {"cfg_uncond": 0.0}, {"p_uncond": 10}, {"cfg_prob": 0.2, "y_drop": 0.0}):
+        metadata = read(tmp_path, {"ema": state, "args": said(**fields)})[1]["training"]
+        told = ", ".join(f"{name} {value}" for name, value in fields.items())
+        assert f"its {told} may say how often classes were dropped, and is not read" in metadata["notes"]
+        assert "class_dropout" not in metadata
 
 
 # Nesting and prefixes

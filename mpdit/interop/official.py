@@ -12,7 +12,7 @@ import contextlib
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,14 +145,15 @@ def read_official(
         heads = num_heads or _heads(said, tensors, fallback)
         assumed = fallback is not None and not (identity.known_by or convention)
         chosen = fallback.convention if fallback and assumed else convention
-        classes, about_classes = count_classes(tensors, num_classes, said, fallback)
+        dropout, unclear = _class_dropout(said)
+        classes, about_classes = count_classes(tensors, num_classes, said, fallback, dropout, unclear)
         config = infer_config(tensors, heads, chosen or identity.project.convention, classes)
         _check_named(said, config)
         model = build(with_null_row(tensors, classes), config)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     objective = None if chosen and not identity.stated else identity.objective
-    dropout = 0.0 if len(tensors[CLASS_TABLE]) == classes else _class_dropout(said)
+    dropout = 0.0 if len(tensors[CLASS_TABLE]) == classes else dropout
     data = _data(config, identity.project, said, found.tensors)
     left_out = sorted({name.partition(".")[0] for name in found.tensors if re.match(identity.project.extra, name)})
     notes = [
@@ -160,6 +161,7 @@ def read_official(
         *([f"its latents are those of {vae}"] if (vae := data.get("decoder", {}).get("vae")) else []),
         *_doubts_of_vae(said, identity.project, data),
         *([about_classes] if about_classes else []),
+        *([f"{_told(said, unclear)} may say how often classes were dropped, and is not read"] if unclear else []),
         *([f"left out, as sampling doesn't need them: {', '.join(left_out)}"] if left_out else []),
         *unread,
         *found.notes,
@@ -171,6 +173,10 @@ def read_official(
     training |= {"objective": objective, "class_dropout": dropout, "notes": notes}
     training = {name: value for name, value in training.items() if value is not None}
     return model, ({"data": data} if data else {}) | {"training": training}
+
+
+def _told(said: Mapping[str, Any], names: Sequence[str]) -> str:
+    return "its " + ", ".join(f"{name} {said[name]!r:.40}" for name in names)
 
 
 def _doubts(config: ModelConfig, given: int | None, stated: int | None, tensors: Mapping[str, Tensor]) -> Iterator[str]:
@@ -203,22 +209,35 @@ def _check_named(said: Mapping[str, Any], config: ModelConfig) -> None:
         raise CheckpointError(f"it names a {name}, of {blocks[0]} blocks, and holds {blocks[1]}: the file is not whole")
 
 
-_DROPPED = re.compile(
-    r"(class(es)?|labels?|cond(ition(ing)?)?|y|cfg|caption)_?drop\w*|drop_?(class|label|cond|y)\w*|"
-    r"(p|prob)_?(uncond|null)\w*|(uncond\w*|null|cfg)_(p|prob\w*|rate|ratio)"
-)
-"""Names of arguments that say how often the class was dropped."""
+_OF_CLASSES = re.compile(r".*(class|label|cond|caption|text|cfg|guidance|null|(^|_)y(_|$))")
+"""Names of arguments about classes; with "drop" they say how often the class was dropped."""
+_SHARE = re.compile(r"(.*_)?(p|prob\w*|rate|ratio|fraction|puncond)(_.*)?")
+_NO_CLASS = re.compile(r".*(uncond|null|class(ifier)?_?free|(^|_)cfg?(_|$))")
+"""Names of arguments about training without a class; with a share, the same."""
+_OTHER_DROP = re.compile(r".*(attn|attention|mlp|ffn|proj|path|resid|last)")
 
 
-def _class_dropout(said: Mapping[str, Any]) -> float | None:
-    """Return how often classes were dropped, where the arguments say it, and all the same."""
-    found = {
-        float(value)
-        for name, value in said.items()
-        # REPA's model drops a tenth whatever its --cfg-prob says: 0 there does not mean that no class was dropped.
-        if _DROPPED.fullmatch(name) and type(value) in (int, float) and (value or name != "cfg_prob") and 0 <= value < 1
-    }
-    return found.pop() if len(found) == 1 else None
+def _class_dropout(said: Mapping[str, Any]) -> tuple[float | None, list[str]]:
+    """Return how often classes were dropped, where the arguments say it, and all the same; and what may say it."""
+    shares: dict[str, float] = {}
+    unclear = []
+    for name, value in said.items():
+        drops, is_share = "drop" in name and not _OTHER_DROP.match(name), bool(_SHARE.fullmatch(name))
+        number = type(value) in (int, float)
+        if (drops and _OF_CLASSES.match(name)) or (is_share and _NO_CLASS.match(name)):
+            # REPA's model drops a tenth whatever its --cfg-prob says: 0 there does not mean that no class was dropped.
+            if value is False or (number and 0 <= value < 1 and (value or name != "cfg_prob")):
+                shares[name] = float(value)
+            elif number:
+                unclear.append(name)
+        elif (number and not value and ((drops and is_share) or re.match(".*(uncond|class(ifier)?_free)", name))) or (
+            name == "use_cfg" and not value
+        ):
+            unclear.append(name)
+    found = set(shares.values())
+    if len(found) != 1 or ("use_cfg" in unclear and found != {0.0}):
+        return None, [*shares, *unclear]
+    return found.pop(), []
 
 
 def save_official(

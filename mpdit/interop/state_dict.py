@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -248,25 +248,39 @@ def as_official(tensors: Mapping[str, Tensor], project: Project, said: Mapping[s
 
 
 def count_classes(
-    tensors: Mapping[str, Tensor], given: int | None, said: Mapping[str, Any], fallback: ModelConfig | None
+    tensors: Mapping[str, Tensor],
+    given: int | None,
+    said: Mapping[str, Any],
+    fallback: ModelConfig | None,
+    dropout: float | None = None,
+    unclear: Sequence[str] = (),
 ) -> tuple[int, str | None]:
     """Return how many classes the table is of, and a note where that is a guess or no row is for "no class".
 
-    DiT's, SiT's and REPA's table has that row only if classes were dropped in training; no shape shows it.
+    DiT's and SiT's table has that row only if classes were dropped in training; no shape shows it. `dropout` is how
+    often the file says they were, `unclear` names arguments that may say it.
     """
     rows = _shape(tensors, CLASS_TABLE, 2)[0]
+    has_row = (
+        True if "time_modulation.1.weight" in tensors else None if dropout is None else dropout > 0
+    )  # MPDiT's: yes
     stated = next((n for n in (given, *map(said.get, CLASSES)) if type(n) is int), None)
+    if given is None and stated == rows and has_row:
+        raise CheckpointError(
+            f"its table of classes has {rows} rows, as many as it says there are classes, and one of them is for 'no "
+            "class', as classes were dropped: say how many classes there are by --num-classes, or num_classes"
+        )
+    if stated is None and has_row is not None:
+        stated = rows - has_row
     if stated is None and fallback and fallback.num_classes in (rows, rows - 1):
         stated = fallback.num_classes
-    if stated is None and "time_modulation.1.weight" in tensors:
-        stated = rows - 1  # MPDiT's table always has it
-    if stated is None and rows > 1 and rows % 10 == 0:
+    if stated is None and rows > 1 and (rows % 10 == 0 or unclear):
         raise CheckpointError(
             f"its table of classes has {rows} rows, which may be {rows} classes and no row for 'no class', as without "
             f"dropped classes, or {rows - 1} and that row: say which by `mpdit convert --num-classes`, or num_classes"
         )
     classes = max(1, rows - 1) if stated is None else stated
-    if rows not in (classes, classes + 1):
+    if classes < 1 or rows not in (classes, classes + 1):
         raise CheckpointError(f"its table of classes has {rows} rows, which are not those of {classes} classes")
     if rows == classes:
         return classes, (
