@@ -46,7 +46,7 @@ $(OLDEST_VENV)/.installed: pyproject.toml constraints.txt
 	sed -nE 's/^ +"($(OLDEST))>=([0-9.]+).*/\1==\2/p' pyproject.toml > $(OLDEST_VENV)/constraints.txt
 	grep -vE '^($(OLDEST))==' constraints.txt >> $(OLDEST_VENV)/constraints.txt
 	DS_BUILD_OPS=0 $(OLDEST_VENV)/bin/python -m pip install --quiet --constraint $(OLDEST_VENV)/constraints.txt \
-		--editable . pytest pytest-benchmark pytest-xdist hypothesis
+		--editable '.[vae]' pytest pytest-benchmark pytest-xdist hypothesis
 	@touch $@
 
 test-oldest: $(OLDEST_VENV)/.installed  ## test kernels, model and benchmarks with the oldest Python, torch, triton, numpy
@@ -54,8 +54,8 @@ test-oldest: $(OLDEST_VENV)/.installed  ## test kernels, model and benchmarks wi
 
 PART ?=
 KILLS ?= 100
-NIGHTLY := kernels runs fuzz kills faults oldest
-nightly: $(INSTALLED)  ## what make test leaves out, in parts of 25 minutes at most: PART=kernels|runs|fuzz|kills|faults|oldest
+NIGHTLY := kernels runs fuzz kills cuda faults oldest
+nightly: $(INSTALLED)  ## what make test leaves out, in parts of 25 minutes at most: PART=kernels|runs|fuzz|kills|cuda|faults|oldest
 	@for part in $(or $(PART),$(NIGHTLY)); do $(MAKE) --no-print-directory nightly-$$part || exit; done
 
 nightly-kernels: $(INSTALLED)  # kernels at every size, every candidate of the tuner, every architecture's budget
@@ -63,7 +63,7 @@ nightly-kernels: $(INSTALLED)  # kernels at every size, every candidate of the t
 
 nightly-runs: $(INSTALLED)  # real training, the demo's among it, and wide sets of everything else
 	$(PYTEST) -m slow $(PARALLEL) tests --ignore-glob='tests/test_model*.py' \
-		$(addprefix --ignore=tests/,kernels planning benchmarks fuzz)
+		$(addprefix --ignore=tests/,kernels planning benchmarks fuzz cuda_standin)
 
 nightly-fuzz: $(INSTALLED)  # thousands of drawn cases, new ones each time
 	HYPOTHESIS_PROFILE=nightly $(PYTEST) $(PARALLEL) tests/fuzz
@@ -72,6 +72,14 @@ nightly-kills: $(INSTALLED)
 	$(BIN)/python tests/crash.py --kills $(KILLS)
 
 nightly-oldest: test-oldest
+
+nightly-cuda:  # launches, copies and waits of GPU code on a stand-in for CUDA, which needs PyPI's torch
+	@if [ "$$(uname -sm)" != "Linux x86_64" ] || ! command -v gcc >/dev/null; then \
+		echo "skipped: the stand-in for CUDA is for Linux on x86-64, and needs gcc"; \
+	else \
+		$(MAKE) --no-print-directory $(OLDEST_VENV)/.installed && \
+		$(OLDEST_VENV)/bin/python -m pytest -m slow tests/cuda_standin; \
+	fi
 
 nightly-faults: $(INSTALLED)  # what the tests are worth: each of some seventy planted faults must be found
 	$(BIN)/python tests/planted_faults.py --jobs 2

@@ -352,7 +352,7 @@ def sample(
             raise ConfigError(f"null_class is {null_class} but the model's is {config.null_class}: leave it out")
         null_class = config.null_class
         _check_shape("noise", noise, (len(noise), config.channels, config.input_size, config.input_size))
-    y = torch.as_tensor(classes, device=noise.device)
+    y = torch.as_tensor(classes)  # judged where they are: on a GPU that takes a wait
     _check_shape("classes", y, noise.shape[:1])
     if y.is_floating_point() or y.dtype == torch.bool:
         raise ConfigError(f"classes are of type {y.dtype}: give whole numbers")
@@ -362,6 +362,7 @@ def sample(
     if guidance != 1 and null_class is None:
         raise ConfigError(f"guidance is {guidance} but the model names no null class: give null_class")
     check_channels(guidance_channels, noise.shape[1])
+    y = y.to(noise.device)
     if positions is None:
         positions = torch.arange(len(noise), device=noise.device)
     _check_shape("positions", positions, noise.shape[:1])
@@ -492,7 +493,7 @@ def generate(
                 told = reached
 
         for start in range(0, len(labels), settings.batch):
-            chunk = labels[start : start + settings.batch].to(device)
+            chunk = labels[start : start + settings.batch]
             positions = torch.arange(first + start, first + start + len(chunk), device=device)
             latents[start : start + len(chunk)] = sample(
                 model,

@@ -126,6 +126,8 @@ def environment(
         "STANDIN_GPUS": str(gpus),
         "TRITON_LIBCUDA_PATH": str(library.parent),
     }
+    # What is found out about this GPU, such as that no kernel passes its proof, isn't kept for a real one.
+    made["XDG_CACHE_HOME"] = str(library.parent / "cache")
     made |= {"STANDIN_TRACE": str(trace)} if trace else {}
     made |= {"STANDIN_HOLD": "1"} if hold else {}
     made |= {"STANDIN_GIB": str(gib)} if gib else {}

@@ -3,12 +3,13 @@
     python tests/cuda_standin/standin.py tests/cuda_standin/walk.py mpdit train --ds_config launch/zero2.json ...
     python tests/cuda_standin/standin.py tests/cuda_standin/walk.py SCRIPT.py ...
 
-What no kernel computed can't be judged: a backend of attention serves what it could serve, without its probe, and every
-step of training counts as sound. The trace's phases are the steps and the ranges of mpdit.training.profiling.
+What no kernel computed can't be judged: kernels and backends of attention serve without their proofs, and every step of
+training counts as sound. The trace's phases are the steps and the ranges of mpdit.training.profiling.
 """
 
 from __future__ import annotations
 
+import atexit
 import runpy
 import sys
 from collections.abc import Iterator
@@ -23,8 +24,10 @@ import standin
 def patch() -> None:
     """Have values count as right, and the trace say where in a step it is."""
     import torch
+    from mpdit_kernels import proof
     from mpdit_kernels.backends import probe
 
+    from mpdit.jobs.sample import drawing
     from mpdit.training import profiling
     from mpdit.training.safety import guard
 
@@ -32,6 +35,8 @@ def patch() -> None:
     torch.backends.cudnn.enabled = False
     torch._C._set_cudnn_enabled = lambda on: None
     probe.refusal = lambda name, call: probe.BACKENDS[name].unfit(call)
+    proof.problem = lambda *_: None
+    drawing.check_finite = lambda *_: None
 
     read = guard.Guard._read
 
@@ -54,20 +59,28 @@ def patch() -> None:
 
     @contextmanager
     def told_range(self: Any, name: str) -> Iterator[None]:
-        standin.phase(name if name.startswith("step") else f"{now} {name}")
+        standin.phase(name if name.startswith("step ") else f"{now} {name}")
         with ranges(self, name):
             yield
         standin.phase(now)
+
+    @atexit.register
+    def tell_peak() -> None:
+        for device in range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ():
+            allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+            if reserved:
+                print(f"standin: peak of device {device}: {allocated} bytes, {reserved} reserved", file=sys.stderr)
 
     profiling.Profiler.steps = told_steps
     profiling.Profiler.range = told_range
 
 
-if __name__ == "__main__":
+if __name__ in ("__main__", "__mp_main__"):  # also in processes that it spawns
     patch()
+if __name__ == "__main__":
     sys.argv = sys.argv[1:]
     if sys.argv[0].endswith(".py"):
         sys.path[0] = str(Path(sys.argv[0]).parent)
         runpy.run_path(sys.argv[0], run_name="__main__")
     else:
-        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        runpy.run_module(sys.argv[0], run_name="__main__")
