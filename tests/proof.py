@@ -19,6 +19,8 @@ NIGHT = [pytest.mark.slow] if DEVICE == "cpu" else []
 
 DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=NIGHT)]
 """What kernels are proved in."""
+MOSTLY_FP32 = [torch.float32, *(pytest.param(dtype, marks=NIGHT) for dtype in (torch.bfloat16, torch.float16))]
+"""The same where another test by day proves a kernel in bf16."""
 
 FLOOR = 8
 """Roundings of the result's own dtype that are always allowed: PyTorch can be exact by luck on small shapes."""

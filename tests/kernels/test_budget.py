@@ -34,6 +34,16 @@ def test_every_kernel_is_within_budget(arch: str) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr
 
 
+@pytest.mark.slow
+def test_every_launch_of_the_tests_compiles() -> None:
+    """For A100 and H100, in the time there is."""
+    done = _run(str(Path(__file__).with_name("launches.py")), "8")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    print(f"compiled {found['compiled']} of {found['noted']} binaries")
+    assert found["noted"] > 1000 and found["compiled"] and not found["problems"], found
+
+
 BEYOND = """
 import torch
 from mpdit_kernels import dispatch, launch
