@@ -104,6 +104,16 @@ gpu:  ## on a machine with a GPU: prove the kernels there, then tune and time th
 	timeout -k 5 85 $(PYTHON) -m tools.tune --attention --minutes 1 || failed=1; \
 	exit $$failed
 
+# Needs no .venv either: PYTHON must have torch, triton, einops, numpy, pytest and pytest-benchmark. Called again with the
+# same OUT it goes on where it was.
+gpu-first: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels
+gpu-first:  ## the first five minutes on a new GPU, into OUT=DIR: proofs, ceilings, tuning, the XL step; again for what is left
+	@test -n "$(OUT)" || { echo "error: give a folder for what is found: make gpu-first OUT=DIR" >&2; exit 2; }
+	@$(PYTHON) -c 'import einops, numpy, pytest, pytest_benchmark, torch, triton' 2>/dev/null || \
+		{ echo "error: $(PYTHON) lacks torch, triton, einops, numpy, pytest or pytest-benchmark: name one that has them," \
+			"make gpu-first PYTHON=..." >&2; exit 2; }
+	@$(PYTHON) benchmarks/first.py $(OUT) $(PART)
+
 bench: $(INSTALLED)  ## time everything: small sizes on a CPU (minutes), real ones on a GPU (long: see bench-gpu)
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from mpdit.commands.common import Outcome, add_data, adder, open_data
 from mpdit.core.parser import to_path
@@ -32,7 +33,11 @@ def run(args: argparse.Namespace) -> Outcome:
     from mpdit.model.presets import preset
 
     preset(args.model)  # a name that nobody has is told at once
-    rows = list(examine(args.model, None if args.data is None else open_data(args, args.data)))
+    rows = []
+    for row in examine(args.model, None if args.data is None else open_data(args, args.data)):
+        rows.append(row)
+        if args.json:  # as it is found: what comes next may take the machine down
+            print("  ".join(row), file=sys.stderr, flush=True)
     bad = [row for row in rows if row.status == "bad"]
     table = aligned([(row.status, row.part, row.name, row.found) for row in rows])
     mend = [f"{row.name}: {row.remedy}" for row in rows if row.remedy]

@@ -9,7 +9,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from mpdit_kernels import AdamWEMA, proof, use
@@ -18,9 +18,11 @@ from mpdit_kernels.hardware import Gpu, find_gpu
 from mpdit.core import rng
 from mpdit.core.errors import UserError, first_line
 from mpdit.core.gpu import gpu_problem, too_old
-from mpdit.data.latents import LatentDataset
 from mpdit.model.mpdit import create_model
 from mpdit.model.presets import PRESETS
+
+if TYPE_CHECKING:
+    from mpdit.data.latents import LatentDataset
 
 TESTED = {
     "torch": ("2.11", "2.13"),

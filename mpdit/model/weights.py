@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, load_file
 from torch import Tensor
 
 from mpdit.core.errors import CheckpointError, ConfigError
@@ -231,6 +229,8 @@ def load_tensors(path: str | Path) -> Any:
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load, load_file
+
     return load_file(path) if is_utf8(path) else load(path.read_bytes())
 
 
@@ -254,6 +254,8 @@ def read_weights(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor], dict
     Raises:
         CheckpointError: nothing there, or a file that is damaged, not finite or of another format.
     """
+    from safetensors import SafetensorError, safe_open  # here: a model is built and timed where it is not installed
+
     config, metadata = read_description(path)
     weights = weights_folder(as_path(path)) / "model.safetensors"
     try:
