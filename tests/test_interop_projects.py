@@ -22,7 +22,7 @@ import mpdit
 from mpdit import cli
 from mpdit.core.errors import CheckpointError, ConfigError
 from mpdit.interop.official import load_official, read_official
-from mpdit.interop.projects import PROJECTS
+from mpdit.interop.projects import PROJECTS, check_arguments, find_model, identify
 from mpdit.interop.state_dict import official_names
 from mpdit.model.config import ModelConfig, StageSpec
 from mpdit.model.layers import sincos_position
@@ -279,6 +279,89 @@ def test_what_tensors_need_not_show_is_refused_by_its_argument(
     name = next(iter(fields.get("attn", fields))).replace("-", "_")
     with pytest.raises(CheckpointError, match=rf"its {name} is .*: no model with that is read, whatever its tensors"):
         read(tmp_path, {"ema": state, "config": config})
+
+
+def told(state: dict[str, Tensor], entry: dict[str, Any], velocity: bool = True) -> list[str]:
+    found = find_model({"ema": state, "args": entry}, "ema", "x.pt")
+    identity = identify(found)
+    assert not identity.objective
+    return check_arguments(found, identity.project, velocity)
+
+
+DOUBTFUL: list[dict[str, Any]] = [
+    *[{"time_reversed": True}, {"t_direction": "noise_to_data"}, {"swap_time": 1}, {"t1_is_noise": True}, {"T": 1000}],
+    *[{"time_mult": 1000.0}, {"t_embed_scale": 1000}, {"input_scale": 0.5}, {"noise_std": 2.0}, {"prior_scale": 2}],
+    *[{"sigma_min": 0.002}, {"sigma_data": 0.5}, {"P_mean": -1.2}, {"p_std": 1.2}, {"num_train_timesteps": 1000}],
+    *[{"loss": "score_matching"}, {"loss_type": "noise_mse"}, {"loss_fn": "sds"}, {"repa_loss": "eps_l2"}],
+    *[{"scheduler": "FlowMatchEulerDiscreteScheduler"}, {"output_type": "noise"}, {"score_model": True}],
+    *[{"guidance_embeds": True}, {"guidance_distilled": True}, {"model_guidance": 1.5}, {"cfg_embed": True}],
+    *[{"distill": True}, {"w_embed_dim": 256}, {"cos_path": True}, {"prediction": 2}, {"sde": {"sigma_max": 50.0}}],
+]
+
+
+@pytest.mark.parametrize("fields", DOUBTFUL, ids=str)
+def test_what_may_speak_against_a_velocity_needs_a_convention(state: dict[str, Tensor], fields: dict[str, Any]) -> None:
+    name = next(iter(fields))
+    name = next(iter(fields[name])) if isinstance(fields[name], dict) else name
+    with pytest.raises(
+        CheckpointError, match=rf"its {name} is .* no velocity .*: if it does predict one, give --conve"
+    ):
+        told(state, vars(said(**fields)))
+    assert any(f"may matter: {name}" in note for note in told(state, vars(said(**fields)), velocity=False))
+
+
+def test_a_convention_settles_what_a_name_leaves_open(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    content = {"ema": state, "args": said(time_direction="noise_to_data")}
+    with pytest.raises(CheckpointError, match="its time_direction is 'noise_to_data', which may say"):
+        read(tmp_path, content)
+    loaded, metadata = read(tmp_path, content, convention="mpdit")
+    assert loaded.config.convention == "mpdit" and "objective" not in metadata["training"]
+    content["args"] = said(time_direction="noise_to_data", prediction="noise")  # which isn't sampled in any case
+    assert read(tmp_path, content)[1]["training"]["objective"] == "noise"
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"), [("norm_eps", 1e-6, 1e-5), ("max_period", 1e4, 100), ("approx", "tanh", "none")]
+)
+def test_constants_that_no_tensor_shows(state: dict[str, Tensor], name: str, right: Any, wrong: Any) -> None:
+    assert not told(state, vars(said(**{name: right})))
+    for velocity in (True, False):
+        with pytest.raises(CheckpointError, match=rf"its {name} is {wrong!r}: only models of .* are read"):
+            told(state, vars(said(**{name: wrong})), velocity)
+
+
+def test_what_projects_write_of_training_and_sampling_passes(state: dict[str, Tensor]) -> None:
+    plain = {
+        **{"data_path": "/x", "results_dir": "r", "global_seed": 0, "loss_weight": "velocity", "sample_eps": 1e-3},
+        **{"train_eps": 1e-5, "cfg_scale": 4.0, "ckpt_every": 9, "lr_scheduler": "cosine", "guidance_low": 0.1},
+        **{"cfg_interval_start": 0.1, "use_cfg": True, "max_time": 3, "num_sampling_steps": 50, "loss": "mse"},
+        **{"noise_seed": 1, "eval_sampler": "ddim", "time_limit": "24:00", "cfg_dropout": 0.1, "uncond_prob": 0.1},
+    }
+    assert not told(state, vars(said(**plain)))
+    repa = {"weighting": "uniform", "cfg_prob": 0.1, "adam_epsilon": 1e-8, "sampling_steps": 9, "report_to": "wandb"}
+    assert not told(state, vars(said(**REPA | repa)))
+    repa_e = {"vae_align_proj_coeff": 1.5, "loss_cfg_path": "configs/l1_lpips_kl_gan.yaml", "disc_learning_rate": 1e-4}
+    assert not told(state, vars(said(**REPA | repa | repa_e)))
+    ours = {"time_sampler": "lognormal", "p_mean": -0.4, "p_std": 0.1, "loss_type": "l2", "reweight": "uniform"}
+    assert not told(state, vars(said(model="MPDiT-B/4x", **ours)))
+    lightning = WHOSE["LightningDiT"][0]["config"]
+    transport = lightning["transport"] | {"use_cosine_loss": True, "use_lognorm": True}
+    assert not told(state, lightning | {"transport": transport, "train": {"max_steps": 9}})
+
+
+def test_classes_and_json_in_configurations(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    model = {"target": "models.SiT", "params": {"num_heads": 2, "num_classes": 6}, "name": "SiT-XL/2"}
+    for part, target, path in (
+        ("diffusion", "guided.GaussianDiffusion", "guided.GaussianDiffusion"),
+        ("interpolant", "VPPath", "VPPath"),
+        ("scheduler", "DDPMScheduler", "DDPMScheduler"),
+    ):
+        for name in ("target", "_target_"):
+            config = {"model": model, part: {name: target}}
+            for content in (config, json.dumps(config)):
+                loaded, metadata = read(tmp_path, {"ema": state, "config": content, "step": torch.tensor(7)})
+                assert metadata["training"]["objective"].endswith(f"on the {path} path")
+                assert (loaded.config.heads, metadata["training"]["step"]) == (2, 7)
 
 
 def test_arguments_without_a_meaning_here_are_listed_once(tmp_path: Path, state: dict[str, Tensor]) -> None:
@@ -577,6 +660,7 @@ NAMES = {
     "a VAE": ["encoder.conv_in.weight", "decoder.conv_out.weight"],
     "an Inception network": ["Mixed_5b.branch1x1.conv.weight"],
     "a LoRA": ["transformer.blocks.0.attn.qkv.lora_A.weight"],
+    "a LoRA \\(": ["base_model.model.x_embedder.proj.weight", "base_model.model.blocks.0.attn.qkv.base_layer.weight"],
     "a U-ViT": ["in_blocks.0.attn.qkv.weight", "pos_embed"],
     "a U-Net": ["model.input_blocks.0.0.weight"],
     "a DDT": ["ema_denoiser.x_embedder.proj.weight", "ema_denoiser.s_embedder.proj.weight"],

@@ -7,6 +7,8 @@ has the same names. What is predicted on which path is read by many names and wo
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ _HOLDS = (
 )
 _MODEL = (
     "model|net(work)?|transformer|denoiser|backbone|dit|sit|generator|diffusion|flow|transport|interpolant|"
-    "data(set|module)?|train(ing|er)?|conditioning|experiment|run|common|general|main|loss|objective|init"
+    "sde|process|precond\\w*|prediction|time|data(set|module)?|train(ing|er)?|conditioning|experiment|run|common|general|main|loss|objective|init"
 )
 _SECTION = re.compile(rf"(({_MODEL})(_({_HOLDS}|model|module|net(work)?))*|({_HOLDS})(_({_HOLDS}))*)", re.IGNORECASE)
 """Sections of a configuration that speak of the model and its training."""
@@ -61,7 +63,45 @@ _PATH = re.compile(
 _FLAG = re.compile(r"(?:use_)?(?:predicts?|pred|learn)_?(\w+)|(?:use_)?(\w+?)_?(?:pred|prediction|param)")
 _BETAS = re.compile(r"diffusion_steps|timestep_respacing|beta_(start|end|min|max)")
 """Matches arguments that only diffusion over steps of noise has."""
-_OTHER_USE = re.compile(r".*(sampl|solver|eval|name|dir|folder|file|tag|lr|optim|log|ckpt|checkpoint).*")
+_OTHER_USE = re.compile(
+    r"(.*_)?(sampl\w*|\w*solver|eval\w*|\w*name|\w*dir|folder|\w*file|tag|lr|optim\w*|log\w*|ckpt|checkpoint\w*|\w*seed)(_.*)?"
+)
+_KINDS = ("type", "name", "kind", "_target_", "_class_name", "class_path")
+"""Names by which a section says what it is of."""
+_CLASS = re.compile(r"\.|[A-Z]\w*[a-z]\w*[A-Z]")
+_KNOWN_WORDS = _WORDS.keys() | _STRAIGHT.keys() | _CURVED.keys()
+_TIME = r"(t|t0|t1|\w*times?|\w*timesteps?|timescale)"
+_UNCLEAR = re.compile(
+    rf"(.*_)?({_TIME}|direction|revers\w*|swap\w*|convention|sigmas?|nois\w+|objective|regress\w*|xstart|diffusion|"
+    r"distill\w*|mg)(_.*)?|[Pp]_(mean|std)"
+)
+"""Names about what is predicted, at which times, or what a model was distilled to."""
+_UNCLEAR_WORD = re.compile(r"(.*_)?(score|pred|predicts?|prediction|target|x0)(_.*)?")
+"""The same where they have words or a switch, and no number, as a value."""
+_SCALED = re.compile(
+    r"(.*_)?(x|inputs?|data|prior|latents?)_(\w*scale|std|mult\w*|factor)|(re)?scale_(x|inputs?|data|latents?)"
+)
+_GUIDED = re.compile(r"(.*_)?(guidance|guided?|cfg)(_.*)?|w_(emb|cond)\w*")
+_GUIDES = re.compile(
+    r"((use|using|do|with|enable|train|eval|p|prob|\w*drop\w*|cf|(classifier|class)_free|null)_)*(cfg|guidance)(_(scales?|"
+    r"interval|start|end|low|high|min|max|weight|strength|rescale|channels|probs?|p|rate|ratio|\w*drop\w*|uncond\w*|w|t|"
+    r"schedule))*|use_cfg_embedding"
+)
+"""Matches how samples are guided and classes dropped, on which nothing else in a model depends."""
+_CLOCK = re.compile(
+    r"(.*_)?(timeout|datetime|walltime|runtime)(_.*)?|(max|start|end|total|train(ing)?|wall|run|save)_time|"
+    r"time_(limit|budget|out|stamp|zone)|T_(max|mult|0|i|warmup)|pred(ict)?_sigma|target_modules|"
+    rf"{_TIME}_((emb\w*_)?(dim|size|width|channels|hidden\w*)|dist\w*|weight\w*|shift)"
+)
+"""Matches names of words of `_UNCLEAR` that say nothing of what is predicted, or what shapes show."""
+_PLAIN_LOSS = re.compile(
+    r"mse|l[12]|smooth|(pseudo)?huber|charbonnier|mean|squared|error|ma?e|rmse|lpips|cosine|uniform|log(it|norm(al)?)|"
+    r"normal|adaptive|weighted|min|snr|flow|matching|velocity|v|loss|default"
+)
+_LEARNING_RATE = re.compile(
+    r"(?!.*(flow|euler|solver|unipc|heun)).*(cos(ine)?|linear|constant|step|lr|warmup|plateau|poly|cycle|exp|wsd|sqrt)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +122,9 @@ def read_arguments(checkpoint: Mapping[Any, Any]) -> Arguments:
     elsewhere: list[str] = []
     for place, name, value in _walk(checkpoint):
         where = ".".join((*place, name))
-        if name in ("type", "name", "kind") and place and says_objective(place[-1]):
+        if name == "target" and isinstance(value, str) and _CLASS.search(value) and _word(value) not in _KNOWN_WORDS:
+            name = "_target_"  # of what is to be built
+        if name in _KINDS and place and (says_objective(place[-1]) or place[-1] == "scheduler"):
             place, name = place[:-1], place[-1]
         if any(_VAE.fullmatch(part) for part in place):
             name = f"vae.{name}"
@@ -106,6 +148,34 @@ def says_objective(name: str) -> bool:
     return bool(_PREDICTS.fullmatch(name) or _PATH.fullmatch(name))
 
 
+def may_be_objective(name: str, value: Any) -> bool:
+    """Tell arguments that may bear on what is predicted, at which times, scaled or guided how, and aren't read."""
+    if _reads(name, value) or name == "_target_" or _CLOCK.fullmatch(name) or _OTHER_USE.fullmatch(name):
+        return False
+    lower, text, neutral = name.lower(), isinstance(value, str), type(value) in (int, float) and value == 1
+    words = re.findall(r"[a-z]+\d*", re.sub(r"([a-z])([A-Z])", r"\1 \2", value).lower()) if text else []
+    if text and re.search(r"[/\\]|\.(ya?ml|json|py|pt|npz)$", value):
+        return False
+    if re.fullmatch(r"(train_|diffusion_)?loss(_(type|fn|func|function|kind))?", lower):
+        return not all(map(_PLAIN_LOSS.fullmatch, words))
+    if re.fullmatch(r"(train_)?scheduler(_type)?", lower):
+        return not (text and _LEARNING_RATE.match(value))
+    if text and ((words in (["noise"], ["score"])) or ("loss" in lower and {*words} & {"noise", "eps", "score", "x0"})):
+        return True
+    if not text and (_GUIDED.fullmatch(lower) or re.fullmatch(r"(.*_)?path", lower)):
+        return not _GUIDES.fullmatch(lower)
+    about = (
+        _UNCLEAR.fullmatch(lower)
+        or says_objective(name)
+        or (type(value) in (str, bool) and _UNCLEAR_WORD.fullmatch(lower))
+    )
+    return (
+        not neutral
+        if _SCALED.fullmatch(lower) or (about and re.search("scale|mult|factor|std", lower))
+        else bool(about)
+    )
+
+
 def objective_of(values: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str], bool]:
     """Return what the arguments say is predicted, on which paths, each with what said it, and whether in known words.
 
@@ -123,6 +193,10 @@ def objective_of(values: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, s
 
 def _reads(name: str, value: Any) -> tuple[str, str, bool] | None:
     """Return ("predicts" or "path", what, whether the word is known) of an argument that says it; else None."""
+    if value is True and (short := _word(name).removeprefix("use").removeprefix("is")) in _CURVED.keys() - {"cosine"}:
+        return "path", short, True
+    if value is True and _word(name).removeprefix("use") in ("flowmatching", "rectifiedflow", "rf", "reflow"):
+        return "path", "", True
     if value is True and (flag := _FLAG.fullmatch(name)):
         word = _word(flag[1] or flag[2])
         # diffusers' v_prediction is Salimans and Ho's v, on another path than the straight one.
@@ -135,6 +209,11 @@ def _reads(name: str, value: Any) -> tuple[str, str, bool] | None:
     if not isinstance(value, str):
         return None
     word = _word(value)
+    if _PREDICTS.fullmatch(name) or _PATH.fullmatch(name) or "scheduler" in name:
+        # Names of classes: DDPMScheduler, GaussianDiffusion, VPPath.
+        parts = re.findall(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+", value.rpartition(".")[2])
+        kinds = _CURVED.keys() - ({"cosine"} if "scheduler" in name else set())
+        word = next((part.lower() for part in parts if len(parts) > 1 and part.lower() in kinds), word)
     short = re.sub(r"^pred(ict)?|pred(iction)?$", "", word)
     what = _WORDS.get(word) or (_WORDS.get(short) if short != "v" else None)
     if _PREDICTS.fullmatch(name):
@@ -167,6 +246,9 @@ def _walk(held: Any, place: tuple[str, ...] = (), depth: int = 5) -> Iterator[tu
         if isinstance(value, Mapping | argparse.Namespace):
             if depth and (place or _ENTRY.fullmatch(name)):
                 yield from _walk(value, (*place, *more, name), depth - 1)
+        elif isinstance(value, str) and value.startswith("{") and _ENTRY.fullmatch(name) and depth:
+            with contextlib.suppress(ValueError, RecursionError):
+                yield from _walk({name: json.loads(value)}, (*place, *more), depth - 1)
         elif isinstance(value, str) and value.isdecimal():
             yield (*place, *more), name, int(value)
         elif isinstance(value, str) and re.fullmatch(r"\d*\.\d+", value):

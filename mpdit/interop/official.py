@@ -136,7 +136,7 @@ def read_official(
         for names, option, given in ((HEADS, "num-heads", num_heads), (CLASSES, "num-classes", num_classes)):
             if (name := next((name for name in names if name in found.disputed), None)) and not given:
                 raise CheckpointError(f"its {name} is {found.disputed[name]}: give --{option}")
-        unread = check_arguments(found)
+        unread = check_arguments(found, identity.project, velocity=not (identity.objective or convention))
         tensors = as_official(found.tensors, identity.project, said)
         if "mpdit" in checkpoint:
             config, metadata = parse_description(checkpoint["mpdit"], 'the entry "mpdit"')

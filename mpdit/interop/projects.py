@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from mpdit.core.errors import CheckpointError
-from mpdit.interop.arguments import objective_of, read_arguments, says_objective
+from mpdit.interop.arguments import may_be_objective, objective_of, read_arguments, says_objective
 from mpdit.model.config import Convention
 
 
@@ -52,7 +52,9 @@ PROJECTS = (
         "paper",
         tensors=r"time_modulation\.",
         model="MPDiT",
-        others=frozenset({"p_mean", "p_std", "reweight", "time_emb", "num_condition_tokens", "skip_connection"}),
+        others=frozenset(
+            {"p_mean", "p_std", "reweight", "time_emb", "time_sampler", "num_condition_tokens", "skip_connection"}
+        ),
     ),
     Project(
         "REPA-E",
@@ -63,7 +65,7 @@ PROJECTS = (
         tensors=r"bn\.running_",
         arguments={"vae_align_proj_coeff": (), "bn_momentum": ()},
         extra=r"projectors\.|bn\.",
-        others=frozenset({"vae_learnable"}),
+        others=frozenset({"vae_learnable", "loss_cfg_path"}),
     ),
     Project(
         "REPA",
@@ -89,7 +91,7 @@ PROJECTS = (
         "own",
         vae=None,
         model="LightningDiT",
-        others=frozenset({"use_lognorm", "downsample_ratio", "in_chans"}),
+        others=frozenset({"use_lognorm", "use_cosine_loss", "downsample_ratio", "in_chans"}),
     ),
     Project(
         "SiT",
@@ -120,7 +122,7 @@ _STEPS = ("train_steps", "steps", "global_step", "step")
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads", "n_head", "num_head")
 CLASSES = ("num_classes", "num_embeds_ada_norm", "n_classes", "nb_classes", "num_class", "label_dim")
 _KNOWN = frozenset(
-    {*HEADS, *CLASSES, "head_dim", "attention_head_dim", "model", "model_type", "latent_norm"}
+    {*HEADS, *CLASSES, "head_dim", "attention_head_dim", "model", "model_type", "_target_", "latent_norm"}
     | {"latent_multiplier", "vae", "norm_type", "activation_fn", "sample_size"}
     | {"image_size", "resolution", "latent_size", "input_size", "patch_size", "patch_sizes", "in_channels", "channels"}
     | {"hidden_size", "depth", "depth_list", "mlp_ratio", "learn_sigma", "vae_rate", "z_dims", "projector_dim"}
@@ -131,7 +133,7 @@ _TRAINING = re.compile(
     r"files?|log\w*|wandb|\w*name|tag|eval\w*|fid|samples?|sampling|sampler|cfg|guidance|ema|optim\w*|adam\w*|betas?|"
     r"decay|warmup|grad\w*|clip\w*|precision|fp16|bf16|amp|tf32|device|gpus?|rank|world|dist|nodes?|compile|resume|"
     r"ckpt|checkpoint\w*|save|debug|version|weight|weights|report|project|entity|cache|pin|shuffle|flip|crop|loss|"
-    r"p|prob|drop|dropout|eps|epsilon|time|port|url|max|min|total|amount)(_.*)?"
+    r"p|prob|(?<!token_)drop|dropout|eps|epsilon|time|port|url|max|min|total|amount)(_.*)?"
 )
 """Names of what is about training or sampling alone."""
 _SWITCH = re.compile(
@@ -142,6 +144,12 @@ _SWITCH = re.compile(
     re.IGNORECASE,
 )
 """Parts of a model that change what it computes, and that need not show in its tensors."""
+_EXPECTED: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    (r"(norm|ln|layer_?norm)_(eps|epsilon)", (1e-6,)),
+    (r"(\w+_)?max_period", (10000,)),
+    (r"(gelu_)?approx(imat(e|ion))?(_gelu)?|gelu_approx\w*", ("tanh", True)),
+)
+"""Names of arguments of which only these values are read: no tensor shows them."""
 SCALING = re.compile(r"(vae[._])?(scaling|scale|shift)_factor|(vae|latents?)[._](scaling|scale|shift)(_factor)?")
 """Matches arguments that latents are multiplied by, or that are subtracted from them before."""
 _SCALE = re.compile(r"(t|time|timesteps?)_(scale|factor|multiplier)")
@@ -160,7 +168,11 @@ _AVERAGE = re.compile(r"(^|[._])(ema|avg|averaged?|swa|polyak|shadow)", re.IGNOR
 _NO_AVERAGE = re.compile(r"(no|non|not|without)[._]?(ema|avg|averaged?|swa)", re.IGNORECASE)
 _ELSEWHERE = "only DiT, SiT, REPA, MPDiT and models of their shape are read"
 _OTHERS = (
-    (r".*lora", "a LoRA", "merge it into its model where it was trained, and give that"),
+    (
+        r".*(lora|\.base_layer\.|modules_to_save\.)",
+        "a LoRA",
+        "merge it into its model where it was trained, and give that",
+    ),
     (r"(mpdit\.)?stages\.\d+\.", "mpdit's own weights", "put the config.json that was written with it beside it"),
     (r"(.*\.)?(encoder|decoder)\.(conv_in|conv_out|mid|mid_block|down|up)\b", "a VAE", "give its folder as --vae"),
     (r"(.*\.)?(Mixed_5b|Conv2d_1a_3x3)\.", "an Inception network", "evaluate takes it, as --inception"),
@@ -274,7 +286,8 @@ def find_model(checkpoint: Any, which: str, path: object) -> FoundModel:
         notes.append(f"of its tensors those under {under} are read; left out: {', '.join(sorted(beside))}")
     if weights is None and entry:
         notes.append(f"its weights are those of {entry}, which it doesn't call an average")
-    step = next((checkpoint[name] for name in _STEPS if isinstance(checkpoint.get(name), int)), None)
+    counts = [n.item() if isinstance(n, Tensor) and not n.ndim else n for n in map(checkpoint.get, _STEPS)]
+    step = next((count for count in counts if isinstance(count, int)), None)
     said = read_arguments(checkpoint)
     return FoundModel(tensors, weights, said.values, said.disputed, said.elsewhere, step, tuple(notes))
 
@@ -321,13 +334,20 @@ def _contradictions(
         yield f"{predicts['velocity']} is not what {project.name} predicts"
 
 
-def check_arguments(model: FoundModel) -> list[str]:
+def check_arguments(model: FoundModel, project: Project, velocity: bool) -> list[str]:
     """Refuse a model whose arguments switch on what isn't read here; return notes on those that weren't read.
 
-    A switch need not show in tensors, as rotary positions don't. Raises CheckpointError.
+    A switch need not show in tensors, as rotary positions don't. `velocity` says that the file alone is to show that
+    the model predicts one: what may speak against it is then refused. Raises CheckpointError.
     """
     unread = [where for where in model.elsewhere if where.rpartition(".")[2] in _KNOWN - {"vae", "model"}]
     for name, value in model.arguments.items():
+        own = name in project.others or value in project.arguments.get(name, ()) or not project.arguments.get(name, "?")
+        expected = next((values for names, values in _EXPECTED if re.fullmatch(names, name)), None)
+        if expected and value not in expected and not own:
+            raise CheckpointError(
+                f"its {name} is {value!r:.40}: only models of {expected[0]!r} are read, as DiT, SiT and REPA have it"
+            )
         if not value or str(value).lower() in _OFF or re.match("vae|auto_?encoder|first_stage", name):
             continue
         theirs = any(name in other.arguments or name in other.others for other in PROJECTS)
@@ -335,8 +355,16 @@ def check_arguments(model: FoundModel) -> list[str]:
             raise CheckpointError(
                 f"its {name} is {value!r:.40}: no model with that is read, whatever its tensors; {_ELSEWHERE}"
             )
+        doubtful = not (own or expected or name in _KNOWN or SCALING.fullmatch(name)) and may_be_objective(name, value)
+        if doubtful and velocity:
+            raise CheckpointError(
+                f"its {name} is {value!r:.40}, which may say that it predicts no velocity of a straight path, or at "
+                "other times: if it does predict one, give --convention sit if t = 1 is data, mpdit if it is noise"
+            )
         objective = says_objective(name) or any(objective_of({name: value})[:2])
-        if not (theirs or objective or name in _KNOWN or _TRAINING.fullmatch(name) or SCALING.fullmatch(name)):
+        if doubtful or not (
+            theirs or objective or expected or name in _KNOWN or _TRAINING.fullmatch(name) or SCALING.fullmatch(name)
+        ):
             unread.append(name)
     both = [name for name in model.disputed if name in _KNOWN or "drop" in name or "uncond" in name]
     notes = [f"its {name} is {model.disputed[name]}: neither is taken" for name in both]
