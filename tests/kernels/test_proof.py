@@ -29,7 +29,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("case", [case for case in all_cases(TINY) if case.operation != "short_attention"], ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in all_cases(TINY) if case.operation != "short_attention"], ids=lambda case: case.name
+)
 def test_every_operation_has_a_trial_that_it_passes(case: Any, gpu: Path) -> None:
     with use("auto"):
         case.call(*case.inputs("cpu", torch.float32))
