@@ -152,6 +152,7 @@ def test_gpus_that_stay_idle_are_named(tmp_path: Path, monkeypatch: pytest.Monke
     run = _run(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     assert "this machine has 4 GPUs, the run takes 1" in advice(run)[0]
     assert advice(dataclasses.replace(run, env=DistEnv(size=4, local_size=4))) == []
 
