@@ -1,5 +1,6 @@
 """The diffusers pipeline folder: loaded as users load it, in a process of its own, to the images of our sampler."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -271,6 +272,29 @@ def test_a_transformer_that_its_file_does_not_fill(exported, tmp_path):
     save_file(state | {"another": torch.zeros(1)}, file)
     with pytest.raises(CheckpointError, match=f"lacks {gone} and has unexpected another: export the pipeline again"):
         MPDiTTransformer2DModel.from_pretrained(shards)
+
+
+def test_a_vae_that_its_file_does_not_fill(exported, tmp_path):
+    from diffusers import AutoencoderKL
+    from safetensors.torch import load_file, save_file
+
+    from mpdit.interop.pipeline import MPDiTPipeline
+    from mpdit.interop.transformer_mpdit import MPDiTTransformer2DModel
+
+    saved, name = exported / "pipeline" / "vae", "diffusion_pytorch_model.safetensors"
+    transformer = MPDiTTransformer2DModel.from_pretrained(exported / "pipeline" / "transformer")
+    (tmp_path / "config.json").write_text((saved / "config.json").read_text())
+    state = load_file(saved / name)
+    gone = next(key for key in sorted(state) if key.startswith("decoder."))
+    for held, message in (
+        (state, None),
+        ({key: value for key, value in state.items() if key != gone}, f"lacks {gone}"),
+        (state | {gone: state[gone] * 0, "decoder.conv_out.weight": state["decoder.conv_out.weight"] * 0}, "of zeros"),
+    ):
+        save_file(held, tmp_path / name)
+        vae = AutoencoderKL.from_pretrained(tmp_path)
+        with pytest.raises(CheckpointError, match=message) if message else contextlib.nullcontext():
+            MPDiTPipeline(transformer, None, vae)
 
 
 def test_an_exported_pipeline_comes_back_exactly(model, tmp_path):

@@ -198,6 +198,7 @@ OBJECTIVES = {
     "loss": ("l2", None),
     "v_prediction": (True, "v_prediction"),
     "beta_start": (1e-4, "a velocity on the diffusion path"),
+    "output_kind": ("x-pred", "data"),
     "algorithm": ("shortcut", "a velocity on the shortcut path"),
     "method": ("DDPM", "a velocity on the DDPM path"),
     "use_flow_matching": (False, "a velocity on the diffusion path"),
@@ -295,6 +296,7 @@ DOUBTFUL: list[dict[str, Any]] = [
     *[{"loss": "score_matching"}, {"loss_type": "noise_mse"}, {"loss_fn": "sds"}, {"repa_loss": "eps_l2"}],
     *[{"scheduler": "FlowMatchEulerDiscreteScheduler"}, {"output_type": "noise"}, {"score_model": True}],
     *[{"guidance_embeds": True}, {"guidance_distilled": True}, {"model_guidance": 1.5}, {"cfg_embed": True}],
+    *[{"backward": True}, {"precondition": True}, {"log_snr_min": -10}, {"velocity_sign": -1}, {"betas": "cosine"}],
     *[{"distill": True}, {"w_embed_dim": 256}, {"cos_path": True}, {"prediction": 2}, {"sde": {"sigma_max": 50.0}}],
 ]
 

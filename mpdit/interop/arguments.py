@@ -64,7 +64,7 @@ _FLAG = re.compile(r"(?:use_)?(?:predicts?|pred|learn)_?(\w+)|(?:use_)?(\w+?)_?(
 _BETAS = re.compile(r"diffusion_steps|timestep_respacing|beta_(start|end|min|max)")
 """Matches arguments that only diffusion over steps of noise has."""
 _OTHER_USE = re.compile(
-    r"(.*_)?(sampl\w*|\w*solver|eval\w*|\w*name|\w*dir|folder|\w*file|tag|lr|optim\w*|log\w*|ckpt|checkpoint\w*|\w*seed)(_.*)?"
+    r"(.*_)?(sampl\w*|\w*solver|eval\w*|\w*name|\w*dir|folder|\w*file|tag|lr|optim\w*|logg\w*|ckpt|checkpoint\w*|\w*seed)(_.*)?"
 )
 _KINDS = ("type", "name", "kind", "_target_", "_class_name", "class_path")
 """Names by which a section says what it is of."""
@@ -73,13 +73,14 @@ _KNOWN_WORDS = _WORDS.keys() | _STRAIGHT.keys() | _CURVED.keys()
 _TIME = r"(t|t0|t1|\w*times?|\w*timesteps?|timescale)"
 _UNCLEAR = re.compile(
     rf"(.*_)?({_TIME}|direction|revers\w*|swap\w*|convention|sigmas?|nois\w+|objective|regress\w*|xstart|diffusion|"
+    r"backwards?|precond\w*|\w*snr|sign|negat\w*|dt|c_(skip|in|out)|"
     r"distill\w*|mg)(_.*)?|[Pp]_(mean|std)"
 )
 """Names about what is predicted, at which times, or what a model was distilled to."""
-_UNCLEAR_WORD = re.compile(r"(.*_)?(score|pred|predicts?|prediction|target|x0)(_.*)?")
+_UNCLEAR_WORD = re.compile(r"(.*_)?(score|pred|predicts?|prediction|target|x0|betas?)(_.*)?")
 """The same where they have words or a switch, and no number, as a value."""
 _SCALED = re.compile(
-    r"(.*_)?(x|inputs?|data|prior|latents?)_(\w*scale|std|mult\w*|factor)|(re)?scale_(x|inputs?|data|latents?)"
+    r"(.*_)?(x|z|inputs?|out(puts?)?|data|prior|latents?)_(\w*scale|std|mult\w*|factor)|(re)?scale_(x|inputs?|data|latents?)"
 )
 _GUIDED = re.compile(r"(.*_)?(guidance|guided?|cfg)(_.*)?|w_(emb|cond)\w*")
 _GUIDES = re.compile(
@@ -90,7 +91,7 @@ _GUIDES = re.compile(
 """Matches how samples are guided and classes dropped, on which nothing else in a model depends."""
 _CLOCK = re.compile(
     r"(.*_)?(timeout|datetime|walltime|runtime)(_.*)?|(max|start|end|total|train(ing)?|wall|run|save)_time|"
-    r"time_(limit|budget|out|stamp|zone)|T_(max|mult|0|i|warmup)|pred(ict)?_sigma|target_modules|"
+    r"time_(limit|budget|out|stamp|zone)|T_(max|mult|0|i|warmup)|pred(ict)?_sigma|target_modules|(min_)?snr_(gamma|weight\w*)|"
     rf"{_TIME}_((emb\w*_)?(dim|size|width|channels|hidden\w*)|dist\w*|weight\w*|shift)"
 )
 """Matches names of words of `_UNCLEAR` that say nothing of what is predicted, or what shapes show."""
@@ -229,7 +230,7 @@ def _reads(name: str, value: Any) -> tuple[str, str, bool] | None:
         if word in _CURVED or schedule:
             return "path", value, word in _CURVED or schedule
         return None if name == "path" or re.search(r"[/.]|^$", value) else ("path", value, False)
-    if word in _ANYWHERE and not _OTHER_USE.fullmatch(name):
+    if (word in _ANYWHERE or (what and short != word)) and not _OTHER_USE.fullmatch(name):
         return ("path", value, True) if word in _CURVED else ("predicts", what or value, bool(what))
     return None
 

@@ -21,7 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from mpdit.diffusion.sampling import check_channels, guidance_remark, guide
-from mpdit.model.weights import check_guidance
+from mpdit.model.vae import check_whole
+from mpdit.model.weights import check_guidance, read_diffusers
 
 _Base: Any = DiffusionPipeline  # as what diffusers says of its types are its stand-ins' without torch
 
@@ -39,6 +40,11 @@ class MPDiTPipeline(_Base):
         vae: AutoencoderKL | None = None,
     ) -> None:
         super().__init__()
+        # diffusers (0.42) leaves what the VAE's files lack as it was built, and has no hook of ours on the way.
+        config: Any = getattr(vae, "config", None) or {}
+        name = config.get("_name_or_path")
+        if name and any((folder := Path(name)).glob("diffusion_pytorch_model.*")):  # and no variant's
+            check_whole(vae, *read_diffusers(folder), f"vae {folder}")
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **options: Any) -> None:

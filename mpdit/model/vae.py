@@ -107,22 +107,7 @@ class VAE:
                 f"{where} can't be loaded as an AutoencoderKL ({first_line(error)}): give a folder that diffusers "
                 "saved, or a hub id such as stabilityai/sd-vae-ft-ema where the hub can be reached"
             ) from error
-        if not sharded:  # names of attention's tensors before diffusers 0.17, whose maps were 1x1 convolutions at times
-            tensors = module._fix_state_dict_keys_on_load(dict(tensors))
-        expected = module.state_dict()
-        for key, value in tensors.items():
-            if key in expected and value.shape == (*expected[key].shape, 1, 1):
-                tensors[key] = value[..., 0, 0]
-        check_values(tensors, where)
-        check_fit(
-            where, tensors, expected, "give a VAE that was saved whole, with the config.json that it was saved with"
-        )
-        # No training makes a map or kernel of zeros alone; a file that was allocated and not written has them.
-        empty = [key for key, value in sorted(tensors.items()) if value.ndim > 1 and not value.any()]
-        if empty:
-            found = counted(len(empty), "tensor")
-            raise CheckpointError(f"{where} holds {found} of zeros, such as {empty[0]}: copy or download it again")
-        module.load_state_dict(tensors)
+        module.load_state_dict(check_whole(module, tensors, sharded, where))
         for field in ("in_channels", "out_channels"):
             if (planes := getattr(module.config, field)) != _RGB:
                 raise ConfigError(f"vae {name!r} has {field} {planes}: give one of RGB images, which have {_RGB}")
@@ -249,6 +234,27 @@ class VAE:
             "range": list(self.pixel_range),
             "usual_std": self.usual_std,
         }
+
+
+def check_whole(module: Any, tensors: Mapping[str, Tensor], sharded: bool, where: str) -> dict[str, Tensor]:
+    """Return what `read_diffusers` read of a module of diffusers', by the names that it has now.
+
+    Raises CheckpointError, naming `where`, unless they are all of the module's, and such as training makes them.
+    """
+    # Names of attention's tensors before diffusers 0.17, whose maps were 1x1 convolutions at times.
+    named = dict(tensors) if sharded else module._fix_state_dict_keys_on_load(dict(tensors))
+    expected = module.state_dict()
+    for key, value in named.items():
+        if key in expected and value.shape == (*expected[key].shape, 1, 1):
+            named[key] = value[..., 0, 0]
+    check_values(named, where)
+    check_fit(where, named, expected, "give a VAE that was saved whole, with the config.json that it was saved with")
+    # No training makes a map or kernel of zeros alone; a file that was allocated and not written has them.
+    empty = [key for key, value in sorted(named.items()) if value.ndim > 1 and not value.any()]
+    if empty:
+        found = counted(len(empty), "tensor")
+        raise CheckpointError(f"{where} holds {found} of zeros, such as {empty[0]}: copy or download it again")
+    return named
 
 
 def named_vae(data: Mapping[str, Any]) -> Mapping[str, Any]:
