@@ -241,8 +241,14 @@ def test_dataset_json_counts_from_where_it_lies(tmp_path: Path) -> None:
     (tmp_path / "t.tar").write_bytes(tar_bytes(files))
     for source in (write_tree(tmp_path / "tree", files), tmp_path / "t.tar", write_zip(tmp_path / "z.zip", files)):
         assert _classes(list_images(source)) == {"edm/0/a.png": "1", "edm/0/b.png": "0"}
-    (tmp_path / "t.tar").write_bytes(tar_bytes({"./edm/dataset.json": b"{"} | files))  # the last of a name counts
-    assert _classes(list_images(tmp_path / "t.tar")) == {"edm/0/a.png": "1", "edm/0/b.png": "0"}
+    other = labels.replace(b"1]", b"0]")
+    for twice in (
+        {"./edm/dataset.json": other} | files,
+        {"edm/0/a.cls": b"1", "./edm/0/a.cls": b"2", "edm/0/a.png": X},
+    ):
+        (tmp_path / "t.tar").write_bytes(tar_bytes(twice))
+        with pytest.raises(DataError, match="is there twice, with"):
+            list_images(tmp_path / "t.tar")
     write_tree(tmp_path / "tree", {"other/1.png": X})  # which it doesn't speak of
     assert list_images(tmp_path / "tree").class_names == ("edm", "other")
     for name in ("u", "v"):
@@ -259,8 +265,35 @@ def test_what_links_lead_to_is_told_when_it_is_read_twice(tmp_path: Path) -> Non
     os.symlink(tree / "a", tree / "c")
     os.symlink("../a/1.png", tree / "b" / "3.png")
     images = list_images(tree)
-    assert images.class_names == ("a", "b", "c")
-    assert any(note.endswith("it counts twice: b/3.png is a/1.png, c is a") for note in images.notes)
+    assert images.class_names == ("a", "b")
+    assert any(note.endswith("it counts twice: b/3.png is a/1.png") for note in images.notes)
+    assert any("c is a link to a folder, whose images aren't taken again" in note for note in images.notes)
+
+
+def test_labels_above_the_folder_asked_for_are_told(tmp_path: Path) -> None:
+    files = {
+        "edm/dataset.json": b'{"labels": [["x/0/a.png", 1], ["x/1/b.png", 0]]}',
+        "edm/x/0/a.png": X,
+        "edm/x/1/b.png": X,
+    }
+    for source in (write_tree(tmp_path / "tree", files), write_zip(tmp_path / "z.zip", files)):
+        assert list_images(source).labels.tolist() == [0, 1] and not list_images(source, "one").notes
+        (note,) = list_images(source / "edm" / "x").notes
+        assert "edm/dataset.json are not used, as it lies above the folder that is read" in note
+
+
+def test_a_folder_of_hidden_files_is_an_empty_class_in_every_container(tmp_path: Path) -> None:
+    for source in _each(tmp_path, "cat/1.png", "dog/.gitkeep", "owl/2.png"):
+        if source.name != "shards":
+            with pytest.raises(DataError, match=r"1 class folder without an image \(dog\)"):
+                list_images(source)
+
+
+def test_what_the_classes_are_is_always_said(tmp_path: Path) -> None:
+    tree = write_tree(tmp_path, {"A/x/1.png": X, "B/x/2.png": X})
+    assert list_images(tree).decided == (
+        "2 classes: A (as A/x/1.png) .. B (as B/x/2.png); --classes top, parent, archive or one reads others"
+    )
 
 
 def test_names_that_only_resemble_splits_are_classes_with_a_note(tmp_path: Path) -> None:
@@ -280,11 +313,12 @@ def test_labels_that_are_not_used_are_told(tmp_path: Path) -> None:
         (note,) = (note for note in list_images(source, "auto").notes if "not used" in note)
         assert "edm/dataset.json are" in note and "(preview.png, ...)" in note
     other = write_tree(tmp_path / "other", {"a/dataset.json": b'{"name": "x"}', "a/1.png": X, "b/1.png": X})
-    assert list_images(other).notes == ()
+    (note,) = list_images(other).notes
+    assert "1 file of" in note and "(a/dataset.json) may hold labels and is not read" in note
     shard = {"s/1.jpg": X, "s/1.json": b'{"class": 1}', "s/2.jpg": X, "s/2.json": b'{"class": 0}'}
     for files, told in ((shard, True), (shard | {"s/1.cls": b"1", "s/2.cls": b"0"}, False)):
         (tmp_path / "t.tar").write_bytes(tar_bytes(files))
-        assert any("2 .json files" in note for note in list_images(tmp_path / "t.tar").notes) == told
+        assert any("2 files of" in note for note in list_images(tmp_path / "t.tar").notes) == told
 
 
 @pytest.mark.parametrize(

@@ -281,8 +281,9 @@ def test_broken_images_are_listed_and_left_out(
     # Two images a part, so that those of the dogs alone make one without a record.
     command = ["extract", str(tree), str(out), "--vae", vae, "--image-size", "32", "--part-images", "1", "--flip"]
     assert cli.main([*command, "--max-skipped", "4"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "5 images can't be used, more than the 4" in error and "--max-skipped" in error
+    decided, table, error = capsys.readouterr().err.splitlines()
+    assert decided.startswith("4 classes: ant (as ant/0.jpg) .. dog (as dog/a.png); ") and "cat/list.txt" in table
+    assert "5 images can't be used, more than the 4" in error and "--max-skipped" in error
     assert not (out / "manifest.json").exists()
 
     assert cli.main([*command, "--max-skipped", "5", "--json"]) == 0
@@ -355,8 +356,8 @@ def test_a_full_disk_is_one_line_and_a_restart_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(PartialFile, "write", full)
         assert cli.main(command) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "shard-00001.bin can't be written (No space left on device)" in error
+    _, error = capsys.readouterr().err.splitlines()  # the first says what the classes are
+    assert "shard-00001.bin can't be written (No space left on device)" in error
     assert {path.name for path in out.iterdir()} == {".parts", "shard-00000.bin"}
 
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -365,7 +366,7 @@ def test_a_full_disk_is_one_line_and_a_restart_goes_on(
         assert cli.main(command) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert capsys.readouterr().err.count("\n") == 1
+    assert capsys.readouterr().err.count("\n") == 2
     assert {path.name for path in out.iterdir()} == {".parts", "shard-00000.bin"}
     assert cli.main(command) == 0
     assert _bytes(out) == _bytes(whole)

@@ -72,7 +72,8 @@ def test_what_is_no_image_is_counted_and_named(tmp_path: Path) -> None:
         hidden_parts = {"a/.DS_Store", "__MACOSX", ".git", "a/Thumbs.db"}
         assert {name for name, _ in images.ignored} == odd.keys() | hidden_parts and len(images.ignored) == 7
         assert summary(images.ignored).startswith("hidden or the system's: 4; .")
-        (note,) = images.notes
+        table, note = images.notes
+        assert "(a/notes.txt) may hold labels and is not read" in table
         assert note.startswith("1 of the images and archives") and "stray.png lies outside the class folders" in note
 
 
@@ -221,16 +222,20 @@ def test_labels_of_edm(tmp_path: Path) -> None:
         assert list_images(source, "folder").labels.tolist() == [0, 0, 1]
 
 
+OTHERS = [row for row in LABELS["labels"] if row[0] != "00000/a.png"]
+
+
 @pytest.mark.parametrize(
     ("document", "message"),
     [
         ({"labels": LABELS["labels"][:2]}, "00001/c.png has no label"),
         ({"labels": [*LABELS["labels"], ["../up.png", 0], ["gone.png", 1]]}, "2 images not there .*up.png"),
-        ({"labels": [["00000/a.png", -1], *LABELS["labels"]]}, None),  # the last of two counts, as in EDM's dict
-        ({"labels": [*LABELS["labels"], ["00000/a.png", -1]]}, "label of 00000/a.png .* -1"),
-        ({"labels": [*LABELS["labels"], ["00000/a.png", 1.5]]}, "1.5 is no whole number"),
-        ({"labels": [*LABELS["labels"], ["00000/a.png", True]]}, "True is no whole number"),
-        ({"labels": [*LABELS["labels"], ["00000/a.png", 1 << 40]]}, "no whole number from 0"),
+        ({"labels": LABELS["labels"] * 2}, None),  # twice the same
+        ({"labels": [["00000/a.png", 7], *LABELS["labels"]]}, "00000/a.png is there twice, with 7 and 0"),
+        ({"labels": [["00000/a.png", -1], *OTHERS]}, "label of 00000/a.png .* -1"),
+        ({"labels": [["00000/a.png", 1.5], *OTHERS]}, "1.5 is no whole number"),
+        ({"labels": [["00000/a.png", True], *OTHERS]}, "True is no whole number"),
+        ({"labels": [["00000/a.png", 1 << 40], *OTHERS]}, "no whole number from 0"),
         ({"labels": None}, "has no classes"),
         ({"labels": 5}, "no list of labels"),
         ({"labels": [5]}, "no list of labels"),
@@ -254,6 +259,12 @@ def test_bad_labels_of_edm(tmp_path: Path, document: object, message: str | None
         ({"k.png": IMAGE, "k.cls": b"-1"}, "k.cls holds no label"),
         ({"k.png": IMAGE, "k.cls": b"\xff\xfe"}, "k.cls holds no label"),
         ({"k.png": IMAGE, "k.json": b"{"}, "k.json holds no label"),
+        ({"k.png": IMAGE, "k.json": b'{"label": 1, "label": 3}'}, "k.json holds .*label is there twice, with 1 and 3"),
+        ({"k.png": IMAGE, "k.json": b'{"label": 1, "cls": 5}'}, "k.json holds .* twice, with 1 and 5"),
+        (
+            {"k.png": IMAGE, "k.cls": b"1", "k.json": b'{"label": 5}'},
+            "two labels of k: 1 in its .cls and 5 in its .json",
+        ),
         ({"k.png": IMAGE, "k.json": b'{"label": "cat"}'}, "k.json holds no label"),
         ({"k.png": IMAGE, "k.cls": b"1", "l.png": IMAGE}, "image l.png has no label"),
         ({"k.png": IMAGE, "k.json": b'{"width": 3}'}, "has no classes"),

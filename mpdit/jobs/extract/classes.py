@@ -97,6 +97,8 @@ class FoundImages:
         """Whether there is a dataset.json that says that there are no labels."""
         self.ignored: list[tuple[str, str]] = []
         """Files that are not among the images, and why."""
+        self.hidden: dict[str, None] = {}
+        """Hidden files and folders, in order."""
         self.notes: list[str] = []
         """What was assumed."""
 
@@ -221,7 +223,9 @@ def _by_folder(path: Path, found: FoundImages, mode: ClassMode) -> dict[str, str
     """Return the class of each folder that images lie in: its top folder, if that is the only way to read it."""
     folders = {*found.folders}
     filled = {name.replace("\\", "/").rpartition("/")[0] for name, _ in found.ignored}
-    places = _places(found, {*folders, *found.all_folders, *filled}, archives=mode == "auto")
+    # A folder of hidden files alone is an empty one, also where an archive has no entry for it.
+    emptied = {name.replace("\\", "/").rpartition("/")[0] for name in found.hidden}
+    places = _places(found, {*folders, *found.all_folders, *filled, *emptied}, archives=mode == "auto")
     of_images = _below(places[folder] for folder in folders)
     of_files = _below(places[folder] for folder in (*folders, *filled))
     of_all = _below(places.values())

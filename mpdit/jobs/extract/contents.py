@@ -19,6 +19,7 @@ from typing import Any
 from PIL import Image, ImageFile
 
 from mpdit.core.errors import DataError
+from mpdit.core.text import counted
 from mpdit.jobs.extract.archives import (
     ARCHIVES,
     MOST_BYTES,
@@ -34,7 +35,25 @@ for _plugin in ("pillow_jxl", "pillow_avif", "pillow_heif.HeifImagePlugin"):
     with contextlib.suppress(ImportError):
         importlib.import_module(_plugin)
 _NOT_DECODED = {"EPS", "MPEG"}  # Ghostscript runs what is in EPS, and of MPEG Pillow has the size alone
-_UNREAD_FIELDS = ("class", "class_id", "class_index", "class_idx", "label_id", "category", "category_id", "target", "y")
+_TABLES = frozenset(
+    {
+        ".csv",
+        ".tsv",
+        ".txt",
+        ".json",
+        ".jsonl",
+        ".parquet",
+        ".mat",
+        ".label",
+        ".labels",
+        ".xml",
+        ".xlsx",
+        ".pkl",
+        ".pickle",
+    }
+)
+"""Suffixes of files that may hold labels as others write them."""
+_NO_TABLE = re.compile(r"(?:readme|licen[cs]e|requirements|changelog|citation)\b.*", re.IGNORECASE)
 _LABEL_SUFFIXES = (".cls", ".json")  # of webdataset's files that may hold the label of the image of the same key
 _SYSTEMS = {
     "__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information", "thumbs.db",
@@ -53,7 +72,7 @@ NOWHERE = "is a link to what isn't there"
 _NO_IMAGE = "is no image by its name"
 _ARCHIVE = "is an archive in a folder or another, not looked into"
 _NOT_HELD = "is a link to what its archive doesn't hold"
-_LINKED = "is a link to a folder, whose images aren't taken again"
+LINKED = "is a link to a folder, whose images aren't taken again"
 _REPLACED = "is replaced by a later one of the same name"
 
 Reader = Callable[[Member, int], bytes]
@@ -81,15 +100,16 @@ class Contents:
         self.notes: list[str] = []  # of the classes
         self._where, self._prefix, self._inside = where, prefix, inside
         self._read, self._nests, self._reads_labels = read, nests, reads_labels
+        folders = PurePosixPath(inside).parents if inside else ()
+        self._tables_above = {str(folder / LABELS_NAME) for folder in folders}
         self._links: dict[str, str] = {}
         self._files: dict[str, Member] = {}  # but images; hidden ones too, and those outside: links may lead there
         self._others: dict[str, Member] = {}
         self._indices: dict[str, int] = {}  # of the first `_indexed` images
         self._indexed = 0
-        self._datasets: dict[str, Member] = {}
+        self._datasets: list[tuple[str, Member]] = []
         # The label of a key, or what is wrong with it, and whether a .cls says so, which goes before a .json.
         self._key_labels: dict[tuple[str, bool], int | DataError] = {}
-        self._unread: list[str] = []  # keys whose .json has a number that may be the label
         self._guessed: list[str] = []
 
     def take(self, name: str, member: Member) -> None:
@@ -104,6 +124,8 @@ class Contents:
         if hidden or not (inside or (self._nests and self._inside.startswith(f"{self._prefix}{name}/"))):
             if inside:
                 self.hidden[hidden] = None
+            elif self._reads_labels and f"{self._prefix}{name}" in self._tables_above:
+                self.notes.append(labels_above(f"{self._where}/{name}"))
             if member.kind == "file":
                 self._files[name] = member
         elif member.kind == "folder" and inside:
@@ -130,7 +152,7 @@ class Contents:
             return
         if ending in _LABEL_SUFFIXES and self._reads_labels:
             if name.rpartition("/")[2] == LABELS_NAME:
-                self._datasets[name] = member
+                self._datasets.append((name, member))
             elif 0 <= member.size <= _MOST_LABEL_BYTES and self._read_label(name, member):
                 return
         self._others[name] = member
@@ -159,13 +181,14 @@ class Contents:
         is_class = ending.lower() == "cls"
         try:
             text = self._read(member, _MOST_LABEL_BYTES)
-            document = {"cls": int(text.decode(json.detect_encoding(text)))} if is_class else json.loads(text)
-            value = document.get("label", document.get("cls")) if isinstance(document, dict) else None
-            if value is None:
-                if isinstance(document, dict) and any(type(document.get(field)) is int for field in _UNREAD_FIELDS):
-                    self._unread.append(key)
+            document = {"cls": int(text.decode(json.detect_encoding(text)))} if is_class else _parse_json(text)
+            fields = [document.get(field) for field in ("label", "cls")] if isinstance(document, dict) else []
+            values = [value for value in fields if value is not None]
+            if not values:
                 return False
-            label: int | DataError = as_label(value)
+            before = self._key_labels.get((key, is_class))
+            agreed = _agreed((key, as_label(value)) for value in [*values, *[before] * isinstance(before, int)])
+            label: int | DataError = agreed[key]
         except (ValueError, RecursionError, OSError, BrokenImage) as error:
             label = DataError(
                 f"{self._where}: {self._prefix}{name} holds no label that can be used ({error}): mend it, or choose "
@@ -184,17 +207,19 @@ class Contents:
                 f"{self._where} doesn't say how {len(self._guessed)} of its names are encoded "
                 f"({some(self._guessed, 1)}): classes by name may have another order than those of a folder"
             )
-        for name, member in self._datasets.items():
+        for name, member in self._datasets:
             self._apply_dataset(name, member)
         for name, member in self._others.items():
             unnamed = is_unnamed_archive(name, functools.partial(self._read, member))
             self.ignored.append((name, _ARCHIVE if is_archive_name(name) else UNNAMED if unnamed else _NO_IMAGE))
-        if self._unread and not self._key_labels:
-            stems = {image.rpartition(".")[0] for image in self.names}
-            if found := [f"{key}.json" for key in self._unread if key in stems]:
+        if self._reads_labels and self.names and not (self._key_labels or self.dataset_labels or self.wrong):
+            bases = ((name, name.rpartition("/")[2]) for name in self._others)
+            tables = [name for name, base in bases if suffix(base) in _TABLES and not _NO_TABLE.fullmatch(base)]
+            if tables:
                 self.notes.append(
-                    f"the numbers in {len(found)} .json files of {self._where} ({some(found, 1)}) are not read as "
-                    'labels: name them "label", if they are'
+                    f"{counted(len(tables), 'file')} of {self._where} ({some(tables, 3)}) may hold labels and "
+                    f'{"is" if len(tables) == 1 else "are"} not read: labels are read from KEY.cls, "label" in '
+                    f"KEY.json, and {LABELS_NAME}"
                 )
         try:
             self._apply_labels()
@@ -211,7 +236,7 @@ class Contents:
             target = self._end_of(target)
             below = images[bisect.bisect(images, f"{target}/") : bisect.bisect(images, f"{target}0")]  # 0 is after /
             if target in held:
-                self.ignored.append((name, _LINKED))
+                self.ignored.append((name, LINKED))
             elif below:
                 for other in below:
                     self._take_file(name + other.removeprefix(target), self._files[other])
@@ -246,8 +271,11 @@ class Contents:
         folder, where = name.removesuffix(LABELS_NAME), f"{self._where}/{name}"
         stray = next((image for image in self.names if not image.startswith(folder)), None)
         try:
-            value = json.loads(self._read(member, MOST_BYTES))["labels"]
-            pairs = None if value is None else dict(value)  # null, as EDM has it of sets without labels
+            value = _parse_json(self._read(member, MOST_BYTES))["labels"]
+            pairs = value  # null, as EDM has it of sets without labels
+            if stray is None and value is not None:
+                items = value.items() if isinstance(value, dict) else value
+                pairs = _agreed(((folder + image, label) for image, label in items), self.dataset_labels)
         except (ValueError, TypeError, KeyError, RecursionError, BrokenImage) as error:
             if stray is None:
                 self.wrong = self.wrong or DataError(
@@ -256,9 +284,9 @@ class Contents:
                 )
             return
         if stray is None:
-            self.dataset_labels |= {folder + image: label for image, label in (pairs or {}).items()}
+            self.dataset_labels = pairs or self.dataset_labels
             self.unlabelled |= pairs is None
-            del self._others[name]
+            self._others.pop(name, None)
         elif pairs:
             self.notes.append(
                 f"the labels in {where} are not used, as images lie outside its folder ({self._prefix}{stray}, ...): "
@@ -291,13 +319,38 @@ class Contents:
                     f"{self._where} has {len(images)} images of the key {self._prefix}{key} ({first}, {second}, ...) "
                     "and one label: leave one of them, or choose other classes"
                 )
-            label = labels.get((key, True), labels.get((key, False), UNLABELLED))
+            stated = [labels[each] for each in ((key, True), (key, False)) if each in labels]
+            label = stated[0]
             if isinstance(label, DataError):
                 raise label
+            if len({each for each in stated if isinstance(each, int)}) > 1:
+                raise DataError(
+                    f"{self._where} has two labels of {self._prefix}{key}: {label} in its .cls and {stated[1]} in its "
+                    ".json; mend one, or choose other classes"
+                )
             for index in images:
                 self.labels[index] = label if index == meant[0] else IGNORED
                 if index != meant[0]:
                     self.ignored.append((self.names[index], OF_KEY))
+
+
+def labels_above(where: str) -> str:
+    """Return the note of a table of labels that lies above the folder asked for."""
+    return f"the labels in {where} are not used, as it lies above the folder that is read: give its folder to use them"
+
+
+def _parse_json(text: bytes) -> Any:
+    """Parse JSON; ValueError for a key that an object has twice with other values, of which json takes the last."""
+    return json.loads(text, object_pairs_hook=_agreed)
+
+
+def _agreed(pairs: Iterable[tuple[str, Any]], known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return `known` and the pairs as a dict; ValueError for a name that has two values."""
+    values = dict(known or {})
+    for name, value in pairs:
+        if values.setdefault(name, value) != value:
+            raise ValueError(f"{name} is there twice, with {values[name]!r:.40} and {value!r:.40}")
+    return values
 
 
 def summary(ignored: Iterable[tuple[str, str]]) -> str:
@@ -309,7 +362,7 @@ def is_lost(name: str, reason: str) -> bool:
     """Return whether an ignored file is, or may hold, images that are missed: a line warns of those."""
     if reason == BESIDE:  # EDM's labels, or archives that are still being copied
         return name == LABELS_NAME or is_archive_name(name) or any(suffix in name.lower() for suffix in ARCHIVES)
-    if reason in (_ARCHIVE, _LINKED, UNNAMED) or (reason in (NOWHERE, _NOT_HELD) and may_be_folder(name)):
+    if reason in (_ARCHIVE, LINKED, UNNAMED) or (reason in (NOWHERE, _NOT_HELD) and may_be_folder(name)):
         return True
     return reason not in (_NO_IMAGE, HIDDEN) and suffix(name) in image_suffixes()
 

@@ -160,6 +160,7 @@ def extract(
     job = _plan(source, folder, vae, options)
     _begun(job)
     if DistEnv.from_environment().rank == 0:
+        print(job.images.decided, file=sys.stderr, flush=True)
         for note in job.images.notes:  # before hours of work, which they may spare
             print(f"warning: {note}", file=sys.stderr, flush=True)
     if not (folder / MANIFEST_NAME).exists():
@@ -482,6 +483,7 @@ def _assemble(job: ExtractionJob, mode: NormalizationMode) -> ExtractReport:
         "skipped": skipped,
         "ignored": len(job.images.ignored),
         "ignored_kinds": kinds(job.images.ignored),
+        "classes": job.images.decided,
         "notes": job.images.notes,
         "ignored_files": [[printable(name), reason] for name, reason in job.images.ignored[:_IGNORED_NAMED]],
         "empty_classes": [job.spec.class_names[label] for label in np.flatnonzero(counts == 0)],

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mpdit.core.errors import DataError, one_line
+from mpdit.core.text import counted
 from mpdit.jobs.extract.archives import (
     ARCHIVES,
     BrokenImage,
@@ -31,19 +32,22 @@ from mpdit.jobs.extract.archives import (
     tar_members,
     zip_members,
 )
-from mpdit.jobs.extract.classes import ClassMode, FoundImages, classify, some
+from mpdit.jobs.extract.classes import LABELS_NAME, ClassMode, FoundImages, classify, some
 from mpdit.jobs.extract.contents import (
     BESIDE,
     HIDDEN,
+    LINKED,
     NOWHERE,
     OF_KEY,
     UNNAMED,
     Contents,
     Reader,
+    hidden_part,
     image_suffixes,
     is_hidden,
     is_lost,
     is_unnamed_archive,
+    labels_above,
     may_be_folder,
     suffix,
     summary,
@@ -86,6 +90,8 @@ class ImageIndex:
     """[N] of _PLACE."""
     ignored: list[tuple[str, str]]
     """Files that are not among the images, and why."""
+    decided: str = ""
+    """A line that says what the classes are, with an image of the first and the last, and how to choose others."""
     notes: tuple[str, ...] = ()
     """Lines to warn of: what was assumed of the classes, and images that were left out."""
 
@@ -155,6 +161,9 @@ def list_images(path: str | Path, classes: ClassMode | None = "auto") -> ImageIn
         if parent.is_file():
             top, inside = parent, f"{path.relative_to(parent).as_posix()}/"
     listing = _Listing(classes in (None, "auto", "label"), inside, classes is None)
+    if classes in ("auto", "label"):
+        above = (folder / LABELS_NAME for folder in path.absolute().parents)
+        listing.notes += [labels_above(str(file)) for file in above if top.is_dir() and file.is_file()][:1]
     with tqdm(desc="listing images", unit="img", disable=None, file=sys.stderr, leave=False) as listing.progress:
         try:
             if top.is_dir():
@@ -180,12 +189,11 @@ class _Listing(FoundImages):
         self.inside = inside
         self._containers: list[Container] = []
         self._places: list[NDArray[np.void]] = []
-        self._hidden: dict[str, None] = {}
         self._same: dict[str, str] = {}
 
     def index(self, path: Path, classes: ClassMode | None) -> ImageIndex:
         """Return the images that have a class, in order."""
-        hidden = [(name, HIDDEN) for name in self._hidden]
+        hidden = [(name, HIDDEN) for name in self.hidden]
         if not self.names:
             left = f" (ignored: {told})" if (told := summary(self.ignored + hidden)) else ""
             raise DataError(f"{path} holds no images that can be decoded here{left}: check the path")
@@ -220,7 +228,8 @@ class _Listing(FoundImages):
                     f"({some(doubles, 1)}): move them if they are none"
                 )
         containers, notes = tuple(self._containers), tuple(map(one_line, self.notes))
-        return ImageIndex(class_names, labels[order], names, containers, places[order], self.ignored, notes)
+        decided = one_line(_decided(class_names, names, labels[order]))
+        return ImageIndex(class_names, labels[order], names, containers, places[order], self.ignored, decided, notes)
 
     def _told_lost(self, path: Path) -> str:
         lost = [f"{name} {reason}" for name, reason in self.ignored if is_lost(name, reason)]
@@ -242,7 +251,7 @@ class _Listing(FoundImages):
                 f"{path} holds archives ({archives[0]}, ...) beside folders or images ({others[0]}, ...): give one or "
                 "the other"
             )
-        self._hidden |= hidden
+        self.hidden |= hidden
         for name in sorted({name for name, _ in inside}.difference(archives)):
             unnamed = is_unnamed_archive(name, functools.partial(_read_file, path, Member(name)))
             self.ignored.append((name, UNNAMED if unnamed else BESIDE))
@@ -255,6 +264,7 @@ class _Listing(FoundImages):
         seen: dict[tuple[int, int], str] = {}
         twice: list[str] = []
         whole = os.path.join(os.path.abspath(top), "")
+        real = os.path.join(os.path.realpath(top), "")
         while pending:
             folder, inside, above = pending.pop()
             with os.scandir(folder) as entries:
@@ -274,6 +284,8 @@ class _Listing(FoundImages):
                         twice += [f"{name} is {target.removeprefix(whole)}"] * target.startswith(whole)
                 elif identity in above:
                     yield Member(name, "odd", text="is a link to a folder above it")
+                elif entry.is_symlink() and _is_read_there(os.path.realpath(entry.path), real):
+                    yield Member(name, "odd", text=LINKED)
                 else:
                     if seen.setdefault(identity, name) != name:
                         twice.append(f"{name} is {seen[identity]}")
@@ -335,8 +347,15 @@ class _Listing(FoundImages):
         self.dataset_labels |= {prefix + name: label for name, label in found.dataset_labels.items()}
         self.unlabelled |= found.unlabelled
         self.ignored += [(prefix + name, reason) for name, reason in found.ignored]
-        self._hidden |= {prefix + name: None for name in found.hidden}
+        self.hidden |= {prefix + name: None for name in found.hidden}
         return found.tars
+
+
+def _decided(classes: Sequence[str], names: Sequence[str], labels: NDArray[np.int32]) -> str:
+    """Say what the classes are: an image's path shows which of its folders, or what else, each is named by."""
+    first, last = (f"{classes[labels[i]]} (as {names[i]})" for i in (int(labels.argmin()), int(labels.argmax())))
+    shown = first if len(classes) == 1 else f"{first} .. {last}"
+    return f"{counted(len(classes), 'class', 'classes')}: {shown}; --classes top, parent, archive or one reads others"
 
 
 def _read_of_zip(descriptor: int, member: Member, most: int) -> bytes:
@@ -350,6 +369,11 @@ def _read_of_tar(descriptor: int, member: Member, most: int) -> bytes:
 def _read_file(folder: Path, member: Member, most: int) -> bytes:
     with open(folder / member.name, "rb") as file:
         return file.read(most)
+
+
+def _is_read_there(target: str, top: str) -> bool:
+    """Return whether a folder lies in the tree `top`, with a slash at its end, where no hidden part keeps it out."""
+    return target.startswith(top) and not hidden_part(target.removeprefix(top))
 
 
 def _status(entry: os.DirEntry[str]) -> os.stat_result:
