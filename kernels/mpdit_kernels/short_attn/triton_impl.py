@@ -20,9 +20,9 @@ heads), a program has one tile of queries, and keys and values come chunk by chu
 
 Backward, one launch gives the packed gradient, each number written once by the program that has its head. Scores are
 computed again. For each block of keys a loop over the queries adds up dk and dv, with scores transposed so that p^T and
-ds^T are left operands straight from registers. Where the block is ALL_KEYS, the same loop makes dq. Otherwise, after
-the loops of all blocks, another makes dq and computes the scores a third time, which costs less than adding up in
-memory.
+ds^T are left operands straight from registers. Where the block is ALL_KEYS, the same loop makes dq. Otherwise another
+before the loops of all blocks makes dq, and computes the scores a third time, which costs less than adding up in
+memory. It leaves delta, in memory, to the loops after it.
 """
 
 from __future__ import annotations
@@ -116,6 +116,8 @@ def _default_backward(tokens: int, width: int, bytes: int) -> Config:
         return _backward(32, 64, 8)
     if width <= 64 and tokens <= 80:
         return _backward(32, 64, 4, whole=True)
+    if tokens <= 80 and target() == "sm_90":  # on sm_80 this spills
+        return _backward(64, 128, 8, whole=True)
     return _backward(64 if target() == "sm_90" else 32, 64, 4)
 
 
@@ -320,6 +322,7 @@ def backward_kernel(
     qkv,  # [N, 3, H, D], likewise
     out,  # [N', H, D]
     lse,  # fp32 [H, N']
+    delta,  # scratch fp32 [H, N'], unless ALL_KEYS
     d_qkv,  # out [N, 3, H, D]
     starts,  # int64 [S] or None
     out_starts,  # int64 [S]
@@ -359,6 +362,8 @@ def backward_kernel(
     q += query_start * row_stride
     out += out_row * (H * D) + h * D
     lse += h.to(tl.int64) * num_out_rows + out_row
+    if not ALL_KEYS:
+        delta += h.to(tl.int64) * num_out_rows + out_row
     dq = d_qkv + start * (3 * H * D) + h * D
     dk = dq + H * D
     dv = dq + 2 * H * D
@@ -372,28 +377,29 @@ def backward_kernel(
     num_queries = T - query_start
     if ALL_KEYS:
         _backward_keys(
-            q, k, v, d_out, out, lse, dq, dk, dv, T, num_queries, scale, scale_log2, row_stride, d_out_row_stride,
+            q, k, v, d_out, lse, delta, dq, dk, dv, T, num_queries, scale, scale_log2, row_stride, d_out_row_stride,
             H, D, COLUMNS, KEYS, QUERIES, PADDED, True,
         )  # fmt: skip
     else:
+        _backward_queries(
+            q, k, v, d_out, out, lse, delta, dq, T, num_queries, scale, scale_log2, row_stride, d_out_row_stride,
+            H, D, COLUMNS, BLOCK, QUERIES, PADDED,
+        )  # fmt: skip
+        tl.debug_barrier()  # delta, which some threads have written, is read by others
         for key in tl.range(0, T, BLOCK, disable_licm=True):
             block_k = k + key * row_stride
             block_v = v + key * row_stride
             block_dk = dk + key * (3 * H * D)
             block_dv = dv + key * (3 * H * D)
             _backward_keys(
-                q, block_k, block_v, d_out, out, lse, dq, block_dk, block_dv, T - key, num_queries, scale, scale_log2,
+                q, block_k, block_v, d_out, lse, delta, dq, block_dk, block_dv, T - key, num_queries, scale, scale_log2,
                 row_stride, d_out_row_stride, H, D, COLUMNS, KEYS, QUERIES, PADDED, False,
             )  # fmt: skip
-        _backward_queries(
-            q, k, v, d_out, out, lse, dq, T, num_queries, scale, scale_log2, row_stride, d_out_row_stride,
-            H, D, COLUMNS, BLOCK, QUERIES, PADDED,
-        )  # fmt: skip
 
 
 @triton.jit
 def _backward_keys(
-    q, k, v, d_out, out, lse, dq, dk, dv, limit, num_queries, scale, scale_log2, row_stride, d_out_row_stride,
+    q, k, v, d_out, lse, delta, dq, dk, dv, limit, num_queries, scale, scale_log2, row_stride, d_out_row_stride,
     H: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
     PADDED: tl.constexpr, ALL_KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -428,18 +434,18 @@ def _backward_keys(
 
         # delta_i = sum_j p[i, j] * dp[i, j]: [QUERIES]
         if ALL_KEYS:
-            delta = tl.zeros([QUERIES], tl.float32)
+            delta_i = tl.zeros([QUERIES], tl.float32)
             for i in tl.static_range(len(KEYS)):
-                delta += tl.sum(weights[i] * d_weights[i], 0)
+                delta_i += tl.sum(weights[i] * d_weights[i], 0)
         else:
-            delta = _delta(out + first * (H * D), d_outs, query_limit, H, D, COLUMNS, QUERIES)
+            delta_i = tl.load(delta + first + rows, mask=rows < query_limit, other=0)
 
         # ds^T = p^T * (dp^T - delta), dv += p^T @ d_out, dk += ds^T @ q, dq = ds @ k
         dq_acc = ()
         new_dk = ()
         new_dv = ()
         for i in tl.static_range(len(KEYS)):
-            ds = (weights[i] * (d_weights[i] - delta[None, :])).to(q.dtype.element_ty)
+            ds = (weights[i] * (d_weights[i] - delta_i[None, :])).to(q.dtype.element_ty)
             new_dv = new_dv + (dot_plain(weights[i].to(q.dtype.element_ty), d_outs, dv_acc[i]),)
             new_dk = new_dk + (dot_plain(ds, queries, dk_acc[i]),)
             if ALL_KEYS:
@@ -457,16 +463,22 @@ def _backward_keys(
 
 @triton.jit
 def _backward_queries(
-    q, k, v, d_out, out, lse, dq, T, num_queries, scale, scale_log2, row_stride, d_out_row_stride, H: tl.constexpr,
-    D: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, PADDED: tl.constexpr,
+    q, k, v, d_out, out, lse, delta, dq, T, num_queries, scale, scale_log2, row_stride, d_out_row_stride,
+    H: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr,
+    PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Write dq, tile by tile, from all keys and values, which come in blocks."""
+    """Write delta and dq, tile by tile, from all keys and values, which come in blocks."""
     for first in tl.range(0, num_queries, QUERIES, disable_licm=True):
         rows = tl.arange(0, QUERIES)
         limit = num_queries - first
         queries = load_rows(q + first * row_stride, rows, limit, row_stride, COLUMNS, D)
         d_outs = load_rows(d_out + first * d_out_row_stride, rows, limit, d_out_row_stride, COLUMNS, D)
-        delta = _delta(out + first * (H * D), d_outs, limit, H, D, COLUMNS, QUERIES)
+        # delta_i = sum_d out[i, d] * d_out[i, d]: [QUERIES]
+        outs = load_rows(out + first * (H * D), rows, limit, H * D, COLUMNS, D)
+        delta_i = tl.zeros([QUERIES], tl.float32)
+        for j in tl.static_range(len(COLUMNS)):
+            delta_i += tl.sum(d_outs[j].to(tl.float32) * outs[j].to(tl.float32), 1)
+        tl.store(delta + first + rows, delta_i, mask=rows < limit)
         lse_i = tl.load(lse + first + rows, mask=rows < limit, other=float("inf"))
         dq_acc = zeros(QUERIES, COLUMNS)
         for key in tl.range(0, T, BLOCK, disable_licm=True):
@@ -477,20 +489,10 @@ def _backward_queries(
             p = tl.exp2(dot_transposed(queries, keys) * scale_log2 - lse_i[:, None])
             if PADDED:
                 p = tl.where(at[None, :] < T - key, p, 0)
-            ds = p * (dot_transposed(d_outs, values) - delta[:, None])
+            ds = p * (dot_transposed(d_outs, values) - delta_i[:, None])
             # dq += ds @ k
             dq_acc = dot_plain(ds.to(q.dtype.element_ty), keys, dq_acc)
         store_rows(dq + first * (3 * H * D), rows, limit, 3 * H * D, dq_acc, scale, COLUMNS, D)
-
-
-@triton.jit
-def _delta(out, d_outs, limit, H: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, QUERIES: tl.constexpr):
-    """Return delta_i = sum_d out[i, d] * d_out[i, d] (FlashAttention-2, section 3.1): [QUERIES]."""
-    outs = load_rows(out, tl.arange(0, QUERIES), limit, H * D, COLUMNS, D)
-    delta = tl.zeros([QUERIES], tl.float32)
-    for j in tl.static_range(len(COLUMNS)):
-        delta += tl.sum(d_outs[j].to(tl.float32) * outs[j].to(tl.float32), 1)
-    return delta
 
 
 def forward(
@@ -552,10 +554,11 @@ def backward(
         config = _pick(BACKWARD, qkv, tokens)
         block, whole = config["BLOCK"], config["ALL_KEYS"]
         keys = chunks(tokens, block) if whole and block < tokens else ((0, block),)
+        delta = None if whole else torch.empty_like(lse)
         launch(
             backward_kernel,
             (count * heads,),
-            *(d_out, qkv, out, lse, d_qkv, first_rows, out_rows, tokens, query_start, scale, scale * LOG2E),
+            *(d_out, qkv, out, lse, delta, d_qkv, first_rows, out_rows, tokens, query_start, scale, scale * LOG2E),
             *(qkv.stride(-4), qkv.stride(0), d_out.stride(-3), d_out.stride(0), lse.shape[1]),
             H=heads,
             D=width,
