@@ -57,7 +57,6 @@ def _without_storage(x: Any) -> Any:
 
 
 def main(minutes: float) -> dict[str, Any]:
-    end = time.monotonic() + 60 * minutes
     os.environ["TRITON_INTERPRET"] = "0"  # which conftest.py would set
     sys.path.append(str(Path(__file__).parents[1]))
     import proof
@@ -73,6 +72,7 @@ def main(minutes: float) -> dict[str, Any]:
         pytest.main(["-q", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist", *files], [notes])
     todo = [(one, target, test) for (_, target, _), (one, test) in notes.found.items()]
     random.Random(0).shuffle(todo)  # long and short ones
+    end = time.monotonic() + 60 * minutes
     compiled, problems = 0, []
     while todo[compiled:] and time.monotonic() < end:
         now = todo[compiled : compiled + AT_ONCE]
