@@ -620,3 +620,24 @@ def test_closing_lets_go_of_files(tmp_path: Path) -> None:
     assert open_below(tmp_path) == 5
     del kept
     assert open_below(tmp_path) == 0
+
+
+@pytest.mark.parametrize("name", ["mpdit", "edm2", "lightningdit"])
+def test_files_that_are_not_read_are_told(name: str, tmp_path: Path) -> None:
+    path = CASES[name].write(tmp_path / "set")
+    before = open_latents(path)
+    assert "left_out" not in before.manifest.source
+    folder = path / F if name == "mpdit" else path
+    (folder / "sub").mkdir(exist_ok=True)
+    for extra in ("sub/x.npz", "7.npy.part", ".hidden"):
+        (folder / extra).write_bytes(b"x")
+    again = open_latents(path)
+    assert again.manifest.remarks()[0].startswith("2 files (") and "sub/x.npz" in again.manifest.remarks()[0]
+    assert again.manifest.to_json() == before.manifest.to_json()  # the same data: a run goes on
+
+
+def test_a_gap_in_shard_numbers_is_refused(tmp_path: Path) -> None:
+    path = CASES["lightningdit"].write(tmp_path / "set")
+    (path / SHARD.replace("002", "001")).unlink()
+    with pytest.raises(DataError, match=r"lacks shard 1 of rank 0 .*shard001"):
+        open_latents(path)

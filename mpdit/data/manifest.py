@@ -157,6 +157,8 @@ class DatasetInfo(LatentSpec):
     def remarks(self) -> list[str]:
         """Return, a line each, what is measured of the latents and isn't what they are taken for."""
         found = []
+        if left_out := self.source.get("left_out"):
+            found.append(f"{left_out} beside the latents' files aren't read: check that none of them is missed")
         if not suits(self.normalization, self.statistics):
             found.append(
                 f"by the normalisation in use a model sees {seen(self.normalization, self.statistics)}, not 0 "
@@ -238,7 +240,9 @@ class DatasetInfo(LatentSpec):
 
     def to_json(self) -> str:
         """Return all fields as one JSON object, the same for the same data, whether its scale was given or found."""
-        source = {name: value for name, value in self.source.items() if not name.endswith("_origin")}
+        source = {
+            name: value for name, value in self.source.items() if not (name.endswith("_origin") or name == "left_out")
+        }
         return json.dumps(dataclasses.asdict(self) | {"source": source}, indent=1) + "\n"
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from mpdit.core.errors import DataError, RecordError
+from mpdit.core.text import counted
 from mpdit.data.latents import LatentDataset, Samples
 from mpdit.data.manifest import ORIGINAL, ORIGINAL_AND_FLIPPED, DatasetInfo
 from mpdit.data.normalization import FAR, Normalization, NormalizationMode, Scale, apart, choose_normalization
@@ -61,6 +63,7 @@ class ForeignLatents(LatentDataset):
         self.path = path
         self._options = options
         self._scale = Scale()  # undone as stored latents are read
+        self._left_out: list[str] = []  # names of files that aren't read
 
     def close(self) -> None:
         """Do nothing: a reader that keeps files open closes them here."""
@@ -145,6 +148,7 @@ class ForeignLatents(LatentDataset):
                 "scale_origin": self._scale_origin if given is None else "given",
                 "statistics": "of every sample" if whole else f"of {len(sample)} samples, evenly spread",
                 **({"range_origin": range_origin} if range_origin else {}),
+                **({"left_out": _shown(self._left_out)} if self._left_out else {}),
                 **(source or {}),
             },
             decoder={"kind": DECODER_KIND, "vae": None, "range": list(pixel_range)},
@@ -253,3 +257,15 @@ class ForeignLatents(LatentDataset):
     def _error(self, index: int, what: str) -> RecordError:
         message = f"{self._where(index)} (sample {index}) {what}: mend or remove it"
         return RecordError(message, sample=index, file=self._where(index), offset=None, reason=what)
+
+
+def _shown(names: list[str]) -> str:
+    first = ", ".join(sorted(names)[:3]).encode(errors="backslashreplace").decode()
+    return f"{counted(len(names), 'file')} ({first}{', ...' if len(names) > 3 else ''})"
+
+
+def files_below(folder: Path) -> Iterator[str]:
+    """Yield the names of all files that aren't hidden, relative to the folder."""
+    start = len(os.path.join(folder, ""))
+    for at, _, names in os.walk(folder):
+        yield from (os.path.join(at, name)[start:] for name in names if not name.startswith("."))

@@ -18,7 +18,7 @@ from mpdit.core.files import OpenFile
 from mpdit.core.text import counted
 from mpdit.core.zips import ZIP_DAMAGE, crc32, open_zip, read_local_header
 from mpdit.data.normalization import Normalization
-from mpdit.data.readers.base import ForeignLatents, Options
+from mpdit.data.readers.base import ForeignLatents, Options, files_below
 from mpdit.data.readers.npy import parse_npy, read_file
 from mpdit.model.vae import SIGNED, UNIT, PixelRange
 
@@ -56,7 +56,9 @@ class EDM2Latents(ForeignLatents):
     def __init__(self, path: Path, options: Options) -> None:
         super().__init__(path, options)
         self._zip = _Zip(path) if path.is_file() else None
-        present = {name for name in (self._zip.names() if self._zip else _files_below(path)) if _is_npy(name)}
+        files = {*(self._zip.names() if self._zip else files_below(path))} - {LABELS_NAME}
+        present = {name for name in files if _is_npy(name)}
+        self._left_out = [name for name in files - present if not os.path.basename(name).startswith(".")]
         listed = _parse_labels(path, self._read(LABELS_NAME), present)
         _check_names(path, [name for name, _ in listed], present)
         self._names = np.array([os.fsencode(name) for name, _ in listed])  # of fixed width: far smaller than str
@@ -131,13 +133,6 @@ class _Zip:
 
     def close(self) -> None:
         self._file.close()
-
-
-def _files_below(folder: Path) -> Iterator[str]:
-    """Yield the names of all files, relative to the folder."""
-    start = len(os.path.join(folder, ""))
-    for at, _, names in os.walk(folder):
-        yield from (os.path.join(at, name)[start:] for name in names)
 
 
 def _is_npy(name: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,12 +16,13 @@ from safetensors import SafetensorError, safe_open
 from mpdit.core.errors import CheckpointError, DataError
 from mpdit.core.files import OpenFile
 from mpdit.data.normalization import Normalization
-from mpdit.data.readers.base import ForeignLatents, Options
+from mpdit.data.readers.base import ForeignLatents, Options, files_below
 from mpdit.model.weights import load_tensors
 
 STATISTICS_NAME = "latents_stats.pt"
 
 _LATENTS, _FLIPPED, _LABELS = "latents", "latents_flip", "labels"
+_NUMBERS = re.compile(r"latents_rank(\d+)_shard(\d+)\.safetensors")
 _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _INTEGERS = {"I64": "<i8", "I32": "<i4"}
 
@@ -31,6 +33,20 @@ class _Tensor(NamedTuple):
     dtype: str
     shape: list[int]
     offset: int
+
+
+def _check_numbers(path: Path, names: list[str]) -> None:
+    """Raise DataError for a gap in the numbers of shards, which each rank writes from 0 on, or of ranks."""
+    shards: dict[int, set[int]] = {}
+    for found in filter(None, map(_NUMBERS.fullmatch, names)):
+        shards.setdefault(int(found[1]), set()).add(int(found[2]))
+    for rank in range(max(shards, default=-1) + 1):
+        numbers = shards.get(rank, set())
+        if missing := set(range(max(numbers, default=0) + 1)) - numbers:
+            raise DataError(
+                f"{path} lacks shard {min(missing)} of rank {rank} (latents_rank{rank:02d}_shard{min(missing):03d}"
+                ".safetensors), and others come after it: copy it here, or number the files without a gap"
+            )
 
 
 class LightningDiTLatents(ForeignLatents):
@@ -52,6 +68,9 @@ class LightningDiTLatents(ForeignLatents):
     def __init__(self, path: Path, options: Options) -> None:
         super().__init__(path, options)
         self._paths = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("."))
+        _check_numbers(path, [file.name for file in self._paths])
+        read = {STATISTICS_NAME, *(file.name for file in self._paths)}
+        self._left_out = [name for name in files_below(path) if name not in read]
         self._files: list[OpenFile] = []
         self._shards = [self._open(file) for file in self._paths]
         flipped = {_FLIPPED in shard for shard in self._shards}

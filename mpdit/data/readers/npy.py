@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mpdit.core.errors import DataError
 from mpdit.core.files import read_bytes
 from mpdit.data.normalization import KNOWN_SCALES, Normalization, Scale, overall_std
-from mpdit.data.readers.base import ForeignLatents, Options
+from mpdit.data.readers.base import ForeignLatents, Options, files_below
 from mpdit.data.records import find_bad_label
 
 SD_SCALE = 0.18215
@@ -62,6 +62,9 @@ class NpyPairs(ForeignLatents):
         super().__init__(path, options)
         self._label_folder = _labels_of(path) or path
         self._names = _paired_names(path, self._label_folder)
+        folders = {path, self._label_folder}
+        below = ((folder, name) for folder in folders for name in files_below(folder))
+        self._left_out = [f"{at.name}/{name}" for at, name in below if "/" in name or not name.endswith(".npy")]
         num_samples, num_classes = len(self._names), options.num_classes
         if num_classes is None:
             num_classes = self._keep_labels(self._read_label_files(np.arange(num_samples)), self._label_folder)
