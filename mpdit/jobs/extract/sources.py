@@ -228,7 +228,7 @@ class _Listing(FoundImages):
                     f"({some(doubles, 1)}): move them if they are none"
                 )
         containers, notes = tuple(self._containers), tuple(map(one_line, self.notes))
-        decided = one_line(_decided(class_names, names, labels[order]))
+        decided = "" if classes is None else one_line(_decided(class_names, names, labels[order]))
         return ImageIndex(class_names, labels[order], names, containers, places[order], self.ignored, decided, notes)
 
     def _told_lost(self, path: Path) -> str:
