@@ -26,7 +26,7 @@ from torch import Tensor
 TARGETS = ("sm_80", "sm_90")
 KERNELS = ("adaln", "adaln_packed", "adamw_ema", "cases", "fno", "gelu_mlp", "philox", "short_attn", "upsample")
 """Whose tests launch. Drawn ones draw hundreds of strides, and models run in configurations for the interpreter."""
-AT_ONCE = 128
+AT_ONCE = 32
 """Compiled before the time is looked at."""
 
 
