@@ -279,6 +279,20 @@ class TestExtraction:
         assert (moments[:, :, 0] == moments[:, :, 3]).all() and moments[:, :, :3].std() > 0.01
 
 
+class TestBenchmarks:
+    """Their figures are this CPU's, so they go nowhere."""
+
+    @pytest.mark.parametrize("part", ["kernels", "block", "forward", "step", "sampling", "optimizer"])
+    def test_a_part_runs(self, part: str, tmp_path: Path) -> None:
+        small = ["--models", "MPDiT-B/4-2", "--batches", "8"] if part not in ("kernels", "optimizer") else []
+        limits = ["--seconds", "0.1", "--rounds", "1", "--minutes", "0.5", "--results", str(tmp_path), *small]
+        file = REPOSITORY / "benchmarks" / f"bench_{part}.py"
+        chosen = "ours and not compile" + " and GELU" * (part == "kernels")
+        walked = walk(str(HERE / "benching.py"), str(file), "-k", chosen, *limits, hold=False)
+        assert " passed" in walked.output and "failed" not in walked.output
+        assert walked.of("launch")
+
+
 class TestTheStandIn:
     """What it is there to find, it finds."""
 

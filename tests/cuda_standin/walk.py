@@ -31,10 +31,14 @@ def patch() -> None:
     from mpdit.training import profiling
     from mpdit.training.safety import guard
 
-    # A convolution through im2col and cuBLAS: cuDNN looks for an engine in ways that no stub answers.
+    # cuDNN looks for its kernels in ways that no stub answers: convolutions go through cuBLAS, attention elsewhere.
     torch.backends.cudnn.enabled = False
     torch._C._set_cudnn_enabled = lambda on: None
-    probe.refusal = lambda name, call: probe.BACKENDS[name].unfit(call)
+
+    def refusal(name: str, call: Any) -> str | None:
+        return "there is no cuDNN here" if name == "sdpa_cudnn" else probe.BACKENDS[name].unfit(call)
+
+    probe.refusal = refusal
     proof.problem = lambda *_: None
     drawing.check_finite = lambda *_: None
 
