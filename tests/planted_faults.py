@@ -189,7 +189,7 @@ FAULTS = tuple(Fault(*row) for row in (
     (T + "checkpoint/format.py", "a damaged shard is not noticed", 'if digest != entry["sha256"]:',
      'if len(digest) != len(entry["sha256"]):', "test_training_checkpoint.py"),
     (T + "checkpoint/save.py", "what is saved may be of the next step",
-     "return memory.copy_(values, non_blocking=True)", "return values", "test_training_resume.py -k goes_on_while"),
+     "self._memory[key].copy_(values, non_blocking=True)", "values", "test_training_resume.py -k goes_on_while"),
     (T + "checkpoint/format.py", "raw weights are exported for the average", "reader.read(kind, name, 0,",
      'reader.read("weight", name, 0,', "test_training_checkpoint.py"),
     (T + "checkpoint/weights.py", "raw weights are the average", '_KINDS = {"raw": "weight"', '_KINDS = {"raw": "ema"',
