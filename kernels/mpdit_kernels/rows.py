@@ -61,6 +61,15 @@ def row_mean(tiles, D: tl.constexpr):
 
 
 @triton.jit
+def row_means(a, b, D: tl.constexpr):
+    """Return the means [ROWS] of two rows over all columns, both by one sum: as many barriers as for one."""
+    total = tl.sum(tl.join(a[0], b[0]), 1)
+    for i in tl.static_range(1, len(a)):
+        total += tl.sum(tl.join(a[i], b[i]), 1)
+    return (total / D).split()
+
+
+@triton.jit
 def row_moments(tiles, eps, D: tl.constexpr):
     """Return mean and reciprocal standard deviation [ROWS], the variance as the mean of squared differences."""
     mean = row_mean(tiles, D)
@@ -92,22 +101,30 @@ def store_vector(pointer, tiles, CHUNKS: tl.constexpr):
         tl.store(pointer + columns(CHUNKS, i), tiles[i].to(pointer.dtype.element_ty))
 
 
-# tanh-GELU as a product of its argument and a sigmoid, as (1 + tanh(z / 2)) / 2 is sigmoid(z). From exp(-|z|) neither
-# the sigmoid nor its derivative overflows or is a difference of near equals: taken as s - s^2, the derivative would
-# cost several times PyTorch's error once |h| reaches 2.
+# tanh-GELU is gelu(h) = h * s, s = sigmoid(z) = 1 / (1 + e), e = exp(-z), as (1 + tanh(z / 2)) / 2 is sigmoid(z). The
+# sigmoid's derivative is s * (e * s): taken as s - s^2, a difference of near equals, it would cost several times
+# PyTorch's error once h reaches 2.
 
 
 @triton.jit
-def gelu_gate(h):
-    """Return (s, s * (1 - s)) where gelu(h) = h * s and s = sigmoid(z(h)): the sigmoid and its derivative in z."""
-    z = 1.5957691216057308 * h * (1 + 0.044715 * h * h)  # 2 sqrt(2 / pi)
-    e = tl.exp(-tl.abs(z))
-    larger = 1 / (1 + e)
-    smaller = e * larger
-    return tl.where(z >= 0, larger, smaller), larger * smaller
+def gelu_exponential(h):
+    """Return (h, e = exp(-z(h))), both with h from -10 on: below, e would be infinite and gelu(h) is 0 in fp32."""
+    h = tl.maximum(h, -10.0, tl.PropagateNan.ALL)
+    # z = 2 sqrt(2 / pi) * (h + 0.044715 * h^3), in bits: exp would multiply by log2(e) once more
+    return h, tl.exp2(h * (-2.302208198144325 - 0.1029432395800235 * h * h))
 
 
 @triton.jit
-def gelu_slope(h, s, ds):
-    """Return gelu'(h) = s + h * ds * z'(h); h meets ds first, so that large |h| give 0 and not 0 times infinity."""
-    return s + h * ds * (1.5957691216057308 + 0.2140644488 * h * h)  # 3 * 0.044715 times the former
+def gelu(h):
+    """Return h * s."""
+    _, e = gelu_exponential(h)
+    return h * (1 / (1 + e))  # not h / (1 + e): the slope needs the quotient too
+
+
+@triton.jit
+def gelu_and_slope(h):
+    """Return gelu(h) and gelu'(h) = s + h * s * (e * s) * z'(h)."""
+    bounded, e = gelu_exponential(h)
+    s = 1 / (1 + e)
+    # h meets s * (e * s) first, so that large h give 0 and not 0 times infinity; 0.21... is 3 * 0.044715 * 1.59...
+    return h * s, s + bounded * (s * (e * s)) * (1.5957691216057308 + 0.2140644488 * bounded * bounded)

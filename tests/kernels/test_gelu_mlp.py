@@ -112,6 +112,15 @@ def test_large_values_are_finite() -> None:
     torch.testing.assert_close(dx.double(), slope, rtol=1e-5, atol=1e-6)
 
 
+def test_what_is_no_number_stays_none() -> None:
+    one, zero, x = torch.ones(1, 1, device=DEVICE), torch.zeros(1, device=DEVICE), leaf(3, 1)
+    x.data[1] = float("nan")
+    with kernels(small_tiles=False):
+        y = gelu_linear(x, one, zero)
+        (dx,) = torch.autograd.grad(y.sum(), x)
+    assert y.isnan().flatten().tolist() == dx.isnan().flatten().tolist() == [False, True, False]
+
+
 def test_slope_is_exact_where_the_gate_saturates() -> None:
     one, zero, x = torch.ones(1, 1, device=DEVICE), torch.zeros(1, device=DEVICE), leaf(2000, 1)
     wide = 4 * x

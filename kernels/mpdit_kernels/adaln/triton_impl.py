@@ -33,7 +33,7 @@ from mpdit_kernels.rows import (
     columns,
     load_rows,
     load_vector,
-    row_mean,
+    row_means,
     row_moments,
     rows_of,
     store_vector,
@@ -48,8 +48,8 @@ def _candidates(width: int, parts: str, bytes: str) -> list[Config]:
         for cap in (128, 512, 1024)
         for warps in (4, 8)
         for rows in (1, 2, 4)
-        for tokens in (16, 40, 80)
-        if rows * width <= 1024 * warps and cap < 2 * width and tokens % rows == 0
+        for tokens in (20, 40, 80)
+        if rows * width <= 1152 * warps and cap < 2 * width and tokens % rows == 0
     ]
 
 
@@ -63,7 +63,7 @@ def _default(width: int, parts: str, bytes: str) -> Config:
 
 def _default_backward(width: int, parts: str, bytes: str) -> Config:
     warps = 8 if width > 1536 else 4
-    return {"ROWS": _rows(width), "TOKENS": 40, "CAP": 1024, "num_warps": warps, "num_stages": 1}
+    return {"ROWS": 1, "TOKENS": 20, "CAP": 1024, "num_warps": warps, "num_stages": 1}
 
 
 FORWARD = Tunable("adaln.forward", _default, _candidates)
@@ -194,6 +194,12 @@ def _backward(
         rows = (first + step + tl.arange(0, ROWS)).to(tl.int64)
         mask = rows < end
         out = (sample * T + rows) * D
+        # All loads come before the sums over columns, whose barriers would hold up those after them.
+        if GRAD_RESIDUAL:
+            d_residual_rows = d_residual + sample * d_residual_batch_stride + rows * d_residual_token_stride
+            incoming = load_rows(d_residual_rows, mask, CHUNKS)
+        if GATED:
+            branches = load_rows(branch + sample * branch_batch_stride + rows * branch_token_stride, mask, CHUNKS)
         if NORM:
             mean = tl.load(statistics + sample * T + rows, mask=mask, other=0)
             rstd = tl.load(statistics + ((1 if PACKED else tl.num_programs(0)) + sample) * T + rows, mask=mask, other=0)
@@ -214,28 +220,23 @@ def _backward(
                 normalized = normalized + (normalized_i,)
             d_shift = new_d_shift
             d_scale = new_d_scale
-            mean_product = row_mean(products, D)[:, None]
-            mean_g = row_mean(g, D)[:, None]
+            mean_product, mean_g = row_means(products, g, D)
         new_d_gate = ()
         for i in tl.static_range(len(CHUNKS)):
             at = columns(CHUNKS, i)
             # dx = (g - normalized * mean(g * normalized) - mean(g)) * rstd + d_residual
             if NORM:
-                dx = (g[i] - normalized[i] * mean_product - mean_g) * rstd[:, None]
+                dx = (g[i] - normalized[i] * mean_product[:, None] - mean_g[:, None]) * rstd[:, None]
             if GRAD_RESIDUAL:
-                pointers = d_residual + sample * d_residual_batch_stride + rows[:, None] * d_residual_token_stride + at
-                incoming = tl.load(pointers, mask=mask[:, None], other=0).to(tl.float32)
                 if NORM:
-                    dx += incoming
+                    dx += incoming[i]
                 else:
-                    dx = incoming
+                    dx = incoming[i]
             if NORM:
                 tl.store(d_x + out[:, None] + at, dx.to(d_x.dtype.element_ty), mask=mask[:, None])
             # d_gate += sum_t dx * branch, d_branch = dx * gate
             if GATED:
-                pointers = branch + sample * branch_batch_stride + rows[:, None] * branch_token_stride + at
-                branches = tl.load(pointers, mask=mask[:, None], other=0).to(tl.float32)
-                new_d_gate = new_d_gate + (d_gate[i] + tl.sum(dx * branches, 0, keep_dims=True),)
+                new_d_gate = new_d_gate + (d_gate[i] + tl.sum(dx * branches[i], 0, keep_dims=True),)
                 gated = (dx * gates[i]).to(d_branch.dtype.element_ty)
                 tl.store(d_branch + out[:, None] + at, gated, mask=mask[:, None])
         if GATED:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from mpdit_kernels.launch import Tunable, launch
-from mpdit_kernels.rows import gelu_gate, gelu_slope, rows_of
+from mpdit_kernels.rows import gelu, gelu_and_slope, rows_of
 
 PASS = Tunable(
     "gelu_mlp.pass",
@@ -51,7 +51,7 @@ def _forward_pass(h, a, N, BLOCK: tl.constexpr):
     """Write a = GELU(h), N values; a may be h."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(h + at, mask=at < N, other=0).to(tl.float32)
-    tl.store(a + at, (values * gelu_gate(values)[0]).to(a.dtype.element_ty), mask=at < N)
+    tl.store(a + at, gelu(values).to(a.dtype.element_ty), mask=at < N)
 
 
 @triton.jit
@@ -82,11 +82,11 @@ def _backward_pass(
         values = tl.load(h + at, mask=mask, other=0).to(tl.float32)
         # dh = GELU'(h) * da, a = GELU(h): [ROWS, COLUMNS]
         gradient = tl.load(da + rows * da_row_stride + columns, mask=mask, other=0).to(tl.float32)
-        gate, d_gate = gelu_gate(values)
-        gradient *= gelu_slope(values, gate, d_gate)
+        activation, slope = gelu_and_slope(values)
+        gradient *= slope
         tl.store(dh + at, gradient.to(dh.dtype.element_ty), mask=mask)
         if ACTIVATION:
-            tl.store(a + at, (values * gate).to(a.dtype.element_ty), mask=mask)
+            tl.store(a + at, activation.to(a.dtype.element_ty), mask=mask)
         if SUMS:
             total += gradient
     if SUMS:

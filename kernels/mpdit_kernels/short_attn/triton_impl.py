@@ -81,7 +81,7 @@ def _default(tokens: int, width: int, bytes: int) -> Config:
         return _forward(64, 0, 64, 4)
     # As many keys at once as leave the registers of a thread without spills.
     if target() == "sm_90":
-        return _forward(64, 320 if tokens <= 272 else 160, 64, 4)
+        return _forward(64, 320, 256, 4) if tokens <= 272 else _forward(64, 160, 64, 4)
     if tokens <= 160 or width <= 64:
         return _forward(64, 144, 128, 4)
     return _forward(128, 64, 64, 8) if target() == "sm_80" else _forward(64, 80, 64, 4)

@@ -37,11 +37,11 @@ from mpdit_kernels.launch import Config, Tunable, element_sizes, launch
 from mpdit_kernels.rows import (
     chunks,
     columns,
-    gelu_gate,
-    gelu_slope,
+    gelu,
+    gelu_and_slope,
     load_rows,
     load_vector,
-    row_mean,
+    row_means,
     row_moments,
     rows_of,
     zeros,
@@ -123,8 +123,7 @@ def normalize(pre_gelu, is_image, eps, D: tl.constexpr, CHUNKS: tl.constexpr):
     """Return layer norm of rows, image tokens' after GELU, and their reciprocal standard deviations [ROWS]."""
     activated = ()
     for i in tl.static_range(len(CHUNKS)):
-        gate, _ = gelu_gate(pre_gelu[i])
-        activated = activated + (tl.where(is_image, pre_gelu[i] * gate, pre_gelu[i]),)
+        activated = activated + (tl.where(is_image, gelu(pre_gelu[i]), pre_gelu[i]),)
     mean, rstd = row_moments(activated, eps, D)
     normalized = ()
     for i in tl.static_range(len(CHUNKS)):
@@ -257,20 +256,19 @@ def _backward(
             )  # fmt: skip
 
         if GRADIENT:
-            # mean(g * normalized), mean(g): [ROWS, 1]
+            # mean(g * normalized), mean(g): [ROWS]
             g = load_rows(d_refine_input + row * D_STRIDE, mask, CHUNKS)
             products = ()
             for i in tl.static_range(len(CHUNKS)):
                 products = products + (g[i] * normalized[i],)
-            mean_product = row_mean(products, D)[:, None]
-            mean_g = row_mean(g, D)[:, None]
+            mean_product, mean_g = row_means(products, g, D)
             new_d_bias = ()
             for i in tl.static_range(len(CHUNKS)):
                 # d_a = (g - normalized * mean(g * normalized) - mean(g)) * rstd
-                d_a = (g[i] - normalized[i] * mean_product - mean_g) * rstd[:, None]
+                d_a = (g[i] - normalized[i] * mean_product[:, None] - mean_g[:, None]) * rstd[:, None]
                 # d_pre_gelu = GELU'(pre_gelu) * d_a of image tokens
-                gate, d_gate = gelu_gate(values[i])
-                d_values = tl.where(is_image, d_a * gelu_slope(values[i], gate, d_gate), d_a)
+                _, slope = gelu_and_slope(values[i])
+                d_values = tl.where(is_image, d_a * slope, d_a)
                 target = d_pre_gelu + pre_gelu_row[:, None] * D + columns(CHUNKS, i)
                 tl.store(target, d_values.to(d_pre_gelu.dtype.element_ty), mask=mask[:, None])
                 # d_expand_bias += d_pre_gelu; a row that doesn't exist may hold NaN where eps is 0
