@@ -34,6 +34,7 @@ pytestmark = [
     pytest.mark.skipif(standin.unavailable() is not None, reason=f"no stand-in for CUDA: {standin.unavailable()}"),
 ]
 
+SCRATCH = tempfile.TemporaryDirectory()
 STEPS = 6
 LAUNCHES = 400
 """More than an eager step of the digits' model has; 372 were counted with torch 2.11, triton 3.6, DeepSpeed 0.19.8."""
@@ -54,7 +55,7 @@ def walk(
     *command: str, gpus: int = 1, ranks: int = 1, hold: bool = True, gib: float | None = None, code: int = 0
 ) -> Walk:
     """Run a command in so many ranks and check what holds for all: none is refused anything, and no copy is raced."""
-    folder = Path(tempfile.mkdtemp())
+    folder = Path(tempfile.mkdtemp(dir=SCRATCH.name))
     made = standin.environment(gpus, trace=folder / "%d.trace", hold=hold, gib=gib)
     made["PYTHONPATH"] = os.pathsep.join([made["PYTHONPATH"], str(REPOSITORY), str(REPOSITORY / "kernels")])
     made |= {"TRITON_INTERPRET": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -88,7 +89,7 @@ def command(*arguments: str) -> list[str]:
 @functools.cache
 def trained(stage: int, *arguments: str, ranks: int = 1) -> tuple[Path, Walk]:
     """Train the digits' model for a few steps; return its folder and the walk."""
-    folder = Path(tempfile.mkdtemp())
+    folder = Path(tempfile.mkdtemp(dir=SCRATCH.name))
     zero = folder / "zero.json"
     zero.write_text(
         json.dumps({"zero_optimization": {"stage": stage, "overlap_comm": True} if stage else {"stage": 0}})
