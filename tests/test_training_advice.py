@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from mpdit.core.dist_env import DistEnv
+from mpdit.core.errors import ConfigError
 from mpdit.data.writer import write_packed
 from mpdit.training import advice as advice_module
 from mpdit.training.advice import advice
@@ -173,6 +175,28 @@ def test_hosts_are_counted(variables: dict[str, str], hosts: int, monkeypatch: p
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert DistEnv.from_environment().hosts == hosts
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"RANK": "1"}, "rank 1 of 1 rank"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "rank 2 of 2 ranks"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0': expected a whole number of at least 1"),
+        ({"WORLD_SIZE": "2", "LOCAL_SIZE": "0"}, "LOCAL_SIZE is '0'"),
+        ({"WORLD_SIZE": "\u00b2"}, "WORLD_SIZE is"),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "2"}, "rank 2 of 2 ranks"),
+    ],
+)
+def test_a_place_among_the_ranks_that_cannot_be_is_told(
+    variables: dict[str, str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_SIZE", "GROUP_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        DistEnv.from_environment()
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked up in /proc")

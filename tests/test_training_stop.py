@@ -289,3 +289,15 @@ def test_a_rank_that_was_suspended_goes_on(tmp_path: Path) -> None:
     process.send_signal(signal.SIGCONT)
     output, _ = process.communicate(timeout=60)
     assert (process.returncode, output) == (0, "ended\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [("--nproc-per-node", "1"), ("--nproc-per-node", "2"), ("--standalone",)])
+def test_torchrun_starts_one_rank_or_two(launcher: tuple[str, ...]) -> None:
+    out = new_folder("run")
+    command = [sys.executable, "-m", "torch.distributed.run", *launcher, str(REPOSITORY / "launch" / "train.py")]
+    done = subprocess.run(
+        [*command, *tiny(out, "--steps", "2")], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "trained 2 steps" in done.stdout

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpdit.core.errors import ConfigError
+from mpdit.core.text import counted
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,25 @@ class DistEnv:
         Of SLURM's variables those of a job step of several tasks count, and only where no launcher has set its own: a
         plain command in a batch script or an interactive shell has only the job's, and is alone.
         """
-        if not {"RANK", "WORLD_SIZE"} & os.environ.keys() and _number("SLURM_STEP_NUM_TASKS", 1) > 1:
-            size = _number("SLURM_STEP_NUM_TASKS", 1)
-            nodes = max(1, _number("SLURM_STEP_NUM_NODES", 1))
-            return cls(_number("SLURM_PROCID", 0), size, _number("SLURM_LOCALID", 0), -(-size // nodes), nodes)
-        size = _number("WORLD_SIZE", 1)
-        local_size = _number("LOCAL_SIZE", _number("LOCAL_WORLD_SIZE", size))
-        return cls(
-            rank=_number("RANK", 0),
-            size=size,
-            local_rank=_number("LOCAL_RANK", 0),
-            local_size=local_size,
-            hosts=_number("CROSS_SIZE", _number("GROUP_WORLD_SIZE", -(-size // max(1, local_size)))),
-        )
+        if not {"RANK", "WORLD_SIZE"} & os.environ.keys() and _number("SLURM_STEP_NUM_TASKS", 1, 1) > 1:
+            size, nodes = _number("SLURM_STEP_NUM_TASKS", 1, 1), _number("SLURM_STEP_NUM_NODES", 1, 1)
+            found = cls(_number("SLURM_PROCID", 0), size, _number("SLURM_LOCALID", 0), -(-size // nodes), nodes)
+        else:
+            size = _number("WORLD_SIZE", 1, 1)
+            local_size = _number("LOCAL_SIZE", _number("LOCAL_WORLD_SIZE", size, 1), 1)
+            found = cls(
+                rank=_number("RANK", 0),
+                size=size,
+                local_rank=_number("LOCAL_RANK", 0),
+                local_size=local_size,
+                hosts=_number("CROSS_SIZE", _number("GROUP_WORLD_SIZE", -(-size // local_size), 1), 1),
+            )
+        if found.rank >= found.size:
+            raise ConfigError(
+                f"the environment says rank {found.rank} of {counted(found.size, 'rank')}, counted from 0: unset RANK "
+                "and WORLD_SIZE for a run of one process, or start all by a launcher, which sets both"
+            )
+        return found
 
 
 def set_threads(env: DistEnv) -> None:
@@ -70,8 +77,9 @@ def gather(value: Any, group: Any = None) -> list[Any]:
     return values
 
 
-def _number(name: str, default: int) -> int:
+def _number(name: str, default: int, least: int = 0) -> int:
     text = os.environ.get(name, str(default))
-    if not text.isdigit():
-        raise ConfigError(f"environment variable {name} is {text!r}: expected a whole number, as launchers set it")
+    if not text.isdecimal() or int(text) < least:
+        wanted = f"a whole number{' of at least 1' if least else ''}"
+        raise ConfigError(f"environment variable {name} is {text!r}: expected {wanted}, as launchers set it")
     return int(text)

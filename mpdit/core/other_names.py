@@ -25,10 +25,12 @@ sched|lr_(decay|policy|min)|min_lr|anneal => lr_schedule => method
 learning_?rate|(^|_)b?lr$|^lr => lr =>
 accum|micro_?steps|update_freq => grad_accum_steps => grad_accum_steps
 ^(ref|real|gt|stats)(_|$)|ref_batch =>  => reference
-batch|^bsz?$|_per_(gpu|device|rank)$ => global_batch => global_batch batch
+^(eval\w*|val\w*|test|sample|infer\w*)_batch => training draws in batches of its own: leave it out => batch
+micro_?batch|batch\w*_per_|(^|_)per_(gpu|device|rank)(_|$) => give --global-batch, ranks x micro steps x it => batch
+batch|^bsz?$ => global_batch => global_batch batch
 clip|(grad|max)_norm => clip =>
 (^|_)ema => ema_decay => weights
-uncond|(cfg|label|class|cond\w*|caption|text)_?(prob|drop\w*)|^(p_)?drop(out)?(_p|_prob|_rate)?$ => class_dropout =>
+uncond|(cfg|label|class|cond\w*|caption|text)_?(prob|drop\w*) => class_dropout =>
 drop =>  =>
 (guid\w*|cfg)_(interval|low|high|start|end) =>  => interval
 (cfg|config)_?(file|path) =>  =>
@@ -62,6 +64,7 @@ snr|loss_?(type|weight\w*)|weighting => loss_weight =>
 t(ime)?(step)?_?(sampl\w*|dist\w*)|density => time_sampler =>
 workers|num_(proc|threads) => data are read by threads as needed: leave it out => workers
 solver|sampler|ode|method =>  => method
+^(gpus?(_?ids?)?|devices?(_?ids?)?|cuda)$ => CUDA_VISIBLE_DEVICES chooses the GPUs: leave it out => gpus device
 ^(num|n|nb)?_?(gpus?|devices|processes|proc\w*)$|world_size =>  => gpus
 device|^cuda =>  => device
 label|class =>  => classes

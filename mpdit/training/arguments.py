@@ -42,7 +42,7 @@ _METAVARS = {
 _SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _LAUNCHERS = re.compile(
     r"hostfile|(num|n)_?(gpus?|accelerators|nodes|machines|processes|devices)|include|exclude|m(aster|ain_process)_\w+|"
-    r"nproc\w*|nnodes|(node|machine)_rank|rdzv_\w+|standalone|gpus?|devices?|gpu_ids?|world_size"
+    r"nproc\w*|nnodes|(node|machine)_rank|rdzv_\w+|standalone|world_size"
 )
 """Matches arguments of launchers, which stand before the script or `--module mpdit train`."""
 

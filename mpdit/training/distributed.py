@@ -50,7 +50,8 @@ def init_distributed(env: DistEnv, hang_timeout: float = 0, name: str = "") -> t
     # NCCL's watch over its own watchdog, 8 minutes by default.
     os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(limit.total_seconds())))
     if env.size == 1:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        # A port of one's own; what torchrun sets would have torch look for torchrun's store there (2.13).
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", TORCHELASTIC_USE_AGENT_STORE="False")
     else:
         store = _meet(env, name, timedelta(seconds=min(hang_timeout or _MEETING_SECONDS, _MEETING_SECONDS)))
 
