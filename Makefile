@@ -98,10 +98,10 @@ gpu:  ## on a machine with a GPU: prove the kernels there, then tune and time th
 	@failed=0; drawn='*_drawn.py'; $(PYTHON) -c 'import hypothesis' 2>/dev/null && drawn=; \
 	{ echo tests/kernels/test_gpu.py; \
 	  find tests/kernels -name 'test_*.py' ! -name test_gpu.py ! -name "$$drawn" | sort; } | \
-		timeout -k 5 $(GPU_TEST_SECONDS) xargs -P 8 -n 1 $(PYTHON) -m pytest -q -m "not slow" -p no:cacheprovider || \
+		timeout -s INT -k 10 $(GPU_TEST_SECONDS) xargs -P 8 -n 1 $(PYTHON) -m pytest -q -m "not slow" -p no:cacheprovider || \
 		{ failed=1; echo "error: a test failed, or the tests took more than $(GPU_TEST_SECONDS) seconds" >&2; }; \
-	timeout -k 5 220 $(PYTHON) -m tools.tune --minutes 3.4 || failed=1; \
-	timeout -k 5 85 $(PYTHON) -m tools.tune --attention --minutes 1 || failed=1; \
+	timeout -s INT -k 5 220 $(PYTHON) -m tools.tune --minutes 3.4 || failed=1; \
+	timeout -s INT -k 5 85 $(PYTHON) -m tools.tune --attention --minutes 1 || failed=1; \
 	exit $$failed
 
 # Needs no .venv either: PYTHON must have torch, triton, einops, numpy, pytest and pytest-benchmark. Called again with the
