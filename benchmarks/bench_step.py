@@ -1,8 +1,9 @@
 """Times the training step: noise, loss, backward, optimiser with its average; latents are on the device already.
 
-Ours is what launch/train.py computes on one device, one launch after another: without its guard, data and DeepSpeed, and
-not as the one CUDA graph that it is there (first_step.py times that). The others' steps are those of their train.py, see peers.py. DiT runs
-in our code too, in the same variants, and the best of them is what MPDiT is to be compared with.
+Ours is what launch/train.py computes on one device, one launch after another: without its guard, data and DeepSpeed,
+and not as the one CUDA graph that it is there (first_step.py times that). The others' steps are those of their
+train.py, see peers.py. DiT runs in our code too, in the same variants, and the best of them is what MPDiT is to be
+compared with.
 """
 
 from __future__ import annotations

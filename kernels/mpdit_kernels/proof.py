@@ -142,7 +142,8 @@ def _run(
         leaves = [x for x in inputs if _floats(x) and x.requires_grad] if differentiable else []
         came = [g.to(x.dtype) for g, x in zip(incoming, differentiable, strict=True)]
         found = torch.autograd.grad(differentiable, leaves, came, allow_unused=True) if leaves else ()
-    return [x.detach() for x in results] + [x for x in found if x is not None], incoming
+    # Judged on the CPU: what is wrong with a GPU could be wrong with a comparison there too.
+    return [x.detach().cpu() for x in (*results, *found) if x is not None], incoming
 
 
 @functools.cache
