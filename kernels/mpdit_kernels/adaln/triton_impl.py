@@ -46,19 +46,17 @@ def _candidates(width: int, parts: str, bytes: str) -> list[Config]:
     return [
         {"ROWS": rows, "TOKENS": tokens, "CAP": cap, "num_warps": warps, "num_stages": 1}
         for cap in (128, 512, 1024)
-        for warps in (4, 8)
+        for warps in (1, 4, 8)
         for rows in (1, 2, 4)
-        for tokens in (20, 40, 80)
+        for tokens in (8, 20, 40)
         if rows * width <= 1152 * warps and cap < 2 * width and tokens % rows == 0
     ]
 
 
-def _rows(width: int) -> int:
-    return 2 if width <= 1536 else 1
-
-
 def _default(width: int, parts: str, bytes: str) -> Config:
-    return {"ROWS": _rows(width), "TOKENS": 16, "CAP": 1024, "num_warps": 4, "num_stages": 1}
+    if width <= 1152:  # a warp has whole rows in registers, and no sum has a barrier
+        return {"ROWS": 1, "TOKENS": 8, "CAP": 128, "num_warps": 1, "num_stages": 1}
+    return {"ROWS": 2 if width <= 1536 else 1, "TOKENS": 16, "CAP": 1024, "num_warps": 4, "num_stages": 1}
 
 
 def _default_backward(width: int, parts: str, bytes: str) -> Config:
