@@ -116,6 +116,8 @@ FAULTS = tuple(Fault(*row) for row in (
     (K + "short_attn/triton_impl.py", "padded keys have weights in backward",
      "p = tl.where(at[:, None] < limit, p, 0)", "p = tl.where(at[:, None] < limit, p, p)",
      "kernels/test_short_attn.py -k large_scores"),
+    (K + "short_attn/triton_impl.py", "all tiles of queries take the first one's sums of result times gradient",
+     "delta_i = tl.load(delta + first + rows", "delta_i = tl.load(delta + rows", "kernels/test_short_attn.py -k exact"),
     (K + "adamw_ema/triton_impl.py", "bias is corrected by the next step's power", "step = (done + 1).to(tl.float64)",
      "step = (done + 2).to(tl.float64)", "kernels/test_adamw_ema.py"),
     (K + "adamw_ema/triton_impl.py", "weight decay is not scaled by the weight", "p -= decay * p", "p -= decay",

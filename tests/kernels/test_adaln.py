@@ -39,6 +39,18 @@ def test_each_part_is_as_exact_as_pytorch(shape: tuple[int, int, int], dtype: to
     prove(gated_residual, [x, branch, *_vectors(batch, width, 1, dtype)])
 
 
+@pytest.mark.parametrize("rows", [2, 4])
+def test_several_rows_at_a_time(rows: int) -> None:
+    from mpdit_kernels.adaln import triton_impl
+
+    config = {"ROWS": rows, "TOKENS": 8, "CAP": 32, "num_warps": 4, "num_stages": 1}
+    inputs = [leaf(2, 19, 72), leaf(2, 19, 72), *_vectors(2, 72, 3)]
+    with triton_impl.FORWARD.override(config), triton_impl.BACKWARD.override(config):
+        prove(gated_residual_adaln, inputs)
+        prove(adaln_modulate, [inputs[0], *inputs[3:]])
+        prove(gated_residual, inputs[:3])
+
+
 def test_rows_whose_variance_is_of_the_size_of_eps() -> None:
     x = (1e-3 * torch.randn(2, 5, 24, device=DEVICE)).requires_grad_()
     prove(lambda *inputs: adaln_modulate(*inputs, eps=1e-6), [x, *_vectors(2, 24, 2)])
