@@ -67,6 +67,14 @@ def test_default_configurations_are_as_exact() -> None:
         prove(short_attention, [leaf(1, tokens, 3, 2, width)])
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU takes its own architecture's defaults in the other tests")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_default_configurations_of_gpus_are_as_exact(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_impl, "target", lambda: architecture)
+    for tokens, width in ((80, 64), (80, 72), (272, 72)):
+        prove(short_attention, [leaf(1, tokens, 3, 1, width, dtype=torch.bfloat16)])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("width", [128, *(pytest.param(width, marks=NIGHT) for width in (64, 72))])
 def test_every_candidate(width: int, dtype: torch.dtype) -> None:
