@@ -99,11 +99,10 @@ def trained(stage: int, *arguments: str, ranks: int = 1) -> tuple[Path, Walk]:
 
 
 def where(records: Sequence[standin.Record]) -> Counter[str]:
-    """Return who waits: the innermost frame that is not torch's, as file.py:function."""
-    frames = [
-        next((f for f in r.stack if "/torch/" not in f and "/contextlib" not in f and "walk.py" not in f), "?")
-        for r in records
-    ]
+    """Return who waits: the innermost function that is not torch's, as file.py:function."""
+    # Comprehensions have frames of their own before Python 3.12.
+    others = ("/torch/", "/contextlib", "walk.py", "<listcomp>", "<genexpr>", "<dictcomp>")
+    frames = [next((f for f in r.stack if not any(text in f for text in others)), "?") for r in records]
     return Counter(
         f"{Path(frame.split(chr(34))[1]).name}:{frame.split()[-1]}" if '"' in frame else frame for frame in frames
     )
