@@ -79,7 +79,10 @@ def test_a_tree_in_the_order_of_its_paths(tmp_path: Path) -> None:
     images = open_images(tmp_path)
     np.testing.assert_array_equal(read(images), expected)
     (note,) = images.notes
-    assert note == f"not taken for images in {tmp_path}: .txt: 1; is a link to a folder above it: 1"
+    assert (
+        note
+        == f"not taken for images in {tmp_path}: hidden or the system's: 3; .txt: 1; is a link to a folder above it: 1"
+    )
 
 
 def test_linked_class_folders_are_read(tmp_path: Path) -> None:
@@ -368,3 +371,17 @@ def test_bits_of_a_references_images(tmp_path: Path) -> None:
     np.testing.assert_allclose(pixels[..., 0], values / 4095 * 255, atol=1)
     with pytest.raises(DataError, match="1 of 1 image in "):
         read(open_images(tmp_path / "set"))
+
+
+def test_images_beside_a_file_of_samples_are_judged_and_it_is_told(tmp_path: Path) -> None:
+    expected = pictures(2)
+    write_folder(tmp_path, expected)
+    (tmp_path / "samples.npz").write_bytes(b"damaged")
+    images = open_images(tmp_path)
+    np.testing.assert_array_equal(read(images), expected)
+    assert images.notes == (f"not taken for images in {tmp_path}: .npz: 1",)
+    (tmp_path / "protocol.json").write_text("{}")
+    with pytest.raises(DataError, match=r"samples\.npz"):
+        open_images(tmp_path)
+    with pytest.raises(DataError, match="single image: give its folder"):
+        open_images(next(tmp_path.glob("*.png")))

@@ -196,8 +196,6 @@ def test_numbered_folders_are_in_text_order_and_that_is_told(tmp_path: Path) -> 
     assert "10 has the label 1" in note
     (note,) = notes("class2", "class10")
     assert "class10 has the label 0" in note
-    (note,) = notes("00000", "00001")
-    assert "00000 .. 00001" in note and "choose one" in note
     (note,) = notes("Cat", "cat", "dog")
     assert "look the same" in note and "'Cat and cat'" in note
     (note,) = notes("cafe\u0301", "caf\u00e9")
@@ -321,45 +319,6 @@ def test_labels_that_are_not_used_are_told(tmp_path: Path) -> None:
         assert any("2 files of" in note for note in list_images(tmp_path / "t.tar").notes) == told
 
 
-@pytest.mark.parametrize(
-    ("folders", "told"),
-    [
-        ("part_1 part_2", "parts of a data set (part_1 .. part_2)"),
-        ("x_images_part_a x_images_part_b", "parts of a data set"),
-        ("sa_000000 sa_000001 sa_000002", "parts of a data set"),
-        ("fold1 fold2", "parts of a data set"),
-        ("00 0a ff", "hashes"),
-        ("2024-01-01 2024-02-01", "dates"),
-        ("100CANON 101CANON", "folders of a camera"),
-        ("VOC2007 VOC2012", "years"),
-        ("tr te va", "several forms of the same images"),
-        ("photos masks", "several forms"),
-        ("ground_truth RGB", "several forms"),
-        ("x y thumbnails", "thumbnails of"),
-        ("jpg", "one class"),
-        ("class_0 class_1", ""),
-        ("c0 c1 c2", ""),
-        ("0 1 2 3", ""),
-        ("n01440764 n01443537", ""),
-        ("001.Black_footed_Albatross 002.Laysan_Albatross", ""),
-        ("real fake", ""),
-        ("mask no_mask", ""),
-        ("A B C", ""),
-        ("bmw_2007 audi_2012", ""),
-        ("ant bee photos", ""),
-        ("f16 a10 b52", ""),
-        ("Sample001 Sample002", ""),
-    ],
-)
-def test_folders_that_look_like_no_classes_are_told(folders: str, told: str, tmp_path: Path) -> None:
-    images = list_images(write_tree(tmp_path, {f"{folder}/1.png": X for folder in folders.split()}))
-    assert images.class_names == tuple(sorted(folders.split()))
-    assert told in images.notes[0] if told else images.notes == ()
-    assert (
-        len(list_images(tmp_path, "top").class_names) == len(folders.split()) and not list_images(tmp_path, "one").notes
-    )
-
-
 @pytest.mark.parametrize("folders", ["images_001 images_002", "PublicTest PrivateTest", "imgs1 imgs2"])
 def test_numbered_folders_of_images_and_splits_in_one_word_are_refused(folders: str, tmp_path: Path) -> None:
     for source in _each(tmp_path, *(f"{folder}/images/{k}.png" for k, folder in enumerate(folders.split()))):
@@ -372,3 +331,11 @@ def test_masks_beside_images_are_told(tmp_path: Path) -> None:
     (note,) = list_images(write_tree(tmp_path / "t", dict.fromkeys(names, X))).notes
     assert note.startswith("3 of the images in ") and "(a/x (1)_mask.png, ...)" in note
     assert list_images(write_tree(tmp_path / "u", dict.fromkeys(("a/1.jpg", "b/face_mask.jpg"), X))).notes == ()
+
+
+def test_a_table_of_labels_is_looked_for_two_folders_up(tmp_path: Path) -> None:
+    names = ("p/q/r/a/1.png", "p/q/r/b/2.png")
+    write_tree(tmp_path, dict.fromkeys(names, X) | {"p/dataset.json": b"{}"})
+    assert len(list_images(tmp_path / "p" / "q" / "r").notes) == 1
+    (tmp_path / "p" / "dataset.json").rename(tmp_path / "dataset.json")
+    assert list_images(tmp_path / "p" / "q" / "r").notes == ()

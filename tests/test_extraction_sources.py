@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
+import re
 import tarfile
 import zipfile
 from pathlib import Path
@@ -69,8 +71,7 @@ def test_what_is_no_image_is_counted_and_named(tmp_path: Path) -> None:
         images = list_images(source)
         assert images.names == ["a/1.png", "b/2.png"]
         assert dict(images.ignored)["stray.png"] == "lies outside the class folders"
-        hidden_parts = {"a/.DS_Store", "__MACOSX", ".git", "a/Thumbs.db"}
-        assert {name for name, _ in images.ignored} == odd.keys() | hidden_parts and len(images.ignored) == 7
+        assert {name for name, _ in images.ignored} == odd.keys() | hidden.keys() and len(images.ignored) == 7
         assert summary(images.ignored).startswith("hidden or the system's: 4; .")
         table, note = images.notes
         assert "(a/notes.txt) may hold labels and is not read" in table
@@ -370,3 +371,40 @@ def test_names_that_are_not_text(tmp_path: Path) -> None:
     assert len(images) == 3 and len(images.digest()) == 64
     assert [images.read(i) for i in range(3)] == [IMAGE] * 3
     assert np.array_equal(images.labels, np.zeros(3))
+
+
+def test_a_hidden_folder_that_is_asked_for_is_read(tmp_path: Path) -> None:
+    files = {".data/a/1.png": IMAGE, ".data/b/2.png": IMAGE, ".data/b/.x/3.png": IMAGE, "c/4.png": IMAGE}
+    write_tree(tmp_path / "tree", files)
+    write_zip(tmp_path / "z.zip", files)
+    (tmp_path / "t.tar").write_bytes(tar_bytes(files))
+    tree, zipped, tarred = (list_images(tmp_path / name / ".data") for name in ("tree", "z.zip", "t.tar"))
+    assert tree.class_names == zipped.class_names == tarred.class_names == ("a", "b")
+    assert [name for name, _ in zipped.ignored] == [name for name, _ in tarred.ignored]
+    assert summary(tree.ignored) == "hidden or the system's: 1" and ".data/b/.x/3.png" in dict(zipped.ignored)
+    assert len(list_images(tmp_path / "z.zip").ignored) == len(list_images(tmp_path / "tree").ignored) == 3
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ("1.png=A x.txt=B x.txt>1.png 2.png~x.txt", {"1.png": "A", "2.png": "A"}),
+        ("1.png=A 2.png=B 2.png>none", {"1.png": "A"}),
+        ("1.png=A x.txt>1.png y.png~x.txt x.txt=B", {"1.png": "A", "y.png": "A"}),
+        ("1.png=A d/1.png=B d/x.txt>d/1.png y.png~d/x.txt", {"1.png": "A", "d/1.png": "B", "y.png": "A"}),
+        ("1.png=A 2.png>1.png 2.png=B", {"1.png": "A", "2.png": "B"}),
+    ],
+)
+def test_links_in_a_tar_are_what_unpacking_makes_of_them(steps: str, expected: dict[str, str], tmp_path: Path) -> None:
+    """NAME=DATA is a file, NAME>TO a symbolic link and NAME~TO a hard one."""
+    with tarfile.open(tmp_path / "t.tar", "w") as archive:
+        for name, kind, value in (re.split("([=>~])", step) for step in steps.split()):
+            member = tarfile.TarInfo(name)
+            if kind == "=":
+                member.size = len(value)
+            else:
+                member.type = tarfile.SYMTYPE if kind == ">" else tarfile.LNKTYPE
+                member.linkname = value if kind == "~" else os.path.relpath(value, os.path.dirname(name) or ".")
+            archive.addfile(member, io.BytesIO(value.encode()) if kind == "=" else None)
+    images = list_images(tmp_path / "t.tar", "one")
+    assert {name: images.read(index).decode() for index, name in enumerate(images.names)} == expected

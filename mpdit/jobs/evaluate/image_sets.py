@@ -23,7 +23,7 @@ from mpdit.core.progress import bar
 from mpdit.core.read_ahead import read_ahead
 from mpdit.core.text import counted
 from mpdit.jobs.extract.archives import ARCHIVES, BrokenImage, archive_kind, zip_members
-from mpdit.jobs.extract.contents import HIDDEN, is_lost, summary
+from mpdit.jobs.extract.contents import image_suffixes, is_lost, suffix, summary
 from mpdit.jobs.extract.decode import FACTS, decode_ahead, examine_image
 from mpdit.jobs.extract.sources import MOST_SKIPPED, ImageIndex, list_images
 from mpdit.jobs.npz import NpzReader
@@ -83,14 +83,18 @@ def open_images(
 ) -> ImageSet:
     """Open an npz, a folder that `mpdit sample` wrote, or images wherever `mpdit extract` finds them (list_images).
 
+    samples.npz in a folder is taken beside protocol.json, or where the folder has no images of its own.
     They are decoded as for `mpdit extract`, with its `bits`. With `crop` files are cropped to squares of that side;
     without, they must be of one size. Broken ones, `max_skipped` at most, are left out and told. DataError when
     there are none, too many are broken, sizes differ, or they aren't as many as their protocol says; every file's
     header is read before that is said.
     """
     path = as_path(path)
+    if path.is_file() and suffix(path.name) in image_suffixes():
+        raise DataError(f"{path} is a single image: give its folder, or an archive or npz of several")
     file = path if path.is_file() and not is_archive(path) else path / "samples.npz"
-    images = _open_npz(path, file, crop) if file.is_file() else _open_files(path, crop, bits, max_skipped)
+    sampled = file.is_file() and (file == path or not _has_images(path))
+    images = _open_npz(path, file, crop) if sampled else _open_files(path, crop, bits, max_skipped)
     wanted = (images.protocol or {}).get("images")
     if isinstance(wanted, int) and wanted != images.count:
         raise DataError(
@@ -109,6 +113,14 @@ def is_archive(path: Path) -> bool:
             kind = archive_kind(path, file)
         return kind == "tar" or not any(member.name.endswith(".npy") for member in zip_members(path))
     except (DataError, OSError):  # neither, or damaged, which reading it as an npz tells
+        return False
+
+
+def _has_images(folder: Path) -> bool:
+    """Return whether a folder holds other images than those that `mpdit sample` wrote."""
+    try:
+        return not (folder / "protocol.json").is_file() and {*list_images(folder, None).names} - {"grid.png"} != set()
+    except DataError:
         return False
 
 
@@ -147,7 +159,7 @@ def _open_files(path: Path, crop: int | None, bits: int | None, max_skipped: int
     if protocol is None and (path / _UNFINISHED).is_dir():
         raise DataError(f"{path} holds unfinished samples: repeat the `mpdit sample` command that draws them")
     images = list_images(path / "images" if protocol is not None and (path / "images").is_dir() else path, None)
-    others = [each for each in images.ignored if each[1] != HIDDEN and each[0] not in _OURS and not is_lost(*each)]
+    others = [each for each in images.ignored if each[0] not in _OURS and not is_lost(*each)]
     remarks = images.notes + ((f"not taken for images in {path}: {summary(others)}",) if others else ())
     broken: dict[str, str] = {}
     facts: Counter[str] = Counter()

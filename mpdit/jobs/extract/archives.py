@@ -116,14 +116,16 @@ def tar_members(file: IO[bytes], path: Path, shown: str, start: int, end: int) -
             raise
         except (tarfile.TarError, ValueError, OverflowError) as error:
             raise DataError(
-                f"{path} can't be read as a tar ({shown}: {error}): it is damaged; copy it again"
+                f"{path} can't be read as a tar ({shown}: {error}): it is damaged, so copy it again, or one of the "
+                "volumes that tar -M writes, so unpack them all together and give the folder"
             ) from error
         # tarfile takes a damaged header for the end, and so it does the end of the file.
         start = _skip_zeros(file, stopped, end)
         if start == end and end - stopped < tarfile.BLOCKSIZE:
+            remedy = f"`truncate -s +1024 {path}` ends it" if shown == path.name else "unpack it and give the folder"
             raise DataError(
-                f"{path} stops at byte {end} without the zeros that end a tar: it was cut short, so copy it again; if "
-                f"nothing is missing, `truncate -s +1024 {path}` ends it"
+                f"{path} stops at byte {end} without the zeros that end a tar ({shown}): it was cut short, so copy it "
+                f"again, or unpack all its volumes where tar -M wrote it; if nothing is missing, {remedy}"
             )
         if start < end and start - stopped < tarfile.BLOCKSIZE:
             where = "after its end, where there is no other tar" if stopped == began else "where a header should be"

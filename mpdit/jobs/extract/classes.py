@@ -38,32 +38,6 @@ _WITH_SPLIT = re.compile(  # in a name of more words, as in cars_train and Publi
     rf"(?<![a-z]){_WORD}(?![a-z])|(?-i:(?<=[a-z])(?:Train|Val|Valid|Test)(?:ing|ation)?(?![a-z]))", re.IGNORECASE
 )
 _PART = re.compile(r"(?<![a-z])(train|val|test)(?:ing|id|idation)?(?![a-z])", re.IGNORECASE)
-_NUMBERED = re.compile(
-    r"(?:.*[^a-z])?(?:part|fold|batch|chunk|shard|split|piece|image|img|pic|photo|frame|vol|volume|disk|section|segment|"
-    r"block|tile|page|folder|dir|bucket|group|subset|set|archive|sa|center|centre|site|hospital|scanner|cam|camera|"
-    r"session|patient|client|device|run|seq|sequence|video|clip|day|week|month|year|data|dataset|rank|worker|round|version)"
-    r"(?:e?s)?[-_. ]*(?:\d.*|[a-z])",
-    re.IGNORECASE,
-)
-"""Names of numbered or lettered parts of a data set."""
-_DIVIDED = {
-    "dates": re.compile(r"(?:19|20)\d\d[-_. ]?[01]\d(?:[-_. ]?[0-3]\d)?.*"),
-    "years": re.compile(r".*\D(?:19|20)\d\d"),
-    "folders of a camera": re.compile(r"[1-9]\d\d[A-Z0-9_]{5}"),
-    "numbers": re.compile(r"\d{3,}"),
-    "hashes": re.compile(r"[0-9a-f]+|[0-9A-F]+"),
-}
-"""What all names of folders may be that only divide the files."""
-_KINDS = re.compile(
-    "rgb|depth|n?ir|infrared|thermal|flow|disparity|normals|edges|masks?|labels?|annotations?|seg|segmentations?|gt|"
-    "groundtruth|inputs?|outputs?|targets?|sources?|photos?|pictures?|low|high|[lh][rq]|noisy|clean|blur|blurred|sharp|raw|"
-    "jpe?g|png|webp|bmp|tiff?|thumbnails|thumbs|previews|originals?|orig|augmented|aug|cropped|aligned|resized|tr|te|va|"
-    "trn|tst|vl|query|gallery|public|private",
-    re.IGNORECASE,
-)
-"""Names of several forms of the same images, or of splits in short, without what divides words."""
-_BESIDE = re.compile("thumbnails|thumbs|masks|annotations|previews|segmentations|groundtruth|gt", re.IGNORECASE)
-"""Those that are no class beside classes either."""
 _WNID = re.compile(r"n\d{8}")  # WordNet's ids, ImageNet's names of classes
 
 Classes = tuple[tuple[str, ...], NDArray[np.int32]]
@@ -98,7 +72,7 @@ class FoundImages:
         self.ignored: list[tuple[str, str]] = []
         """Files that are not among the images, and why."""
         self.hidden: dict[str, None] = {}
-        """Hidden files and folders, in order."""
+        """Hidden files, and those in hidden folders, in order."""
         self.notes: list[str] = []
         """What was assumed."""
 
@@ -141,8 +115,6 @@ def classify(path: Path, found: FoundImages, mode: ClassMode) -> Classes:
     elif mode == "folder" or not found.unlabelled:
         named = _by_folder(path, found, mode)
     if any(named.values()):
-        if mode in ("auto", "folder"):
-            _note_parts(path, found, sorted({*named.values()} - {""}))
         return _by_name(path, found, {*named.values()} - {""}, [named[folder] for folder in found.folders])
     if mode == "archive":
         raise DataError(f"{path} is no archive, nor a folder of them: choose other classes")
@@ -223,9 +195,7 @@ def _by_folder(path: Path, found: FoundImages, mode: ClassMode) -> dict[str, str
     """Return the class of each folder that images lie in: its top folder, if that is the only way to read it."""
     folders = {*found.folders}
     filled = {name.replace("\\", "/").rpartition("/")[0] for name, _ in found.ignored}
-    # A folder of hidden files alone is an empty one, also where an archive has no entry for it.
-    emptied = {name.replace("\\", "/").rpartition("/")[0] for name in found.hidden}
-    places = _places(found, {*folders, *found.all_folders, *filled, *emptied}, archives=mode == "auto")
+    places = _places(found, {*folders, *found.all_folders, *filled}, archives=mode == "auto")
     of_images = _below(places[folder] for folder in folders)
     of_files = _below(places[folder] for folder in (*folders, *filled))
     of_all = _below(places.values())
@@ -315,39 +285,6 @@ def _by_name(path: Path, found: FoundImages, names: Iterable[str], values: Seque
     if same := [ascii(" and ".join(names)) for names in twins.values() if len(names) > 1]:
         found.notes.append(f"classes of {path} that look the same are different ones: {some(same)}")
     return classes, np.array([numbers.get(value, -1) for value in values], np.int32)
-
-
-def _note_parts(path: Path, found: FoundImages, classes: Sequence[str]) -> None:
-    """Note when names of classes look like those of parts of a data set, or of several forms of its images."""
-    remedy = "if they are no classes, choose one (all images) or parent, or give a dataset.json"
-    forms = {re.sub(r"\d+", "#", name) for name in classes}
-    plain = {name: re.sub(r"[-_. ]", "", name) for name in classes}
-    why = ""
-    if len(classes) == 1 and not found.notes:
-        found.notes.append(f"all images of {path} are of one class, by their only folder: {classes[0]}")
-    elif all(map(_NUMBERED.fullmatch, classes)) and (
-        len(forms) < len(classes) or all(name[-2:-1] in "_-. " for name in classes)
-    ):
-        why = "parts of a data set"
-    elif all(map(_KINDS.fullmatch, plain.values())):
-        why = "several forms of the same images"
-    elif odd := [name for name in classes if _BESIDE.fullmatch(plain[name])]:
-        found.notes.append(
-            f"{some(odd)} of {path} {'is a class' if len(odd) == 1 else 'are classes'} by name: {remedy}"
-        )
-    else:
-        for kind, pattern in _DIVIDED.items():
-            if not all(map(pattern.fullmatch, classes)):
-                continue
-            same = {"hashes": len(forms) > 1 and any(name[0].isdigit() for name in classes), "years": len(forms) == 1}
-            if same.get(kind, True) and (kind != "numbers" or len({*map(len, classes)}) == 1):
-                why = kind
-                break
-    if why:
-        found.notes.append(
-            f"{len(classes)} folders of {path} become classes and look like {why} ({classes[0]} .. {classes[-1]}): "
-            f"{remedy}"
-        )
 
 
 def _note_splits(path: Path, found: FoundImages) -> None:

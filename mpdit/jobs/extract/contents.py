@@ -115,15 +115,25 @@ class Contents:
     def take(self, name: str, member: Member) -> None:
         """Sort a member by its name; a later one replaces that of the same name, as unpacking has it."""
         if member.kind == "hard link":  # to what the name stands for so far
-            member = self._find(member.text) or member._replace(kind="link")
+            if (target := self._links.get(member.text)) is None:
+                member = self._find(member.text) or member._replace(kind="link")
+            else:  # the same link, but read from where this name lies
+                if not target.startswith("/"):
+                    target = posixpath.relpath(target, posixpath.dirname(member.text) or ".")
+                text = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+                member = member._replace(kind="link", text=text)
         if member.kind == "link":
             self._links[name] = member.text
+            for files in (self._files, self._others):
+                files.pop(name, None)
         elif self._links:
             self._links.pop(name, None)
-        inside, hidden = self._is_inside(name), hidden_part(name)
+        inside, hidden = self._is_inside(name), self._hidden_part(name)
         if hidden or not (inside or (self._nests and self._inside.startswith(f"{self._prefix}{name}/"))):
             if inside:
-                self.hidden[hidden] = None
+                self.folders.add(posixpath.dirname(hidden))  # of hidden files alone: an empty one
+                if member.kind != "folder":
+                    self.hidden[name] = None
             elif self._reads_labels and f"{self._prefix}{name}" in self._tables_above:
                 self.notes.append(labels_above(f"{self._where}/{name}"))
             if member.kind == "file":
@@ -137,6 +147,15 @@ class Contents:
 
     def _is_inside(self, name: str) -> bool:
         return f"{self._prefix}{name}/".startswith(self._inside)
+
+    def _hidden_part(self, name: str) -> str:
+        """Return a path up to its first hidden part, but those of the folder that was asked for."""
+        asked = self._inside.removeprefix(self._prefix)
+        if asked.startswith(f"{name}/"):
+            return ""
+        below = name.removeprefix(asked)
+        hidden = hidden_part(below)
+        return hidden and name.removesuffix(below) + hidden
 
     def _take_file(self, name: str, member: Member) -> None:
         ending = suffix(name)
@@ -199,8 +218,9 @@ class Contents:
 
     def finish(self) -> None:
         """Follow the links, and give the images their labels."""
+        listed = len(self.names)
         self._follow_links()
-        self._drop_replaced()
+        self._drop_replaced(listed)
         self.labels = array("i", [UNLABELLED]) * len(self.names)
         if self._guessed:
             self.notes.append(
@@ -231,7 +251,7 @@ class Contents:
         held = self.folders | {above for folder in {*map(posixpath.dirname, self.names)} for above in _lineage(folder)}
         images = sorted(name for name in self._files if suffix(name) in image_suffixes())
         for name, target in self._links.items():
-            if not self._is_inside(name) or hidden_part(name):
+            if not self._is_inside(name) or self._hidden_part(name):
                 continue
             target = self._end_of(target)
             below = images[bisect.bisect(images, f"{target}/") : bisect.bisect(images, f"{target}0")]  # 0 is after /
@@ -255,12 +275,15 @@ class Contents:
             name = posixpath.normpath(self._links[above] + name.removeprefix(above))
         return name
 
-    def _drop_replaced(self) -> None:
-        """Leave out images after which another of the same name comes: unpacking overwrites them."""
-        last = {name: index for index, name in enumerate(self.names)}
+    def _drop_replaced(self, listed: int) -> None:
+        """Leave out images after which another of the same name comes: unpacking overwrites them.
+
+        A link whose name is still one came after the files of that name, of the `listed` ones that are no links.
+        """
+        last = {name: i for i, name in enumerate(self.names) if i >= listed or name not in self._links}
         if len(last) == len(self.names):
             return
-        self.ignored += [(name, _REPLACED) for index, name in enumerate(self.names) if last[name] != index]
+        self.ignored += [(name, _REPLACED) for index, name in enumerate(self.names) if last.get(name) != index]
         kept = sorted(last.values())
         places = self.places
         self.names = [self.names[index] for index in kept]

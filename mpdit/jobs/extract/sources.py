@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -162,7 +163,7 @@ def list_images(path: str | Path, classes: ClassMode | None = "auto") -> ImageIn
             top, inside = parent, f"{path.relative_to(parent).as_posix()}/"
     listing = _Listing(classes in (None, "auto", "label"), inside, classes is None)
     if classes in ("auto", "label"):
-        above = (folder / LABELS_NAME for folder in path.absolute().parents)
+        above = (folder / LABELS_NAME for folder in path.absolute().parents[:2])
         listing.notes += [labels_above(str(file)) for file in above if top.is_dir() and file.is_file()][:1]
     with tqdm(desc="listing images", unit="img", disable=None, file=sys.stderr, leave=False) as listing.progress:
         try:
@@ -258,7 +259,7 @@ class _Listing(FoundImages):
         self.add_archives([path / name for name in archives])
 
     def _walk(self, top: str) -> Iterator[Member]:
-        """Yield what lies in a folder tree without descending into hidden folders; links are followed."""
+        """Yield what lies in a folder tree; links are followed, but for hidden ones."""
         status = os.stat(top)
         pending: list[tuple[str, str, tuple[tuple[int, int], ...]]] = [(top, "", ((status.st_dev, status.st_ino),))]
         seen: dict[tuple[int, int], str] = {}
@@ -267,12 +268,15 @@ class _Listing(FoundImages):
         real = os.path.join(os.path.realpath(top), "")
         while pending:
             folder, inside, above = pending.pop()
-            with os.scandir(folder) as entries:
+            found: list[os.DirEntry[str]] = []
+            # Of hidden folders files are only counted, and lost+found is the system's alone.
+            allowed = (PermissionError,) if hidden_part(inside[:-1]) else ()
+            with contextlib.suppress(*allowed), os.scandir(folder) as entries:
                 found = sorted(entries, key=lambda entry: entry.name)
             for entry in found:
                 name, status = inside + entry.name, _status(entry)
                 identity = (status.st_dev, status.st_ino)
-                if is_hidden(entry.name):
+                if hidden_part(name) and (entry.is_symlink() or not stat.S_ISDIR(status.st_mode)):
                     yield Member(name)
                 elif not stat.S_ISDIR(status.st_mode):
                     odd = "is no file" if status.st_mode and not stat.S_ISREG(status.st_mode) else ""
