@@ -440,3 +440,19 @@ def test_zips_that_hide_members_behind_other_bytes_are_refused(tmp_path: Path) -
                 list_images(path)
         else:
             assert len(list_images(path)) == 3
+
+
+def test_volumes_and_empty_inner_tars_have_remedies_of_their_own(tmp_path: Path) -> None:
+    data = tar_bytes({"a.png": b"x" * 2000})
+    (tmp_path / "v1.tar").write_bytes(data[:2048])
+    with pytest.raises(DataError, match="volumes that tar -M writes"):
+        list_images(tmp_path / "v1.tar", "one")
+    rest = tarfile.TarInfo("a.png")
+    rest.type = b"M"
+    (tmp_path / "v2.tar").write_bytes(rest.tobuf() + tar_bytes({"b.png": b"x"}))
+    (note,) = list_images(tmp_path / "v2.tar", "one").notes
+    assert "a.png begins in another volume" in note
+    (tmp_path / "outer.tar").write_bytes(tar_bytes({"cat.tar": b"", "dog.tar": data}))
+    with pytest.raises(DataError, match=r"\(cat\.tar\).*unpack it and give the folder") as caught:
+        list_images(tmp_path / "outer.tar", "one")
+    assert "truncate" not in str(caught.value)

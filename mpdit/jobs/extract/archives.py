@@ -37,6 +37,7 @@ _RECORDS = (tarfile.RECORDSIZE, *(tarfile.BLOCKSIZE << shift for shift in range(
 _ALL_RECORDS = range(tarfile.BLOCKSIZE, _RECORDS[-1] + 1, tarfile.BLOCKSIZE)
 _FULL_END = _END + tarfile.RECORDSIZE
 _GNU_FOLDER = b"D"  # with a list of what is in it, as `tar -g` stores a folder
+_GNU_REST = b"M"  # of a file that the volume before began, as `tar -M` writes it
 MOST_BYTES = 1 << 30
 """Of one image's file, so that a zip bomb is no more than a broken image."""
 _MOST_LINK_BYTES = 4096  # of where a link leads to: Linux's PATH_MAX
@@ -180,6 +181,8 @@ def _tar_member(member: tarfile.TarInfo, sparse: bool) -> Member:
         return Member(member.name, "hard link", text=clean_name(member.linkname))
     if member.issym():
         return Member(member.name, "link", text=_link_target(member.name, member.linkname))
+    if member.type == _GNU_REST:
+        return Member(member.name, "odd", text="begins in another volume of tar -M: unpack all together")
     if sparse or not member.isreg():
         return Member(member.name, "odd", text="is stored with holes" if sparse else "is no plain file")
     return Member(member.name, offset=member.offset_data, size=member.size)
