@@ -80,7 +80,11 @@ def interpreting() -> bool:
 
 
 def takes_triton(
-    operation: str, *tensors: Tensor | None, refusal: str | None = None, trial: Trial | None = None
+    operation: str,
+    *tensors: Tensor | None,
+    refusal: str | None = None,
+    trial: Trial | None = None,
+    variant: object = "",
 ) -> bool:
     """Decide for one call and, when Triton is refused, log why, once.
 
@@ -89,6 +93,7 @@ def takes_triton(
         *tensors: those whose device and dtype matter; the first one's device is the call's.
         refusal: why the operation itself can't serve these shapes, if so.
         trial: by which "auto" proves the kernels on a GPU before it takes them for such tensors, see `proof`.
+        variant: what else decides what runs: each is proved by itself.
     """
     if mode() == "reference":
         return False
@@ -98,7 +103,7 @@ def takes_triton(
         return False
     if trial is None or _mode != "auto" or operators.recording or compiling:
         return True
-    reason = proof.problem(operation, given, trial, use)
+    reason = proof.problem(operation, given, variant, trial, use)
     if reason:
         _tell(operation, f"on this GPU its kernels did not pass their proof: {reason}", logging.WARNING)
     return not reason

@@ -30,7 +30,7 @@ _HELP = {
     "gpu": "a100-40gb, a100-80gb, h100, h200, b200, rtx4090, or any other with its figures (required)",
     "gpus": "in all",
     "global_batch": "images of a step",
-    "zero": "ZeRO stage",
+    "zero": "ZeRO stage; one GPU shards nothing, and takes 0 for 1 and 2",
     "epochs": "length of the run",
     "dataset_size": "images of an epoch (default: ImageNet's)",
     "grad_accum_steps": "micro steps (default: the fewest that fit)",

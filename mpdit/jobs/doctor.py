@@ -28,13 +28,15 @@ TESTED = {
     "torch": ("2.11", "2.13"),
     "triton": ("3.6", "3.7"),
     "deepspeed": ("0.19", "0.19"),
-    "numpy": ("2.4", "2.5"),
+    "numpy": ("2.0", "2.5"),
     "nvidia-dali-cuda130": ("2.4", "2.4"),
     "diffusers": ("0.42", "0.42"),
 }
 """Oldest and newest version, but for the last figure, that the tests are run with."""
 OPTIONAL = {"flash-attn": "flash_attn", "xformers": "xformers", "apex": "apex"}
 """Packages and modules that are used where they are installed."""
+_MODULES = {"deepspeed": "deepspeed", "nvidia-dali-cuda130": "nvidia.dali", "diffusers": "diffusers"}
+"""Those of TESTED that may be there and not work."""
 
 WORTH = 0.6
 """Share of the datasheet's rate below which something is wrong: a power limit, heat, another process."""
@@ -67,6 +69,8 @@ def examine(model: str, dataset: LatentDataset | None) -> Iterator[Row]:
         if not problem:
             yield Row("GPU", "-", "GPU", "none: everything runs on the CPU, the kernels' references among it")
     else:
+        driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+        yield Row("GPU", "ok", "driver", f"for CUDA {driver // 1000}.{driver % 1000 // 10}")
         for index in range(torch.cuda.device_count()):
             yield from _gpu(index)
         yield from _kernels(model, torch.device("cuda", torch.cuda.current_device()))
@@ -86,6 +90,9 @@ def _versions() -> Iterator[Row]:
             cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
             nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else ""
             found = f"{torch.__version__} ({', '.join([cuda, *([f'NCCL {nccl}'] if nccl else [])])})"
+        if problem := _import_problem(_MODULES.get(name, "")):
+            yield Row("versions", "bad", name, f"{found} can't be imported ({problem})", "install it again")
+            continue
         near = tuple(map(int, found.split("+")[0].split(".")[:2]))
         low, high = (tuple(map(int, bound.split("."))) for bound in (oldest, newest))
         range_ = oldest if oldest == newest else f"{oldest} to {newest}"
@@ -99,13 +106,25 @@ def _versions() -> Iterator[Row]:
         if not (found := _version(name)):
             yield Row("versions", "-", name, "not installed")
             continue
-        try:  # one that was built for another torch or CUDA says so here
-            importlib.import_module(module)
-        except Exception as error:
+        if problem := _import_problem(module):
             remedy = f"build it for torch {torch.__version__}, or remove it: nothing needs it"
-            yield Row("versions", "bad", name, f"{found} can't be imported ({first_line(error)})", remedy)
+            yield Row("versions", "bad", name, f"{found} can't be imported ({problem})", remedy)
         else:
             yield Row("versions", "ok", name, found)
+
+
+def _import_problem(module: str) -> str:
+    """Return why a module can't be imported, as one that was built for another torch or CUDA; "" if it can."""
+    try:
+        if module == "deepspeed":
+            from mpdit.training.engine import import_deepspeed
+
+            import_deepspeed()
+        elif module:
+            importlib.import_module(module)
+    except Exception as error:
+        return first_line(error)
+    return ""
 
 
 def _version(name: str) -> str:

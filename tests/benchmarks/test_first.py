@@ -69,6 +69,39 @@ def test_no_part_is_begun_when_no_time_is_left(tmp_path: Path, monkeypatch: pyte
     assert json.loads((tmp_path / "parts.json").read_text()) == {"step": "no time was left"}
 
 
+def test_a_call_on_another_machine_goes_on_with_the_tables_and_with_what_never_ran(
+    tmp_path: Path, tables: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, order = tmp_path / "out", tmp_path / "order"
+    out.mkdir()
+    (out / "sm_90.json").write_text('{"cases": {"adaln": {"skipped": "kept"}}}')
+    (out / "parts.json").write_text('{"doctor": "failed with code 2", "step": "no time was left"}')
+    note = f"open({str(order)!r}, 'a').write({{!r}})"
+    parts = tuple(_part(name, note.format(name)) for name in ("doctor", "tune", "step"))
+    monkeypatch.setattr(first, "PARTS", parts)
+    assert run(out, parts, 60) == 0
+    assert order.read_text() == "tunestepdoctor"
+    assert json.loads((tables / "sm_90.json").read_text()) == json.loads((out / "sm_90.json").read_text())
+
+
+def test_a_part_is_ended_with_the_script(tmp_path: Path) -> None:
+    child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    code = f"""
+import first, sys, torch
+first.PARTS = (first.Part("a", 30, ("-c", {child!r}), "?"),)
+torch.cuda.is_available = lambda: True
+sys.exit(first.main([{str(tmp_path / "out")!r}]))
+"""
+    paths = os.pathsep.join([str(Path(first.__file__).parent), *sys.path])
+    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths})
+    pid = tmp_path / "pid"
+    while not (pid.exists() and pid.read_text()):
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(20) == 1
+    assert not Path(f"/proc/{pid.read_text()}").exists()
+
+
 @pytest.mark.parametrize(("moment", "least"), [(0.3, 0), (2.5, 1)])
 def test_a_machine_that_is_taken_away_takes_nothing_along(tmp_path: Path, moment: float, least: int) -> None:
     out, code = tmp_path / "out", f"""
@@ -125,4 +158,4 @@ sys.exit(main(["doctor", "--json"]))
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1 and '"name": "deepspeed"' in done.stdout, done.stderr

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from mpdit_kernels import adaln_modulate, dispatch, proof, use
+from mpdit_kernels import adaln_modulate, dispatch, proof, short_attention, use
 from mpdit_kernels.adaln import triton_impl
-from proof import leaf
+from proof import NIGHT, leaf
 from tools.cases import TINY, all_cases
 from torch import Tensor
 
@@ -32,12 +32,42 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "case", [case for case in all_cases(TINY) if case.operation != "short_attention"], ids=lambda case: case.name
 )
-def test_every_operation_has_a_trial_that_it_passes(case: Any, gpu: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=NIGHT)], ids=str)
+def test_every_operation_has_a_trial_that_it_passes(case: Any, dtype: torch.dtype, gpu: Path) -> None:
     with use("auto"):
-        case.call(*case.inputs("cpu", torch.float32))
+        case.call(*case.inputs("cpu", dtype))
     (known,) = [json.loads(gpu.read_text())]
     assert set(known.values()) == {""}
     assert any(key.startswith(f"{case.operation} ") for key in known)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fault", ["token", "column", "scaled"])
+def test_a_little_of_a_result_that_is_wrong_is_seen(
+    fault: str, dtype: torch.dtype, gpu: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real: Callable[..., Any] = triton_impl.forward
+
+    def spoilt(*arguments: Any) -> Any:
+        residual, y, statistics = real(*arguments)
+        if fault == "scaled":
+            y *= 1.04
+        else:
+            (y[:, -1] if fault == "token" else y[..., -1]).zero_()
+        return residual, y, statistics
+
+    monkeypatch.setattr(triton_impl, "forward", spoilt)
+    with use("auto"):
+        adaln_modulate(*(torch.zeros(shape, dtype=dtype) for shape in ((2, 256, 32), (2, 32), (2, 32))))
+    assert "from float64, allowed" in "".join(json.loads(gpu.read_text()).values())
+
+
+def test_what_else_decides_what_runs_is_proved_by_itself(gpu: Path) -> None:
+    qkv = torch.zeros(2, 17, 3, 1, 32)
+    with use("auto"):
+        for query_start in (0, 1):
+            short_attention(qkv, query_start=query_start)
+    assert len(json.loads(gpu.read_text())) == 2
 
 
 def _modulate() -> Tensor:

@@ -50,8 +50,8 @@ def adaln_modulate(
     """
     packed = _check(x, cu_seqlens, shift=shift, scale=scale)
     dtype = _result(x, eps, dtype)
-    trial = partial(_trial, partial(adaln_modulate, eps=eps, dtype=dtype), packed, [x], [shift, scale])
-    if takes_triton("adaln_modulate", x, shift, scale, refusal=_refusal(x, packed), trial=trial):
+    proof = _proof(partial(adaln_modulate, eps=eps, dtype=dtype), packed, [x], [shift, scale], dtype)
+    if takes_triton("adaln_modulate", x, shift, scale, refusal=_refusal(x, packed), **proof):
         return _adaln(x, None, None, shift, scale, eps, dtype, _offsets(packed))[1]
     if packed is not None:
         return reference.packed(reference.adaln_modulate, packed.lengths, [x], [shift, scale], eps, dtype)[0]
@@ -73,8 +73,8 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, *, cu_seqlens: Offse
         ValueError: shapes, devices, dtypes or lengths that don't fit.
     """
     packed = _check(x, cu_seqlens, branch=branch, gate=gate)
-    trial = partial(_trial, gated_residual, packed, [x, branch], [gate])
-    if takes_triton("gated_residual", x, branch, gate, refusal=_refusal(x, packed), trial=trial):
+    proof = _proof(gated_residual, packed, [x, branch], [gate])
+    if takes_triton("gated_residual", x, branch, gate, refusal=_refusal(x, packed), **proof):
         return _adaln(x, branch, gate, None, None, 0.0, x.dtype, _offsets(packed))[0]
     if packed is not None:
         return reference.packed(reference.gated_residual, packed.lengths, [x, branch], [gate])[0]
@@ -110,8 +110,8 @@ def gated_residual_adaln(
     packed = _check(x, cu_seqlens, branch=branch, gate=gate, shift=shift, scale=scale)
     dtype = _result(x, eps, dtype)
     tokens, vectors = [x, branch], [gate, shift, scale]
-    trial = partial(_trial, partial(gated_residual_adaln, eps=eps, dtype=dtype), packed, tokens, vectors)
-    if takes_triton("gated_residual_adaln", *tokens, *vectors, refusal=_refusal(x, packed), trial=trial):
+    proof = _proof(partial(gated_residual_adaln, eps=eps, dtype=dtype), packed, tokens, vectors, dtype)
+    if takes_triton("gated_residual_adaln", *tokens, *vectors, refusal=_refusal(x, packed), **proof):
         residual, y, _ = _adaln(x, branch, gate, shift, scale, eps, dtype, _offsets(packed))
         return residual, y
     if packed is not None:
@@ -141,14 +141,23 @@ def _refusal(x: Tensor, packed: Sequences | None) -> str | None:
     return too_wide(x)
 
 
-def _trial(
-    call: Callable[..., Any], packed: Sequences | None, tokens: Sequence[Tensor], vectors: Sequence[Tensor]
-) -> tuple[Callable[..., Any], list[Tensor]]:
-    """Return what a proof calls: the same with the first samples alone."""
-    if packed is None:
-        return call, [x[:SAMPLES] for x in (*tokens, *vectors)]
-    offsets = packed.offsets[: SAMPLES + 1]
-    return partial(call, cu_seqlens=offsets), [*(x[: offsets[-1]] for x in tokens), *(v[:SAMPLES] for v in vectors)]
+def _proof(
+    call: Callable[..., Any],
+    packed: Sequences | None,
+    tokens: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """Return what `takes_triton` proves a kernel by: the same call with the first samples alone."""
+
+    def trial() -> tuple[Callable[..., Any], list[Tensor]]:
+        if packed is None:
+            return call, [x[:SAMPLES] for x in (*tokens, *vectors)]
+        offsets = packed.offsets[: SAMPLES + 1]
+        few = [*(x[: offsets[-1]] for x in tokens), *(v[:SAMPLES] for v in vectors)]
+        return partial(call, cu_seqlens=offsets), few
+
+    return {"trial": trial, "variant": (dtype, packed is None)}
 
 
 def _offsets(packed: Sequences | None) -> list[int] | None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -284,7 +284,7 @@ def update_batch_(
     kinds = (batch.params[0], batch.grads[0], batch.copies[0] if batch.copies else None)
     # As one partition, as the kernel takes them: their shapes don't matter.
     flat = [None if x is None else x.new_empty(0) for x in kinds]
-    if takes_triton("adamw_ema", *flat, trial=partial(_trial, flat)):
+    if takes_triton("adamw_ema", *flat, trial=functools.partial(_trial, flat)):
         from mpdit_kernels.adamw_ema import triton_impl
 
         triton_impl.update_(dense, settings, factor, skip, uploads)
@@ -303,10 +303,12 @@ def _trial(flat: list[Tensor | None]) -> tuple[Callable[..., tuple[Tensor, ...]]
 
     def call(*values: Tensor | None) -> tuple[Tensor, ...]:
         param, grad, exp_avg, exp_avg_sq, ema, *copies = [x.detach().clone() for x in values if x is not None]
-        step = torch.full((), 10.0, device=param.device)
-        batch = Batch([param], [grad], [exp_avg], [exp_avg_sq.square_()], [ema], [step], copies or None)
-        settings = Settings(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, ema_decay=0.99)
-        update_batch_(batch, settings, None, None, Uploads())
+        scalar = functools.partial(torch.full, (), device=param.device)
+        batch = Batch([param], [grad], [exp_avg], [exp_avg_sq.square_()], [ema], [scalar(10.0)], copies or None)
+        lr: Any = scalar(1e-3, dtype=torch.float64)
+        settings = Settings(lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, ema_decay=0.99)
+        for skip in (0.0, 1.0):  # the second changes nothing
+            update_batch_(batch, settings, scalar(0.5), scalar(skip), Uploads())
         return param, exp_avg, exp_avg_sq, ema, *copies
 
     return call, [param, grad, param, param, param, copy]

@@ -50,7 +50,7 @@ def short_attention(qkv: Tensor, scale: float | None = None, query_start: int = 
     check_filled("qkv", qkv, 1, "at least one token")
     check_query_start(query_start, tokens)
     trial = lambda: (functools.partial(short_attention, scale=scale, query_start=query_start), [qkv[:SAMPLES]])  # noqa: E731
-    if takes_triton("short_attention", qkv, refusal=refusal(tokens, qkv.shape[-1]), trial=trial):
+    if takes_triton("short_attention", qkv, refusal=refusal(tokens, qkv.shape[-1]), trial=trial, variant=query_start):
         return run(qkv, scale, query_start)
     return reference.attention(qkv, scale, query_start)
 

@@ -73,8 +73,9 @@ def upsample_tokens(
     for addend in (skip_bias, position):
         dtype = dtype if addend is None else torch.promote_types(dtype, addend.dtype)
     tensors = (x, expand_weight, expand_bias, refine_weight, refine_bias, patches, skip_weight, skip_bias, position)
-    trial = partial(_trial, (num_class_tokens, factor, grid, eps), tensors)
-    if takes_triton("upsample_tokens", *tensors, refusal=too_wide(x), trial=trial):
+    settings = (num_class_tokens, factor, grid, eps)
+    trial, variant = partial(_trial, settings, tensors), (*settings, [value is None for value in tensors])
+    if takes_triton("upsample_tokens", *tensors, refusal=too_wide(x), trial=trial, variant=variant):
         expand = _offset_major(expand_weight, factor, compute)
         refine = refine_weight
         if skip_weight is not None:
