@@ -16,9 +16,11 @@ import pytest
 
 import mpdit
 from mpdit import cli
-from mpdit.core.errors import ConfigError
+from mpdit.core.errors import ConfigError, DataError
+from mpdit.core.file_kind import explain_kind
 from mpdit.core.files import expand_path, read_text, settle_folders
 from mpdit.data import open_latents, write_packed
+from mpdit.jobs.extract.contents import BESIDE
 from mpdit.jobs.extract.sources import list_images
 from mpdit.model.config import ModelConfig
 from mpdit.training.arguments import parse_arguments
@@ -242,3 +244,15 @@ def test_a_pipe_is_read_but_not_waited_for_without_end(monkeypatch: pytest.Monke
     os.close(writer)
     assert read_text(f"/dev/fd/{reader}") == "steps: 3"
     os.close(reader)
+
+
+def test_a_pipe_beside_archives_or_given_as_one_is_not_waited_for() -> None:
+    with tarfile.open("images.tar", "w") as archive:
+        member = tarfile.TarInfo("a.png")
+        archive.addfile(member)
+    os.mkfifo("pipe")
+    assert list_images(".", None).ignored == [("pipe", BESIDE)]
+    assert explain_kind("pipe") is None
+    os.mkfifo("pipe.tar")
+    with pytest.raises(DataError, match=r"pipe\.tar can't be read \(is no regular file\)"):
+        list_images(".")

@@ -7,6 +7,7 @@ import re
 import zipfile
 from pathlib import Path
 
+from mpdit.core.files import check_regular
 from mpdit.core.zips import ZIP_DAMAGE, is_zip
 
 _AGAIN = "download it again"
@@ -37,6 +38,7 @@ def explain_kind(path: str | Path) -> str | None:
     """Return what the file is and what to do, to follow its name in an error; None for what may hold tensors."""
     path = Path(path)
     try:
+        check_regular(path)
         with path.open("rb") as file:
             start = file.read(512)
         if not start:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mpdit.core.errors import DataError, one_line
+from mpdit.core.files import check_regular
 from mpdit.core.text import counted
 from mpdit.jobs.extract.archives import (
     ARCHIVES,
@@ -306,6 +307,7 @@ class _Listing(FoundImages):
                 self.archives[prefix] = path.stem
             else:
                 self.stem = path.stem
+            check_regular(path)
             with open(path, "rb") as file:
                 if archive_kind(path, file) == "tar":
                     self._add_tar(file, path, path.name, 0, file.seek(0, os.SEEK_END), prefix)
@@ -371,6 +373,7 @@ def _read_of_tar(descriptor: int, member: Member, most: int) -> bytes:
 
 
 def _read_file(folder: Path, member: Member, most: int) -> bytes:
+    check_regular(folder / member.name)
     with open(folder / member.name, "rb") as file:
         return file.read(most)
 
