@@ -41,10 +41,9 @@ def test_every_operation_has_a_trial_that_it_passes(case: Any, dtype: torch.dtyp
     assert any(key.startswith(f"{case.operation} ") for key in known)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("fault", ["token", "column", "scaled"])
-def test_a_little_of_a_result_that_is_wrong_is_seen(
-    fault: str, dtype: torch.dtype, gpu: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_little_of_a_bf16_result_that_is_wrong_is_seen(
+    fault: str, gpu: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real: Callable[..., Any] = triton_impl.forward
 
@@ -58,7 +57,7 @@ def test_a_little_of_a_result_that_is_wrong_is_seen(
 
     monkeypatch.setattr(triton_impl, "forward", spoilt)
     with use("auto"):
-        adaln_modulate(*(torch.zeros(shape, dtype=dtype) for shape in ((2, 256, 32), (2, 32), (2, 32))))
+        adaln_modulate(*(torch.zeros(shape, dtype=torch.bfloat16) for shape in ((2, 64, 32), (2, 32), (2, 32))))
     assert "from float64, allowed" in "".join(json.loads(gpu.read_text()).values())
 
 
