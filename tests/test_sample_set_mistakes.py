@@ -128,3 +128,14 @@ def test_balanced_labels_and_classes_asked_for() -> None:
     assert Labels.choose(1000, [5], "auto", 0, present=[4, 9, 700]).of(0, 2).tolist() == [5, 5], "those asked for"
     some = Labels.choose(1000, [7, 3], "random", 0)
     assert set(some.of(0, 100).tolist()) == {3, 7} and some.protocol() == {"order": "random", "classes": [7, 3]}
+
+
+def test_classes_asked_for_that_were_not_trained_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save_model(tmp_path / "weights") / "config.json"
+    description = json.loads(path.read_text())
+    description["data"]["present_classes"] = [2, 5]
+    path.write_text(json.dumps(description))
+    told = "2 of --classes had no samples in training (3, 11)"
+    for number, (classes, count) in enumerate(((("2", "5"), 0), (("2", "11", "3", "11"), 1))):
+        assert draw(tmp_path, tmp_path / str(number), "--num", "2", "--classes", *classes, vae=False) == 0
+        assert capsys.readouterr().err.count(f"note: {told}") == count

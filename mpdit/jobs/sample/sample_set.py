@@ -50,6 +50,8 @@ _GRID, _CLASSES = "grid.png", "classes.npy"
 _IN_GRID = 100
 _PNG_THREADS = 8
 _REDRAW = "delete the folder and repeat the command, which draws the set again"
+_NAMED = 6
+"""Classes that a remark names."""
 _NOT_COMPARED = {"weights", "training", "images", "environments", "batch"}
 _NOTE_NAME = "samples.json"
 """The file beside the parts that says what they are of."""
@@ -152,6 +154,9 @@ def _plan(
             f"{len(present)} of {config.num_classes} classes are drawn, those that had samples in training: --classes "
             "draws others"
         )
+    if present and (untrained := sorted({*labels.classes}.difference(present))):
+        first = ", ".join(map(str, untrained[:_NAMED])) + (", ..." if len(untrained) > _NAMED else "")
+        remarks.append(f"{len(untrained)} of --classes had no samples in training ({first}): they were not learnt")
     if vae:
         remarks += vae.check_latents(config.channels, data)
     decoder = LatentDecoder(data, vae, options.decode_batch)
