@@ -106,6 +106,11 @@ def test_nothing_written_is_no_data_set(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="can't write a data set to"):
         PackedWriter(tmp_path / "file", SPEC)
+    for name, target in (("dangling", "gone"), ("loop", "loop")):
+        (link := tmp_path / name).symlink_to(tmp_path / target)
+        for path in (link, link / "data"):
+            with pytest.raises(DataError, match=rf"can't write a data set to {path} \({link} is a link to nothing\)"):
+                PackedWriter(path, SPEC)
 
 
 def test_a_data_set_is_never_overwritten(tmp_path):

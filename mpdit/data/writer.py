@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from mpdit.core.errors import DataError, first_line
-from mpdit.core.files import as_path, locked, make_folder, remove_empty, sync_to_disk
+from mpdit.core.files import as_path, broken_link, locked, make_folder, remove_empty, sync_to_disk
 from mpdit.data.latents import PackedLatents
 from mpdit.data.manifest import INDEX_NAME, MANIFEST_NAME, LatentSpec, Manifest, StoredFile
 from mpdit.data.normalization import Normalization
@@ -103,9 +103,8 @@ class PackedWriter:
             except BlockingIOError:
                 raise DataError(f"{self.path} is being written by another process: give another folder") from None
             except OSError as error:
-                raise DataError(
-                    f"can't write a data set to {self.path} ({error.strerror}): give another folder"
-                ) from error
+                why = f"{link} is a link to nothing" if (link := broken_link(self.path)) else error.strerror
+                raise DataError(f"can't write a data set to {self.path} ({why}): give another folder") from error
             if (self.path / MANIFEST_NAME).exists():
                 raise DataError(f"{self.path} already holds a data set: give another folder, or delete this one first")
             return stack.pop_all()
