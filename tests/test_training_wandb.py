@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 from training_runs import TINY, ds_config
 
 from mpdit.core.errors import ConfigError
@@ -134,6 +135,7 @@ def test_what_it_refuses_is_one_line_before_training(
     for remedy in ("wandb login", "correct WANDB_PROJECT if", "WANDB_MODE=offline", "leave --wandb out"):
         assert remedy in line
     assert not out.parent.exists()
+    assert not torch.distributed.is_initialized()  # or whatever trains next in this process would be in its group
 
 
 def test_one_that_cannot_be_imported_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

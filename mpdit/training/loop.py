@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mpdit.core import rng
 from mpdit.core.dist_env import gather, set_threads
-from mpdit.core.errors import ConfigError
+from mpdit.core.errors import ConfigError, UserError
 from mpdit.core.files import locked, make_folder, remove_empty, write_atomically
 from mpdit.core.text import counted
 from mpdit.data.loaders import GlobalOrder, make_loader
@@ -28,7 +28,7 @@ from mpdit.training.checkpoint.deepspeed_state import gather_average, restore
 from mpdit.training.checkpoint.format import CHECKPOINTS, Checkpoint
 from mpdit.training.config import GRID
 from mpdit.training.distributed import extend_timeouts, init_distributed
-from mpdit.training.engine import build_engine, check_deepspeed
+from mpdit.training.engine import build_engine, check_deepspeed, import_deepspeed
 from mpdit.training.metrics import LossMean, MetricsLog, SkipLog, Stopwatch, WandbRun
 from mpdit.training.profiling import Profiler
 from mpdit.training.run import Run
@@ -54,7 +54,15 @@ def train(run: Run, stop: StopRequests) -> str:
     config, env, manifest = run.config, run.env, run.manifest
     set_threads(env)
     stopped = ""
+
+    def leave(kind: type[BaseException] | None, *_: object) -> None:
+        # Left to Python's end, gloo's threads abort the process at times. After an error of several ranks it has to be:
+        # what is under way with one that is gone would be waited for.
+        if torch.distributed.is_initialized() and (kind is None or (env.size == 1 and issubclass(kind, UserError))):
+            import_deepspeed().comm.destroy_process_group()  # which forgets its own groups too: a process trains again
+
     with contextlib.ExitStack() as stack:
+        stack.push(leave)  # the first, so that all else is closed before
         if config.compile:
             stack.enter_context(use("reference"))
         watchdog = stack.enter_context(Watchdog(config.hang_timeout, run.out / "hang", env.rank))
@@ -165,7 +173,6 @@ def train(run: Run, stop: StopRequests) -> str:
                 stopped = f"stopped by {reason} after step {step}, saved in {run.out}: repeat the command to go on"
                 break
         watchdog.alive("saving", PATIENCE)
-    torch.distributed.destroy_process_group()  # left to Python's end, gloo's threads abort the process at times
     if env.rank == 0 and not stopped:
         from mpdit.training.plots import plot_loss  # imported by rank 0, when there is time
 
