@@ -358,7 +358,7 @@ class TestRuns:
         assert average[TABLE].shape[0] == 4
         assert all(torch.equal(average[name], given[name]) for name in given if name != TABLE)
         assert f"initial weights: {source}" in run.stderr
-        assert "has 10 classes and this run 3" in run.stderr
+        assert f"\nnote: {source} has 10 classes and this run 3" in run.stderr
         identity = json.loads((run.out / "config.json").read_text())["identity"]
         assert len(identity["init_from"]) == 64
 

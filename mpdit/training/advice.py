@@ -27,7 +27,8 @@ _LONG = 1000
 
 def advice(run: Run) -> list[str]:
     """Return what is worth knowing of a run before it begins, a line each; for rank 0."""
-    return [*run.notes, *_launch(run), *_data(run), *_learning(run), *_saving(run)]
+    initial = run.initial.notes if run.initial else ()
+    return [*run.notes, *initial, *_launch(run), *_data(run), *_learning(run), *_saving(run)]
 
 
 def _launch(run: Run) -> Iterator[str]:

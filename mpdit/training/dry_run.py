@@ -64,7 +64,7 @@ def sections(run: Run) -> Iterator[str]:
         left = config.steps - resumed.step
         start = f"continues from {resumed.folder}, step {resumed.step:,}, {left:,} steps to go"
     elif run.initial is not None:
-        start = "\n  ".join([f"afresh from the weights of {run.initial.source}", *run.initial.notes])
+        start = f"afresh from the weights of {run.initial.source}"
     elif config.init_from:
         start = "afresh, from weights that are still to be given: add --init-from"
     yield f"start\n  {start}"

@@ -247,7 +247,7 @@ def _open_folder(run: Run, resumed: Checkpoint | None) -> None:
         flush=True,
     )
     if run.initial is not None:
-        print("\n".join([f"initial weights: {run.initial.source}", *run.initial.notes]), file=sys.stderr, flush=True)
+        print(f"initial weights: {run.initial.source}", file=sys.stderr, flush=True)
 
 
 def _draw_grid(run: Run, average: dict[str, Tensor], step: int, device: torch.device) -> None:
