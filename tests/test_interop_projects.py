@@ -400,6 +400,15 @@ def test_the_vae_is_the_one_that_the_file_names(tmp_path: Path, state: dict[str,
     found, told = data(vae={"path": "x/sd3", "scaling_factor": 0.5, "shift_factor": 0.25})
     assert found["normalization"] == {"mean": [0.25] * 4, "std": [2.0] * 4} and "its latents are those of x/sd3" in told
 
+    for fields in (
+        {"latents_mean": [0.1] * 4, "latents_std": [2.0] * 4},
+        {"latents_scale": [0.2] * 4, "latents_bias": [0.0] * 4},
+        {"latent_mean": 0.3, "latent_std": 2.5},
+    ):
+        found, told = data(**fields)
+        assert not found and f"constants of its own ({', '.join(fields)})" in told
+    assert data(latents_scale=0.5)[0]["normalization"]["std"] == [2.0] * 4
+
 
 def test_figures_are_read_by_their_other_names(tmp_path: Path, state: dict[str, Tensor]) -> None:
     for fields in ({"n_heads": 2, "n_classes": 7}, {"attention_head_dim": 8, "nb_classes": 7}):

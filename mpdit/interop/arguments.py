@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 _HOLDS = (
     "args?|kwargs|config(uration)?|cfg|hyper_?param(eter)?s|h?params?|parameters|options?|opts|settings|flags|"
     "meta(data)?"
@@ -95,6 +97,8 @@ _CLOCK = re.compile(
     rf"{_TIME}_((emb\w*_)?(dim|size|width|channels|hidden\w*)|dist\w*|weight\w*|shift)"
 )
 """Matches names of words of `_UNCLEAR` that say nothing of what is predicted, or what shapes show."""
+CONSTANTS = re.compile(r"(vae[._])?latents?[._](mean|std|bias|scale|shift)s?")
+"""Matches arguments that give constants of latents by channel, or as projects of their own understand them."""
 _PLAIN_LOSS = re.compile(
     r"mse|l[12]|smooth|(pseudo)?huber|charbonnier|mean|squared|error|ma?e|rmse|lpips|cosine|uniform|log(it|norm(al)?)|"
     r"normal|adaptive|weighted|min|snr|flow|matching|velocity|v|loss|default"
@@ -254,5 +258,7 @@ def _walk(held: Any, place: tuple[str, ...] = (), depth: int = 5) -> Iterator[tu
             yield (*place, *more), name, int(value)
         elif isinstance(value, str) and re.fullmatch(r"\d*\.\d+", value):
             yield (*place, *more), name, float(value)
+        elif isinstance(value, list | tuple | Tensor) and CONSTANTS.fullmatch(name):
+            yield (*place, *more), name, value.tolist() if isinstance(value, Tensor) else list(value)
         elif isinstance(value, str | int | float) or (_ENTRY.fullmatch(name) and isinstance(value, list) and not place):
             yield (*place, *more), name, value

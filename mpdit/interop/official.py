@@ -24,8 +24,18 @@ from mpdit.core.files import as_path, new_file
 from mpdit.core.text import counted
 from mpdit.data.normalization import KNOWN_SCALES, PAPER
 from mpdit.data.readers.npy import SD_SCALE
+from mpdit.interop.arguments import CONSTANTS
 from mpdit.interop.diffusers_folder import from_pipeline
-from mpdit.interop.projects import CLASSES, HEADS, SCALING, Project, check_arguments, find_model, identify, model_name
+from mpdit.interop.projects import (
+    CLASSES,
+    HEADS,
+    SCALING,
+    Project,
+    check_arguments,
+    find_model,
+    identify,
+    model_name,
+)
 from mpdit.interop.source import is_our_pipeline, load_source
 from mpdit.interop.state_dict import (
     CLASS_TABLE,
@@ -364,6 +374,8 @@ def _data(
     config: ModelConfig, project: Project, said: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """Return the "data" of models as their project trains them; none where its latents' constants aren't known."""
+    if _stated_constants(said):
+        return {}
     scale, shift = _stated_scaling(said)
     mean, std = [shift or 0.0] * config.channels, [1 / (scale or SD_SCALE)] * config.channels
     running = [tensors.get(f"bn.running_{name}") for name in ("mean", "var")]
@@ -413,8 +425,20 @@ def _stated_scaling(said: Mapping[str, Any]) -> tuple[float | None, float | None
     return found.get(False), found.get(True)
 
 
+def _stated_constants(said: Mapping[str, Any]) -> list[str]:
+    """Return the arguments that give latents' constants otherwise than as one scale and shift."""
+    numbers = {name for name, value in said.items() if SCALING.fullmatch(name) and isinstance(value, (int, float))}
+    return [name for name in said if CONSTANTS.fullmatch(name) and said[name] is not None and name not in numbers]
+
+
 def _doubts_of_vae(said: Mapping[str, Any], project: Project, data: Mapping[str, Any]) -> Iterator[str]:
     named = _vae(said)
+    if constants := _stated_constants(said):
+        yield (
+            f"it was trained on latents by constants of its own ({', '.join(constants)}), which are not read: what its "
+            "samples are decoded by has to be given"
+        )
+        return
     scale, shift = _stated_scaling(said)
     if data and scale and project.latents == "scaled":
         yield f"its latents are times {scale}{f' less {shift}' if shift else ''}, as its arguments say"

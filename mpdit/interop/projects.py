@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from mpdit.core.errors import CheckpointError
-from mpdit.interop.arguments import may_be_objective, objective_of, read_arguments, says_objective
+from mpdit.interop.arguments import CONSTANTS, may_be_objective, objective_of, read_arguments, says_objective
 from mpdit.model.config import Convention
 
 
@@ -355,7 +355,9 @@ def check_arguments(model: FoundModel, project: Project, velocity: bool) -> list
             raise CheckpointError(
                 f"its {name} is {value!r:.40}: no model with that is read, whatever its tensors; {_ELSEWHERE}"
             )
-        doubtful = not (own or expected or name in _KNOWN or SCALING.fullmatch(name)) and may_be_objective(name, value)
+        doubtful = not (
+            own or expected or name in _KNOWN or SCALING.fullmatch(name) or CONSTANTS.fullmatch(name)
+        ) and may_be_objective(name, value)
         if doubtful and velocity:
             raise CheckpointError(
                 f"its {name} is {value!r:.40}, which may say that it predicts no velocity of a straight path, or at "
@@ -363,7 +365,13 @@ def check_arguments(model: FoundModel, project: Project, velocity: bool) -> list
             )
         objective = says_objective(name) or any(objective_of({name: value})[:2])
         if doubtful or not (
-            theirs or objective or expected or name in _KNOWN or _TRAINING.fullmatch(name) or SCALING.fullmatch(name)
+            theirs
+            or objective
+            or expected
+            or name in _KNOWN
+            or _TRAINING.fullmatch(name)
+            or SCALING.fullmatch(name)
+            or CONSTANTS.fullmatch(name)
         ):
             unread.append(name)
     both = [name for name in model.disputed if name in _KNOWN or "drop" in name or "uncond" in name]
