@@ -32,7 +32,7 @@ from tools.command import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 LOG, HEAD = "log.txt", "== "
-"""What parts print, each below a line of HEAD and its name."""
+"""Names the file of what parts print, each below a line of HEAD and its name."""
 NEVER = "no time was left"
 GRACE = 8.0
 """Seconds that a part has to end by itself, after SIGINT at its limit, before it is killed."""

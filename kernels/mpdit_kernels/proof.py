@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -179,16 +180,22 @@ def _cache_file(device: torch.device) -> Path:
         digest.update(path.read_bytes())
     of = (torch.cuda.get_device_name(device), torch.__version__, torch.version.cuda, triton.__version__)
     digest.update(repr(of).encode())
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return folder / "mpdit" / "kernels" / f"{digest.hexdigest()[:24]}.json"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if home.startswith("~"):  # a user without a home, as in some containers
+        home = tempfile.gettempdir()
+    return Path(home) / "mpdit" / "kernels" / f"{digest.hexdigest()[:24]}.json"
 
 
 @functools.cache
 def _known(path: Path) -> dict[str, str]:
     """Return problems by operation, shapes and dtypes, "" where there is none."""
+    return _read(path)
+
+
+def _read(path: Path) -> dict[str, str]:
+    """Read what a file of such keeps; nothing where it can't be read or is damaged."""
     try:
-        found = json.loads(path.read_text())
-        return {str(key): str(value) for key, value in found.items()}
+        return {str(key): str(value) for key, value in json.loads(path.read_text()).items()}
     except (OSError, ValueError, AttributeError):
         return {}
 
@@ -198,5 +205,5 @@ def _keep(path: Path, found: dict[str, str]) -> None:
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(json.loads(path.read_text()) | found if path.exists() else found, indent=1))
+        part.write_text(json.dumps(_read(path) | found, indent=1))
         part.replace(path)

@@ -42,7 +42,7 @@ _WORDS = _by_word(
         "score": "score",
     }
 )
-"""What a model predicts by the words it is called by, without signs between letters."""
+"""Maps to what a model predicts the words it is called by, without signs between letters."""
 _STRAIGHT = _by_word(
     {"straight": "linear straight ot condot optimaltransport icfm rectified rectifiedflow rf flow fm flowmatching lerp"}
 )
@@ -116,9 +116,9 @@ class Arguments:
     values: dict[str, Any]
     """By name; of a VAE by "vae." and the name."""
     disputed: dict[str, str]
-    """What is said twice and differently, by name: both."""
+    """Holds by name what is said twice and differently: both."""
     elsewhere: tuple[str, ...]
-    """Where other parts are described, which were not read."""
+    """Names where other parts are described, which were not read."""
 
 
 def read_arguments(checkpoint: Mapping[Any, Any]) -> Arguments:

@@ -222,7 +222,7 @@ class Identity:
     stated: bool
     """Whether the objective is the file's own statement."""
     against: str | None = None
-    """What it says that contradicts itself, if anything does."""
+    """Says what in it contradicts itself, if anything does."""
 
     def describe(self, convention: Convention | None, objective: str | None) -> str:
         """Say in a line what was concluded from what; convention is the one given, objective the one chosen."""

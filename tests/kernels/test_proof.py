@@ -119,3 +119,10 @@ def test_nothing_is_tried_while_a_graph_is_captured_and_a_cache_that_cannot_be_w
     monkeypatch.setattr(proof, "_capturing", lambda device: True)
     monkeypatch.setattr(proof, "try_out", None)
     _modulate()
+
+
+def test_a_cache_that_is_damaged_is_made_anew(gpu: Path) -> None:
+    gpu.parent.mkdir()
+    gpu.write_text('{"adaln')
+    _modulate()
+    assert set(json.loads(gpu.read_text()).values()) == {""}

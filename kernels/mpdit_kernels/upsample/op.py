@@ -74,7 +74,7 @@ def upsample_tokens(
         dtype = dtype if addend is None else torch.promote_types(dtype, addend.dtype)
     tensors = (x, expand_weight, expand_bias, refine_weight, refine_bias, patches, skip_weight, skip_bias, position)
     settings = (num_class_tokens, factor, grid, eps)
-    trial, variant = partial(_trial, settings, tensors), (*settings, [value is None for value in tensors])
+    trial, variant = partial(_trial, settings, x, tensors[1:]), (*settings, [value is None for value in tensors])
     if takes_triton("upsample_tokens", *tensors, refusal=too_wide(x), trial=trial, variant=variant):
         expand = _offset_major(expand_weight, factor, compute)
         refine = refine_weight
@@ -133,10 +133,12 @@ def _check(
     return grid
 
 
-def _trial(settings: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> tuple[Callable[..., Tensor], list[Any]]:
+def _trial(
+    settings: tuple[Any, ...], x: Tensor, others: Sequence[Tensor | None]
+) -> tuple[Callable[..., Tensor], list[Any]]:
     """Return what a proof calls: the same with the first samples alone."""
     num_class_tokens, factor, grid, eps = settings
-    x, *weights, patches, skip_weight, skip_bias, position = tensors
+    *weights, patches, skip_weight, skip_bias, position = others
 
     def call(x: Tensor, *others: Any) -> Tensor:
         *first, patches, skip_weight, skip_bias, position = others
@@ -144,7 +146,6 @@ def _trial(settings: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> tuple
         arguments = (x, *first, num_class_tokens, factor, skip, position, grid, eps)
         return upsample_tokens(*arguments)
 
-    assert x is not None
     few = None if patches is None else patches[:SAMPLES]
     return call, [x[:SAMPLES], *weights, few, skip_weight, skip_bias, position]
 
